@@ -1,0 +1,151 @@
+"""Storage against a real S3 server and the disk: what goes round, and what a user reads when it does not."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from hemoco.errors import StorageError
+from hemoco.storage import (
+    absolute_url,
+    check_writable,
+    exists,
+    join_url,
+    list_names,
+    read_bytes,
+    remove,
+    write_bytes,
+)
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """fsspec keeps filesystems by their arguments, which do not hold the keys: forget those of other tests."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["s3", "file"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty folder."""
+    return request.getfixturevalue("bucket") if request.param == "s3" else (tmp_path / "new").as_uri()
+
+
+@pytest.mark.parametrize("size", [0, 1, 6 * 1024**2])
+def test_bytes_come_back_as_they_were_written(folder, size):
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    write_bytes(f"{folder}/a/b.bin", data)
+    assert read_bytes(f"{folder}/a/b.bin") == data
+
+
+def test_a_second_write_replaces_the_first(folder):
+    write_bytes(f"{folder}/k", b"the first")
+    write_bytes(f"{folder}/k", b"2")
+    assert read_bytes(f"{folder}/k") == b"2"
+
+
+def test_names_are_listed_one_level_deep(folder):
+    for name in ("b", "a", "deep/er/c"):
+        write_bytes(f"{folder}/{name}", b"x")
+    assert list_names(folder) == ["a", "b", "deep"]
+    assert list_names(f"{folder}/nothing") == []
+
+
+def test_remove_takes_everything_below_and_leaves_neighbours(folder):
+    for name in ("run/a", "run/deep/b", "run2"):
+        write_bytes(f"{folder}/{name}", b"x")
+    remove(f"{folder}/run")
+    remove(f"{folder}/run")
+    assert not exists(f"{folder}/run")
+    assert exists(f"{folder}/run2")
+
+
+def test_checking_that_a_folder_is_writable_leaves_nothing(folder):
+    check_writable(folder)
+    assert list_names(folder) == []
+
+
+def test_a_missing_object_is_named(folder):
+    with pytest.raises(StorageError, match=r"/no/where: not found; check the URL"):
+        read_bytes(f"{folder}/no/where")
+
+
+def test_a_missing_bucket_is_named(s3):
+    with pytest.raises(StorageError, match=r"^s3://nowhere/k: bucket 'nowhere' does not exist"):
+        write_bytes("s3://nowhere/k", b"")
+
+
+def test_a_wrong_secret_says_which_variables_to_check(bucket, forget, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match=r"access refused .* check AWS_ACCESS_KEY_ID") as raised:
+        write_bytes(f"{bucket}/k", b"")
+    assert "wrong" not in str(raised.value)
+
+
+def test_missing_keys_say_which_variables_to_set(bucket, forget, monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        read_bytes(f"{bucket}/k")
+
+
+def test_an_unreachable_endpoint_is_named_within_seconds(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=r"check that http://127\.0\.0\.1:9 can be reached"):
+        check_writable("s3://hemoco/k")
+    assert time.monotonic() - start < 30
+
+
+def test_an_endpoint_without_a_scheme_says_what_it_must_look_like(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL must look like https://host:port"):
+        read_bytes("s3://hemoco/k")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/k", "https://host/k", "pipe:cat /etc/passwd"])
+def test_other_schemes_are_refused(url):
+    with pytest.raises(StorageError, match="is not supported; use s3://, file:// or a path"):
+        read_bytes(url)
+
+
+def test_s3_without_a_bucket_is_refused():
+    with pytest.raises(StorageError, match="no bucket is named"):
+        list_names("s3://")
+
+
+def test_a_name_no_bucket_can_have_is_named(s3):
+    with pytest.raises(StorageError, match="'Bad_Bucket!' cannot be the name of a bucket"):
+        read_bytes("s3://Bad_Bucket!/k")
+
+
+def test_a_plain_path_becomes_an_absolute_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_url("some/folder") == (tmp_path / "some" / "folder").as_uri()
+    assert join_url(absolute_url("s3://b/p/"), "c", "d") == "s3://b/p/c/d"
+
+
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="check the path and the disk"):
+        write_bytes(str(tmp_path / "file" / "k"), b"")
+
+
+def test_local_files_need_no_s3_client():
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['s3fs', 'botocore', 'aiobotocore']));"
+        "from hemoco.storage import *; from hemoco.errors import *\n"
+        "try: read_bytes('/no/where')\nexcept StorageError: print('ok')\n"
+        "try: read_bytes('s3://b/k')\nexcept StorageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ok\ns3://b/k: ")
+    assert "pip install s3fs" in done.stdout
