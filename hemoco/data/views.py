@@ -1,0 +1,287 @@
+"""The two views of an image (MoCo v2, Chen et al. 2020, section 2): cropped on the CPU, the rest batched on the device.
+
+Every random number is keyed by (seed, epoch, step, slot): a view depends neither on ranks nor on loader processes, and
+a setting changed does not shift the draws of another.
+
+Shapes: N images, M = 2 N views (all queries, then all keys), H x W an image, S x S a view.
+"""
+
+import dataclasses
+import io
+import math
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from hemoco.config import ViewsConfig
+from hemoco.errors import ShardError
+
+_MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
+_TRIES = 10  # of a random resized crop before the central one, as torchvision
+_RATIOS = (3 / 4, 4 / 3)  # width / height of a crop, as torchvision
+_SIGMAS = (0.1, 2.0)  # pixels, SimCLR's blur
+_DRAWS = 36  # uniform numbers per view; a multiple of 4, what one Philox counter gives
+_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision
+
+
+@dataclasses.dataclass(frozen=True)
+class CropDraws:
+    """Random resized crops and flips of N images, two views each."""
+
+    areas: NDArray[np.float64]
+    """Tried areas as a fraction of the image (N, 2, 10)."""
+    ratios: NDArray[np.float64]
+    """Tried width / height (N, 2, 10)."""
+    corners: NDArray[np.float64]
+    """Top and left in [0, 1) of the room there is (N, 2, 2)."""
+    flips: NDArray[np.bool_]
+    """(N, 2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourDraws:
+    """What happens to the colours and the sharpness of M views."""
+
+    jitter: NDArray[np.bool_]
+    """Whether the colours are jittered (M,)."""
+    order: NDArray[np.int64]
+    """Which of brightness 0, contrast 1, saturation 2, hue 3 comes first to last (M, 4)."""
+    factors: NDArray[np.float64]
+    """Brightness, contrast and saturation factor, hue shift in turns (M, 4)."""
+    grayscale: NDArray[np.bool_]
+    """(M,)."""
+    blur: NDArray[np.bool_]
+    """(M,)."""
+    sigmas: NDArray[np.float64]
+    """Of the blur, pixels (M,)."""
+
+
+def decode_image(data: bytes) -> Tensor:
+    """An image file as uint8 RGB (3, H, W), channels last in memory: first frame, upright as its EXIF says.
+
+    Transparency is laid over white; 16-bit grey keeps its high byte.
+
+    Raises:
+        ShardError: not an image, damaged, too large, or of a colour space without a conversion to RGB.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's on odd metadata; the size it warns of is checked here
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > _MAX_PIXELS:
+                raise ShardError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS}; scale it down")
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = np.array(_to_rgb(image))
+    except ShardError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ShardError(f"its {len(data)} bytes are not an image") from error
+    except Exception as error:  # decoders meet damage with nearly any exception
+        raise ShardError(f"damaged image ({type(error).__name__}: {error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def draw_crops(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> CropDraws:
+    """The crops of the slots [first, last) of a global batch."""
+    draws = _uniform(seed, epoch, step, slots)  # (N, 2, 36)
+    low, high = config.crop_scale
+    ratio_low, ratio_high = math.log(_RATIOS[0]), math.log(_RATIOS[1])
+    return CropDraws(
+        areas=low + (high - low) * draws[..., :10],
+        ratios=np.exp(ratio_low + (ratio_high - ratio_low) * draws[..., 10:20]),
+        corners=draws[..., 20:22],
+        flips=draws[..., 22] < config.flip,
+    )
+
+
+def draw_colours(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> ColourDraws:
+    """The colours of the slots [first, last): the query views of all, then the key views of all."""
+    draws = np.concatenate(np.split(_uniform(seed, epoch, step, slots), 2, axis=1))[:, 0]  # (M, 36)
+    strengths = np.array([config.brightness, config.contrast, config.saturation])
+    low = np.append(np.maximum(1 - strengths, 0), -config.hue)
+    high = np.append(1 + strengths, config.hue)
+    return ColourDraws(
+        jitter=draws[:, 23] < config.jitter,
+        order=np.argsort(draws[:, 24:28], axis=1),
+        factors=low + (high - low) * draws[:, 28:32],
+        grayscale=draws[:, 32] < config.grayscale,
+        blur=draws[:, 33] < config.blur,
+        sigmas=_SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * draws[:, 34],
+    )
+
+
+def two_crops(image: Tensor, draws: CropDraws, row: int, size: int) -> Tensor:
+    """Two random resized crops of an image, flipped or not.
+
+    Args:
+        image: uint8 (3, H, W).
+        draws: of several images.
+        row: which of the draws' images this is.
+
+    Returns:
+        uint8 (2, 3, S, S).
+    """
+    height, width = image.shape[1:]
+    views = []
+    for view in range(2):
+        areas, ratios, corner = draws.areas[row, view], draws.ratios[row, view], draws.corners[row, view]
+        high, wide = _crop_size(height, width, areas, ratios)
+        top, left = int(corner[0] * (height - high + 1)), int(corner[1] * (width - wide + 1))
+        crop = resize(image[:, top : top + high, left : left + wide], (size, size))
+        views.append(crop.flip(-1) if draws.flips[row, view] else crop)
+    return torch.stack(views)
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """The middle of an image scaled so that its shorter side is S: uint8 (3, H, W) -> (3, S, S)."""
+    height, width = image.shape[1:]
+    scale = size / min(height, width)
+    high, wide = max(size, round(height * scale)), max(size, round(width * scale))
+    top, left = (high - size) // 2, (wide - size) // 2
+    return resize(image, (high, wide))[:, top : top + size, left : left + size]
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A uint8 image (3, H, W) at another height and width: bilinear and antialiased, as Pillow does it."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    batch = image[None].contiguous(memory_format=torch.channels_last)  # the fast path of torch's uint8 kernel
+    return interpolate(batch, size, mode="bilinear", antialias=True)[0]
+
+
+@torch.no_grad()
+def augment(crops: Tensor, draws: ColourDraws, config: ViewsConfig) -> Tensor:
+    """Colour jitter, greyscale, blur and normalisation, each view with its own draws.
+
+    The operations are torchvision's on floats: unlike on Pillow images nothing is rounded in between. The blur is
+    exactly Gaussian where the reference recipe has Pillow's approximation, and at the border its weights are
+    renormalised.
+
+    Args:
+        crops: uint8 (M, 3, S, S), on the device that computes.
+        draws: of these M views.
+
+    Returns:
+        float32 (M, 3, S, S), normalised.
+    """
+    device = crops.device
+    images = crops.float().div_(255)
+    if config.jitter > 0:
+        _jitter(images, draws, config)
+    if config.grayscale > 0:
+        rows = _rows(draws.grayscale, device)
+        images.index_copy_(0, rows, _luma(images.index_select(0, rows)).expand(-1, 3, -1, -1))
+    if config.blur > 0:
+        rows = _rows(draws.blur, device)
+        sigmas = torch.from_numpy(draws.sigmas[draws.blur]).to(device, torch.float32)
+        images.index_copy_(0, rows, gaussian_blur(images.index_select(0, rows), sigmas))
+    return normalise(images, config.mean, config.std)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Images in [0, 1] (N, 3, H, W) minus the mean, over the standard deviation of each channel; in place."""
+    return images.sub_(_channels(mean, images)).div_(_channels(std, images))
+
+
+def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
+    """Images (N, 3, S, S) blurred, each with its own sigma in pixels (N,); weights renormalised at the border."""
+    place = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
+    distances = (place[:, None] - place[None, :]).square()  # (S, S)
+    # as a product with a banded matrix: one kernel for all sigmas, faster than grouped convolutions of 3 N kernels
+    kernels = (-distances / (2 * sigmas.square()[:, None, None])).softmax(dim=-1)  # (N, S, S)
+    rows = images.flatten(1, 2) @ kernels.transpose(1, 2)  # (N, 3 S, S)
+    return kernels[:, None] @ rows.view_as(images)  # (N, 3, S, S)
+
+
+def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
+    """Images (N, 3, S, S) times a factor each (N,), at most 1."""
+    return (images * factors[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
+    """Images (N, 3, S, S) moved from their mean grey by a factor each (N,)."""
+    means = _luma(images).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(means, images, factors[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
+    """Images (N, 3, S, S) moved from their own grey by a factor each (N,)."""
+    return torch.lerp(_luma(images), images, factors[:, None, None, None]).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
+    """Images (N, 3, S, S) with their HSV hue turned by a shift each (N,), in whole turns."""
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)  # (N, S, S)
+    chroma = value - images.amin(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shifts[:, None, None]  # sixths of a turn
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    sector = (hue[:, None] + offsets).remainder_(6)  # (N, 3, S, S)
+    weight = torch.minimum(sector, 4 - sector).clamp_(0, 1)
+    return value[:, None] - chroma[:, None] * weight
+
+
+_ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def _jitter(images: Tensor, draws: ColourDraws, config: ViewsConfig) -> None:
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    factors = torch.from_numpy(draws.factors).to(images.device, torch.float32)  # (M, 4)
+    for turn in range(4):
+        for number, adjust in enumerate(_ADJUSTMENTS):
+            chosen = draws.jitter & (draws.order[:, turn] == number)
+            if strengths[number] == 0 or not chosen.any():
+                continue
+            rows = _rows(chosen, images.device)
+            images.index_copy_(0, rows, adjust(images.index_select(0, rows), factors[rows, number]))
+
+
+def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(chosen)).to(device)
+
+
+def _luma(images: Tensor) -> Tensor:
+    """Grey (N, 1, S, S) of RGB (N, 3, S, S)."""
+    red, green, blue = images.unbind(1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])[:, None]
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
+
+
+def _uniform(seed: int, epoch: int, step: int, slots: tuple[int, int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) for two views of each slot (N, 2, 36), whoever asks for which slots."""
+    first, last = slots
+    key = np.random.SeedSequence([seed, epoch, step]).generate_state(2, np.uint64)
+    counter = first * 2 * _DRAWS // 4
+    draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random((last - first, 2, _DRAWS))
+    return draws
+
+
+def _crop_size(height: int, width: int, areas: NDArray[np.float64], ratios: NDArray[np.float64]) -> tuple[int, int]:
+    """Height and width of the first try that fits, else of the largest central crop of an allowed ratio."""
+    for area, ratio in zip(areas.tolist(), ratios.tolist(), strict=True):
+        pixels = area * height * width
+        high, wide = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < high <= height and 0 < wide <= width:
+            return high, wide
+    # none fits: the whole image, its longer side cut to the widest or highest allowed ratio
+    return min(height, round(width / _RATIOS[0])), min(width, round(height * _RATIOS[1]))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        high_byte = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8  # Pillow would clip at 255
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,224 @@
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional
+from torchvision.transforms.v2 import RandomResizedCrop
+
+from hemoco.config import ViewsConfig
+from hemoco.data import views
+from hemoco.errors import ShardError
+
+ODD = Path(__file__).parents[2] / "shared/data/odd"
+MANIFEST = (ODD / "manifest.csv").read_text() if ODD.exists() else ""
+PLAIN = ViewsConfig(size=32, jitter=0, grayscale=0, blur=0, mean=(0, 0, 0), std=(1, 1, 1))
+AT = {"seed": 3, "epoch": 1, "step": 5}
+
+
+def odd(name: str) -> Tensor:
+    if not ODD.exists():
+        pytest.skip(f"{ODD} is not there")
+    return views.decode_image((ODD / name).read_bytes())
+
+
+def images(count: int, size: int = 32) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def colours(count: int, **changed: NDArray[Any]) -> views.ColourDraws:
+    neutral = {
+        "jitter": np.zeros(count, bool),
+        "order": np.tile(np.arange(4), (count, 1)),
+        "factors": np.tile([1.0, 1.0, 1.0, 0.0], (count, 1)),
+        "grayscale": np.zeros(count, bool),
+        "blur": np.zeros(count, bool),
+        "sigmas": np.ones(count),
+    }
+    return views.ColourDraws(**(neutral | changed))
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_exif_orientation_is_applied(number: int) -> None:
+    upright, image = odd("exif/Landscape_1.jpg"), odd(f"exif/Landscape_{number}.jpg")
+    assert image.shape == (3, 1200, 1800)
+    assert (upright[:, ::16, ::16].float() - image[:, ::16, ::16].float()).abs().mean() < 12  # other JPEG encodings
+
+
+@pytest.mark.parametrize("row", list(csv.DictReader(MANIFEST.splitlines())), ids=lambda row: row["file"])
+def test_odd_files_become_rgb_or_a_shard_error(row: dict[str, str]) -> None:
+    if row["pillow_13_decode"] == "decodes":
+        image = odd(row["file"])
+        assert image.dtype == torch.uint8
+        assert image.ndim == 3 and image.shape[0] == 3
+    else:
+        with pytest.raises(ShardError):
+            odd(row["file"])
+
+
+def test_cmyk_looks_like_its_rgb_partner() -> None:
+    difference = odd("pillow/pil_sample_cmyk.jpg").float() - odd("pillow/pil_sample_rgb.jpg").float()
+    assert difference.abs().mean() < 12  # no colour profile is used
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image = views.decode_image(encoded(Image.fromarray(values)))
+    assert np.array_equal(image.numpy(), np.stack([(values // 256).astype(np.uint8)] * 3))
+
+
+def test_transparency_is_laid_over_white() -> None:
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    image.putpixel((0, 0), (200, 0, 0, 255))
+    for mode in ("RGBA", "P"):
+        decoded = views.decode_image(encoded(image.quantize(4) if mode == "P" else image))
+        assert decoded[:, 0, 0].tolist() == [200, 0, 0]
+        assert decoded[:, 3, 3].tolist() == [255, 255, 255]
+
+
+def test_grey_and_single_pixel_images_have_three_channels() -> None:
+    assert odd("made/one_pixel.png").shape == (3, 1, 1)
+    grey = odd("pillow/hopper_gray.jpg")
+    assert torch.equal(grey[0], grey[2])
+
+
+def test_an_image_too_large_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ShardError, match="280000000"):
+        odd("sharp/giant-image.jpg")
+
+
+@pytest.mark.parametrize("draw", [views.draw_crops, views.draw_colours])
+def test_slots_of_ranks_together_draw_what_the_whole_batch_draws(draw: Any) -> None:
+    whole = draw(ViewsConfig(), **AT, slots=(0, 12))
+    parts = [draw(ViewsConfig(), **AT, slots=slots) for slots in ((0, 5), (5, 6), (6, 12))]
+    for field in dataclasses.fields(whole):
+        values = [getattr(drawn, field.name) for drawn in (whole, *parts)]
+        if draw is views.draw_colours:  # all query views come before all key views
+            values = [np.stack(np.split(value, 2), axis=1) for value in values]
+        assert np.array_equal(np.concatenate(values[1:]), values[0])
+
+
+def test_draws_differ_between_views_slots_steps_and_epochs() -> None:
+    keys = [AT, AT | {"step": 6}, AT | {"epoch": 2}, AT | {"seed": 4}]
+    drawn = [views.draw_crops(ViewsConfig(), **key, slots=(0, 50)).corners.ravel() for key in keys]
+    assert len(np.unique(drawn)) == 4 * 50 * 2 * 2
+    sigmas = views.draw_colours(ViewsConfig(), **AT, slots=(0, 50)).sigmas
+    assert len(np.unique(sigmas)) == 100
+
+
+def test_rates_and_ranges_are_those_of_the_config() -> None:
+    config, draws = ViewsConfig(), views.draw_colours(ViewsConfig(), **AT, slots=(0, 5000))
+    crops = views.draw_crops(config, **AT, slots=(0, 5000))
+    rates = (draws.jitter, 0.8), (draws.grayscale, 0.2), (draws.blur, 0.5), (crops.flips, 0.5)
+    for drawn, rate in rates:
+        assert abs(drawn.mean() - rate) < 0.02  # 10,000 draws: four standard deviations
+    assert np.allclose(draws.factors.min(0), [0.6, 0.6, 0.6, -0.1], atol=1e-3)
+    assert np.allclose(draws.factors.max(0), [1.4, 1.4, 1.4, 0.1], atol=1e-3)
+    assert np.allclose([draws.sigmas.min(), draws.sigmas.max()], [0.1, 2.0], atol=2e-3)
+    orders = np.unique(draws.order, axis=0, return_counts=True)[1]
+    assert len(orders) == 24 and orders.min() > 300
+
+
+def test_crop_boxes_are_distributed_as_torchvision_draws_them() -> None:
+    draws = views.draw_crops(ViewsConfig(), **AT, slots=(0, 1000))
+    ours = [views._crop_size(300, 500, draws.areas[row, 0], draws.ratios[row, 0]) for row in range(1000)]
+    torch.manual_seed(0)
+    theirs = RandomResizedCrop(32, scale=(0.2, 1.0))
+    image = torch.empty(3, 300, 500)
+    drawn = [theirs.make_params([image]) for _ in range(1000)]
+    reference = np.array([(params["height"], params["width"]) for params in drawn])
+    assert np.allclose(np.mean(ours, 0), reference.mean(0), rtol=0.04)
+    assert np.allclose(np.std(ours, 0), reference.std(0), rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((1, 2000), (1, 1)), ((2000, 1), (1, 1)), ((10, 100), (10, 13)), ((100, 10), (13, 10))]
+)
+def test_images_too_narrow_for_any_try_get_the_central_crop(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert views._crop_size(*size, np.full(10, 1.0), np.full(10, 1.0)) == expected
+
+
+def test_crops_are_resized_and_flipped_as_pillow_does() -> None:
+    picture = Image.open(ODD / "pillow/flower.jpg")
+    draws = views.draw_crops(ViewsConfig(), **AT, slots=(0, 1))
+    draws = dataclasses.replace(draws, flips=np.array([[False, True]]), corners=np.zeros((1, 2, 2)))
+    crops = views.two_crops(odd("pillow/flower.jpg"), draws, 0, 64)
+    assert crops.shape == (2, 3, 64, 64) and crops.dtype == torch.uint8
+    for view in range(2):
+        high, wide = views._crop_size(360, 480, draws.areas[0, view], draws.ratios[0, view])
+        expected = picture.crop((0, 0, wide, high)).resize((64, 64), Image.Resampling.BILINEAR)
+        reference = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+        reference = reference.flip(-1) if view else reference
+        assert (crops[view].int() - reference.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_each_adjustment_equals_torchvision(number: int) -> None:
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    batch = images(6).float() / 255
+    batch[0] = 0.5  # grey: no hue
+    factors = torch.tensor([-0.1, -0.05, 0.0, 0.02, 0.1, 0.5]) if number == 3 else torch.linspace(0.6, 1.4, 6)
+    ours = getattr(views, names[number])(batch, factors)
+    theirs = [getattr(functional, names[number])(x, float(f)) for x, f in zip(batch, factors, strict=True)]
+    assert torch.allclose(ours, torch.stack(theirs), atol=2e-5)
+
+
+def test_jitter_takes_each_sample_in_its_own_order() -> None:
+    batch, config = images(24), dataclasses.replace(PLAIN, jitter=0.8)
+    draws = views.draw_colours(ViewsConfig(), **AT, slots=(0, 12))
+    draws = dataclasses.replace(draws, grayscale=np.zeros(24, bool))
+    out = views.augment(batch, draws, config)
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    for row in range(24):
+        expected = batch[row].float() / 255
+        for op in draws.order[row] if draws.jitter[row] else ():
+            expected = getattr(functional, names[op])(expected, float(draws.factors[row, op]))
+        assert torch.allclose(out[row], expected, atol=1e-4)
+
+
+def test_blur_is_gaussian_with_each_sample_its_sigma() -> None:
+    batch, sigmas = images(5, 48).float(), [0.1, 0.5, 1.0, 1.7, 2.0]
+    ours = views.gaussian_blur(batch, torch.tensor(sigmas))
+    theirs = torch.stack([functional.gaussian_blur(x, [31, 31], [s, s]) for x, s in zip(batch, sigmas, strict=True)])
+    inside = slice(12, -12)  # at the border the paddings differ
+    assert torch.allclose(ours[..., inside, inside], theirs[..., inside, inside], atol=1e-2)
+    assert torch.allclose(views.gaussian_blur(torch.ones(1, 3, 16, 16), torch.tensor([2.0])), torch.ones(1, 3, 16, 16))
+
+
+def test_only_the_drawn_samples_are_blurred_and_made_grey() -> None:
+    batch = images(3)
+    draws = colours(3, grayscale=np.array([True, False, False]), blur=np.array([False, True, False]))
+    out = views.augment(batch, draws, dataclasses.replace(PLAIN, grayscale=0.2, blur=0.5))
+    plain = batch.float() / 255
+    assert torch.allclose(out[0], functional.rgb_to_grayscale(plain[0], 3), atol=1e-6)
+    assert torch.equal(out[2], plain[2]) and not torch.equal(out[1], plain[1])
+
+
+def test_normalisation_is_torchvisions_and_the_crops_stay_untouched() -> None:
+    config = dataclasses.replace(PLAIN, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    batch = images(2)
+    before = batch.clone()
+    expected = functional.normalize(batch.float() / 255, config.mean, config.std)
+    assert torch.allclose(views.augment(batch, colours(2), config), expected, atol=1e-6)
+    assert torch.equal(batch, before)
+
+
+def test_center_view_equals_torchvisions_resize_and_crop() -> None:
+    image = odd("pillow/flower.jpg")
+    expected = functional.center_crop(functional.resize(image, 40, antialias=True), 40)
+    assert (views.center_view(image, 40).int() - expected.int()).abs().max() <= 2
+    assert views.center_view(odd("made/tall_1x2000.jpg"), 16).shape == (3, 16, 16)
+    assert torch.equal(views.center_view(image[:, :32, :32], 32), image[:, :32, :32])
