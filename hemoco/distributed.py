@@ -1,0 +1,81 @@
+"""Collectives of the default process group; without one, the world is this process and they change nothing.
+
+Shapes: N rows on this rank, G on all ranks.
+"""
+
+import warnings
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of training processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_gather_cat(tensor: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, (N, ...) -> (G, ...); without gradient. N is the same on every rank."""
+    if world_size() == 1:
+        return tensor.detach()
+    gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])  # (G, ...)
+    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+    return gathered
+
+
+def all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Sends rows to all ranks and returns what they sent here, in rank order; without gradient.
+
+    Args:
+        rows: (sum(sent), ...), those for rank 0 first.
+        sent: number of rows for each rank.
+        received: number of rows from each rank.
+
+    Returns:
+        Rows (sum(received), ...), those from rank 0 first.
+    """
+    if world_size() == 1:
+        return rows.detach()
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.detach().contiguous(), received, sent)
+    return result
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise mean over the ranks, equal on all of them; without gradient."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size()
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank; what the others give is not used. It must pickle."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def wrap_for_gradients(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The module to call instead of `model` so that backward averages gradients over the ranks."""
+    if world_size() == 1:
+        return model
+    with warnings.catch_warnings():
+        # its successor, forward_sync_buffers, is not in all the versions of torch we allow
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # BN statistics are each rank's own, and the queue is alike already
+            gradient_as_bucket_view=True,
+        )

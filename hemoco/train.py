@@ -1,0 +1,178 @@
+"""The training loop as a generator: one yield per optimiser step, at which the state is a consistent checkpoint.
+
+Whoever iterates logs, evaluates and checkpoints; the loop does not know. It runs alike in one process, under torchrun
+and in Ray's workers.
+
+Shapes: N images on this rank, G on all ranks, C embedding size.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hemoco.config import PretrainConfig
+from hemoco.data.stream import Batch, StreamPosition
+from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
+from hemoco.distributed import all_gather_cat, mean_over_ranks, wrap_for_gradients
+from hemoco.errors import CheckpointError, TrainingError
+from hemoco.moco import MoCo, MoCoOutput, build_method
+from hemoco.optim import build_optimizer, learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that the next step depends on."""
+
+    config: PretrainConfig
+    model: MoCo
+    forward: nn.Module
+    """The model, or its DistributedDataParallel wrapper, which averages gradients over the ranks."""
+    optimizer: torch.optim.SGD
+    data_digest: str
+    """Of the shard index trained on."""
+    step: int = 0
+    """Optimiser steps done."""
+    position: StreamPosition | None = None
+    """Of the last batch consumed; None before the first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, as `torch.load(weights_only=True)` accepts them; tensors are not copied."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "position": tuple(self.position) if self.position else None,
+            "data_digest": self.data_digest,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it was trained on other shards.
+        """
+        if saved["data_digest"] != self.data_digest:
+            raise CheckpointError(
+                f"the training was begun on shards with digest {saved['data_digest']}, these have {self.data_digest}: "
+                "give the old shards or start anew with --fresh"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.position = StreamPosition(*saved["position"]) if saved["position"] else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimiser step."""
+
+    step: int
+    """Optimiser steps done, this one included."""
+    epoch: int
+    """Epoch of the batch, from 0."""
+    position: StreamPosition
+    values: dict[str, float]
+    """By MLflow name, equal on all ranks; empty between the steps that are logged."""
+
+
+@dataclasses.dataclass
+class Throughput:
+    """Seconds spent since the last record, without those of whoever iterates."""
+
+    steps: int = 0
+    wait_s: float = 0.0
+    """Waiting for batches."""
+    compute_s: float = 0.0
+
+    def take_rates(self, global_batch_size: int) -> dict[str, float]:
+        """Images per second and the share of time spent waiting; starts anew."""
+        total = self.wait_s + self.compute_s
+        rates = {"images_per_s": self.steps * global_batch_size / total, "data_wait": self.wait_s / total}
+        self.steps, self.wait_s, self.compute_s = 0, 0.0, 0.0
+        return rates
+
+
+def build_state(config: PretrainConfig, device: torch.device, *, data_digest: str) -> TrainState:
+    """The state before the first step, on every rank the same; the digest is the shard index's."""
+    model = build_method(config).to(device)
+    optimizer = build_optimizer(model.query_encoder, config.optimizer)
+    forward = wrap_for_gradients(model, device)
+    return TrainState(config=config, model=model, forward=forward, optimizer=optimizer, data_digest=data_digest)
+
+
+def train_steps(
+    state: TrainState, batches: Iterable[Batch], config: PretrainConfig, steps_per_epoch: int
+) -> Iterator[StepMetrics]:
+    """Trains on the batches, one optimiser step each, and yields after every step.
+
+    Values are measured every `config.log_every_steps` steps and at the last step of the last epoch.
+
+    Raises:
+        TrainingError: the loss is not finite; raised before the optimiser step.
+    """
+    throughput = Throughput()
+    began = time.perf_counter()
+    for batch in batches:
+        arrived = time.perf_counter()
+        lr = learning_rate(config.optimizer, step=state.step, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
+        output = _optimise(state, batch, lr)
+        state.step += 1
+        state.position = batch.position
+        done = state.step == config.epochs * steps_per_epoch
+        logged = done or state.step % config.log_every_steps == 0
+        values = _measure(state, output) | {"lr": lr} if logged else {}
+        throughput.steps += 1
+        throughput.wait_s += arrived - began
+        throughput.compute_s += time.perf_counter() - arrived
+        if logged:
+            values |= _mean_values(throughput.take_rates(config.global_batch_size), output.loss.device)
+            _warn_of_collapse(values["embedding_std"], batch.position.epoch, state.step)
+        yield StepMetrics(step=state.step, epoch=batch.position.epoch, position=batch.position, values=values)
+        began = time.perf_counter()
+
+
+def _optimise(state: TrainState, batch: Batch, lr: float) -> MoCoOutput:
+    """One step: EMA, forward, backward, optimiser step, enqueue."""
+    state.model.train()  # whoever iterates may have evaluated it
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.model.update_key_encoder(state.model.config.momentum)
+    output: MoCoOutput = state.forward(batch.query_views, batch.key_views, state.step)
+    state.optimizer.zero_grad()
+    output.loss.backward()  # type: ignore[no-untyped-call]
+    loss = output.loss.item()
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {state.step + 1} (lr {lr:g}): lower pretrain.optimizer.lr or add "
+            "pretrain.optimizer.warmup_epochs; the last checkpoint is from before"
+        )
+    state.optimizer.step()
+    state.model.enqueue(all_gather_cat(output.keys))  # (G, C)
+    return output
+
+
+def _measure(state: TrainState, output: MoCoOutput) -> dict[str, float]:
+    values: dict[str, Tensor] = {"loss": output.loss.detach()}
+    values |= contrast_values(output.logits, output.queries, state.model.config.temperature)
+    values["gradient_norm"] = gradient_norm(state.model.query_encoder.parameters())
+    return _mean_values(values, output.loss.device)
+
+
+def _mean_values(values: dict[str, Tensor] | dict[str, float], device: torch.device) -> dict[str, float]:
+    """Means over the ranks; one collective and one wait for the device for all of them."""
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+    return dict(zip(values, mean_over_ranks(stacked).tolist(), strict=True))
+
+
+def _warn_of_collapse(embedding_std: float, epoch: int, step: int) -> None:
+    # in the first epoch the embeddings of an untrained encoder are nearly alike too
+    if epoch > 0 and embedding_std < COLLAPSED_STD:
+        logger.warning("event=collapse step=%d embedding_std=%.3f expected=1", step, embedding_std)
