@@ -1,0 +1,300 @@
+"""The door to MLflow: runs are opened, tagged, read and closed here, and metrics sent without blocking training.
+
+mlflow is imported inside functions: it takes seconds, and `import hemoco` must not need it.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from hemoco.errors import TrackingError, UsageError
+from hemoco.metric_queue import MetricPoint, MetricQueue
+
+Answer = TypeVar("Answer")
+EXPERIMENT = "hemoco"
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 with back-off block for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+# asking again would give the same answer
+_FINAL_ERRORS = (
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What MLflow knows of one run; metrics are the values of the highest step."""
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def home() -> Path:
+    """`$HEMOCO_HOME`, default ~/.cache/hemoco: what hemoco keeps on this machine."""
+    return Path(os.environ.get("HEMOCO_HOME") or "~/.cache/hemoco").expanduser().resolve()
+
+
+def tracking_uri() -> str:
+    """`$MLFLOW_TRACKING_URI`, default SQLite below `home()`; absolute, because workers run in other folders."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    return f"sqlite:///{_database(uri).resolve()}" if uri.startswith("sqlite:///") else uri
+
+
+def connect(uri: str) -> str:
+    """Checks that MLflow answers, and finds or creates the experiment `hemoco`.
+
+    Returns:
+        The experiment's id.
+
+    Raises:
+        TrackingError: the URI is of a wrong kind, nothing answers there, or the experiment was deleted.
+    """
+    _check_uri(uri)
+    local = uri.startswith("sqlite:")
+    patience_s = 30.0 if local else 0.0  # a file may be locked for a moment; a server that is not there stays away
+    found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT), patience_s=patience_s)
+    if found is None:
+        folder = (_database(uri).parent / "mlartifacts").as_uri() if local else None
+        try:
+            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, artifact_location=folder)))
+        except TrackingError:
+            # another process may have created it in between
+            found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT))
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {EXPERIMENT!r} was deleted in MLflow at {_shown(uri)}: restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return str(found.experiment_id)
+
+
+def open_run(
+    uri: str, experiment_id: str, *, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str]
+) -> str:
+    """Starts a run, below a parent run if one is named, and returns its id."""
+    tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
+    run_id = str(ask(uri, lambda client: client.create_run(experiment_id, run_name=name, tags=tags)).info.run_id)
+    from mlflow.entities import Param
+
+    entities = [Param(key, value) for key, value in params.items()]
+    parts = [entities[start : start + 100] for start in range(0, len(entities), 100)]  # MLflow's limit
+    ask(uri, lambda client: [client.log_batch(run_id, params=part) for part in parts])
+    return run_id
+
+
+def find_run(uri: str, experiment_id: str, tags: dict[str, str]) -> RunFacts | None:
+    """The newest run that has all these tags."""
+    found = find_runs(uri, experiment_id, tags)
+    return found[0] if found else None
+
+
+def find_runs(uri: str, experiment_id: str, tags: dict[str, str]) -> list[RunFacts]:
+    """All runs that have all these tags, the newest first.
+
+    Raises:
+        UsageError: a value cannot be searched for.
+    """
+    for value in tags.values():
+        if '"' in value:
+            raise UsageError(f'{value}: a name must not contain "')
+    wanted = " and ".join(f'tags.`{name}` = "{value}"' for name, value in tags.items())
+
+    def search(client: Any) -> list[Any]:
+        options = {"max_results": 500, "order_by": ["attributes.start_time DESC"]}
+        pages = [client.search_runs([experiment_id], wanted, **options)]
+        while pages[-1].token:
+            pages.append(client.search_runs([experiment_id], wanted, page_token=pages[-1].token, **options))
+        return [run for page in pages for run in page]
+
+    return [_facts(run) for run in ask(uri, search)]
+
+
+def run_facts(uri: str, run_id: str) -> RunFacts:
+    """A run by its id.
+
+    Raises:
+        TrackingError: MLflow does not know it.
+    """
+    return _facts(ask(uri, lambda client: client.get_run(run_id)))
+
+
+def reopen_run(uri: str, run_id: str) -> None:
+    """Marks a run as running again and takes the reason of its failure away."""
+    ask(uri, lambda client: client.update_run(run_id, status="RUNNING"))
+    if "hemoco.error" in run_facts(uri, run_id).tags:
+        ask(uri, lambda client: client.delete_tag(run_id, "hemoco.error"))
+
+
+def close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Ends a run."""
+    ask(uri, lambda client: client.set_terminated(run_id, status))
+
+
+def set_tags(uri: str, run_id: str, tags: dict[str, str]) -> None:
+    """Sets or replaces tags."""
+    ask(uri, lambda client: [client.set_tag(run_id, name, value) for name, value in tags.items()])
+
+
+def log_artifact_bytes(uri: str, run_id: str, name: str, data: bytes) -> None:
+    """Stores a file with the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        ask(uri, lambda client: client.log_artifact(run_id, str(path)))
+
+
+def read_artifacts(uri: str, run_id: str, suffix: str) -> dict[str, bytes]:
+    """The run's files whose names end so, by name."""
+
+    def read(client: Any) -> dict[str, bytes]:
+        names = [item.path for item in client.list_artifacts(run_id) if item.path.endswith(suffix)]
+        with tempfile.TemporaryDirectory() as folder:
+            return {name: Path(client.download_artifacts(run_id, name, folder)).read_bytes() for name in names}
+
+    return ask(uri, read)
+
+
+def log_dataset_input(uri: str, run_id: str, name: str, url: str, digest: str, context: str) -> None:
+    """Records which data the run read; nothing of it is opened.
+
+    Args:
+        uri: of MLflow.
+        run_id: the run.
+        name: shown for the data.
+        url: where it lies.
+        digest: of its index; MLflow keeps the first 36 characters.
+        context: what for, e.g. `pretraining`.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind = {"s3": "s3", "file": "local", "": "local"}.get(urlsplit(url).scheme, "code")
+    data = Dataset(name=name, digest=digest[:36], source_type=kind, source=json.dumps({"uri": url}))
+    entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+    ask(uri, lambda client: client.log_inputs(run_id, datasets=[entry]))
+
+
+def metric_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric by step; of steps that a resumed training repeated, the later value."""
+    points = ask(uri, lambda client: client.get_metric_history(run_id, key))
+    return sorted({p.step: p.value for p in sorted(points, key=lambda p: int(p.timestamp))}.items())
+
+
+def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0) -> Answer:
+    """Asks MLflow, again and again for a while where that can help: server restarting, database locked.
+
+    Args:
+        uri: of MLflow.
+        question: gets an MlflowClient.
+        patience_s: after that time no new attempt begins.
+
+    Raises:
+        TrackingError: no answer in time, or a refusal.
+    """
+    client = _client_type()
+    from mlflow.exceptions import MlflowException
+
+    end = time.monotonic() + patience_s
+    for pause_s in itertools.chain((0.2, 0.5, 1.0, 2.0, 4.0), itertools.repeat(8.0)):
+        try:
+            return question(client(tracking_uri=uri))
+        except MlflowException as error:
+            if error.error_code in _FINAL_ERRORS or time.monotonic() + pause_s > end:
+                raise _refusal(uri, error) from error
+        time.sleep(pause_s)
+    raise AssertionError("endless")
+
+
+class Tracker(MetricQueue):
+    """Metrics of one MLflow run, sent while training goes on."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        _client_type()  # here, because two threads must not import mlflow at the same time
+        super().__init__(partial(_send_points, uri, run_id), home() / "unsent_metrics" / f"{run_id}.jsonl")
+
+
+def _send_points(uri: str, run_id: str, points: list[MetricPoint]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [Metric(point.key, point.value, point.timestamp, point.step) for point in points]
+    ask(uri, lambda client: client.log_batch(run_id, metrics=metrics), patience_s=0)
+
+
+def _client_type() -> Any:
+    """MlflowClient, imported with our defaults in the environment; the user's own values win."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient
+
+
+def _check_uri(uri: str) -> None:
+    if urlsplit(uri).scheme.partition("+")[0] not in _SCHEMES:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI is {_shown(uri)}: use http(s)://HOST:PORT of an MLflow server, sqlite:////ABSOLUTE/"
+            "PATH.db, or unset it for SQLite in $HEMOCO_HOME"
+        )
+    if uri.startswith("sqlite:"):
+        # MLflow itself would try for minutes to open it
+        path = _database(uri)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sqlite3.connect(path).execute("pragma schema_version").connection.close()
+        except (OSError, sqlite3.DatabaseError) as error:
+            if "locked" not in str(error):
+                raise TrackingError(f"{uri}: {error}; correct MLFLOW_TRACKING_URI or HEMOCO_HOME") from error
+
+
+def _database(uri: str) -> Path:
+    return Path(unquote(uri.removeprefix("sqlite:///")))
+
+
+def _facts(run: Any) -> RunFacts:
+    data = run.data
+    return RunFacts(
+        run_id=run.info.run_id,
+        status=run.info.status,
+        tags=dict(data.tags),
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+    )
+
+
+def _refusal(uri: str, error: Exception) -> TrackingError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if "Max retries exceeded" in str(error) or "timed out" in str(error):
+        reason = "it does not answer"
+    advice = "start the server or correct MLFLOW_TRACKING_URI (unset: SQLite in $HEMOCO_HOME)"
+    if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    return TrackingError(f"MLflow at {_shown(uri)}: {reason}; {advice}")
+
+
+def _shown(uri: str) -> str:
+    """The URI without user and password."""
+    host = urlsplit(uri).netloc
+    return uri.replace(host, host.rpartition("@")[2], 1) if host else uri

@@ -1,0 +1,181 @@
+"""Runs written to a real MLflow store come back as the comparison and its files."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import uuid
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hemoco.comparison import (
+    Row,
+    collect_report,
+    comparison,
+    rich_table,
+    summaries,
+    to_csv,
+    to_json,
+    to_markdown,
+    write_comparison,
+)
+from hemoco.errors import UsageError
+from hemoco.tracking import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
+
+# raised inside mlflow by SQLAlchemy 2.1
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
+BACKBONE = "s3://bucket/runs/backbone.safetensors"
+VALUES = {("pretrained", 0): 0.75, ("pretrained", 1): 0.5, ("random", 0): 0.25, ("random", 1): 0.125}
+
+
+@dataclasses.dataclass
+class Written:
+    """Ids of the MLflow runs of one run."""
+
+    name: str
+    pretrain: str
+    transfers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def write_parent(uri: str, name: str, **tags: str) -> str:
+    tags = {f"hemoco.{key}": value for key, value in tags.items()}
+    tags |= {"hemoco.run": name, "hemoco.phase": "parent", "hemoco.recipe": "cells"}
+    return open_run(uri, connect(uri), name=name, parent=None, tags=tags, params={"name": "cells"})
+
+
+def write_pretraining(uri: str, name: str, parent: str) -> str:
+    tags = {"hemoco.run": name, "hemoco.phase": "pretrain", "hemoco.recipe": "cells", "hemoco.data_digest": "abc"}
+    params = {"pretrain.moco.queue_length": "1023", "pretrain.epochs": "4"}
+    run_id = open_run(uri, connect(uri), name="pretrain", parent=parent, tags=tags, params=params)
+    with Tracker(uri, run_id) as tracker:
+        for step in (10, 20):
+            tracker.log(step, {"loss": 60 / step, "embedding_std": 0.9})
+        tracker.log(20, {"knn_top1": 0.5})
+    set_tags(uri, run_id, {"hemoco.backbone_url": BACKBONE})
+    close_run(uri, run_id, "FINISHED")
+    return run_id
+
+
+def write_transfer(uri: str, name: str, parent: str, transfer: str, metric: str) -> str:
+    tags = {"hemoco.run": name, "hemoco.phase": "transfer", "hemoco.transfer": transfer, "hemoco.metric": metric}
+    run_id = open_run(uri, connect(uri), name=transfer, parent=parent, tags=tags, params={})
+    with Tracker(uri, run_id) as tracker:
+        for (init, seed), value in VALUES.items():
+            tracker.log(7, {f"{init}/seed_{seed}/loss": 9.0})
+            tracker.log(9, {f"{init}/seed_{seed}/{metric}": value, f"{init}/seed_{seed}/other": 0.9})
+    return run_id
+
+
+@pytest.fixture(scope="module")
+def written(tracking: str) -> Written:
+    """A finished pretraining, two finished transfers, one with an image, and one that failed."""
+    name = f"cells-{uuid.uuid4().hex}"
+    parent = write_parent(tracking, name)
+    runs = Written(name, write_pretraining(tracking, name, parent))
+    for transfer, metric in (("knn", "top1"), ("mask|rcnn", "mask_ap")):
+        runs.transfers[transfer] = write_transfer(tracking, name, parent, transfer, metric)
+        close_run(tracking, runs.transfers[transfer], "FINISHED")
+    log_artifact_bytes(tracking, runs.transfers["mask|rcnn"], "pretrained_seed_0_detections.png", b"\x89PNG")
+    tags = {"hemoco.run": name, "hemoco.phase": "transfer", "hemoco.transfer": "probe", "hemoco.metric": "top1"}
+    failed = open_run(tracking, connect(tracking), name="probe", parent=parent, tags=tags, params={})
+    set_tags(tracking, failed, {"hemoco.error": "out of memory"})
+    close_run(tracking, failed, "FAILED")
+    return runs
+
+
+def test_comparison_is_what_was_written(tracking: str, written: Written) -> None:
+    found = comparison(tracking, written.name)
+    expected = [
+        Row(transfer=transfer, metric=metric, init=init, seed=seed, value=value, run_id=written.transfers[transfer])
+        for transfer, metric in (("knn", "top1"), ("mask|rcnn", "mask_ap"))
+        for (init, seed), value in VALUES.items()
+    ]
+    assert list(found.rows) == expected
+    assert [(item.transfer, item.reason) for item in found.failed] == [("probe", "out of memory")]
+    facts = found.pretraining
+    assert (facts.run_id, facts.backbone_url) == (written.pretrain, BACKBONE)
+    assert (facts.recipe, facts.data_digest, facts.status) == ("cells", "abc", "FINISHED")
+    assert (facts.loss, facts.embedding_std, facts.knn_top1) == (3.0, 0.9, 0.5)
+    assert facts.chance_loss == pytest.approx(10 * math.log(2))
+
+
+def test_summary_is_the_mean_over_seeds(tracking: str, written: Written) -> None:
+    line = summaries(comparison(tracking, written.name))[0]
+    assert (line.transfer, line.pretrained, line.random, line.seeds) == ("knn", 0.625, 0.1875, 2)
+    assert line.difference == 0.4375
+
+
+def test_json_has_the_keys_other_tools_rely_on(tracking: str, written: Written) -> None:
+    read = json.loads(to_json(comparison(tracking, written.name)))
+    assert set(read) == {"pretraining", "rows"}
+    assert {"run_id", "backbone_url", "recipe", "data_digest"} <= set(read["pretraining"])
+    assert read["rows"][0] == {
+        "transfer": "knn",
+        "metric": "top1",
+        "init": "pretrained",
+        "seed": 0,
+        "value": 0.75,
+        "run_id": written.transfers["knn"],
+    }
+
+
+def test_csv_has_one_line_per_row(tracking: str, written: Written) -> None:
+    found = comparison(tracking, written.name)
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [(line["transfer"], float(line["value"])) for line in lines] == [(r.transfer, r.value) for r in found.rows]
+
+
+def test_markdown_has_one_line_per_transfer_and_names_what_failed(tracking: str, written: Written) -> None:
+    lines = to_markdown(comparison(tracking, written.name)).splitlines()
+    assert lines[2] == "| knn | top1 | 0.625 | 0.188 | +0.438 | 2 |"
+    assert lines[3].startswith(r"| mask\|rcnn | mask_ap |")
+    assert lines[-1] == "- probe failed: out of memory"
+
+
+def test_terminal_table_shows_results_and_failures(tracking: str, written: Written) -> None:
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(rich_table(comparison(tracking, written.name)))
+    text = console.export_text()
+    assert all(word in text for word in ("knn", "0.625", "+0.438", "failed: out of memory", "chance 6.931"))
+
+
+def test_files_are_written_to_a_new_folder(tracking: str, written: Written, tmp_path: Path) -> None:
+    write_comparison(comparison(tracking, written.name), tmp_path / "new" / "out")
+    names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    assert names == {"comparison.json", "comparison.csv", "comparison.md"}
+
+
+def test_report_data_has_settings_curves_and_images(tracking: str, written: Written) -> None:
+    data = collect_report(tracking, written.name)
+    assert data.params == {"name": "cells", "pretrain.moco.queue_length": "1023", "pretrain.epochs": "4"}
+    assert data.curves == {
+        "loss": [(10, 6.0), (20, 3.0)],
+        "embedding_std": [(10, 0.9), (20, 0.9)],
+        "knn_top1": [(20, 0.5)],
+    }
+    (image,) = data.images
+    assert (image.transfer, image.name, image.png) == ("mask|rcnn", "pretrained_seed_0_detections", b"\x89PNG")
+
+
+def test_transfers_alone_show_the_pretraining_of_another_run(tracking: str, written: Written) -> None:
+    name = f"alone-{uuid.uuid4().hex}"
+    write_parent(tracking, name, backbone_url="file:///kept", pretrain_run_id=written.pretrain)
+    found = comparison(tracking, name).pretraining
+    assert (found.run, found.run_id, found.backbone_url, found.loss) == (name, written.pretrain, "file:///kept", 3.0)
+
+
+def test_transfers_from_an_unknown_backbone_have_no_loss(tracking: str) -> None:
+    name = f"foreign-{uuid.uuid4().hex}"
+    write_parent(tracking, name, backbone_url="file:///foreign", pretrain_run_id="elsewhere")
+    found = comparison(tracking, name)
+    assert math.isnan(found.pretraining.loss) and found.pretraining.run_id == "elsewhere"
+    assert json.loads(to_json(found))["pretraining"]["loss"] is None
+    assert comparison(tracking, name) == found
+
+
+def test_unknown_run_names_the_nearest_ones(tracking: str, written: Written) -> None:
+    with pytest.raises(UsageError, match=f"run 'x{written.name}' is not in MLflow.*{written.name}"):
+        comparison(tracking, f"x{written.name}")
