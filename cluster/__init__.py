@@ -1,0 +1,1 @@
+"""The machines: the embedded local stack. Knows command lines, never configs."""
