@@ -1,0 +1,145 @@
+"""The pretraining stage: one config in, one backbone out."""
+
+import dataclasses
+import logging
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+
+import torch
+
+from hemoco import checkpoint
+from hemoco.config import DataConfig, PretrainConfig
+from hemoco.data.shards import read_index
+from hemoco.data.stream import Batch, StreamPosition, batches, load_images, steps_per_epoch
+from hemoco.distributed import broadcast_object, rank, world_size
+from hemoco.encoder import Backbone
+from hemoco.knn import extract_features, knn_accuracy
+from hemoco.storage import join_url
+from hemoco.tracking import Tracker
+from hemoco.train import StepMetrics, TrainState, build_state, train_steps
+from pipeline.workers import run_workers, worker_device
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainJob:
+    """All that the workers of one pretraining need; pickles."""
+
+    config: PretrainConfig
+    data: DataConfig
+    url: str
+    """Folder of this pretraining: checkpoints/ and backbone.safetensors are written below it."""
+    tracking_uri: str
+    run_id: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Where the backbone lies and the last values of its training."""
+
+    run_id: str
+    backbone_url: str
+    metrics: dict[str, float]
+
+
+def pretrain(job: PretrainJob) -> Pretrained:
+    """Trains on Ray until done, over worker losses; goes on from the newest checkpoint below `job.url`."""
+    result = run_workers(pretrain_worker, job, name="pretrain", resources=job.config.resources, storage=job.url)
+    assert isinstance(result, Pretrained)
+    return result
+
+
+def pretrain_worker(job: PretrainJob) -> Pretrained:
+    """What every training process runs: resume, then the loop. All ranks return alike."""
+    config, device = job.config, worker_device()
+    index = read_index(job.data.shards)
+    per_epoch = steps_per_epoch(index, job.data.pretrain_split, config)
+    state = build_state(config, device, data_digest=index.digest)
+    folder = join_url(job.url, "checkpoints")
+    attempt = _resume(state, folder)
+    knn = _OnlineKnn(job, device) if rank() == 0 and config.knn_every_epochs else None
+    last: dict[str, float] = {}
+    with (
+        Tracker(job.tracking_uri, job.run_id) if rank() == 0 else nullcontext() as tracker,
+        closing(_batches(job, state.position, device)) as source,
+    ):
+        for metrics in train_steps(state, source, config, per_epoch):
+            values = dict(metrics.values)
+            if knn is not None and _ends_epoch(metrics.step, per_epoch, config):
+                values |= knn(state)
+            if values and tracker is not None:
+                tracker.log(metrics.step, values)
+                logger.info("%s", _progress(metrics, values, config.epochs * per_epoch))
+            last |= values
+            if metrics.step % config.checkpoint_every_steps == 0 and rank() == 0:
+                checkpoint.save_checkpoint(state, folder, attempt=attempt, keep_last=config.keep_last)
+    return Pretrained(run_id=job.run_id, backbone_url=_export(job, state, index.digest), metrics=last)
+
+
+def _resume(state: TrainState, folder: str) -> int:
+    """Loads the newest checkpoint on all ranks, the same one; returns this attempt's number."""
+    found = broadcast_object(checkpoint.newest_checkpoint(folder) if rank() == 0 else None)
+    if found is None:
+        return 0
+    checkpoint.load_checkpoint(found, state)
+    logger.info("resumed from step %d (%s)", state.step, found)
+    return checkpoint.attempt_of(found) + 1
+
+
+def _batches(job: PretrainJob, start: StreamPosition | None, device: torch.device) -> Generator[Batch, None, None]:
+    return batches(
+        job.data.shards,
+        job.data.pretrain_split,
+        config=job.config,
+        rank=rank(),
+        world_size=world_size(),
+        start=start,
+        epochs=job.config.epochs,
+        device=device,
+    )
+
+
+def _ends_epoch(step: int, per_epoch: int, config: PretrainConfig) -> bool:
+    """Whether this step ends an epoch after which kNN is measured; the last epoch always is one."""
+    epoch, rest = divmod(step, per_epoch)
+    return rest == 0 and (epoch % config.knn_every_epochs == 0 or epoch == config.epochs)
+
+
+class _OnlineKnn:
+    """kNN accuracy of the query encoder; the images are read once."""
+
+    def __init__(self, job: PretrainJob, device: torch.device) -> None:
+        self.device = device
+        size = job.config.views.size
+        self.bank, self.bank_labels, _ = load_images(job.data.shards, job.data.train_split, size)
+        self.queries, self.query_labels, _ = load_images(job.data.shards, job.data.test_split, size)
+        self.views = job.config.views
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        encoder = state.model.query_encoder.encoder
+        backbone = Backbone(encoder, state.config.encoder, self.views.mean, self.views.std).to(self.device)
+        encoder.eval()
+        bank = extract_features(backbone, self.bank)
+        queries = extract_features(backbone, self.queries)
+        encoder.train()
+        neighbours = min(200, len(bank) // 10)
+        accuracy = knn_accuracy(
+            bank, self.bank_labels, queries, self.query_labels, neighbours=neighbours, temperature=0.1
+        )
+        return {"knn_top1": accuracy}
+
+
+def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str:
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name in ("loss", "knn_top1"))
+    return f"pretrain step {metrics.step}/{total}  epoch {metrics.epoch}  {shown}"
+
+
+def _export(job: PretrainJob, state: TrainState, data_digest: str) -> str:
+    """Rank 0 writes the backbone; every rank knows its URL."""
+    url = join_url(job.url, "backbone.safetensors")
+    if rank() == 0:
+        views = job.config.views
+        backbone = Backbone(state.model.query_encoder.encoder, job.config.encoder, views.mean, views.std)
+        checkpoint.export_backbone(backbone, url, {"data_digest": data_digest, "run_id": job.run_id})
+    return url

@@ -1,0 +1,146 @@
+"""A run opened by its name: checked, with its parent run in MLflow."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hemoco import tracking
+from hemoco.config import DataConfig, MaskRcnnConfig, Recipe, TransferConfig, config_difference, flat_params
+from hemoco.data.shards import ShardIndex, read_index
+from hemoco.data.stream import steps_per_epoch
+from hemoco.errors import ConfigError, UsageError
+from hemoco.storage import absolute_url, join_url, remove
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """An opened run: its recipe with all URLs absolute, its parent run in MLflow, its folder."""
+
+    recipe: Recipe
+    run: str
+    uri: str
+    experiment_id: str
+    parent_id: str
+    url: str
+    data: ShardIndex
+
+
+def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Study:
+    """Checks what can be checked before any work, then finds the run by its name or opens it.
+
+    Raises:
+        UsageError: the name belongs to a run with other settings (the difference is shown).
+        ConfigError: the recipe does not fit its data.
+    """
+    recipe = _with_absolute_urls(recipe)
+    index = read_index(recipe.data.shards)
+    _check(recipe, index)
+    uri = tracking.tracking_uri()
+    experiment_id = tracking.connect(uri)
+    params = flat_params(recipe)
+    known = None if fresh else tracking.find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"})
+    url = join_url(storage, run)
+    if known is None:
+        if fresh:
+            _forget(uri, experiment_id, run)
+        remove(url)  # checkpoints of a run that MLflow does not know would be resumed
+        parent_id = tracking.open_run(
+            uri,
+            experiment_id,
+            name=run,
+            parent=None,
+            tags={"hemoco.run": run, "hemoco.phase": "parent", "hemoco.recipe": recipe.name},
+            params=params,
+        )
+    else:
+        parent_id = known.run_id
+        difference = config_difference(known.params, params)
+        if difference:
+            raise UsageError(
+                f"run {run!r} exists with other settings ({'; '.join(difference[:5])}): "
+                "choose another --run name, or --fresh to start it anew"
+            )
+        if known.status != "FINISHED":
+            tracking.reopen_run(uri, parent_id)
+    return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
+
+
+def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, tracking.RunFacts | None]:
+    """The id of a child run, opened, reopened, or found finished (then with its facts)."""
+    key: dict[str, str] = {tag: tags[tag] for tag in ("hemoco.run", "hemoco.phase", "hemoco.transfer") if tag in tags}
+    known = tracking.find_run(study.uri, study.experiment_id, key)
+    if known is not None and known.status == "FINISHED":
+        return known.run_id, known
+    if known is not None:
+        tracking.reopen_run(study.uri, known.run_id)
+        return known.run_id, None
+    config: Any = study.recipe.transfers[name] if "hemoco.transfer" in tags else study.recipe.pretrain
+    prefix = f"transfers.{name}" if "hemoco.transfer" in tags else "pretrain"
+    params = flat_params({prefix: config})
+    return tracking.open_run(
+        study.uri, study.experiment_id, name=name, parent=study.parent_id, tags=tags, params=params
+    ), None
+
+
+@contextmanager
+def closing_run(uri: str, run_id: str) -> Iterator[None]:
+    """Ends an MLflow run as what became of it; the reason of a failure stands in its tag `hemoco.error`."""
+    try:
+        yield
+    except BaseException as error:
+        tracking.set_tags(uri, run_id, {"hemoco.error": first_line(error)})
+        tracking.close_run(uri, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracking.close_run(uri, run_id, "FINISHED")
+
+
+def transfer_data(recipe: Recipe, config: TransferConfig) -> DataConfig:
+    """A transfer's own data, or the recipe's where it names none."""
+    return config.data if config.data.shards else recipe.data
+
+
+def _check(recipe: Recipe, index: ShardIndex) -> None:
+    """Everything about recipe and data that would fail later."""
+    data = recipe.data
+    index.split(data.pretrain_split)
+    steps_per_epoch(index, data.pretrain_split, recipe.pretrain)
+    if recipe.pretrain.knn_every_epochs and not index.classes:
+        raise ConfigError(
+            f"pretrain.knn_every_epochs is {recipe.pretrain.knn_every_epochs} but {data.shards} has no labels: "
+            "set it to 0"
+        )
+    for name, config in recipe.transfers.items():
+        used = transfer_data(recipe, config)
+        found = read_index(used.shards)
+        for split in (used.train_split, used.test_split):
+            found.split(split)
+        if isinstance(config, MaskRcnnConfig) and not found.categories:
+            raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO folder")
+        if not isinstance(config, MaskRcnnConfig) and not found.classes:
+            raise ConfigError(f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders")
+
+
+def _with_absolute_urls(recipe: Recipe) -> Recipe:
+    """Workers run in other folders and on other machines: a relative path means nothing there."""
+    if not recipe.data.shards:
+        raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
+    transfers = {
+        name: dataclasses.replace(config, data=_absolute(config.data)) for name, config in recipe.transfers.items()
+    }
+    return dataclasses.replace(recipe, data=_absolute(recipe.data), transfers=transfers)
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, shards=absolute_url(data.shards)) if data.shards else data
+
+
+def _forget(uri: str, experiment_id: str, run: str) -> None:
+    """Takes the name from earlier runs: they stay in MLflow under a tag of their own."""
+    while (old := tracking.find_run(uri, experiment_id, {"hemoco.run": run})) is not None:
+        tracking.set_tags(uri, old.run_id, {"hemoco.run": f"{run} (superseded)"})
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

@@ -1,0 +1,144 @@
+"""The transfer stage: one transfer, all its inits and seeds, as one Ray task."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import ray
+import torch
+
+from hemoco.checkpoint import load_backbone, random_backbone
+from hemoco.config import (
+    DataConfig,
+    EncoderConfig,
+    KnnConfig,
+    LinearProbeConfig,
+    LowShotConfig,
+    MaskRcnnConfig,
+    TransferConfig,
+    ViewsConfig,
+)
+from hemoco.data.shards import read_index
+from hemoco.data.stream import load_images
+from hemoco.encoder import Backbone
+from hemoco.errors import HemocoError
+from hemoco.knn import run_knn
+from hemoco.tracking import Tracker, log_artifact_bytes
+from hemoco.transfer.detection import load_detection_samples, run_mask_rcnn
+from hemoco.transfer.frozen import calibrate_batch_norm
+from hemoco.transfer.linear_probe import run_linear_probe
+from hemoco.transfer.low_shot import run_low_shot
+from hemoco.transfer.result import LabelledImages, TransferResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferJob:
+    """All that one transfer needs; pickles."""
+
+    name: str
+    config: TransferConfig
+    data: DataConfig
+    """With `shards` filled in."""
+    backbone_url: str
+    encoder: EncoderConfig
+    views: ViewsConfig
+    """Of the pretraining: image size and normalisation."""
+    tracking_uri: str
+    run_id: str
+
+
+def start_transfer(job: TransferJob) -> Any:
+    """Hands a transfer to Ray.
+
+    Returns:
+        A reference; `ray.get` waits for it and raises what the transfer raised.
+    """
+    options = {"num_cpus": job.config.cpus, "num_gpus": job.config.gpus, "max_retries": 2, "name": job.name}
+    return ray.remote(**options)(run_transfer).remote(job)
+
+
+def wait_for_transfer(reference: Any) -> None:
+    """Blocks until the transfer is done.
+
+    Raises:
+        HemocoError: as the transfer raised it.
+    """
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HemocoError):
+            raise error.cause from None
+        raise
+
+
+def run_transfer(job: TransferJob) -> None:
+    """One transfer for all its inits and seeds; its metrics go to the MLflow run `job.run_id`."""
+    torch.set_num_threads(job.config.cpus)
+    measure = _measurement(job)
+    with Tracker(job.tracking_uri, job.run_id) as tracker:
+        for init in job.config.inits:
+            for seed in job.config.seeds:
+                prefix = f"{init}/seed_{seed}"
+                result = measure(init, seed)
+                for step, values in result.history:
+                    tracker.log(step, {f"{prefix}/{name}": value for name, value in values.items()})
+                last = result.history[-1][0] if result.history else 0
+                tracker.log(last, {f"{prefix}/{name}": value for name, value in result.metrics.items()})
+                for name, png in result.images.items():
+                    log_artifact_bytes(job.tracking_uri, job.run_id, f"{init}_seed_{seed}_{name}.png", png)
+
+
+def headline_metric(config: TransferConfig) -> str:
+    """The metric a comparison shows for this kind of transfer."""
+    return "mask_ap" if isinstance(config, MaskRcnnConfig) else "top1"
+
+
+class _Frozen:
+    """kNN, linear probe, low-shot: the images are read once, for all inits and seeds."""
+
+    def __init__(self, job: TransferJob) -> None:
+        size = job.views.size
+        self.job = job
+        self.train = LabelledImages(*load_images(job.data.shards, job.data.train_split, size)[:2])
+        self.test = LabelledImages(*load_images(job.data.shards, job.data.test_split, size)[:2])
+
+    def __call__(self, init: str, seed: int) -> TransferResult:
+        backbone = _backbone(self.job, init, seed)
+        if init == "random":
+            calibrate_batch_norm(backbone, self.train.images)
+        config = self.job.config
+        if isinstance(config, KnnConfig):
+            return run_knn(config, backbone, self.train, self.test, seed)
+        if isinstance(config, LinearProbeConfig):
+            return run_linear_probe(config, backbone, self.train, self.test, seed)
+        assert isinstance(config, LowShotConfig)
+        return run_low_shot(config, backbone, self.train, self.test, seed)
+
+
+class _MaskRcnn:
+    """Mask R-CNN fine-tuning: the scenes are read once, for all inits and seeds."""
+
+    def __init__(self, job: TransferJob, config: MaskRcnnConfig) -> None:
+        self.job = job
+        self.config = config
+        self.categories = read_index(job.data.shards).categories
+        self.train = load_detection_samples(job.data.shards, job.data.train_split)
+        self.test = load_detection_samples(job.data.shards, job.data.test_split)
+
+    def __call__(self, init: str, seed: int) -> TransferResult:
+        backbone = _backbone(self.job, init, seed)
+        return run_mask_rcnn(self.config, backbone, self.train, self.test, self.categories, seed)
+
+
+def _measurement(job: TransferJob) -> _Frozen | _MaskRcnn:
+    return _MaskRcnn(job, job.config) if isinstance(job.config, MaskRcnnConfig) else _Frozen(job)
+
+
+def _backbone(job: TransferJob, init: str, seed: int) -> Backbone:
+    if init == "pretrained":
+        backbone = load_backbone(job.backbone_url)
+    else:
+        backbone = random_backbone(job.encoder, seed, job.views.mean, job.views.std)
+    return backbone.to("cuda" if job.config.gpus else "cpu")

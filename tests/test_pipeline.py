@@ -1,0 +1,190 @@
+"""Pretraining, transfers and their record on a real Ray, a real S3 server and a real MLflow."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from hemoco.comparison import comparison
+from hemoco.config import (
+    DataConfig,
+    EncoderConfig,
+    KnnConfig,
+    LinearProbeConfig,
+    LowShotConfig,
+    MoCoConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    Recipe,
+    ResourcesConfig,
+    StreamConfig,
+    ViewsConfig,
+)
+from hemoco.errors import HemocoError, TrainingError, UsageError
+from hemoco.storage import join_url, list_names
+from hemoco.tracking import connect, find_run, tracking_uri
+from jobs.digits import write_digits
+from pipeline.graph import pretrain_only, pretrain_then_transfer, transfer_only
+from pipeline.pack import pack
+
+INTERVAL = 5
+
+
+@pytest.fixture(scope="module")
+def recipe(s3, ray_cluster, tracking, tmp_path_factory):
+    """Digits on S3 and a pretraining of 2 workers in which a step takes a good part of a second."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, 0)
+    url = join_url(s3, "pipeline/digits")
+    pack((str(folder),), url, split="train", samples_per_shard=500, seed=0)
+    return small_recipe(url)
+
+
+def small_recipe(shards):
+    pretrain = PretrainConfig(
+        epochs=1,
+        global_batch_size=128,
+        log_every_steps=1,
+        checkpoint_every_steps=INTERVAL,
+        knn_every_epochs=0,
+        views=ViewsConfig(size=32),
+        encoder=EncoderConfig(architecture="resnet10t"),
+        moco=MoCoConfig(queue_length=512, bn_group_size=16),
+        optimizer=OptimizerConfig(lr=0.05),
+        stream=StreamConfig(workers=1, lanes=8),
+        resources=ResourcesConfig(workers=2),
+    )
+    transfers = {
+        "knn": KnnConfig(neighbours=20),
+        "linear_probe": LinearProbeConfig(epochs=5),
+        "low_shot": LowShotConfig(draws=2),
+    }
+    return Recipe(name="small", data=DataConfig(shards=shards), pretrain=pretrain, transfers=transfers)
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, s3):
+    """The whole way, undisturbed; its losses are what a broken run must repeat."""
+    pretrain_then_transfer(recipe, run="unbroken", storage=join_url(s3, "pipeline/runs"), fresh=False)
+    return "unbroken"
+
+
+def child(run, phase, **tags):
+    uri = tracking_uri()
+    wanted = {"hemoco.run": run, "hemoco.phase": phase} | {f"hemoco.{name}": value for name, value in tags.items()}
+    return find_run(uri, connect(uri), wanted)
+
+
+def losses(run):
+    """Every recorded (step, loss), redone steps several times."""
+    history = MlflowClient(tracking_uri()).get_metric_history(child(run, "pretrain").run_id, "loss")
+    return [(point.step, point.value) for point in history]
+
+
+def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
+    rows = comparison(tracking, unbroken).rows
+    expected = {(name, init) for name in recipe.transfers for init in ("pretrained", "random")}
+    assert {(row.transfer, row.init) for row in rows} == expected
+    assert all(0 < row.value <= 1 for row in rows)
+
+
+def test_tags_lead_from_a_transfer_to_its_data(unbroken):
+    transfer, pretraining = child(unbroken, "transfer", transfer="knn"), child(unbroken, "pretrain")
+    assert transfer.tags["hemoco.pretrain_run_id"] == pretraining.run_id
+    assert transfer.tags["hemoco.backbone_url"] == pretraining.tags["hemoco.backbone_url"]
+    assert transfer.tags["hemoco.data_digest"] == pretraining.tags["hemoco.data_digest"]
+
+
+def test_transfers_overlap_in_time(unbroken):
+    client = MlflowClient(tracking_uri())
+    runs = [client.get_run(child(unbroken, "transfer", transfer=name).run_id).info for name in ("knn", "linear_probe")]
+    assert max(run.start_time for run in runs) < min(run.end_time for run in runs)
+
+
+def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
+    before = comparison(tracking, unbroken)
+    began = time.monotonic()
+    pretrain_then_transfer(recipe, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
+    assert comparison(tracking, unbroken) == before
+    assert time.monotonic() - began < 10
+
+
+def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbroken, recipe, s3):
+    other = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, seed=1))
+    with pytest.raises(UsageError, match=r"pretrain\.seed: 0 -> 1"):
+        pretrain_then_transfer(other, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
+
+
+def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroken, recipe, s3, tracking):
+    pretraining = child(unbroken, "pretrain")
+    broken = dataclasses.replace(recipe, transfers=recipe.transfers | {"low_shot": LowShotConfig(shots=10_000)})
+    for _ in range(2):  # the second time only the failed one is run
+        with pytest.raises(TrainingError, match=r"1 of 3 transfers failed.*low_shot"):
+            transfer_only(
+                broken,
+                backbone_url=pretraining.tags["hemoco.backbone_url"],
+                run="one-fails",
+                storage=join_url(s3, "pipeline/runs"),
+                fresh=False,
+            )
+    found = comparison(tracking, "one-fails")
+    assert {row.transfer for row in found.rows} == {"knn", "linear_probe"}
+    assert child("one-fails", "transfer", transfer="low_shot").status == "FAILED"
+
+
+def test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run(unbroken, recipe, s3):
+    storage = join_url(s3, "pipeline/runs")
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_pretrain_in_thread, args=(recipe, storage, failures))
+    thread.start()
+    checkpoints = join_url(storage, "killed/pretrain/checkpoints")
+    _wait_until(lambda: any(_step_of(name) >= 3 * INTERVAL for name in list_names(checkpoints)), timeout_s=240)
+    os.kill(_train_workers()[1], signal.SIGKILL)
+    thread.join(timeout=300)
+    assert not failures
+    expected, seen = dict(losses(unbroken)), losses("killed")
+    assert {step for step, _ in seen} == set(expected)
+    assert max(abs(value - expected[step]) for step, value in seen) < 1e-6
+    assert 0 < len(seen) - len(expected) <= 2 * INTERVAL
+
+
+def _pretrain_in_thread(recipe, storage, failures):
+    try:
+        pretrain_only(recipe, run="killed", storage=storage, fresh=False)
+    except BaseException as error:
+        failures.append(error)
+
+
+def _train_workers():
+    """Pids of Ray's training processes, which set their title."""
+    titles = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return sorted(int(pid) for pid, title in titles.items() if b"RayTrainWorker" in title)
+
+
+def _step_of(checkpoint_name):
+    return int(checkpoint_name.split("_")[1])
+
+
+def _wait_until(holds, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pretrain_split": "nope"}, "train"),
+        ({"shards": "file:///nowhere"}, "jobs pack"),
+    ],
+)
+def test_recipe_that_does_not_fit_its_data_is_refused_before_any_work(recipe, s3, change, message):
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **change))
+    with pytest.raises(HemocoError, match=message):
+        pretrain_then_transfer(other, run="refused", storage=join_url(s3, "pipeline/runs"), fresh=False)
