@@ -1,0 +1,81 @@
+"""The command line: finds the verb, runs it, turns errors into one line and an exit status."""
+
+import difflib
+import importlib
+import logging
+import sys
+import traceback
+from types import ModuleType
+
+from hemoco.errors import ConfigError, HemocoError, UsageError
+
+_VERBS = {
+    "demo": "the whole pipeline on data that ships with hemoco's dependencies: no account, no network",
+    "pack": "images -> shards and their index, at any URL",
+    "run": "pretraining -> transfers -> comparison",
+    "pretrain": "the first half of run",
+    "transfer": "the second half of run, from a backbone",
+    "compare": "table and report of a run again, from MLflow alone",
+    "export": "a backbone as a file for torchvision, timm, detectron2 or moco",
+    "up": "S3, MLflow and Ray on this machine, in the foreground",
+    "recipes": "the recipes that come with hemoco",
+}
+_MODULES = {"recipes": "list_recipes"}  # jobs.recipes holds the recipes themselves
+
+
+def main(argv: list[str]) -> int:
+    """Runs a verb.
+
+    Args:
+        argv: the words after `python -m jobs`.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.DEBUG if debug else logging.INFO)  # what a person waits for
+    try:
+        _verb(argv[0]).main(argv[1:])
+    except HemocoError as error:
+        return _failed(str(error), 2 if isinstance(error, UsageError | ConfigError) else 1, debug)
+    except KeyboardInterrupt:
+        return _failed("interrupted; the same words again go on where it stopped", 1, debug)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0][:300]
+        return _failed(f"{type(error).__name__}: {text} (this looks like a bug; --debug shows where)", 1, debug)
+    return 0
+
+
+def _verb(name: str) -> ModuleType:
+    if name not in _VERBS:
+        close = difflib.get_close_matches(name, _VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_VERBS)}"
+        raise UsageError(f"unknown verb {name!r}: {hint}")
+    return importlib.import_module(f"jobs.{_MODULES.get(name, name)}")
+
+
+def _failed(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _help() -> str:
+    lines = [f"  {verb:<10} {text}" for verb, text in _VERBS.items()]
+    return "\n".join(
+        [
+            "usage: python -m jobs VERB [...]   (--help after a verb shows its options; --debug shows tracebacks)",
+            "",
+            "Does pretraining on my data transfer?",
+            "",
+            *lines,
+        ]
+    )

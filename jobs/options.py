@@ -1,0 +1,80 @@
+"""Finding a recipe and reading a command line over it."""
+
+import dataclasses
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from hemoco.config import Recipe
+from hemoco.errors import UsageError
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What all verbs over a recipe understand, beside the recipe's own settings."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    run: str = ""
+    """The run's identity; default: recipe name and config digest. The same again resumes it."""
+    storage: str = ""
+    """Where checkpoints and backbones go (s3://, file:// or a path); default: $HEMOCO_HOME/runs."""
+    fresh: bool = False
+    """Start anew, also if a run of this name exists."""
+
+
+OptionsT = TypeVar("OptionsT", bound=RunOptions)
+
+
+def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
+    """Reads `RECIPE [--name value ...]`.
+
+    Raises:
+        UsageError: no recipe is named, or it is unknown.
+        SystemExit: 2 for a misspelt flag, 0 after --help.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        raise UsageError(f"{verb} needs a recipe: python -m jobs {verb} RECIPE [...]; {_known()}")
+    default = kind(recipe=load_recipe(argv[0]))
+    return tyro.cli(
+        kind,
+        args=argv[1:],
+        default=default,
+        prog=f"python -m jobs {verb} {argv[0]}",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        use_underscores=True,
+    )
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with hemoco."""
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem != "__init__")
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or the value `recipe` of a Python file by its path.
+
+    Raises:
+        UsageError: there is no such recipe, or the file has no `recipe`.
+    """
+    path = Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
+    if not path.is_file():
+        close = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"did you mean {close[0]}?" if close and not name.endswith(".py") else _known()
+        raise UsageError(f"unknown recipe {name!r}: {hint}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"{path}: a recipe file must define `recipe = hemoco.config.Recipe(...)`")
+    return recipe
+
+
+def _known() -> str:
+    return f"known are {', '.join(recipe_names())}, or give the path of a Python file that defines `recipe`"

@@ -1,0 +1,1 @@
+"""Complete configs as Python values, one file each."""

@@ -1,0 +1,24 @@
+"""`python -m jobs run RECIPE`: pretraining -> transfers -> comparison."""
+
+import dataclasses
+
+from jobs.options import RunOptions, parse_options
+from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
+from pipeline.graph import pretrain_then_transfer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Options of `run`."""
+
+    out: str = ""
+    """Folder for comparison.json, .csv, .md and report.html; default: the run's folder in $HEMOCO_HOME/reports."""
+
+
+def main(argv: list[str]) -> None:
+    """Runs or resumes a whole run; a finished one prints its table."""
+    options = parse_options("run", argv, Options)
+    name = run_name(options)
+    with ray_session():
+        pretrain_then_transfer(options.recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh)
+    publish(name, print_comparison(name, options.out))

@@ -1,0 +1,61 @@
+"""What the verbs share: names, places, the Ray session and the printed table."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.local import local_ray
+from hemoco.comparison import collect_report, comparison, rich_table, write_comparison
+from hemoco.config import config_digest
+from hemoco.report import render_report
+from hemoco.storage import absolute_url, check_writable
+from hemoco.tracking import connect, find_run, home, log_artifact_bytes, tracking_uri
+from jobs.options import RunOptions
+
+
+def run_name(options: RunOptions, *more: str) -> str:
+    """The run's identity: what was given, else recipe name and a digest of all settings."""
+    return options.run or f"{options.recipe.name}-{config_digest({'recipe': options.recipe, 'more': more})}"
+
+
+def storage_url(given: str) -> str:
+    """Where checkpoints and backbones go, checked by writing to it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    url = absolute_url(given or str(home() / "runs"))
+    check_writable(url)
+    return url
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray for this command, after MLflow has answered: what can fail at once fails before anything starts."""
+    connect(tracking_uri())
+    with local_ray():
+        yield
+
+
+def print_comparison(run: str, out: str) -> Path:
+    """Prints a run's table, writes comparison.{json,csv,md} and report.html, says where; returns the folder."""
+    folder = Path(out).expanduser().resolve() if out else home() / "reports" / run
+    found = comparison(tracking_uri(), run)
+    write_comparison(found, folder)
+    (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), run)))
+    console = Console()
+    console.print(rich_table(found))
+    console.print(f"report      {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"again       python -m jobs compare {run}", soft_wrap=True, highlight=False)
+    return folder
+
+
+def publish(run: str, folder: Path) -> None:
+    """Logs the comparison's files as artifacts of the run they describe."""
+    uri = tracking_uri()
+    parent = find_run(uri, connect(uri), {"hemoco.run": run, "hemoco.phase": "parent"})
+    assert parent is not None, "the comparison was just read from it"
+    for name in ("comparison.json", "comparison.csv", "comparison.md", "report.html"):
+        log_artifact_bytes(uri, parent.run_id, name, (folder / name).read_bytes())

@@ -1,0 +1,109 @@
+"""The command line as a person uses it: exit status and the one line that says what to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hemoco.config import Recipe
+from jobs.cli import main
+from jobs.options import RunOptions, load_recipe, parse_options, recipe_names
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs", *words],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_says_its_command(name):
+    assert isinstance(load_recipe(name), Recipe)
+    assert "python -m jobs" in (ROOT / "jobs" / "recipes" / f"{name}.py").read_text()
+
+
+def test_unknown_verb_is_wrong_usage_with_a_suggestion(capsys):
+    assert main(["pretran"]) == 2
+    assert "did you mean pretrain" in one_line(capsys)
+
+
+def test_unknown_recipe_is_wrong_usage_with_a_suggestion(capsys):
+    assert main(["run", "cifar10_resnet18_mocov"]) == 2
+    assert "did you mean cifar10_resnet18_mocov2?" in one_line(capsys)
+
+
+def test_recipe_file_without_a_recipe_is_wrong_usage(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    assert main(["run", str(tmp_path / "mine.py")]) == 2
+    assert "must define `recipe" in one_line(capsys)
+
+
+def test_misspelt_flag_gets_a_suggestion():
+    done = run("run", "cifar10_resnet18_mocov2", "--pretrain.optimiser.lr", "0.1")
+    assert done.returncode == 2
+    assert "--pretrain.optimizer.lr" in done.stdout + done.stderr
+
+
+def test_setting_out_of_range_is_wrong_usage(capsys):
+    assert main(["run", "cifar10_resnet18_mocov2", "--pretrain.moco.temperature", "-1"]) == 2
+    assert "moco.temperature is -1.0: it must be positive" in one_line(capsys)
+
+
+def test_missing_shards_say_what_to_name(tmp_path, capsys, tracking, monkeypatch):
+    assert main(["run", "cifar10_resnet18_mocov2", "--storage", str(tmp_path)]) == 2
+    assert "--data.shards is missing" in one_line(capsys)
+
+
+def test_transfer_without_backbone_is_wrong_usage(capsys):
+    assert main(["transfer", "cifar10_resnet18_mocov2"]) == 2
+    assert "--backbone" in one_line(capsys)
+
+
+def test_only_names_a_transfer_of_the_recipe(capsys):
+    words = ["transfer", "cifar10_resnet18_mocov2", "--backbone", "x", "--only", "detection"]
+    assert main(words) == 2
+    assert "it has knn, linear_probe, low_shot" in one_line(capsys)
+
+
+def test_unreachable_mlflow_is_one_line_within_seconds(tmp_path):
+    done = run(
+        "pretrain",
+        "cifar10_resnet18_mocov2",
+        "--data.shards",
+        str(tmp_path),
+        "--storage",
+        str(tmp_path / "runs"),
+        MLFLOW_TRACKING_URI="http://127.0.0.1:9",
+    )
+    assert done.returncode == 1
+    assert "127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_flags_are_the_names_of_the_config():
+    options = parse_options("run", ["cifar10_resnet18_mocov2", "--transfers.knn.neighbours", "7"], RunOptions)
+    assert options.recipe.transfers["knn"].neighbours == 7
+
+
+def test_help_of_the_command_and_of_a_verb():
+    top, verb = run("--help"), run("pack", "--help")
+    assert top.returncode == 0 and verb.returncode == 0
+    assert "Does pretraining on my data transfer?" in top.stdout
+    assert "class folders" in verb.stdout
