@@ -214,7 +214,9 @@ def _images(images: tuple[TransferImage, ...]) -> str:
         name = escape(f"{image.transfer}: {image.name.replace('_', ' ')}")
         picture = f'<img src="{_uri(image.png, "image/png")}" alt="{name}, ground truth left, predictions right"/>'
         figures.append(f"<figure><h3>{name}</h3>{picture}</figure>")
-    note = '<p class="note">Left: ground truth. Right: what the model predicts.</p>'
+    note = (
+        '<p class="note">Left: ground truth. Right: the highest-scored predictions, as many as there are objects.</p>'
+    )
     return _section("Examples", f'{note}<div class="columns">{"".join(figures)}</div>') if images else ""
 
 

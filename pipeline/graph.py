@@ -15,7 +15,7 @@ from hemoco.errors import TrainingError
 from hemoco.storage import absolute_url, join_url
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
 from pipeline.study import Study, closing_run, first_line, open_child, open_study, transfer_data
-from pipeline.transfer import TransferJob, headline_metric, start_transfer, wait_for_transfer
+from pipeline.transfer import TransferJob, headline_metric, measure_transfer
 
 logger = logging.getLogger(__name__)
 
@@ -147,5 +147,5 @@ def _transfer(study: Study, name: str, config: TransferConfig, backbone_url: str
     )
     began = time.monotonic()
     with closing_run(study.uri, run_id):
-        wait_for_transfer(start_transfer(job))
+        measure_transfer(job)
     logger.info("transfer %s done in %.0f s", name, time.monotonic() - began)

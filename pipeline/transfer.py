@@ -1,8 +1,6 @@
-"""The transfer stage: one transfer, all its inits and seeds, as one Ray task."""
+"""The transfer stage: one transfer, as one Ray task for each of its inits; it fails as a whole."""
 
 import dataclasses
-import logging
-from typing import Any
 
 import ray
 import torch
@@ -30,8 +28,6 @@ from hemoco.transfer.linear_probe import run_linear_probe
 from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import LabelledImages, TransferResult
 
-logger = logging.getLogger(__name__)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferJob:
@@ -49,45 +45,42 @@ class TransferJob:
     run_id: str
 
 
-def start_transfer(job: TransferJob) -> Any:
-    """Hands a transfer to Ray.
-
-    Returns:
-        A reference; `ray.get` waits for it and raises what the transfer raised.
-    """
-    options = {"num_cpus": job.config.cpus, "num_gpus": job.config.gpus, "max_retries": 2, "name": job.name}
-    return ray.remote(**options)(run_transfer).remote(job)
-
-
-def wait_for_transfer(reference: Any) -> None:
-    """Blocks until the transfer is done.
+def measure_transfer(job: TransferJob) -> None:
+    """Measures all inits and seeds of a transfer on Ray, the inits side by side; ends when all are done.
 
     Raises:
-        HemocoError: as the transfer raised it.
+        HemocoError: as the first init that failed raised it; the others are cancelled.
     """
+    options = {"num_cpus": job.config.cpus, "num_gpus": job.config.gpus, "max_retries": 2, "name": job.name}
+    task = ray.remote(**options)(measure_init)
+    running = [task.remote(job, init) for init in job.config.inits]
     try:
-        ray.get(reference)
+        while running:
+            (ready,), running = ray.wait(running)
+            ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, HemocoError):
             raise error.cause from None
         raise
+    finally:
+        for reference in running:
+            ray.cancel(reference)
 
 
-def run_transfer(job: TransferJob) -> None:
-    """One transfer for all its inits and seeds; its metrics go to the MLflow run `job.run_id`."""
+def measure_init(job: TransferJob, init: str) -> None:
+    """One transfer from one init with all its seeds; its metrics go to the MLflow run `job.run_id`."""
     torch.set_num_threads(job.config.cpus)
     measure = _measurement(job)
     with Tracker(job.tracking_uri, job.run_id) as tracker:
-        for init in job.config.inits:
-            for seed in job.config.seeds:
-                prefix = f"{init}/seed_{seed}"
-                result = measure(init, seed)
-                for step, values in result.history:
-                    tracker.log(step, {f"{prefix}/{name}": value for name, value in values.items()})
-                last = result.history[-1][0] if result.history else 0
-                tracker.log(last, {f"{prefix}/{name}": value for name, value in result.metrics.items()})
-                for name, png in result.images.items():
-                    log_artifact_bytes(job.tracking_uri, job.run_id, f"{init}_seed_{seed}_{name}.png", png)
+        for seed in job.config.seeds:
+            prefix = f"{init}/seed_{seed}"
+            result = measure(init, seed)
+            for step, values in result.history:
+                tracker.log(step, {f"{prefix}/{name}": value for name, value in values.items()})
+            last = result.history[-1][0] if result.history else 0
+            tracker.log(last, {f"{prefix}/{name}": value for name, value in result.metrics.items()})
+            for name, png in result.images.items():
+                log_artifact_bytes(job.tracking_uri, job.run_id, f"{init}_seed_{seed}_{name}.png", png)
 
 
 def headline_metric(config: TransferConfig) -> str:
@@ -96,7 +89,7 @@ def headline_metric(config: TransferConfig) -> str:
 
 
 class _Frozen:
-    """kNN, linear probe, low-shot: the images are read once, for all inits and seeds."""
+    """kNN, linear probe, low-shot: the images are read once, for all seeds."""
 
     def __init__(self, job: TransferJob) -> None:
         size = job.views.size
@@ -118,7 +111,7 @@ class _Frozen:
 
 
 class _MaskRcnn:
-    """Mask R-CNN fine-tuning: the scenes are read once, for all inits and seeds."""
+    """Mask R-CNN fine-tuning: the scenes are read once, for all seeds."""
 
     def __init__(self, job: TransferJob, config: MaskRcnnConfig) -> None:
         self.job = job

@@ -21,8 +21,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator
 
 from hemoco.config import MaskRcnnConfig
+from hemoco.data.decode import decode_image
 from hemoco.data.shards import read_index, read_shard
-from hemoco.data.views import decode_image
 from hemoco.encoder import Backbone, feature_channels, seeded
 from hemoco.errors import ShardError, TrainingError
 from hemoco.transfer.coco import decode_mask, encode_mask, ground_truth_of, mask_ap
@@ -31,7 +31,6 @@ from hemoco.transfer.result import TransferResult
 
 _LOG_STEPS = 10
 _DRAWN_SCENES = 4
-_DRAWN_SCORE = 0.5
 _POOLED_SIDE = 7  # of the box head's input
 _MOMENTUM = 0.9
 _SCENES_AT_ONCE = 8  # in evaluation
@@ -130,9 +129,10 @@ def run_mask_rcnn(
         "annotations_dropped": float(sum(item.dropped for item in cleaned)),
     }
     precisions = mask_ap(truth, predictions, config.max_detections)
-    shown = [item for item in predictions if item["score"] >= _DRAWN_SCORE]
+    drawn = test[:_DRAWN_SCENES]
+    shown = [item for sample in drawn for item in _best_predictions(predictions, sample)]
     names = {int(category["id"]): str(category["name"]) for category in categories}
-    drawing = draw_scenes([(s.image, s.annotations, s.image_id) for s in test[:_DRAWN_SCENES]], shown, names)
+    drawing = draw_scenes([(s.image, s.annotations, s.image_id) for s in drawn], shown, names)
     return TransferResult(
         metric="mask_ap",
         value=precisions["mask_ap"],
@@ -140,6 +140,12 @@ def run_mask_rcnn(
         history=history,
         images={"detections": drawing},
     )
+
+
+def _best_predictions(predictions: list[dict[str, Any]], sample: DetectionSample) -> list[dict[str, Any]]:
+    """The highest-scored predictions of an image, as many as it has objects: a fixed score would hide a weak model."""
+    found = [item for item in predictions if item["image_id"] == sample.image_id]
+    return sorted(found, key=lambda item: -float(item["score"]))[: len(sample.annotations)]
 
 
 @dataclasses.dataclass(frozen=True)

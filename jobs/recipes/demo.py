@@ -1,7 +1,8 @@
 """ResNet-10-T on scikit-learn's 1,797 handwritten digits, painted on coloured ground: the recipe of the demo.
 
-Should reach kNN above 80% where BN-calibrated random features reach some 34%, with the loss below half of ln(K + 1), in
-2 minutes on two cores. The data are drawn and packed by the verb itself, so it is run by
+Reached kNN 60 to 75% with the seeds 0, 1 and 2 where BN-calibrated random features reach 28 to 38%, and mask AP 0.10 to
+0.15 where random initialisation reaches 0.05 to 0.06, in some 6 minutes on two cores. The data are drawn and packed by
+the verb itself, so it is run by
 
     python -m jobs demo
 
