@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from cluster.processes import answers, last_line
 from cluster.servers import BUCKET, MlflowServer, S3Server, mlflow_server, s3_environment, s3_server
 from hemoco.errors import HemocoError
-from hemoco.tracking import home
+from hemoco.storage import home
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _CONNECT_S = 5.0

@@ -1,16 +1,22 @@
-"""The only door to files and object storage (fsspec): s3://, file://, memory:// and plain paths.
+"""The only door to files and object storage (fsspec): s3://, gs://, az://, https://, file:// and plain paths.
 
 Filesystem objects are looked up at each call and never kept: fsspec caches them per process and thread, and a
 forked child gets its own (s3fs's event loop thread does not survive a fork).
 """
 
 import contextlib
+import http.client
 import os
+import re
+import ssl
+import string
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -18,30 +24,57 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hemoco.errors import StorageError
 
-_SCHEMES = ("s3", "file", "memory")
-# rclone answers ranges with the whole object's checksum, which botocore then refuses
+_S3, _GOOGLE, _AZURE, _WEB = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs"), ("http", "https")
+# scheme -> the package that fsspec needs for it
+_PACKAGES = {
+    **dict.fromkeys(_S3, "s3fs"),
+    **dict.fromkeys(_GOOGLE, "gcsfs"),
+    **dict.fromkeys(_AZURE, "adlfs"),
+    **dict.fromkeys(_WEB, "aiohttp"),
+}
+_LOCAL = ("file", "memory")
+# no URL goes through a shell here; one that looks as if it should is not the name of data
+_SHELL = re.compile(r"[\x00-\x1f`|]|\$\(")
+# rclone answers ranges with the whole object's checksum, which botocore then refuses, and refuses signatures of version
+# 2, which botocore still puts into URLs
 _S3_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
+    "signature_version": "s3v4",
     "connect_timeout": 5,
     "read_timeout": 30,
     "retries": {"max_attempts": 3, "mode": "standard"},
 }
+_SIGNED_S = 900
+BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
+"""HTTP statuses below 500 that pass."""
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+
+
+def home() -> Path:
+    """`$HEMOCO_HOME`, default ~/.cache/hemoco: what hemoco keeps on this machine."""
+    return Path(os.environ.get("HEMOCO_HOME") or "~/.cache/hemoco").expanduser().resolve()
 
 
 def absolute_url(url: str) -> str:
     """The URL itself, or a plain path as an absolute file:// URL.
 
     Raises:
-        StorageError: the scheme is none of s3, file, memory, or s3:// names no bucket.
+        StorageError: the scheme is none of ours, or the URL names no bucket or host, or looks like a shell command.
     """
-    scheme = urlsplit(url).scheme
-    if scheme == "s3" and not urlsplit(url).netloc:
-        raise StorageError(f"{url}: no bucket is named; use s3://bucket/folder")
+    scheme, host = urlsplit(url).scheme, urlsplit(url).netloc
     if scheme == "":
         return Path(url).expanduser().resolve().as_uri()
-    if scheme not in _SCHEMES:
-        raise StorageError(f"{url}: scheme {scheme}:// is not supported; use s3://, file:// or a path")
+    if scheme not in (*_PACKAGES, *_LOCAL):
+        allowed = "s3://, gs://, az://, https://, file:// or a path"
+        raise StorageError(f"{url}: scheme {scheme}:// is not supported; use {allowed}")
+    if found := _SHELL.search(url):
+        raise StorageError(f"{url!r}: {found.group()!r} is not allowed in a URL; rename the object")
+    if scheme in _PACKAGES and not host:
+        place = "host" if scheme in _WEB else "bucket"
+        raise StorageError(f"{url}: no {place} is named; use {scheme}://{place}/folder")
+    if scheme == "file" and host not in ("", "localhost"):
+        raise StorageError(f"{url}: {host!r} stands where a host would; use file:///folder or a plain path")
     return url.rstrip("/")
 
 
@@ -55,11 +88,42 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     url = absolute_url(url)
     scheme = urlsplit(url).scheme
     options: dict[str, Any] = {}
-    if scheme == "s3":
+    if scheme in _S3:
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         options = {"endpoint_url": endpoint, "config_kwargs": _S3_CONFIG, "use_listings_cache": False}
+    if scheme in _AZURE:  # the account may stand in the URL
+        options = fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(url)
     made = fsspec.filesystem(scheme, **options)
     return made, made._strip_protocol(url)
+
+
+def direct_url(url: str) -> str | None:
+    """Where a plain HTTP GET reads the object within the next minutes; None if only fsspec can.
+
+    Hold it secret: a signature in it opens the object to whoever has it.
+    """
+    url = absolute_url(url)
+    scheme = urlsplit(url).scheme
+    found = None
+    if scheme in _S3:
+        made, path = filesystem(url)
+        found = str(made.sign(path, expiration=_SIGNED_S))
+    elif scheme in _WEB:
+        found = quote(url, safe=string.punctuation)
+    return None if found is None or _goes_by_proxy(found) else found
+
+
+@lru_cache(maxsize=1)
+def tls_context() -> ssl.SSLContext:
+    """Whom to trust: the certificates in AWS_CA_BUNDLE, else those of the system and of certifi."""
+    bundle = os.environ.get("AWS_CA_BUNDLE")
+    context = ssl.create_default_context(cafile=bundle)
+    with contextlib.suppress(ImportError):
+        import certifi
+
+        if not bundle:  # small images have no certificates of the system
+            context.load_verify_locations(certifi.where())
+    return context
 
 
 def read_bytes(url: str) -> bytes:
@@ -68,7 +132,7 @@ def read_bytes(url: str) -> bytes:
     Raises:
         StorageError: it is missing, or the storage refuses or does not answer.
     """
-    with _named(url):
+    with storage_errors(url):
         made, path = filesystem(url)
         return bytes(made.cat_file(path))
 
@@ -79,7 +143,8 @@ def write_bytes(url: str, data: bytes) -> None:
     Raises:
         StorageError: the bucket is missing, or the storage refuses or does not answer.
     """
-    with _named(url):
+    _refuse_web(url)
+    with storage_errors(url):
         made, path = filesystem(url)
         if isinstance(made, LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +157,14 @@ def write_bytes(url: str, data: bytes) -> None:
 
 def exists(url: str) -> bool:
     """Whether there is an object, or anything below the URL as a folder."""
-    with _named(url):
+    with storage_errors(url):
         made, path = filesystem(url)
         return bool(made.exists(path))
 
 
 def list_names(url: str) -> list[str]:
     """Names directly below a URL, sorted; empty where there is nothing."""
-    with _named(url):
+    with storage_errors(url):
         made, path = filesystem(url)
         try:
             found = made.ls(path, detail=False)
@@ -110,7 +175,8 @@ def list_names(url: str) -> list[str]:
 
 def remove(url: str) -> None:
     """Removes an object, or everything below the URL; nothing to do where there is nothing."""
-    with _named(url):
+    _refuse_web(url)
+    with storage_errors(url):
         made, path = filesystem(url)
         if made.exists(path):
             made.rm(path, recursive=True)
@@ -128,8 +194,12 @@ def check_writable(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _named(url: str) -> Iterator[None]:
-    """Turns what fsspec, s3fs and botocore raise into one line that says what to do."""
+def storage_errors(url: str) -> Iterator[None]:
+    """Turns what fsspec, its packages and HTTP raise into one line that says what to do.
+
+    Raises:
+        StorageError: anything of theirs was raised in the block.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -138,31 +208,88 @@ def _named(url: str) -> Iterator[None]:
             raise StorageError(f"{url}: bucket {bucket!r} does not exist; create it or correct the URL") from error
         raise StorageError(f"{url}: not found; check the URL") from error
     except PermissionError as error:
-        hint = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if url.startswith("s3:") else "check its permissions"
-        raise StorageError(f"{url}: access refused ({_first_line(error)}); {hint}") from error
+        hint = (
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            if urlsplit(url).scheme in _S3
+            else "check its permissions"
+        )
+        raise StorageError(f"{url}: access refused ({first_line(error)}); {hint}") from error
     except _foreign_errors() as error:
-        raise StorageError(f"{url}: {_first_line(error)}; {_hint(url, error)}") from error
+        raise StorageError(f"{url}: {first_line(error)}; {storage_hint(url, error)}") from error
 
 
-def _hint(url: str, error: Exception) -> str:
+def storage_hint(url: str, error: Exception) -> str:
     """What to do about an error that is neither of a missing object nor of a refusal."""
-    if not url.startswith("s3:"):
-        return "check the path and the disk"
-    hints = {
-        "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        "ParamValidationError": f"{urlsplit(url).netloc!r} cannot be the name of a bucket",
-        "ImportError": "pip install s3fs",
-        "ValueError": "AWS_ENDPOINT_URL must look like https://host:port",
-    }
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "the default endpoint")
-    return hints.get(type(error).__name__, f"check that {endpoint} can be reached")
+    scheme, host = urlsplit(url).scheme, urlsplit(url).netloc
+    if isinstance(error, ImportError) and scheme in _PACKAGES:
+        return f"pip install {_PACKAGES[scheme]}"
+    if scheme in _S3:
+        hints = {
+            "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "ParamValidationError": f"{host!r} cannot be the name of a bucket",
+            "ValueError": "AWS_ENDPOINT_URL must look like https://host:port",
+        }
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the default endpoint")
+        return hints.get(type(error).__name__, f"check that {endpoint} can be reached")
+    if scheme in _PACKAGES:
+        return f"check that {host if scheme in _WEB else 'its service'} can be reached"
+    return "check the path and the disk"
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the network or the server is at fault and not the request, so that asking again may help."""
+    status = http_status(error)
+    if status is not None:
+        return status >= http.HTTPStatus.INTERNAL_SERVER_ERROR or status in BUSY
+    network = _loaded(
+        "botocore.exceptions:HTTPClientError",
+        "aiohttp:ClientError",
+        "azure.core.exceptions:ServiceRequestError",
+        "azure.core.exceptions:ServiceResponseError",
+        "google.auth.exceptions:TransportError",
+    )
+    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, _PERMANENT)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of fsspec's packages carries, if any."""
+    for carrier in (error, error.__cause__):  # s3fs gives botocore's as the cause
+        if isinstance(response := getattr(carrier, "response", None), dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+    # aiohttp; azure; gcsfs
+    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a message."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
-    """With botocore's own once something has imported it: local files need no S3 client installed."""
-    loaded = sys.modules.get("botocore.exceptions")
-    return (OSError, ValueError, ImportError, *((loaded.BotoCoreError,) if loaded else ()))
+    own = _loaded(
+        "botocore.exceptions:BotoCoreError",
+        "aiohttp:ClientError",
+        "azure.core.exceptions:AzureError",
+        "google.auth.exceptions:GoogleAuthError",
+        "gcsfs.retry:HttpError",
+    )
+    return (OSError, ValueError, ImportError, http.client.HTTPException, *own)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _loaded(*names: str) -> Iterator[type[Exception]]:
+    """Those of the classes `module:name` that something has imported: local files need no client installed."""
+    for module, _, name in (path.partition(":") for path in names):
+        if found := sys.modules.get(module):
+            yield getattr(found, name)
+
+
+def _goes_by_proxy(url: str) -> bool:
+    """Whether the user's environment sends requests for this URL through a proxy."""
+    parts = urlsplit(url)
+    return parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")
+
+
+def _refuse_web(url: str) -> None:
+    if urlsplit(url).scheme in _WEB:
+        raise StorageError(f"{url}: http(s):// can only be read; write to s3://, gs://, az:// or a path")

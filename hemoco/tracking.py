@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from hemoco.errors import TrackingError, UsageError
 from hemoco.metric_queue import MetricPoint, MetricQueue
+from hemoco.storage import home
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "hemoco"
@@ -49,11 +50,6 @@ class RunFacts:
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
-
-
-def home() -> Path:
-    """`$HEMOCO_HOME`, default ~/.cache/hemoco: what hemoco keeps on this machine."""
-    return Path(os.environ.get("HEMOCO_HOME") or "~/.cache/hemoco").expanduser().resolve()
 
 
 def tracking_uri() -> str:

@@ -17,7 +17,7 @@ from hemoco.comparison import comparison
 from hemoco.config import DataConfig, Recipe
 from hemoco.errors import TrainingError
 from hemoco.report import health_checks
-from hemoco.storage import join_url, read_bytes, write_bytes
+from hemoco.storage import home, join_url, read_bytes, write_bytes
 from jobs.digits import write_digits, write_scenes
 from jobs.options import load_recipe
 from jobs.pack import pack_with_progress
@@ -41,7 +41,7 @@ def demo(*, out: str = "", seed: int = 0) -> None:
         seed: of data, pretraining and transfers.
     """
     run = f"demo-{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
-    folder = Path(out).expanduser().resolve() if out else tracking.home() / "demo" / run
+    folder = Path(out).expanduser().resolve() if out else home() / "demo" / run
     folder.mkdir(parents=True, exist_ok=True)
     _use_embedded_defaults()
     with tempfile.TemporaryDirectory(prefix="hemoco-demo-") as work, ExitStack() as stack:

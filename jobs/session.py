@@ -10,8 +10,8 @@ from cluster.local import local_ray
 from hemoco.comparison import collect_report, comparison, rich_table, write_comparison
 from hemoco.config import config_digest
 from hemoco.report import render_report
-from hemoco.storage import absolute_url, check_writable
-from hemoco.tracking import connect, find_run, home, log_artifact_bytes, tracking_uri
+from hemoco.storage import absolute_url, check_writable, home
+from hemoco.tracking import connect, find_run, log_artifact_bytes, tracking_uri
 from jobs.options import RunOptions
 
 

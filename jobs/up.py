@@ -13,7 +13,7 @@ import tyro
 
 from cluster.local import Stack, development_stack, ray_logs
 from hemoco.errors import HemocoError
-from hemoco.tracking import home
+from hemoco.storage import home
 
 _CHECK_S = 1.0
 

@@ -1,11 +1,16 @@
 """Storage against a real S3 server and the disk: what goes round, and what a user reads when it does not."""
 
+import http.client
+import os
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
+import botocore.exceptions
 import pytest
 import s3fs
 
@@ -13,7 +18,9 @@ from hemoco.errors import StorageError
 from hemoco.storage import (
     absolute_url,
     check_writable,
+    direct_url,
     exists,
+    is_transient,
     join_url,
     list_names,
     read_bytes,
@@ -111,15 +118,102 @@ def test_an_endpoint_without_a_scheme_says_what_it_must_look_like(s3, monkeypatc
         read_bytes("s3://hemoco/k")
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/k", "https://host/k", "pipe:cat /etc/passwd"])
+@pytest.mark.parametrize(
+    "url", ["pipe:cat /etc/passwd", "ftp://host/k", "simplecache::s3://b/k", "ssh://host/k", "exec:ls"]
+)
 def test_other_schemes_are_refused(url):
-    with pytest.raises(StorageError, match="is not supported; use s3://, file:// or a path"):
+    with pytest.raises(StorageError, match="is not supported; use s3://, gs://, az://, https://, file:// or a path"):
         read_bytes(url)
 
 
-def test_s3_without_a_bucket_is_refused():
-    with pytest.raises(StorageError, match="no bucket is named"):
-        list_names("s3://")
+@pytest.mark.parametrize("url", ["s3://b/$(x)", "s3://b/`x`", "https://host/a|b", "file:///a\nb"])
+def test_urls_that_look_like_commands_are_refused(url):
+    with pytest.raises(StorageError, match="is not allowed in a URL"):
+        absolute_url(url)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "gs", "gcs", "az", "abfs", "http", "https"])
+def test_stores_are_allowed_when_a_bucket_or_host_is_named(scheme):
+    assert absolute_url(f"{scheme}://place/folder/") == f"{scheme}://place/folder"
+    with pytest.raises(StorageError, match=rf"no (bucket|host) is named; use {scheme}://(bucket|host)/folder"):
+        list_names(f"{scheme}://")
+
+
+@pytest.mark.parametrize("url", ["file://../../etc", "file://folder/k"])
+def test_a_file_url_without_an_absolute_path_is_refused(url):
+    with pytest.raises(StorageError, match="use file:///folder or a plain path"):
+        absolute_url(url)
+
+
+def test_a_missing_package_is_named():
+    packages = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({[*packages.values()]}));"
+        "from hemoco.storage import *; from hemoco.errors import *\n"
+        f"for scheme in {[*packages]}:\n"
+        "  try: read_bytes(f'{scheme}://b/k')\n  except StorageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    hints = [line.rpartition("pip install ")[2] for line in done.stdout.splitlines()]
+    assert hints == [*packages.values()]
+
+
+@pytest.mark.parametrize("change", [lambda url: write_bytes(url, b""), remove, check_writable])
+def test_the_web_is_read_only(change):
+    with pytest.raises(StorageError, match=r"http\(s\):// can only be read"):
+        change("https://127.0.0.1:9/k")
+
+
+def test_s3a_is_s3(bucket):
+    write_bytes(f"{bucket}/k", b"the same")
+    assert read_bytes(f"{bucket}/k".replace("s3://", "s3a://")) == b"the same"
+
+
+def test_a_direct_url_is_signed_for_the_endpoint_and_not_given_where_a_proxy_stands_between(bucket, monkeypatch):
+    url = direct_url(f"{bucket}/k ö")
+    assert url.startswith(os.environ["AWS_ENDPOINT_URL"] + bucket.removeprefix("s3:/") + "/k%20%C3%B6?X-Amz-Algorithm=")
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    assert direct_url(f"{bucket}/k") is None
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert direct_url(f"{bucket}/k") is not None
+
+
+def test_direct_urls_of_the_web_are_themselves_and_files_have_none(tmp_path):
+    assert direct_url("https://host/a b?c=d%20e") == "https://host/a%20b?c=d%20e"
+    assert direct_url(str(tmp_path)) is None
+
+
+class _Answer(Exception):
+    """As the errors of aiohttp, Azure and gcsfs carry a status."""
+
+    def __init__(self, **fields: int) -> None:
+        super().__init__()
+        self.__dict__.update(fields)
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (http.client.RemoteDisconnected(), True),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="x"), True),
+        (aiohttp.ServerDisconnectedError(), True),
+        (_Answer(status=503), True),
+        (_Answer(status_code=429), True),
+        (_Answer(code=404), False),
+        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 500}}, "GetObject"), True),
+        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject"), False),
+        (botocore.exceptions.NoCredentialsError(), False),
+        (FileNotFoundError(), False),
+        (PermissionError(), False),
+        (ssl.SSLCertVerificationError(), False),
+        (ValueError(), False),
+        (KeyError(), False),
+    ],
+)
+def test_faults_of_the_network_are_told_from_those_of_the_request(error, transient):
+    assert is_transient(error) == transient
 
 
 def test_a_name_no_bucket_can_have_is_named(s3):
