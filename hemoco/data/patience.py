@@ -1,0 +1,52 @@
+"""How long to go on after faults of the network, and how long to wait between attempts."""
+
+import random
+import time
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 20.0
+_LAST_CHANCE_S = 1.0
+
+
+def backoff_s(faults: int, draw: float) -> float:
+    """Seconds to wait after so many faults in a row: full jitter, exponential from 0.1 to 20 s.
+
+    Args:
+        faults: at least 1.
+        draw: uniform in [0, 1).
+    """
+    return draw * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(faults - 1, 30))
+
+
+class Patience:
+    """Waits after each fault, longer after each in a row, until there was no progress for `budget_s`.
+
+    Args:
+        budget_s: seconds without progress.
+    """
+
+    def __init__(self, budget_s: float) -> None:
+        self.budget_s = budget_s
+        self.faults = 0
+        """All there were."""
+        self.renew()
+
+    @property
+    def left_s(self) -> float:
+        """Until it ends, but long enough for the last attempt to have a chance."""
+        return max(self._deadline - time.monotonic(), _LAST_CHANCE_S)
+
+    def renew(self) -> None:
+        """Begins anew, after progress."""
+        self._row = 0
+        self._deadline = time.monotonic() + self.budget_s
+
+    def wait(self) -> bool:
+        """Waits after a fault; False instead when patience has ended."""
+        self.faults += 1
+        self._row += 1
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(backoff_s(self._row, random.random()), left_s))
+        return True
