@@ -1,6 +1,4 @@
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from hemoco.config import ViewsConfig
 from hemoco.data import views
-from hemoco.errors import ShardError
+from hemoco.data.decode import decode_image
 
 ODD = Path(__file__).parents[2] / "shared/data/odd"
-MANIFEST = (ODD / "manifest.csv").read_text() if ODD.exists() else ""
 PLAIN = ViewsConfig(size=32, jitter=0, grayscale=0, blur=0, mean=(0, 0, 0), std=(1, 1, 1))
 AT = {"seed": 3, "epoch": 1, "step": 5}
 
@@ -26,17 +23,11 @@ AT = {"seed": 3, "epoch": 1, "step": 5}
 def odd(name: str) -> Tensor:
     if not ODD.exists():
         pytest.skip(f"{ODD} is not there")
-    return views.decode_image((ODD / name).read_bytes())
+    return decode_image((ODD / name).read_bytes())
 
 
 def images(count: int, size: int = 32) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
 
 
 def colours(count: int, **changed: NDArray[Any]) -> views.ColourDraws:
@@ -49,55 +40,6 @@ def colours(count: int, **changed: NDArray[Any]) -> views.ColourDraws:
         "sigmas": np.ones(count),
     }
     return views.ColourDraws(**(neutral | changed))
-
-
-@pytest.mark.parametrize("number", range(1, 9))
-def test_exif_orientation_is_applied(number: int) -> None:
-    upright, image = odd("exif/Landscape_1.jpg"), odd(f"exif/Landscape_{number}.jpg")
-    assert image.shape == (3, 1200, 1800)
-    assert (upright[:, ::16, ::16].float() - image[:, ::16, ::16].float()).abs().mean() < 12  # other JPEG encodings
-
-
-@pytest.mark.parametrize("row", list(csv.DictReader(MANIFEST.splitlines())), ids=lambda row: row["file"])
-def test_odd_files_become_rgb_or_a_shard_error(row: dict[str, str]) -> None:
-    if row["pillow_13_decode"] == "decodes":
-        image = odd(row["file"])
-        assert image.dtype == torch.uint8
-        assert image.ndim == 3 and image.shape[0] == 3
-    else:
-        with pytest.raises(ShardError):
-            odd(row["file"])
-
-
-def test_cmyk_looks_like_its_rgb_partner() -> None:
-    difference = odd("pillow/pil_sample_cmyk.jpg").float() - odd("pillow/pil_sample_rgb.jpg").float()
-    assert difference.abs().mean() < 12  # no colour profile is used
-
-
-def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
-    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    image = views.decode_image(encoded(Image.fromarray(values)))
-    assert np.array_equal(image.numpy(), np.stack([(values // 256).astype(np.uint8)] * 3))
-
-
-def test_transparency_is_laid_over_white() -> None:
-    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
-    image.putpixel((0, 0), (200, 0, 0, 255))
-    for mode in ("RGBA", "P"):
-        decoded = views.decode_image(encoded(image.quantize(4) if mode == "P" else image))
-        assert decoded[:, 0, 0].tolist() == [200, 0, 0]
-        assert decoded[:, 3, 3].tolist() == [255, 255, 255]
-
-
-def test_grey_and_single_pixel_images_have_three_channels() -> None:
-    assert odd("made/one_pixel.png").shape == (3, 1, 1)
-    grey = odd("pillow/hopper_gray.jpg")
-    assert torch.equal(grey[0], grey[2])
-
-
-def test_an_image_too_large_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(ShardError, match="280000000"):
-        odd("sharp/giant-image.jpg")
 
 
 @pytest.mark.parametrize("draw", [views.draw_crops, views.draw_colours])
@@ -163,6 +105,13 @@ def test_crops_are_resized_and_flipped_as_pillow_does() -> None:
         reference = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
         reference = reference.flip(-1) if view else reference
         assert (crops[view].int() - reference.int()).abs().max() <= 2
+
+
+def test_crops_are_channels_last_whatever_the_image_is() -> None:
+    image, draws = odd("pillow/flower.jpg"), views.draw_crops(ViewsConfig(), **AT, slots=(0, 1))
+    crops = views.two_crops(image, draws, 0, 64)
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(views.two_crops(image.contiguous(), draws, 0, 64), crops)
 
 
 @pytest.mark.parametrize("number", range(4))
