@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import webdataset
 
-from hemoco.data.shards import Sample, Shard, ShardIndex, encode_shard, read_index, read_shard, write_index
+from hemoco.data.shards import (
+    Shard,
+    ShardColumns,
+    ShardIndex,
+    check_table,
+    read_index,
+    read_shard,
+    read_table,
+    remove_table,
+    write_index,
+    write_table,
+)
+from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
 from hemoco.errors import ShardError
 
 SAMPLES = [
@@ -38,9 +50,10 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     data = encode_shard(SAMPLES)
-    (tmp_path / "train-000000.tar").write_bytes(data)
-    categories = ({"id": 1, "name": "cat"},)
-    write_index(str(tmp_path), ShardIndex((described("train-000000.tar", data, 3),), ("a", "b"), categories))
+    shard = described("train-000000.tar", data, 3)
+    (tmp_path / shard.name).write_bytes(data)
+    write_table(str(tmp_path), shard, parse_tar(data, shard.name).table)
+    write_index(str(tmp_path), ShardIndex((shard,), ("a", "b"), ({"id": 1, "name": "cat"},)))
     return tmp_path
 
 
@@ -77,8 +90,11 @@ def test_the_digest_changes_with_any_fact_of_the_index(folder: Path) -> None:
     (shard,) = index.shards
     others = [dataclasses.replace(shard, **{name: value}) for name, value in {"split": "x", "samples": 4}.items()]
     changed = [dataclasses.replace(index, shards=(other,)) for other in others]
-    changed += [dataclasses.replace(index, classes=("b", "a")), dataclasses.replace(index, categories=())]
-    assert len({index.digest, *(other.digest for other in changed)}) == 5
+    changed += [
+        dataclasses.replace(index, **change)
+        for change in ({"classes": ("b", "a")}, {"categories": ()}, {"packed": False})
+    ]
+    assert len({index.digest, *(other.digest for other in changed)}) == 6
 
 
 def test_a_folder_without_index_tells_how_to_pack(tmp_path: Path) -> None:
@@ -90,8 +106,9 @@ def test_a_folder_without_index_tells_how_to_pack(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format": "other"}, "not an index of format 'hemoco-shards'"),
-        ({"version": 2}, "index version 2, this hemoco reads 1"),
+        ({"version": 1}, "index version 1, this hemoco reads 2; pack the data again"),
         ({"classes": ["b"]}, "digest does not fit"),
+        ({"packed": False}, "digest does not fit"),
         ({"classes": None}, "damaged index"),
         ({"shards": [{"name": "x"}]}, "damaged index"),
     ],
@@ -120,26 +137,64 @@ def test_a_damaged_shard_is_named(folder: Path, damage: str) -> None:
     path = folder / "train-000000.tar"
     data = path.read_bytes()
     path.write_bytes(data[:-1] if damage == "cut" else bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(ShardError, match=r"train-000000\.tar: .*pack the data again"):
+    with pytest.raises(ShardError, match=r"train-000000\.tar: .*pack (the data|it) again"):
         read_shard(str(folder), read_index(str(folder)).shards[0])
 
 
+@pytest.mark.parametrize("members", [["nodot"], ["a.py"], ["a.jpg", "a.png"], ["a.cls"], ["a.jpg", "b.jpg"], []])
+def test_a_tar_of_another_number_of_samples_is_refused(tmp_path: Path, members: list[str]) -> None:
+    data = tar_of(dict.fromkeys(members, b""))
+    (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(ShardError, match=r"s\.tar: [02] samples, the index says 1; pack the data again"):
+        read_shard(str(tmp_path), described("s.tar", data, 1))
+
+
+def test_somebody_elses_tar_is_read_at_its_own_url(tmp_path: Path) -> None:
+    data = tar_of({"x/a.v1.JPG": b"1", "x/a.cls": b"4"})
+    (tmp_path / "wild.tar").write_bytes(data)
+    shard = described((tmp_path / "wild.tar").as_uri(), data, 1)
+    assert read_shard("s3://elsewhere/x", shard) == [Sample("x/a", b"1", label=4)]
+
+
+def test_the_table_of_a_shard_is_told_by_its_content(folder: Path) -> None:
+    (shard,) = read_index(str(folder)).shards
+    table = read_table(str(folder), shard)
+    data = (folder / shard.name).read_bytes()
+    images = [data[start : start + size] for start, size in zip(table.offsets, table.sizes, strict=True)]
+    assert (table.keys, images) == ([s.key for s in SAMPLES], [s.image for s in SAMPLES])
+    assert [path.stem for path in (folder / "samples").iterdir()] == [hashlib.sha256(data).hexdigest()]
+    check_table(str(folder), shard, parse_tar(data, "x.tar").table)
+
+
 @pytest.mark.parametrize(
-    "members",
+    ("damage", "message"),
     [
-        {"../../etc/x.jpg": b""},
-        {"nodot": b""},
-        {"a.py": b""},
-        {"a.jpg": b"", "a.png": b""},
-        {"a.cls": b"1"},
-        {"a.jpg": b"", "a.cls": b"cat"},
-        {"a.jpg": b"", "a.json": b"[]"},
-        {"a.jpg": b"", "b.jpg": b""},
-        {},
+        ("missing", "the sample table of train-000000.tar is missing; pack the data again"),
+        ("cut", "the sample table of train-000000.tar is damaged .*; pack the data again"),
+        ("shorter", "2 samples in the table of train-000000.tar, the index says 3; pack the data again"),
+        ("other", "the sample table of train-000000.tar does not fit its content; pack the data again"),
     ],
 )
-def test_a_tar_of_other_things_is_refused(tmp_path: Path, members: dict[str, bytes]) -> None:
-    data = tar_of(members)
-    (tmp_path / "s.tar").write_bytes(data)
-    with pytest.raises(ShardError, match=r"s\.tar: "):
-        read_shard(str(tmp_path), described("s.tar", data, 1))
+def test_a_table_that_is_not_the_shards_is_refused(folder: Path, damage: str, message: str) -> None:
+    (shard,) = read_index(str(folder)).shards
+    table, (path,) = read_table(str(folder), shard), (folder / "samples").iterdir()
+    if damage == "missing":
+        remove_table(str(folder), shard)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "shorter":
+        write_table(str(folder), shard, parse_tar(encode_shard(SAMPLES[:2]), "x.tar").table)
+    else:
+        write_table(str(folder), shard, table._replace(crcs=table.crcs ^ 1))
+    with pytest.raises(ShardError, match=rf"{path}: {message}"):
+        check_table(str(folder), shard, table)
+
+
+def test_columns_give_back_every_shard() -> None:
+    shards = tuple(
+        Shard(f"größe-{i:06d}.tar", split, i, 2**40 + i, hashlib.sha256(bytes([i])).hexdigest())
+        for i, split in enumerate(("val", "train", "val"))
+    )
+    columns = ShardColumns(shards)
+    assert [columns[i] for i in range(len(columns))] == list(shards)
+    assert (columns.samples.tolist(), columns.bytes.tolist()) == ([0, 1, 2], [2**40 + i for i in range(3)])

@@ -1,43 +1,34 @@
 """Shards: tar files of samples, and the index that says what is in them.
 
-A shard folder holds `<split>-000000.tar` and so on, and `index.json`, which is written last: a folder without it is not
-a shard folder. A sample is the members `<key>.<image suffix>`, `<key>.cls` (a class index in ASCII, when labelled) and
-`<key>.json` (`{"image_id": ..., "annotations": [...]}`, when it came from COCO), so any webdataset reader can read it.
+A shard folder holds `<split>-000000.tar` and so on, for each of them a table `samples/<sha256>.safetensors` that says
+where its images lie, and `index.json`, which is written last: a folder without it is not a shard folder. A sample is
+the members `<key>.<image suffix>`, `<key>.cls` (a class index in ASCII, when labelled) and `<key>.json` (`{"image_id":
+..., "annotations": [...]}`, when it came from COCO), so any webdataset reader can read it. An index may also name tars
+that others wrote, by their absolute URLs.
+
+A shard is told by size and SHA-256, never by its ETag, which some servers give from another version.
 """
 
 import hashlib
-import io
 import json
-import tarfile
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from hemoco import storage
-from hemoco.errors import ShardError
+from hemoco.data.tar_samples import (
+    Sample,
+    SampleTable,
+    decode_table,
+    encode_table,
+    parse_tar,
+)
+from hemoco.errors import ShardError, StorageError
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = "hemoco-shards"
-INDEX_VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it was given, with what is known about it."""
-
-    key: str
-    """Unique in its shard folder; holds neither dots nor slashes."""
-    image: bytes
-    """The encoded image, unchanged."""
-    label: int | None = None
-    """Position in the index's classes."""
-    annotations: list[dict[str, Any]] | None = None
-    """COCO annotations; an empty list is an image without objects, None is an unannotated one."""
-    image_id: int | None = None
-    """The image's COCO id."""
-    suffix: str = "jpg"
-    """One of `IMAGE_SUFFIXES`."""
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,7 @@ class Shard:
     """What the index says about one tar file."""
 
     name: str
+    """Below the folder, or the absolute URL of somebody else's tar."""
     split: str
     samples: int
     bytes: int
@@ -60,6 +52,8 @@ class ShardIndex:
     """Names of the labels; empty when unlabelled."""
     categories: tuple[dict[str, Any], ...]
     """COCO categories; empty when there are no annotations."""
+    packed: bool = True
+    """Whether hemoco wrote the tars, and so may replace them; False where it only made the index of others' tars."""
 
     @property
     def digest(self) -> str:
@@ -81,6 +75,30 @@ class ShardIndex:
         if not found:
             raise ShardError(f"no split {name!r} among the shards; they have {', '.join(self.splits) or 'no splits'}")
         return found
+
+
+class ShardColumns:
+    """Shards as arrays: some 100 bytes each, so that every loader process can hold those of the largest data set."""
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self._names = np.array([shard.name.encode() for shard in shards])
+        self._splits = sorted({shard.split for shard in shards})
+        self._split = np.array([self._splits.index(shard.split) for shard in shards], np.uint8)
+        self._sha256 = np.frombuffer(bytes.fromhex("".join(shard.sha256 for shard in shards)), "V32")
+        self.samples = np.array([shard.samples for shard in shards], np.int64)
+        self.bytes = np.array([shard.bytes for shard in shards], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: int) -> Shard:
+        return Shard(
+            name=self._names[number].decode(),
+            split=self._splits[self._split[number]],
+            samples=int(self.samples[number]),
+            bytes=int(self.bytes[number]),
+            sha256=self._sha256[number].tobytes().hex(),
+        )
 
 
 def write_index(url: str, index: ShardIndex) -> None:
@@ -116,42 +134,91 @@ def read_index(url: str) -> ShardIndex:
     return index
 
 
-def encode_shard(samples: Iterable[Sample]) -> bytes:
-    """The samples as a tar file; the same samples give the same bytes.
-
-    Raises:
-        ShardError: a key or suffix that readers would split elsewhere.
-    """
-    import webdataset
-
-    buffer = io.BytesIO()
-    # PAX holds any key; USTAR refuses names over 100 characters
-    with webdataset.TarWriter(buffer, user="", group="", encoder=False, mtime=0, format="PAX_FORMAT") as writer:
-        for sample in samples:
-            writer.write(_members(sample))
-    return buffer.getvalue()
+def shard_url(url: str, shard: Shard) -> str:
+    """Where a shard of the folder at a URL lies."""
+    return shard.name if "://" in shard.name else storage.join_url(url, shard.name)
 
 
 def read_shard(url: str, shard: Shard) -> list[Sample]:
-    """Fetches, verifies and parses one shard of the folder at a URL; its samples are in stored order.
+    """Fetches, verifies and parses one shard of the folder at a URL; its samples are in the order of its table.
 
     Raises:
-        ShardError: size, checksum or number of samples differ from the index, or a member is not one of ours.
+        ShardError: size, checksum or number of samples differ from the index.
         StorageError: it is missing, or the storage refuses or does not answer.
     """
-    shard_url = storage.join_url(url, shard.name)
-    data = storage.read_bytes(shard_url)
-    if len(data) != shard.bytes:
-        raise ShardError(f"{shard_url}: {len(data)} bytes, the index says {shard.bytes}; pack the data again")
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise ShardError(f"{shard_url}: checksum differs from the index: it is damaged; pack the data again")
-    try:
-        samples = list(_parse_samples(data))
-    except (tarfile.TarError, ValueError) as error:
-        raise ShardError(f"{shard_url}: not a shard of hemoco ({error}); pack the data again") from error
+    where = shard_url(url, shard)
+    data = storage.read_bytes(where)
+    check_shard(where, shard, data)
+    samples = parse_tar(data, where).samples
     if len(samples) != shard.samples:
-        raise ShardError(f"{shard_url}: {len(samples)} samples, the index says {shard.samples}; pack the data again")
+        raise ShardError(f"{where}: {len(samples)} samples, the index says {shard.samples}; pack the data again")
     return samples
+
+
+def check_shard(where: str, shard: Shard, data: bytes) -> None:
+    """Compares a shard's bytes with the index.
+
+    Raises:
+        ShardError: size or checksum differ.
+    """
+    if len(data) != shard.bytes:
+        raise ShardError(f"{where}: {len(data)} bytes, the index says {shard.bytes}; pack the data again")
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise ShardError(f"{where}: checksum differs from the index: it is damaged or was replaced; pack it again")
+
+
+def write_table(url: str, shard: Shard, table: SampleTable) -> None:
+    """Writes the table of a shard below the shard folder's URL."""
+    storage.write_bytes(_table_url(url, shard), encode_table(table))
+
+
+def read_table(url: str, shard: Shard) -> SampleTable:
+    """The table of a shard.
+
+    Raises:
+        ShardError: it is missing, damaged, or of another number of samples.
+        StorageError: the storage refuses or does not answer.
+    """
+    where = _table_url(url, shard)
+    try:
+        table = decode_table(storage.read_bytes(where))
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise ShardError(f"{where}: the sample table of {shard.name} is missing; pack the data again") from error
+    except ValueError as error:
+        raise ShardError(
+            f"{where}: the sample table of {shard.name} is damaged ({error}); pack the data again"
+        ) from error
+    if len(table.keys) != shard.samples:
+        raise ShardError(
+            f"{where}: {len(table.keys)} samples in the table of {shard.name}, the index says {shard.samples}; "
+            "pack the data again"
+        )
+    return table
+
+
+def check_table(url: str, shard: Shard, table: SampleTable) -> None:
+    """Compares the table of a shard, as it is stored, with the one that its content gives.
+
+    Raises:
+        ShardError: it is missing, damaged, or another.
+        StorageError: the storage refuses or does not answer.
+    """
+    stored, made = read_table(url, shard)._asdict(), table._asdict()
+    if stored.pop("keys") != made.pop("keys") or not all(np.array_equal(stored[name], made[name]) for name in made):
+        where = _table_url(url, shard)
+        raise ShardError(f"{where}: the sample table of {shard.name} does not fit its content; pack the data again")
+
+
+def remove_table(url: str, shard: Shard) -> None:
+    """Removes the table of a shard."""
+    storage.remove(_table_url(url, shard))
+
+
+def _table_url(url: str, shard: Shard) -> str:
+    # by content: the table of a replaced shard cannot be taken for its own
+    return storage.join_url(url, "samples", f"{shard.sha256}.safetensors")
 
 
 def _parse_index(index_url: str, fields: dict[str, Any]) -> ShardIndex:
@@ -160,46 +227,7 @@ def _parse_index(index_url: str, fields: dict[str, Any]) -> ShardIndex:
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
             classes=tuple(fields["classes"]),
             categories=tuple(fields["categories"]),
+            packed=bool(fields["packed"]),
         )
     except (KeyError, TypeError) as error:
         raise ShardError(f"{index_url}: damaged index ({error}); pack the data again") from error
-
-
-def _members(sample: Sample) -> dict[str, str | bytes]:
-    if not sample.key or "." in sample.key or "/" in sample.key:
-        raise ShardError(f"sample key {sample.key!r}: it must hold neither dots nor slashes")
-    if sample.suffix not in IMAGE_SUFFIXES:
-        raise ShardError(f"sample {sample.key}: suffix {sample.suffix!r} is none of {', '.join(IMAGE_SUFFIXES)}")
-    members: dict[str, str | bytes] = {"__key__": sample.key, sample.suffix: sample.image}
-    if sample.label is not None:
-        members["cls"] = str(sample.label).encode()
-    if sample.annotations is not None:
-        described = {"image_id": sample.image_id, "annotations": sample.annotations}
-        members["json"] = json.dumps(described, sort_keys=True).encode()
-    return members
-
-
-def _parse_samples(data: bytes) -> Iterator[Sample]:
-    """Yields samples of a tar file; ValueError where a member is not one of ours."""
-    grouped: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            key, dot, suffix = member.name.partition(".")
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is None or not dot or suffix not in (*IMAGE_SUFFIXES, "cls", "json"):
-                raise ValueError(f"unexpected member {member.name!r}")
-            grouped.setdefault(key, {})[suffix] = content.read()
-    for key, members in grouped.items():
-        yield _parse_sample(key, members)
-
-
-def _parse_sample(key: str, members: dict[str, bytes]) -> Sample:
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
-    if len(images) != 1:
-        raise ValueError(f"sample {key} has {len(images)} images")
-    described = json.loads(members["json"]) if "json" in members else {}
-    if not isinstance(described, dict):
-        raise ValueError(f"sample {key}: its annotations are not a JSON object")
-    label = int(members["cls"]) if "cls" in members else None
-    annotations, image_id = described.get("annotations"), described.get("image_id")
-    return Sample(key, members[images[0]], label, annotations, image_id, images[0])
