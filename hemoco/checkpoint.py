@@ -31,7 +31,13 @@ _STATE, _MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
 _CHECKPOINT_FORMAT, _BACKBONE_FORMAT = "hemoco-checkpoint-1", "hemoco-backbone-1"
 # where and how fast it is computed, not what
-_FREE_SETTINGS = ("pretrain.resources.", "pretrain.stream.workers:", "pretrain.stream.cache_bytes:")
+_FREE_SETTINGS = (
+    "pretrain.resources.",
+    *(
+        f"pretrain.stream.{name}:"
+        for name in ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
+    ),
+)
 
 
 class _Place(NamedTuple):

@@ -135,13 +135,21 @@ class StreamConfig:
     """Parallel lanes of the two-level shuffle; must divide the global batch size."""
     shards_per_block: int = 4
     """Consecutive shards of a lane that are shuffled together."""
-    cache_bytes: int = 2_000_000_000
-    """Most shard bytes a loader process keeps in memory."""
+    memory_bytes: int = 2_000_000_000
+    """Most shard bytes a loader process holds in memory: the open blocks and what is read ahead."""
+    disk_cache_bytes: int = 0
+    """Most bytes of shards kept in $HEMOCO_HOME/shards for all processes of a node and later epochs; 0 keeps none."""
+    retry_s: float = 600.0
+    """Seconds for which a read that fails is tried again."""
+    max_bad_share: float = 0.001
+    """Share of undecodable or damaged samples above which the run stops; ten are always allowed."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, f"stream.workers is {self.workers}: it must not be negative")
         _require(self.lanes > 0, f"stream.lanes is {self.lanes}: it must be positive")
         _require(self.shards_per_block > 0, f"stream.shards_per_block is {self.shards_per_block}: it must be positive")
+        for name in ("memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share"):
+            _require(getattr(self, name) >= 0, f"stream.{name} is {getattr(self, name)}: it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +165,7 @@ class ResourcesConfig:
 
     def __post_init__(self) -> None:
         _require(self.workers > 0, f"resources.workers is {self.workers}: it must be positive")
+        _require(self.cpus_per_worker > 0, f"resources.cpus_per_worker is {self.cpus_per_worker}: it must be positive")
         _require(self.gpus_per_worker in (0, 1), f"resources.gpus_per_worker is {self.gpus_per_worker}: 0 or 1")
 
 
@@ -209,6 +218,13 @@ class PretrainConfig:
             batch % self.stream.lanes == 0,
             f"pretrain.stream.lanes is {self.stream.lanes}: it must divide pretrain.global_batch_size ({batch})",
         )
+
+
+def world_sizes(config: PretrainConfig) -> list[int]:
+    """The numbers of workers, up to the configured one, on which this training is the same; ascending."""
+    batch, group = config.global_batch_size, config.moco.bn_group_size
+    sizes = range(1, config.resources.workers + 1)
+    return [size for size in sizes if batch % size == 0 and (batch // size) % group == 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -50,12 +50,17 @@ def all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return result
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The element-wise mean over the ranks, equal on all of them; without gradient."""
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum over the ranks, equal on all of them; without gradient."""
     total = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
-    return total / world_size()
+    return total
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise mean over the ranks, equal on all of them; without gradient."""
+    return sum_over_ranks(values) / world_size()
 
 
 def broadcast_object(value: T) -> T:

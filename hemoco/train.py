@@ -7,19 +7,21 @@ Shapes: N images on this rank, G on all ranks, C embedding size.
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hemoco.config import PretrainConfig
+from hemoco.data.counts import ReadCounts, sum_counts
 from hemoco.data.stream import Batch, StreamPosition
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
-from hemoco.distributed import all_gather_cat, mean_over_ranks, wrap_for_gradients
+from hemoco.distributed import all_gather_cat, mean_over_ranks, rank, sum_over_ranks, wrap_for_gradients
 from hemoco.errors import CheckpointError, TrainingError
 from hemoco.moco import MoCo, MoCoOutput, build_method
 from hemoco.optim import build_optimizer, learning_rate
@@ -85,19 +87,30 @@ class StepMetrics:
 
 @dataclasses.dataclass
 class Throughput:
-    """Seconds spent since the last record, without those of whoever iterates."""
+    """What happened on this rank since the last record; seconds without those of whoever iterates."""
 
     steps: int = 0
     wait_s: float = 0.0
     """Waiting for batches."""
     compute_s: float = 0.0
+    reading: ReadCounts = dataclasses.field(default_factory=ReadCounts)
 
-    def take_rates(self, global_batch_size: int) -> dict[str, float]:
-        """Images per second and the share of time spent waiting; starts anew."""
+    def rates(self, global_batch_size: int) -> dict[str, float]:
+        """Images per second and the share of time spent waiting."""
         total = self.wait_s + self.compute_s
-        rates = {"images_per_s": self.steps * global_batch_size / total, "data_wait": self.wait_s / total}
-        self.steps, self.wait_s, self.compute_s = 0, 0.0, 0.0
-        return rates
+        return {"images_per_s": self.steps * global_batch_size / total, "data_wait": self.wait_s / total}
+
+    def amounts(self) -> dict[str, float]:
+        """What was read; over all ranks it adds up."""
+        reading = self.reading
+        return {
+            "read_bytes_per_s": reading.bytes / (self.wait_s + self.compute_s),
+            "read_requests": reading.requests,
+            "read_retries": reading.retries,
+            "cache_hits": reading.cache_hits,
+            "cache_misses": reading.cache_misses,
+            "bad_samples": len(reading.bad),
+        }
 
 
 def build_state(config: PretrainConfig, device: torch.device, *, data_digest: str) -> TrainState:
@@ -132,11 +145,31 @@ def train_steps(
         throughput.steps += 1
         throughput.wait_s += arrived - began
         throughput.compute_s += time.perf_counter() - arrived
+        throughput.reading = sum_counts([throughput.reading, batch.reading])
         if logged:
-            values |= _mean_values(throughput.take_rates(config.global_batch_size), output.loss.device)
+            values |= _reduced(throughput.rates(config.global_batch_size), mean_over_ranks, output.loss.device)
+            values |= _reduced(throughput.amounts(), sum_over_ranks, output.loss.device)
+            values["batch_fingerprint"] = batch_fingerprint(batch.keys, output.loss.device)
             _warn_of_collapse(values["embedding_std"], batch.position.epoch, state.step)
+            throughput = Throughput()
         yield StepMetrics(step=state.step, epoch=batch.position.epoch, position=batch.position, values=values)
         began = time.perf_counter()
+
+
+def batch_fingerprint(keys: list[str], device: torch.device) -> float:
+    """A number that two runs share at a step if, and in all likelihood only if, their global batches were the same.
+
+    It depends on which sample is in which slot, not on the world size, and is a whole number below 2^52, so that MLflow
+    keeps it exactly.
+
+    Args:
+        keys: of this rank's samples (N,); N is the same on every rank.
+        device: for the collective.
+    """
+    first = rank() * len(keys)
+    named = (f"{slot} {key}".encode("utf-8", "surrogateescape") for slot, key in enumerate(keys, first))
+    total = sum(int.from_bytes(hashlib.blake2b(name, digest_size=5).digest()) for name in named)
+    return float(sum_over_ranks(torch.tensor(total, device=device)).item() % 2**52)
 
 
 def _optimise(state: TrainState, batch: Batch, lr: float) -> MoCoOutput:
@@ -163,13 +196,15 @@ def _measure(state: TrainState, output: MoCoOutput) -> dict[str, float]:
     values: dict[str, Tensor] = {"loss": output.loss.detach()}
     values |= contrast_values(output.logits, output.queries, state.model.config.temperature)
     values["gradient_norm"] = gradient_norm(state.model.query_encoder.parameters())
-    return _mean_values(values, output.loss.device)
+    return _reduced(values, mean_over_ranks, output.loss.device)
 
 
-def _mean_values(values: dict[str, Tensor] | dict[str, float], device: torch.device) -> dict[str, float]:
-    """Means over the ranks; one collective and one wait for the device for all of them."""
+def _reduced(
+    values: Mapping[str, Tensor | float], reduce: Callable[[Tensor], Tensor], device: torch.device
+) -> dict[str, float]:
+    """Values reduced over the ranks; one collective and one wait for the device for all of them."""
     stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
-    return dict(zip(values, mean_over_ranks(stacked).tolist(), strict=True))
+    return dict(zip(values, reduce(stacked).tolist(), strict=True))
 
 
 def _warn_of_collapse(embedding_std: float, epoch: int, step: int) -> None:

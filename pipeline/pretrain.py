@@ -8,7 +8,8 @@ from contextlib import closing, nullcontext
 import torch
 
 from hemoco import checkpoint
-from hemoco.config import DataConfig, PretrainConfig
+from hemoco.config import DataConfig, PretrainConfig, world_sizes
+from hemoco.data.counts import BadSampleFile
 from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, StreamPosition, batches, load_images, steps_per_epoch
 from hemoco.distributed import broadcast_object, rank, world_size
@@ -45,7 +46,10 @@ class Pretrained:
 
 def pretrain(job: PretrainJob) -> Pretrained:
     """Trains on Ray until done, over worker losses; goes on from the newest checkpoint below `job.url`."""
-    result = run_workers(pretrain_worker, job, name="pretrain", resources=job.config.resources, storage=job.url)
+    config = job.config
+    result = run_workers(
+        pretrain_worker, job, name="pretrain", resources=config.resources, sizes=world_sizes(config), storage=job.url
+    )
     assert isinstance(result, Pretrained)
     return result
 
@@ -62,7 +66,8 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
     last: dict[str, float] = {}
     with (
         Tracker(job.tracking_uri, job.run_id) if rank() == 0 else nullcontext() as tracker,
-        closing(_batches(job, state.position, device)) as source,
+        closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
+        closing(_batches(job, state.position, device, bad_samples)) as source,
     ):
         for metrics in train_steps(state, source, config, per_epoch):
             values = dict(metrics.values)
@@ -72,8 +77,10 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
                 tracker.log(metrics.step, values)
                 logger.info("%s", _progress(metrics, values, config.epochs * per_epoch))
             last |= values
-            if metrics.step % config.checkpoint_every_steps == 0 and rank() == 0:
-                checkpoint.save_checkpoint(state, folder, attempt=attempt, keep_last=config.keep_last)
+            if metrics.step % config.checkpoint_every_steps == 0:
+                bad_samples.write()
+                if rank() == 0:
+                    checkpoint.save_checkpoint(state, folder, attempt=attempt, keep_last=config.keep_last)
     return Pretrained(run_id=job.run_id, backbone_url=_export(job, state, index.digest), metrics=last)
 
 
@@ -87,7 +94,9 @@ def _resume(state: TrainState, folder: str) -> int:
     return checkpoint.attempt_of(found) + 1
 
 
-def _batches(job: PretrainJob, start: StreamPosition | None, device: torch.device) -> Generator[Batch, None, None]:
+def _batches(
+    job: PretrainJob, start: StreamPosition | None, device: torch.device, bad_samples: BadSampleFile
+) -> Generator[Batch, None, None]:
     return batches(
         job.data.shards,
         job.data.pretrain_split,
@@ -97,6 +106,7 @@ def _batches(job: PretrainJob, start: StreamPosition | None, device: torch.devic
         start=start,
         epochs=job.config.epochs,
         device=device,
+        bad_samples=bad_samples,
     )
 
 

@@ -5,12 +5,15 @@ not yet polled, and it retries errors that cannot go away. A group that lost a p
 function resumes from hemoco's newest checkpoint.
 """
 
+import dataclasses
 import logging
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ray
 import torch
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -22,6 +25,9 @@ from hemoco.storage import filesystem, join_url, remove
 
 logger = logging.getLogger(__name__)
 
+_REPLACEMENT_S = 20.0
+_POLL_S = 0.5
+
 
 def run_workers(
     function: Callable[[Any], Any],
@@ -29,16 +35,20 @@ def run_workers(
     *,
     name: str,
     resources: ResourcesConfig,
+    sizes: Sequence[int],
     storage: str,
     max_failures: int = 3,
 ) -> Any:
     """What `function(job)` returns on rank 0, run on every training process in one process group.
+
+    After a loss it goes on with as many processes as fit the cluster then.
 
     Args:
         function: of an importable module; resumes by itself when it was interrupted.
         job: its argument; must pickle.
         name: shows in Ray's lists.
         resources: processes, CPUs and GPUs.
+        sizes: numbers of processes it may go on with after a loss.
         storage: URL of a folder all nodes reach, for Ray's marker files.
         max_failures: lost groups that are started anew.
 
@@ -47,6 +57,8 @@ def run_workers(
         TrainingError: the processes died more than `max_failures` times.
     """
     for attempt in range(max_failures + 1):
+        if attempt:
+            resources = dataclasses.replace(resources, workers=_size_after_loss(resources, sizes))
         try:
             return _fit(function, job, name=name, resources=resources, storage=storage)
         except TrainingFailedError as error:
@@ -60,6 +72,24 @@ def run_workers(
                 ) from error
             logger.warning("event=restart name=%s attempt=%d reason=%s", name, attempt + 1, reason)
     raise AssertionError("unreachable")
+
+
+def _size_after_loss(resources: ResourcesConfig, sizes: Sequence[int]) -> int:
+    """The largest allowed number of processes that fits; the cluster gets some time to be whole again."""
+    deadline = time.monotonic() + _REPLACEMENT_S
+    while (fitting := _fitting(resources, ray.available_resources())) < resources.workers:
+        if time.monotonic() > deadline:
+            size = max((size for size in sizes if size <= fitting), default=resources.workers)
+            logger.warning("event=world_size from=%d to=%d fitting=%d", resources.workers, size, fitting)
+            return size
+        time.sleep(_POLL_S)
+    return resources.workers
+
+
+def _fitting(resources: ResourcesConfig, free: dict[str, float]) -> int:
+    """Processes that free resources suffice for."""
+    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    return int(min(free.get(kind, 0.0) // need for kind, need in needs.items() if need))
 
 
 def worker_device() -> torch.device:

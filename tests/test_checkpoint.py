@@ -171,7 +171,7 @@ def test_another_config_is_refused_with_the_difference(state: TrainState, tmp_pa
 
 def test_resources_and_loader_workers_may_change(state: TrainState, tmp_path: Path) -> None:
     place = save(state, tmp_path, 1)[0]
-    stream = StreamConfig(lanes=1, workers=0, cache_bytes=1)
+    stream = StreamConfig(lanes=1, workers=0, memory_bytes=1)
     moved = state_of(dataclasses.replace(CONFIG, resources=ResourcesConfig(workers=2), stream=stream))
     load_checkpoint(place, moved)
     assert moved.step == 1

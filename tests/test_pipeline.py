@@ -2,12 +2,15 @@
 
 import dataclasses
 import os
+import random
 import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 from mlflow import MlflowClient
 
 from hemoco.comparison import comparison
@@ -25,9 +28,12 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
+from hemoco.data.counts import BadSampleFile
+from hemoco.data.stream import batches
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.storage import join_url, list_names
 from hemoco.tracking import connect, find_run, tracking_uri
+from hemoco.train import batch_fingerprint
 from jobs.digits import write_digits
 from pipeline.graph import pretrain_only, pretrain_then_transfer, transfer_only
 from pipeline.pack import pack
@@ -143,7 +149,10 @@ def test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run(unbrok
     thread = threading.Thread(target=_pretrain_in_thread, args=(recipe, storage, failures))
     thread.start()
     checkpoints = join_url(storage, "killed/pretrain/checkpoints")
-    _wait_until(lambda: any(_step_of(name) >= 3 * INTERVAL for name in list_names(checkpoints)), timeout_s=240)
+    _wait_until(
+        lambda: failures or any(_step_of(name) >= 3 * INTERVAL for name in list_names(checkpoints)), timeout_s=240
+    )
+    assert not failures
     os.kill(_train_workers()[1], signal.SIGKILL)
     thread.join(timeout=300)
     assert not failures
@@ -154,9 +163,67 @@ def test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run(unbrok
     assert any(name.endswith("_a1") for name in list_names(checkpoints)), "no second attempt"
 
 
-def _pretrain_in_thread(recipe, storage, failures):
+@pytest.fixture(scope="module")
+def cifar(s3, ray_cluster, tracking, shared_data):
+    """10,000 CIFAR-10 images on S3, and a pretraining of 2 workers on them."""
+    url = join_url(s3, "pipeline/cifar10")
+    pack((str(shared_data / "cifar10" / "test.zip"),), url, split="train", samples_per_shard=700, seed=0)
+    recipe = small_recipe(url)
+    pretrain = dataclasses.replace(
+        recipe.pretrain,
+        global_batch_size=240,
+        moco=MoCoConfig(queue_length=480, bn_group_size=24),
+        stream=StreamConfig(workers=2, lanes=12, shards_per_block=2),
+    )
+    data = DataConfig(shards=url, pretrain_split="test")
+    return dataclasses.replace(recipe, data=data, pretrain=pretrain, transfers={})
+
+
+@pytest.mark.slow
+def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(cifar, s3, caplog):
+    class Idle:  # here, so that it travels by value: workers do not find the tests
+        """Holds the core it was given."""
+
+    storage = join_url(s3, "pipeline/runs")
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_pretrain_in_thread, args=(cifar, storage, failures, "shrunk"))
+    thread.start()
+    checkpoints = join_url(storage, "shrunk/pretrain/checkpoints")
+    _wait_until(
+        lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)), timeout_s=240
+    )
+    assert not failures
+    usurper = ray.remote(num_cpus=1)(Idle).remote()  # waits for the first core that becomes free
+    time.sleep(random.uniform(0, 4))
+    os.kill(_train_workers()[-1], signal.SIGKILL)
+    thread.join(timeout=400)
+    ray.kill(usurper)
+    assert not failures
+    history = MlflowClient(tracking_uri()).get_metric_history(child("shrunk", "pretrain").run_id, "batch_fingerprint")
+    expected = {step: print_ for step, print_ in enumerate(_fingerprints(cifar), 1)}
+    assert {(point.step, point.value) for point in history} == set(expected.items())
+    assert "event=world_size from=2 to=1" in caplog.text
+
+
+def _fingerprints(recipe):
+    """Those of all global batches, from the stream in this process alone."""
+    source = batches(
+        recipe.data.shards,
+        recipe.data.pretrain_split,
+        config=dataclasses.replace(recipe.pretrain, stream=dataclasses.replace(recipe.pretrain.stream, workers=0)),
+        rank=0,
+        world_size=1,
+        start=None,
+        epochs=1,
+        device=torch.device("cpu"),
+        bad_samples=BadSampleFile("memory://unwritten"),
+    )
+    return [batch_fingerprint(batch.keys, torch.device("cpu")) for batch in source]
+
+
+def _pretrain_in_thread(recipe, storage, failures, run="killed"):
     try:
-        pretrain_only(recipe, run="killed", storage=storage, fresh=False)
+        pretrain_only(recipe, run=run, storage=storage, fresh=False)
     except BaseException as error:
         failures.append(error)
 

@@ -1,19 +1,17 @@
 import dataclasses
-import hashlib
-import io
-import itertools
+import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data import stream
-from hemoco.data.shards import Sample, Shard, ShardIndex, encode_shard, read_index, write_index
+from hemoco.data.counts import BadSampleFile
+from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, StreamPosition
 from hemoco.errors import ConfigError, ShardError
 
@@ -21,30 +19,9 @@ SIZES = [17, 5, 30, 1, 22]
 CPU = torch.device("cpu")
 
 
-def png(number: int) -> bytes:
-    """A 12 x 10 image whose every pixel has the value `number`."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((10, 12, 3), number, np.uint8)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def write_shards(folder: Path, *, bad: tuple[int, ...] = (), labelled: bool = True) -> str:
-    """Shards of SIZES with the images 0, 1, 2, ..., whose keys are their numbers."""
-    numbers, shards = itertools.count(), []
-    for place, size in enumerate(SIZES):
-        rows = [next(numbers) for _ in range(size)]
-        image = {row: b"not an image" if row in bad else png(row) for row in rows}
-        data = encode_shard([Sample(str(row), image[row], row % 3 if labelled else None, suffix="png") for row in rows])
-        shard = Shard(f"train-{place:06d}.tar", "train", size, len(data), hashlib.sha256(data).hexdigest())
-        (folder / shard.name).write_bytes(data)
-        shards.append(shard)
-    write_index(str(folder), ShardIndex(tuple(shards), ("a", "b", "c"), ()))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_shards(tmp_path_factory.mktemp("shards"))
+    return write_shards(tmp_path_factory.mktemp("shards").as_uri(), SIZES)
 
 
 def config(*, workers: int = 0, global_batch_size: int = 16, **changed: Any) -> PretrainConfig:
@@ -57,10 +34,27 @@ def config(*, workers: int = 0, global_batch_size: int = 16, **changed: Any) -> 
 
 
 def run(
-    url: str, made: PretrainConfig, *, rank: int = 0, world_size: int = 1, start: StreamPosition | None = None
+    url: str,
+    made: PretrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start: StreamPosition | None = None,
+    bad_samples: BadSampleFile | None = None,
 ) -> list[Batch]:
+    listed = bad_samples or BadSampleFile("memory://unwritten")
     return list(
-        stream.batches(url, "train", config=made, rank=rank, world_size=world_size, start=start, epochs=2, device=CPU)
+        stream.batches(
+            url,
+            "train",
+            config=made,
+            rank=rank,
+            world_size=world_size,
+            start=start,
+            epochs=2,
+            device=CPU,
+            bad_samples=listed,
+        )
     )
 
 
@@ -120,7 +114,15 @@ def test_loader_processes_deliver_what_one_process_delivers(shards: str) -> None
 
 def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
     source = stream.batches(
-        shards, "train", config=config(workers=2), rank=0, world_size=1, start=None, epochs=1000, device=CPU
+        shards,
+        "train",
+        config=config(workers=2),
+        rank=0,
+        world_size=1,
+        start=None,
+        epochs=1000,
+        device=CPU,
+        bad_samples=BadSampleFile("memory://unwritten"),
     )
     next(source)
     assert len(multiprocessing.active_children()) >= 2
@@ -128,54 +130,53 @@ def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_an_undecodable_image_is_replaced_by_the_next_good_one(
-    tmp_path: Path, shards: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    damaged = run(write_shards(tmp_path, bad=(30, 31, 51)), config())
+def test_bad_samples_are_replaced_by_the_next_good_one_and_listed(tmp_path: Path, shards: str) -> None:
+    listed = BadSampleFile((tmp_path / "bad.jsonl").as_uri())
+    damaged = run(write_shards(f"file://{tmp_path}/s", SIZES, bad=(30, 31, 51)), config(), bad_samples=listed)
     whole = run(shards, config())
     replaced = {"30": "32", "31": "32", "51": "22"}  # the shard of 22 to 51 goes round
     assert [[replaced.get(key, key) for key in batch.keys] for batch in whole] == [batch.keys for batch in damaged]
-    assert "train-000002.tar: sample" in caplog.text and "bad=2" in caplog.text
+    listed.close()
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in lines} == {"30", "31", "51"}
+    assert {(line["shard"], line["reason"]) for line in lines} == {
+        (f"file://{tmp_path}/s/train-000002.tar", "not an image")
+    }
+
+
+def test_the_replacement_does_not_depend_on_who_reads(tmp_path: Path) -> None:
+    url = write_shards(tmp_path.as_uri(), SIZES, bad=(30, 31, 51))
+    expected = [batch.keys for batch in run(url, config())]
+    ranks = [run(url, config(), rank=rank, world_size=4) for rank in range(4)]
+    assert [[key for part in parts for key in part.keys] for parts in zip(*ranks, strict=True)] == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_undecodable_images_are_an_error_in_one_line(tmp_path: Path, workers: int) -> None:
-    url = write_shards(tmp_path, bad=tuple(range(25, 50)))
-    with pytest.raises(ShardError, match=r"^10 of \d+ images cannot be decoded, the last is .*train-000002") as raised:
+def test_too_many_bad_samples_are_an_error_in_one_line(tmp_path: Path, workers: int) -> None:
+    url = write_shards(tmp_path.as_uri(), SIZES, bad=tuple(range(25, 50)))
+    with pytest.raises(ShardError, match=r"^1\d of \d+ samples are bad, the last is \d+ in .*train-000002") as raised:
         run(url, config(workers=workers))
     assert "\n" not in str(raised.value)
     assert multiprocessing.active_children() == []
+    allowed = dataclasses.replace(config(), stream=dataclasses.replace(config().stream, max_bad_share=1.0))
+    assert len(run(url, allowed)) == 8
 
 
 def test_a_shard_without_any_good_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"train-000003\.tar: none of its images"):
-        run(write_shards(tmp_path, bad=(52,)), config())
+        run(write_shards(tmp_path.as_uri(), SIZES, bad=(52,)), config())
 
 
-def test_a_cache_smaller_than_the_open_blocks_is_refused(shards: str) -> None:
+def test_a_memory_limit_smaller_than_the_open_blocks_is_refused(shards: str) -> None:
     needed = sum(shard.bytes for shard in read_index(shards).shards)
-    with pytest.raises(ConfigError, match=rf"pretrain\.stream\.cache_bytes .* at least {needed}"):
-        run(shards, config(cache_bytes=needed - 1))
+    with pytest.raises(ConfigError, match=rf"pretrain\.stream\.memory_bytes .* at least {needed}"):
+        run(shards, config(memory_bytes=needed - 1))
 
 
-def test_shards_are_read_once_per_epoch_while_the_cache_holds_a_block(
-    shards: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads: list[str] = []
-    read_shard = stream.read_shard
-    monkeypatch.setattr(stream, "read_shard", lambda url, shard: reads.append(shard.name) or read_shard(url, shard))
-    total = sum(shard.bytes for shard in read_index(shards).shards)
-    run(shards, config(cache_bytes=total))
-    assert sorted(reads) == [shard.name for shard in read_index(shards).shards]
-
-
-def test_a_reader_never_holds_more_than_its_cache(shards: str) -> None:
-    index = read_index(shards)
-    reader = stream._ImageReader(shards, index.shards, 60_000)
-    for shard in [0, 1, 2, 3, 4, 0, 2]:
-        reader.image(shard, 0)
-        held = sum(index.shards[number].bytes for number in reader._cache)
-        assert held <= 60_000 or len(reader._cache) == 1
+def test_batches_say_what_was_read(shards: str) -> None:
+    reading = [batch.reading for batch in run(shards, config())]
+    assert [counts.samples for counts in reading] == [16] * 8
+    assert sum(counts.bytes for counts in reading) >= 2 * sum(shard.bytes for shard in read_index(shards).shards)
 
 
 def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:
@@ -183,16 +184,12 @@ def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:
     assert images.shape == (75, 3, 8, 8) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [int(key) for key in keys] == list(range(75))
     assert labels.tolist() == [number % 3 for number in range(75)]
-    streamed = list(stream.labelled_batches(shards, "train", 8, 32))
-    assert [len(batch) for batch, _ in streamed] == [32, 32, 11]
-    assert torch.equal(torch.cat([batch for batch, _ in streamed]), images)
-    assert torch.equal(torch.cat([batch for _, batch in streamed]), labels)
 
 
 def test_evaluation_names_an_image_without_label_or_with_damage(tmp_path: Path) -> None:
-    unlabelled = write_shards(tmp_path, labelled=False)
+    unlabelled = write_shards(f"file://{tmp_path}/a", SIZES, labelled=False)
     with pytest.raises(ShardError, match=r"train-000000\.tar: sample 0 has no label"):
         stream.load_images(unlabelled, "train", 8)
-    damaged = write_shards(tmp_path, bad=(3,))
+    damaged = write_shards(f"file://{tmp_path}/b", SIZES, bad=(3,))
     with pytest.raises(ShardError, match=r"sample 3: its 12 bytes are not an image"):
         stream.load_images(damaged, "train", 8)

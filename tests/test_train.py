@@ -10,6 +10,7 @@ from ranks import run_ranks
 from torch.nn import functional
 
 from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig
+from hemoco.data.counts import BadSample, ReadCounts
 from hemoco.data.stream import Batch, StreamPosition
 from hemoco.distributed import rank, world_size
 from hemoco.errors import CheckpointError, TrainingError
@@ -210,5 +211,7 @@ def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(caplog: pytes
 
 def test_rates_are_over_the_time_since_the_last_record() -> None:
     throughput = Throughput(steps=4, wait_s=0.5, compute_s=1.5)
-    assert throughput.take_rates(8) == {"images_per_s": 16.0, "data_wait": 0.25}
-    assert throughput == Throughput()
+    assert throughput.rates(8) == {"images_per_s": 16.0, "data_wait": 0.25}
+    throughput.reading = ReadCounts(samples=32, bytes=100, retries=3, bad=(BadSample("s", "k", "damaged"),))
+    assert throughput.amounts()["read_bytes_per_s"] == 50.0
+    assert (throughput.amounts()["read_retries"], throughput.amounts()["bad_samples"]) == (3, 1)

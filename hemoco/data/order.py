@@ -4,9 +4,13 @@ The shards of a split, permuted anew each epoch, form one line of samples. The l
 read in blocks of a few consecutive shards, each block shuffled as a whole. A global batch takes an equal slice of
 every lane. So a rank reads only the shards of its own lanes, every rank has the same number of steps, and any step
 can be computed without the ones before it.
+
+A slot is a place in a global batch: lane l of L has the slots [l G / L, (l + 1) G / L) of all G. A rank, and within it
+a loader process, owns a range of slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +18,18 @@ from numpy.typing import NDArray
 from hemoco.errors import ConfigError
 
 _SHARDS, _BLOCK = 0, 1  # purposes of a draw, part of its key
+
+
+class Block(NamedTuple):
+    """Consecutive shards of a lane that are shuffled together."""
+
+    lane: int
+    number: int
+    """From 0 within the lane."""
+    first: int
+    """Samples of the lane before it."""
+    last: int
+    """Samples of the lane up to its end."""
 
 
 class EpochOrder:
@@ -25,8 +41,10 @@ class EpochOrder:
         shards_per_block: consecutive shards of a lane that are shuffled together.
 
     Attributes:
-        steps: global batches in the epoch. Fewer than `lanes + global_batch_size` samples are left out, others each
-            epoch; no sample comes twice.
+        steps: global batches in the epoch.
+        width: slots of each lane in a global batch.
+        left_out: samples that this epoch does not see, fewer than `lanes + global_batch_size`, others each epoch; no
+            sample comes twice.
 
     Raises:
         ConfigError: the split has fewer samples than one global batch.
@@ -34,7 +52,7 @@ class EpochOrder:
 
     def __init__(
         self,
-        sizes: Sequence[int],
+        sizes: Sequence[int] | NDArray[np.int64],
         *,
         seed: int,
         epoch: int,
@@ -42,7 +60,8 @@ class EpochOrder:
         shards_per_block: int,
         global_batch_size: int,
     ) -> None:
-        samples = sum(sizes)
+        counts = np.asarray(sizes, np.int64)
+        samples = int(counts.sum())
         if samples < global_batch_size:
             raise ConfigError(
                 f"pretrain.global_batch_size is {global_batch_size}: the split has only {samples} samples; "
@@ -50,48 +69,64 @@ class EpochOrder:
             )
         self._key = (seed, epoch)
         self._shards_per_block = shards_per_block
-        self._slice = global_batch_size // lanes
-        self.steps = samples // lanes // self._slice
-        self._lane_length = self.steps * self._slice
+        self.width = global_batch_size // lanes
+        self.steps = samples // lanes // self.width
+        self._lane_length = self.steps * self.width
+        self.left_out = samples - lanes * self._lane_length
         draws = _generator(*self._key, _SHARDS)
-        self._shards = draws.permutation(len(sizes))
-        self._line = np.concatenate([[0], np.cumsum(np.asarray(sizes)[self._shards])])  # first sample of each shard
+        self._shards = draws.permutation(len(counts))
+        self._line = np.concatenate([[0], np.cumsum(counts[self._shards])])  # first sample of each shard
         # a random start, so that the samples left out at both ends are others each epoch even with a single shard
-        self._start = int(draws.integers(samples - lanes * self._lane_length + 1))
-        self._blocks: dict[tuple[int, int], NDArray[np.int64]] = {}  # one per lane: a lane only moves on
+        self._start = int(draws.integers(self.left_out + 1))
+        self._shuffled: dict[Block, NDArray[np.int64]] = {}  # one per lane: a lane only moves on
 
     def samples(self, step: int, first_slot: int, last_slot: int) -> NDArray[np.int64]:
         """Slots [first_slot, last_slot) of a global batch as rows (shard number, sample number within the shard)."""
-        width = self._slice
         parts = []
-        for lane in range(first_slot // width, -(-last_slot // width)):
-            begin, end = max(first_slot - lane * width, 0), min(last_slot - lane * width, width)
-            parts.append(self._lane(lane, step * width + begin, step * width + end))
-        line = np.concatenate(parts)
-        places = np.searchsorted(self._line, line, "right") - 1
-        return np.stack([self._shards[places], line - self._line[places]], axis=1)
-
-    def _lane(self, lane: int, begin: int, end: int) -> NDArray[np.int64]:
-        """Places on the line of the samples [begin, end) of a lane."""
-        low = self._start + lane * self._lane_length
-        high = low + self._lane_length
-        first_shard, parts = self._shard_at(low), []
-        while begin < end:
-            block = (self._shard_at(low + begin) - first_shard) // self._shards_per_block
-            edge = first_shard + block * self._shards_per_block
-            block_low = max(low, int(self._line[edge]))
-            block_high = min(high, int(self._line[min(edge + self._shards_per_block, len(self._shards))]))
-            shuffled = self._block(lane, block, block_low, block_high)
-            stop = min(end, block_high - low)
-            parts.append(shuffled[low + begin - block_low : low + stop - block_low])
-            begin = stop
+        for lane, begin, end in self.slices(first_slot, last_slot):
+            place, stop = step * self.width + begin, step * self.width + end
+            while place < stop:
+                block = self._block_at(lane, place)
+                upto = min(stop, block.last)
+                parts.append(self.block_samples(block)[place - block.first : upto - block.first])
+                place = upto
         return np.concatenate(parts)
 
-    def _block(self, lane: int, block: int, low: int, high: int) -> NDArray[np.int64]:
-        if (lane, block) not in self._blocks:
-            self._blocks.pop((lane, block - 1), None)
-            self._blocks[lane, block] = low + _generator(*self._key, _BLOCK, lane, block).permutation(high - low)
-        return self._blocks[lane, block]
+    def slices(self, first_slot: int, last_slot: int) -> Iterator[tuple[int, int, int]]:
+        """The lanes of some slots, each with the part [begin, end) of its slice of a global batch that they take."""
+        for lane in range(first_slot // self.width, -(-last_slot // self.width)):
+            low = lane * self.width
+            yield lane, max(first_slot - low, 0), min(last_slot - low, self.width)
+
+    def blocks(self, lane: int, step: int) -> Iterator[Block]:
+        """The blocks of a lane from the one that a step begins in."""
+        place = step * self.width
+        while place < self._lane_length:
+            block = self._block_at(lane, place)
+            yield block
+            place = block.last
+
+    def block_samples(self, block: Block) -> NDArray[np.int64]:
+        """All samples of a block in their order: rows (shard number, sample number within the shard)."""
+        if block not in self._shuffled:
+            for known in [known for known in self._shuffled if known.lane == block.lane]:
+                del self._shuffled[known]
+            order = _generator(*self._key, _BLOCK, block.lane, block.number).permutation(block.last - block.first)
+            line = self._start + block.lane * self._lane_length + block.first + order
+            places = np.searchsorted(self._line, line, "right") - 1
+            self._shuffled[block] = np.stack([self._shards[places], line - self._line[places]], axis=1)
+        return self._shuffled[block]
+
+    def _block_at(self, lane: int, place: int) -> Block:
+        """The block that holds the sample at a place of a lane."""
+        low = self._start + lane * self._lane_length
+        high = low + self._lane_length
+        first_shard = self._shard_at(low)
+        number = (self._shard_at(low + place) - first_shard) // self._shards_per_block
+        edge = first_shard + number * self._shards_per_block
+        begin = max(low, int(self._line[edge]))
+        end = min(high, int(self._line[min(edge + self._shards_per_block, len(self._shards))]))
+        return Block(lane, number, begin - low, end - low)
 
     def _shard_at(self, place: int) -> int:
         return int(np.searchsorted(self._line, place, "right")) - 1

@@ -11,24 +11,31 @@ import itertools
 import logging
 import multiprocessing
 import os
-from collections import OrderedDict
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hemoco.config import PretrainConfig
+from hemoco.data.counts import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
+from hemoco.data.decode import decode_image
 from hemoco.data.order import EpochOrder
-from hemoco.data.shards import Sample, Shard, ShardIndex, read_index, read_shard
-from hemoco.data.views import augment, center_view, decode_image, draw_colours, draw_crops, two_crops
+from hemoco.data.portions import plan_portions
+from hemoco.data.reader import SampleReader
+from hemoco.data.shard_cache import ShardCache
+from hemoco.data.shards import Shard, ShardColumns, ShardIndex, read_index, read_shard
+from hemoco.data.views import augment, center_view, draw_colours, draw_crops, two_crops
 from hemoco.errors import ConfigError, HemocoError, ShardError
+from hemoco.storage import home
 
 logger = logging.getLogger(__name__)
 
 _PREFETCHED_STEPS = 2
-_BAD_ALLOWED, _BAD_RATE = 10, 0.01  # undecodable images: as many always, then as a fraction of those read
 
 
 class StreamPosition(NamedTuple):
@@ -47,6 +54,7 @@ class CropBatch(NamedTuple):
     position: StreamPosition
     slots: tuple[int, int]
     """First and last (exclusive) slot in the global batch."""
+    reading: ReadCounts
 
 
 class Batch(NamedTuple):
@@ -58,6 +66,8 @@ class Batch(NamedTuple):
     """float32 (N, 3, S, S), normalised; row i shows the image of query i."""
     keys: list[str]
     position: StreamPosition
+    reading: ReadCounts = ReadCounts()
+    """What was read since the batch before, on this rank."""
 
 
 def steps_per_epoch(index: ShardIndex, split: str, config: PretrainConfig) -> int:
@@ -67,7 +77,7 @@ def steps_per_epoch(index: ShardIndex, split: str, config: PretrainConfig) -> in
         ConfigError: the split has fewer samples than one global batch.
         ShardError: there is no such split.
     """
-    return _epoch_order(index.split(split), config, epoch=0).steps
+    return _epoch_order(ShardColumns(index.split(split)).samples, config, epoch=0).steps
 
 
 def batches(
@@ -80,42 +90,41 @@ def batches(
     start: StreamPosition | None,
     epochs: int,
     device: torch.device,
+    bad_samples: BadSampleFile,
 ) -> Generator[Batch, None, None]:
     """This rank's batches after the position `start` to the end of the last epoch.
 
-    A batch is a function of data, config, position and rank; the global batch does not depend on the world size.
+    A batch is a function of data, config, position and rank; the global batch does not depend on the world size, nor on
+    the loader processes. Bad samples are replaced by the next good one of their shard and reported in `Batch.reading`.
     Closing the generator ends the loader processes.
 
     Args:
         start: position of the last batch consumed; None starts at the beginning.
         epochs: of the whole training, those before `start` included.
+        bad_samples: receives those of this rank; the caller writes it.
 
     Raises:
-        ConfigError: the split is smaller than a global batch, or the shards in use exceed the loader's cache.
-        ShardError: a shard is missing or damaged, or too many of its images cannot be decoded.
+        ConfigError: the split is smaller than a global batch, or the shards in use exceed the memory allowed.
+        ShardError: a shard is missing or another than was packed, or too many images are bad.
+        StorageError: the storage refuses, or did not answer in time.
     """
     size = config.global_batch_size
     slots = (size * rank // world_size, size * (rank + 1) // world_size)
-    source = _PartSource(data_url, read_index(data_url).split(split), slots, config, start, epochs)
+    shards = ShardColumns(read_index(data_url).split(split))
+    source = _PartSource(data_url, shards, slots, config, start, epochs)
     loaded = iter(source) if config.stream.workers == 0 else iter(_loader(source, device))
+    limit = BadSampleLimit(config.stream.max_bad_share)
+    left_out = _epoch_order(shards.samples, config, epoch=0).left_out
+    logger.info("event=stream split=%s samples=%d left_out_per_epoch=%d", split, shards.samples.sum(), left_out)
     try:
         for first in loaded:
             parts = [_raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]]
-            yield _batch(parts, slots, config, device)
+            batch = _batch(parts, slots, config, device)
+            bad_samples.add(batch.reading.bad)
+            limit.add(batch.reading)
+            yield batch
     finally:
         del loaded  # ends the processes now: left to the garbage collector, each is waited for in vain for seconds
-
-
-def labelled_batches(data_url: str, split: str, size: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Centre views and labels of a whole split, in storage order: uint8 (B, 3, S, S) and int64 (B,).
-
-    Raises:
-        ShardError: an image has no label or cannot be decoded.
-    """
-    samples = _labelled(data_url, read_index(data_url).split(split), size)
-    while rows := list(itertools.islice(samples, batch_size)):
-        images, labels, _ = zip(*rows, strict=True)
-        yield torch.stack(images), torch.tensor(labels)
 
 
 def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -140,20 +149,21 @@ class _PartSource(IterableDataset[CropBatch | HemocoError]):
     def __init__(
         self,
         data_url: str,
-        shards: tuple[Shard, ...],
+        shards: ShardColumns,
         slots: tuple[int, int],
         config: PretrainConfig,
         start: StreamPosition | None,
         epochs: int,
     ) -> None:
         self._data_url, self._shards, self._config = data_url, shards, config
-        self._start, self._epochs = start, epochs
+        self._first = StreamPosition(0, 0) if start is None else start._replace(step=start.step + 1)
+        self._epochs = epochs
         first, last = slots
         self.parts = max(1, min(config.stream.workers, last - first))
         cuts = [first + (last - first) * part // self.parts for part in range(self.parts + 1)]
         self._slots = list(itertools.pairwise(cuts))
         for part_slots in self._slots:
-            _check_cache(shards, part_slots, config)
+            _check_memory(shards, part_slots, config)
 
     def __iter__(self) -> Iterator[CropBatch | HemocoError]:
         info = get_worker_info()
@@ -163,59 +173,37 @@ class _PartSource(IterableDataset[CropBatch | HemocoError]):
             yield error  # as a value: a loader process would bury its message in a traceback
 
     def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
-        config, reader = self._config, _ImageReader(self._data_url, self._shards, self._config.stream.cache_bytes)
-        first = StreamPosition(0, 0) if self._start is None else self._start._replace(step=self._start.step + 1)
-        for epoch in range(first.epoch, self._epochs):
-            order = _epoch_order(self._shards, config, epoch)
-            for step in range(first.step if epoch == first.epoch else 0, order.steps):
-                draws = draw_crops(config.views, seed=config.seed, epoch=epoch, step=step, slots=slots)
-                places = order.samples(step, *slots).tolist()
-                images = [reader.image(shard, sample) for shard, sample in places]
-                crops = [two_crops(image, draws, row, config.views.size) for row, (_, image) in enumerate(images)]
-                keys = [key for key, _ in images]
-                yield CropBatch(torch.stack(crops), keys, StreamPosition(epoch, step), slots)
+        views, seed = self._config.views, self._config.seed
+        with closing(self._reader(slots)) as reader:
+            for position, pieces in self._steps(slots):
+                epoch, step = position
+                draws = draw_crops(views, seed=seed, epoch=epoch, step=step, slots=slots)
+                crops = torch.empty((slots[1] - slots[0], 2, 3, views.size, views.size), dtype=torch.uint8)
+                keys = []
+                for row, (key, image) in enumerate(reader.images(epoch, step, pieces)):
+                    crops[row] = two_crops(image, draws, row, views.size)
+                    keys.append(key)
+                yield CropBatch(crops, keys, position, slots, reader.take_counts())
 
+    def _reader(self, slots: tuple[int, int]) -> SampleReader:
+        stream = self._config.stream
+        cache = ShardCache(home() / "shards", stream.disk_cache_bytes) if stream.disk_cache_bytes else None
+        portions = itertools.chain.from_iterable(
+            plan_portions(order, epoch, slots, first) for epoch, order, first in self._orders()
+        )
+        return SampleReader(self._data_url, self._shards, portions, config=stream, cache=cache)
 
-class _ImageReader:
-    """Decodes samples of shards, of which it keeps the last used in memory.
+    def _steps(self, slots: tuple[int, int]) -> Iterator[tuple[StreamPosition, list[tuple[int, int, int]]]]:
+        for epoch, order, first in self._orders():
+            pieces = list(order.slices(*slots))
+            for step in range(first, order.steps):
+                yield StreamPosition(epoch, step), pieces
 
-    An image that cannot be decoded is replaced by the next good one of its shard, so that order and steps stay; it is
-    counted, logged, and too many of them are an error.
-    """
-
-    def __init__(self, data_url: str, shards: tuple[Shard, ...], cache_bytes: int) -> None:
-        self._data_url, self._shards, self._cache_bytes = data_url, shards, cache_bytes
-        self._cache: OrderedDict[int, list[Sample]] = OrderedDict()
-        self._read, self._bad = 0, 0
-
-    def image(self, shard: int, number: int) -> tuple[str, Tensor]:
-        """Key and uint8 image (3, H, W) of a sample or of its replacement."""
-        samples = self._samples(shard)
-        self._read += 1
-        for offset in range(len(samples)):
-            sample = samples[(number + offset) % len(samples)]
-            try:
-                return sample.key, decode_image(sample.image)
-            except ShardError as error:
-                if offset == 0:
-                    self._count_bad(f"{self._data_url}/{self._shards[shard].name}: sample {sample.key}: {error}")
-        raise ShardError(f"{self._data_url}/{self._shards[shard].name}: none of its images can be decoded; repack it")
-
-    def _samples(self, shard: int) -> list[Sample]:
-        if shard not in self._cache:
-            held = sum(self._shards[number].bytes for number in self._cache) + self._shards[shard].bytes
-            while self._cache and held > self._cache_bytes:
-                held -= self._shards[self._cache.popitem(last=False)[0]].bytes
-            self._cache[shard] = read_shard(self._data_url, self._shards[shard])
-        self._cache.move_to_end(shard)
-        return self._cache[shard]
-
-    def _count_bad(self, what: str) -> None:
-        self._bad += 1
-        if self._bad & (self._bad - 1) == 0:  # the 1st, 2nd, 4th, ...: the total says the rest
-            logger.warning("replaced an undecodable image bad=%d read=%d: %s", self._bad, self._read, what)
-        if self._bad >= _BAD_ALLOWED and self._bad > _BAD_RATE * self._read:
-            raise ShardError(f"{self._bad} of {self._read} images cannot be decoded, the last is {what}; repack them")
+    def _orders(self) -> Iterator[tuple[int, EpochOrder, int]]:
+        """Epoch, its order and its first step, from the start on."""
+        for epoch in range(self._first.epoch, self._epochs):
+            first = self._first.step if epoch == self._first.epoch else 0
+            yield epoch, _epoch_order(self._shards.samples, self._config, epoch), first
 
 
 def _loader(source: _PartSource, device: torch.device) -> DataLoader[CropBatch | HemocoError]:
@@ -251,7 +239,8 @@ def _batch(parts: list[CropBatch], slots: tuple[int, int], config: PretrainConfi
     draws = draw_colours(config.views, seed=config.seed, epoch=epoch, step=step, slots=slots)
     views = augment(crops.transpose(0, 1).flatten(0, 1), draws, config.views)  # (2 N, 3, S, S)
     query_views, key_views = views.chunk(2)
-    return Batch(query_views, key_views, [key for part in parts for key in part.keys], parts[0].position)
+    keys = [key for part in parts for key in part.keys]
+    return Batch(query_views, key_views, keys, parts[0].position, sum_counts(part.reading for part in parts))
 
 
 def _raise_error(part: CropBatch | HemocoError) -> CropBatch:
@@ -260,9 +249,9 @@ def _raise_error(part: CropBatch | HemocoError) -> CropBatch:
     return part
 
 
-def _epoch_order(shards: tuple[Shard, ...], config: PretrainConfig, epoch: int) -> EpochOrder:
+def _epoch_order(sizes: NDArray[np.int64], config: PretrainConfig, epoch: int) -> EpochOrder:
     return EpochOrder(
-        [shard.samples for shard in shards],
+        sizes,
         seed=config.seed,
         epoch=epoch,
         lanes=config.stream.lanes,
@@ -271,15 +260,15 @@ def _epoch_order(shards: tuple[Shard, ...], config: PretrainConfig, epoch: int) 
     )
 
 
-def _check_cache(shards: tuple[Shard, ...], slots: tuple[int, int], config: PretrainConfig) -> None:
-    """Refuses a cache that cannot hold the open blocks: nearly every image would read a shard again."""
+def _check_memory(shards: ShardColumns, slots: tuple[int, int], config: PretrainConfig) -> None:
+    """Refuses a limit that cannot hold the open blocks."""
     stream, width = config.stream, config.global_batch_size // config.stream.lanes
     lanes = -(-slots[1] // width) - slots[0] // width
-    largest = max((shard.bytes for shard in shards), default=0)
-    needed = min(lanes * stream.shards_per_block * largest, sum(shard.bytes for shard in shards))
-    if needed > stream.cache_bytes:
+    largest = int(shards.bytes.max(initial=0))
+    needed = min(lanes * stream.shards_per_block * largest, int(shards.bytes.sum()))
+    if needed > stream.memory_bytes:
         raise ConfigError(
-            f"pretrain.stream.cache_bytes is {stream.cache_bytes}: a loader process reads {lanes} lanes, "
+            f"pretrain.stream.memory_bytes is {stream.memory_bytes}: a loader process reads {lanes} lanes, "
             f"{stream.shards_per_block} shards of up to {largest} bytes at once in each; set it to at least {needed}, "
             "or lower pretrain.stream.shards_per_block, or repack with smaller shards"
         )

@@ -1,0 +1,281 @@
+"""The samples of one loader process, read ahead in the order in which they are needed, each block once.
+
+A process takes a part of some lanes: of every block of these lanes, its portion. Threads fetch the coming portions
+while the present ones are decoded. A shard is read whole and told by its SHA-256 where that is cheaper or where a cache
+keeps it for others, else in ranges whose samples are told by their CRC32C.
+
+Shapes: R samples of a portion.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.pool import AsyncResult, ThreadPool
+from typing import NamedTuple, TypeVar
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hemoco.config import StreamConfig
+from hemoco.data.counts import BadSample, ReadCounts
+from hemoco.data.decode import UndecodableImage, decode_image
+from hemoco.data.fetch import FetchCounts, fetch_range, verified_shard
+from hemoco.data.patience import Patience
+from hemoco.data.portions import Portion, plan_ranges
+from hemoco.data.shard_cache import ShardCache
+from hemoco.data.shards import Shard, ShardColumns, read_table, shard_url
+from hemoco.data.tar_samples import IMAGE_SUFFIXES, SampleTable
+from hemoco.errors import HemocoError, ShardError, StorageError
+from hemoco.storage import is_transient
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 4
+
+
+class ReadSample(NamedTuple):
+    """An encoded image."""
+
+    shard: str
+    """URL of the tar."""
+    key: str
+    image: memoryview
+    suffix: str
+    label: int
+    """-1 where there is none."""
+    sound: bool
+    """Whether the bytes are those that were packed."""
+
+
+Pieces = Iterable[tuple[int, int, int]]
+Decoded = TypeVar("Decoded")
+_Samples = dict[tuple[int, int], ReadSample]
+
+
+class _Open(NamedTuple):
+    portion: Portion
+    size: int
+    samples: "AsyncResult[_Samples]"
+
+
+class SampleReader:
+    """Reads portions ahead and gives the images of one step after the other.
+
+    Holds at most `max_bytes` of shards beyond the blocks that the present step needs.
+
+    Args:
+        url: of the shard folder.
+        shards: of the split.
+        portions: as `plan_portions` gives them, of one epoch after the other.
+        config: of the stream.
+        cache: of the node, or None.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shards: ShardColumns,
+        portions: Iterable[Portion],
+        *,
+        config: StreamConfig,
+        cache: ShardCache | None,
+    ) -> None:
+        self._url, self._shards, self._config, self._cache = url, shards, config, cache
+        self._fetched = FetchCounts()  # of all threads
+        self._counted = ReadCounts()  # of it, what `take_counts` has given
+        self._coming = iter(portions)
+        self._next: Portion | None = next(self._coming, None)
+        self._open: dict[int, deque[_Open]] = {}  # by lane; the first is the present one
+        self._taken: dict[int, int] = {}  # rows of the present portion that are used up
+        self._held = 0
+        self._pool: ThreadPool | None = None
+        self._read = 0
+        self._bad: list[BadSample] = []
+
+    def close(self) -> None:
+        """Ends the threads; what they were reading is lost."""
+        if self._pool is not None:
+            self._pool.terminate()
+
+    def images(self, epoch: int, step: int, pieces: Pieces) -> Iterator[tuple[str, Tensor]]:
+        """Key and image (3, H, W) of each slot of a step; steps must be asked for in their order.
+
+        Args:
+            epoch: of the step.
+            step: within the epoch.
+            pieces: lanes with their part [begin, end) of its slice, as `EpochOrder.slices` gives them.
+
+        Raises:
+            ShardError: a shard is not what the index says, or none of its images can be decoded.
+            StorageError: the storage refuses, or did not answer in time.
+        """
+        for read, image in self._usable(epoch, step, pieces, lambda encoded: decode_image(bytes(encoded))):
+            yield read.key, image
+
+    def encoded(self, epoch: int, step: int, pieces: Pieces) -> Iterator[ReadSample]:
+        """As `images`, but the samples as they were packed; only damaged ones are replaced."""
+        for read, _ in self._usable(epoch, step, pieces, bytes):
+            yield read
+
+    def take_counts(self) -> ReadCounts:
+        """What was read since this was asked last."""
+        fetched = self._fetched
+        now = ReadCounts(
+            self._read, fetched.bytes, fetched.requests, fetched.retries, fetched.cache_hits, fetched.cache_misses
+        )
+        since = now.since(self._counted)._replace(bad=tuple(self._bad))
+        self._counted, self._bad = now, []
+        return since
+
+    def _read_ahead(self, epoch: int, step: int) -> None:
+        """Begins to read what this step needs, and what comes after it as far as memory allows."""
+        while self._next is not None:
+            portion = self._next
+            due = (portion.epoch, portion.first_step) <= (epoch, step)
+            size = self._size(portion)
+            ahead = len(self._open.get(portion.block.lane, ()))
+            if not due and (ahead > 1 or self._held + size > self._config.memory_bytes):
+                return
+            # threads are made late: a forked process would inherit none
+            self._pool = self._pool or ThreadPool(_THREADS)
+            opened = _Open(portion, size, self._pool.apply_async(self._read_portion, (portion,)))
+            self._open.setdefault(portion.block.lane, deque()).append(opened)
+            self._held += size
+            self._next = next(self._coming, None)
+
+    def _usable(
+        self, epoch: int, step: int, pieces: Pieces, decode: Callable[[memoryview], Decoded]
+    ) -> Iterator[tuple[ReadSample, Decoded]]:
+        self._read_ahead(epoch, step)
+        for lane, begin, end in pieces:
+            for _ in range(end - begin):
+                yield self._take(lane, decode)
+
+    def _take(self, lane: int, decode: Callable[[memoryview], Decoded]) -> tuple[ReadSample, Decoded]:
+        waiting, used = self._open[lane], self._taken.get(lane, 0)
+        if used == len(waiting[0].portion.rows):
+            self._held -= waiting.popleft().size
+            used = 0
+        self._taken[lane] = used + 1
+        self._read += 1
+        shard, number = waiting[0].portion.rows[used].tolist()
+        return self._good(shard, number, waiting[0].samples.get(), decode)
+
+    def _good(
+        self, shard: int, number: int, samples: _Samples, decode: Callable[[memoryview], Decoded]
+    ) -> tuple[ReadSample, Decoded]:
+        """A sample, or the next good one of its shard: its own content alone decides which."""
+        count = int(self._shards.samples[shard])
+        for offset in range(count):
+            place = (number + offset) % count
+            read = samples.get((shard, place)) or self._read_single(shard, place)
+            flaw = "damaged since it was packed"
+            try:
+                if read.sound:
+                    return read, decode(read.image)
+            except UndecodableImage as error:
+                flaw = error.reason
+            if offset == 0:
+                self._bad.append(BadSample(shard_url(self._url, self._shards[shard]), read.key, flaw))
+        raise ShardError(f"{shard_url(self._url, self._shards[shard])}: none of its images can be decoded; repack it")
+
+    def _size(self, portion: Portion) -> int:
+        """Bytes that reading a portion will hold, at most about."""
+        numbers, wanted = np.unique(portion.rows[:, 0], return_counts=True)
+        share = wanted / self._shards.samples[numbers]
+        return int((self._shards.bytes[numbers] * np.where(share < 0.5, share, 1)).sum())
+
+    def _read_portion(self, portion: Portion) -> _Samples:
+        """Runs in a thread."""
+        found: _Samples = {}
+        for number in np.unique(portion.rows[:, 0]).tolist():
+            wanted = portion.rows[portion.rows[:, 0] == number, 1]
+            found |= {(number, place): read for place, read in self._read_shard(number, wanted)}
+        return found
+
+    def _read_shard(self, number: int, wanted: NDArray[np.int64]) -> Iterator[tuple[int, ReadSample]]:
+        shard = self._shards[number]
+        table = self._table(shard)
+        ranges = plan_ranges(table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes)
+        if self._cache is not None or ranges == [(0, shard.bytes)]:
+            parts = [(0, *self._whole(shard, table))]
+        else:
+            parts = [(start, self._fetch(shard, start, stop), False) for start, stop in ranges]
+        for place in wanted.tolist():
+            start, data, proved = next(part for part in reversed(parts) if part[0] <= table.offsets[place])
+            first = int(table.offsets[place]) - start
+            image = data[first : first + int(table.sizes[place])]
+            # a copy lets go of the rest of the shard, which others use
+            image = memoryview(bytes(image)) if 2 * len(wanted) < shard.samples else image
+            yield place, self._checked(shard, table, place, image, proved=proved)
+
+    def _table(self, shard: Shard) -> SampleTable:
+        patience = Patience(self._config.retry_s)
+        while True:
+            try:
+                return read_table(self._url, shard)
+            except StorageError as error:
+                if not isinstance(error.__cause__, Exception) or not is_transient(error.__cause__):
+                    raise
+                if not patience.wait():
+                    raise
+
+    def _whole(self, shard: Shard, table: SampleTable) -> tuple[memoryview, bool]:
+        """A whole shard, and whether its checksum holds. Of one damaged in storage the sound samples can be used."""
+        where = shard_url(self._url, shard)
+        try:
+            if self._cache is not None:
+                data = self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
+            else:
+                data = verified_shard(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
+        except ShardError as error:
+            return self._salvage(shard, table, error), False
+        return memoryview(data), True
+
+    def _salvage(self, shard: Shard, table: SampleTable, error: ShardError) -> memoryview:
+        """A shard of the right size with a wrong checksum, where most of its samples are as they were packed."""
+        try:
+            damaged = self._fetch(shard, 0, shard.bytes)
+        except HemocoError:
+            raise error from None
+        sound = [_crc(damaged, table, place) == table.crcs[place] for place in range(len(table.keys))]
+        if 2 * sum(sound) <= len(sound):  # not damaged but another
+            raise error
+        where = shard_url(self._url, shard)
+        logger.warning("event=damaged_shard url=%s samples=%d damaged=%d", where, len(sound), sound.count(False))
+        return damaged
+
+    def _read_single(self, number: int, place: int) -> ReadSample:
+        """A sample by a request of its own."""
+        shard = self._shards[number]
+        table = self._table(shard)
+        start = int(table.offsets[place])
+        image = self._fetch(shard, start, start + int(table.sizes[place]))
+        return self._checked(shard, table, place, image, proved=False)
+
+    def _checked(self, shard: Shard, table: SampleTable, place: int, image: memoryview, *, proved: bool) -> ReadSample:
+        crc = int(table.crcs[place])
+        sound = proved or google_crc32c.value(bytes(image)) == crc
+        if not sound:  # once more: it may have been damaged on its way
+            start = int(table.offsets[place])
+            image = self._fetch(shard, start, start + int(table.sizes[place]))
+            sound = google_crc32c.value(bytes(image)) == crc
+        return ReadSample(
+            shard=shard_url(self._url, shard),
+            key=table.keys[place],
+            image=image,
+            suffix=IMAGE_SUFFIXES[table.suffixes[place]],
+            label=int(table.labels[place]),
+            sound=sound,
+        )
+
+    def _fetch(self, shard: Shard, start: int, stop: int) -> memoryview:
+        where = shard_url(self._url, shard)
+        return memoryview(fetch_range(where, start, stop, self._fetched, budget_s=self._config.retry_s))
+
+
+def _crc(data: memoryview, table: SampleTable, place: int) -> int:
+    start = int(table.offsets[place])
+    return int(google_crc32c.value(bytes(data[start : start + int(table.sizes[place])])))

@@ -1,0 +1,35 @@
+"""Small shard folders for tests of reading: images 0, 1, 2, ..., whose keys are their numbers."""
+
+import hashlib
+import io
+import itertools
+from collections.abc import Container, Sequence
+
+import numpy as np
+from PIL import Image
+
+from hemoco.data.shards import Shard, ShardIndex, write_index, write_table
+from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
+from hemoco.storage import join_url, write_bytes
+
+
+def png(number: int) -> bytes:
+    """A 12 x 10 image whose every pixel has the value `number` (modulo 256)."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((10, 12, 3), number % 256, np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_shards(url: str, sizes: Sequence[int], *, bad: Container[int] = (), labelled: bool = True) -> str:
+    """Writes shards of these sizes and their index; images whose number is in `bad` are none. Returns the URL."""
+    numbers, shards = itertools.count(), []
+    for place, size in enumerate(sizes):
+        rows = [next(numbers) for _ in range(size)]
+        image = {row: b"not an image" if row in bad else png(row) for row in rows}
+        data = encode_shard([Sample(str(row), image[row], row % 3 if labelled else None, suffix="png") for row in rows])
+        shard = Shard(f"train-{place:06d}.tar", "train", size, len(data), hashlib.sha256(data).hexdigest())
+        write_bytes(join_url(url, shard.name), data)
+        write_table(url, shard, parse_tar(data, shard.name).table)
+        shards.append(shard)
+    write_index(url, ShardIndex(tuple(shards), ("a", "b", "c"), ()))
+    return url
