@@ -2,7 +2,7 @@
 
 Both use libjpeg-turbo with its slow, exact transform and smooth upsampling, so their pixels are the same bit for bit:
 on every JPEG of the odd files, and on 20,000 CIFAR and COCO JPEGs damaged at random, simplejpeg accepted none that
-Pillow refuses and painted none differently. It takes 0.6 of Pillow's time on photos and a fifth on small images.
+Pillow refuses and painted none differently. It takes 0.6 to 0.7 of Pillow's time on photos, a fifth on small images.
 
 What makes it safe is its strict mode: the first warning of libjpeg is an error. Then Pillow decides, which overlooks
 warnings (junk in the header, odd metadata: the picture is whole), with one exception. Pillow notices that a file has

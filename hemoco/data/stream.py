@@ -178,7 +178,9 @@ class _PartSource(IterableDataset[CropBatch | HemocoError]):
             for position, pieces in self._steps(slots):
                 epoch, step = position
                 draws = draw_crops(views, seed=seed, epoch=epoch, step=step, slots=slots)
-                crops = torch.empty((slots[1] - slots[0], 2, 3, views.size, views.size), dtype=torch.uint8)
+                # channels last, as they are cropped: else each view is transposed, 6% of an image's time
+                memory = torch.empty((slots[1] - slots[0], 2, views.size, views.size, 3), dtype=torch.uint8)
+                crops = memory.permute(0, 1, 4, 2, 3)
                 keys = []
                 for row, (key, image) in enumerate(reader.images(epoch, step, pieces)):
                     crops[row] = two_crops(image, draws, row, views.size)
