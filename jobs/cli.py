@@ -12,6 +12,7 @@ from hemoco.errors import ConfigError, HemocoError, UsageError
 _VERBS = {
     "demo": "the whole pipeline on data that ships with hemoco's dependencies: no account, no network",
     "pack": "images -> shards and their index, at any URL",
+    "inspect": "what is in a shard folder, whether it is sound, what it looks like",
     "run": "pretraining -> transfers -> comparison",
     "pretrain": "the first half of run",
     "transfer": "the second half of run, from a backbone",

@@ -1,25 +1,41 @@
 """Packing: images of any source become shards and their index, one Ray task per shard.
 
 The index is written last, so a pack that was interrupted leaves nothing a reader would use, and is repeated by the same
-call: the same images, seed and shard size give the same bytes. Sources are local paths that every node must see.
+call: the same images, seed and shard size give the same bytes. A finished one is verified by the same call, and what is
+missing or damaged there is written again. Sources are local paths that every node must see.
 """
 
+import contextlib
 import hashlib
 import logging
 import random
 import re
-from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
-from typing import NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
-import ray
-
-from hemoco.data.shards import INDEX_NAME, Sample, Shard, ShardIndex, encode_shard, read_index, write_index
+from hemoco.data.sample_table import SampleTable
+from hemoco.data.shards import (
+    INDEX_NAME,
+    Shard,
+    ShardIndex,
+    check_shard,
+    check_table,
+    read_index,
+    remove_table,
+    write_index,
+    write_table,
+)
 from hemoco.data.sources import Item, Source, open_source, read_items
-from hemoco.errors import HemocoError, ShardError, UsageError
-from hemoco.storage import absolute_url, check_writable, exists, join_url, remove, write_bytes
+from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
+from hemoco.errors import ShardError, StorageError, UsageError
+from hemoco.storage import absolute_url, check_writable, exists, join_url, read_bytes, remove, write_bytes
+from pipeline.findings import Finding, count_reasons
+from pipeline.tasks import Progress, finish, run_tasks
+
+if TYPE_CHECKING:
+    from hemoco.data.decode import UndecodableImage
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +48,10 @@ class Packed:
     """What came of a pack."""
 
     index: ShardIndex
-    skipped: dict[str, int]
-    """How many images were left out, by reason."""
+    skipped: tuple[Finding, ...]
+    """Images that were left out."""
     duplicates: int
     """Images of other splits whose very bytes are in the split `train` too."""
-
-
-class PackProgress(NamedTuple):
-    """How far a pack is."""
-
-    done: int
-    """Shards."""
-    total: int
 
 
 class _ShardPlan(NamedTuple):
@@ -55,6 +63,7 @@ class _ShardPlan(NamedTuple):
 class _Skip(NamedTuple):
     image: str
     reason: str
+    message: str
 
 
 class _PackedShard(NamedTuple):
@@ -64,24 +73,22 @@ class _PackedShard(NamedTuple):
     """None when no image of it could be decoded."""
     skips: list[_Skip]
     image_digests: list[bytes]
+    restored: list[str]
+    """What was missing or damaged of a shard that had been packed before."""
 
 
 def pack(
     sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool = False
 ) -> Packed:
     """As `pack_steps`, without progress."""
-    steps = pack_steps(sources, dest, split=split, samples_per_shard=samples_per_shard, seed=seed, overwrite=overwrite)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            packed: Packed = done.value
-            return packed
+    return finish(
+        pack_steps(sources, dest, split=split, samples_per_shard=samples_per_shard, seed=seed, overwrite=overwrite)
+    )
 
 
 def pack_steps(
     sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool
-) -> Generator[PackProgress, None, Packed]:
+) -> Generator[Progress, None, Packed]:
     """Packs images into shards; yields before the first shard and after each, returns the result.
 
     Args:
@@ -90,7 +97,7 @@ def pack_steps(
         split: of images that no folder puts into one.
         samples_per_shard: most images in a shard; the shards of a split are of equal size, give or take one.
         seed: of the order in which images are dealt to shards.
-        overwrite: replace other shards at `dest`. Without it, equal ones are verified and left as they are.
+        overwrite: replace other shards at `dest`. Without it, equal ones are verified and restored.
 
     Raises:
         UsageError: a source or the split is wrong, or other shards are at `dest`.
@@ -105,16 +112,18 @@ def pack_steps(
     plans = _plan(source.items, samples_per_shard, seed)
     if overwrite:
         _remove_shards(dest)
-    existing = _existing(dest)
+    existing = existing_index(dest)
     if existing is not None and not _could_be(existing, plans, source):
-        raise _other_shards(dest)
+        raise other_shards(dest)
     results = []
-    yield PackProgress(0, len(plans))
-    for result in _run(plans, dest if existing is None else None):
-        if existing is not None and result.shard != _named(existing, result.name):
-            raise _other_shards(dest)
+    yield Progress(0, len(plans))
+    promised = {shard.name: shard for shard in existing.shards} if existing is not None else {}
+    arguments = ((plan, dest, existing is None, promised.get(plan.name)) for plan in plans)
+    for result in run_tasks(_pack_shard, arguments):
+        if existing is not None and result.shard != promised.get(result.name):
+            raise other_shards(dest)
         results.append(result)
-        yield PackProgress(len(results), len(plans))
+        yield Progress(len(results), len(plans))
     packed = _sum_up(results, source)
     if existing is None:
         write_index(dest, packed.index)
@@ -134,86 +143,89 @@ def _plan(items: Sequence[Item], samples_per_shard: int, seed: int) -> list[_Sha
     return plans
 
 
-def _run(plans: Sequence[_ShardPlan], dest: str | None) -> Iterator[_PackedShard]:
-    """Yields what became of each shard, as they get ready."""
-    task = ray.remote(num_cpus=1, max_retries=2)(_pack_shard)
-    waiting = iter(plans)
-    # some more than cores, so that no core waits for this process
-    in_flight = int(ray.cluster_resources().get("CPU", 1)) + 2
-    running = [task.remote(plan, dest) for plan in islice(waiting, in_flight)]
-    try:
-        while running:
-            (ready,), running = ray.wait(running)
-            running += [task.remote(plan, dest) for plan in islice(waiting, 1)]
-            yield _result(ready)
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _result(reference: "ray.ObjectRef[_PackedShard]") -> _PackedShard:
-    try:
-        result: _PackedShard = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, HemocoError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HemocoError(f"a Ray worker was lost while packing ({reason}); run the same command again") from error
-    return result
-
-
-def _pack_shard(plan: _ShardPlan, dest: str | None) -> _PackedShard:
-    """Runs on a Ray worker: makes one shard, and writes it where there is a `dest`."""
+def _pack_shard(plan: _ShardPlan, dest: str, new: bool, promised: Shard | None) -> _PackedShard:
+    """Runs on a Ray worker: makes one shard, and writes it where it is new, restores it where it was promised."""
     samples, skips = [], []
     for item, image in zip(plan.items, read_items(plan.items), strict=True):
-        reason = _flaw(image)
-        if reason is None:
+        flaw = image_flaw(image)
+        if flaw is None:
             samples.append(Sample(item.key, image, item.label, item.annotations, item.image_id, item.suffix))
         else:
-            skips.append(_Skip(str(item.location), reason))
+            skips.append(_Skip(str(item.location), flaw.reason, str(flaw)))
     digests = [hashlib.sha256(sample.image).digest() for sample in samples]
     if not samples:
-        return _PackedShard(plan.name, plan.split, None, skips, digests)
+        return _PackedShard(plan.name, plan.split, None, skips, digests, [])
     data = encode_shard(samples)
-    if dest is not None:
-        write_bytes(join_url(dest, plan.name), data)
     shard = Shard(plan.name, plan.split, len(samples), len(data), hashlib.sha256(data).hexdigest())
-    return _PackedShard(plan.name, plan.split, shard, skips, digests)
+    table = parse_tar(data, plan.name).table
+    restored = []
+    if new:
+        write_bytes(join_url(dest, plan.name), data)
+        write_table(dest, shard, table)
+    elif shard == promised:
+        restored = [*_restore_tar(dest, shard, data), *restore_table(dest, shard, table)]
+    return _PackedShard(plan.name, plan.split, shard, skips, digests, restored)
 
 
-def _flaw(image: bytes) -> str | None:
+def _restore_tar(dest: str, shard: Shard, data: bytes) -> list[str]:
+    url = join_url(dest, shard.name)
+    try:
+        check_shard(url, shard, read_bytes(url))
+    except (ShardError, StorageError) as error:
+        write_bytes(url, data)
+        return [str(error)]
+    return []
+
+
+def restore_table(dest: str, shard: Shard, table: SampleTable) -> list[str]:
+    """Writes the table of a shard again where it is missing or damaged; returns what was wrong with it."""
+    try:
+        check_table(dest, shard, table)
+    except ShardError as error:
+        write_table(dest, shard, table)
+        return [str(error)]
+    return []
+
+
+def image_flaw(image: bytes) -> "UndecodableImage | None":
     """Why the stream could not use an image; found by the very function that decodes it there."""
-    from hemoco.data.views import decode_image
+    from hemoco.data.decode import UndecodableImage, decode_image  # torch takes seconds to import
 
     try:
         decode_image(image)
-    except ShardError as error:
-        return str(error)
+    except UndecodableImage as error:
+        return error
     return None
+
+
+def log_restored(restored: Sequence[str]) -> None:
+    """Says what a repeated pack found missing or damaged."""
+    for flaw in restored:
+        logger.warning("written again: %s", flaw)
 
 
 def _sum_up(results: Sequence[_PackedShard], source: Source) -> Packed:
     ordered = sorted(results, key=lambda result: result.name)
     skips = [skip for result in ordered for skip in result.skips]
     for skip in skips[:_LOGGED_SKIPS]:
-        logger.warning("image skipped: image=%s reason=%s", skip.image, skip.reason)
+        logger.warning("image skipped: image=%s reason=%s", skip.image, skip.message)
     if skips:
         logger.warning("images skipped: total=%d logged=%d", len(skips), min(len(skips), _LOGGED_SKIPS))
+    log_restored([flaw for result in ordered for flaw in result.restored])
     shards = tuple(result.shard for result in ordered if result.shard is not None)
     if not shards:
-        raise ShardError(f"none of the {len(skips)} images can be decoded, first {skips[0].image}: {skips[0].reason}")
+        raise ShardError(f"none of the {len(skips)} images can be decoded, first {skips[0].image}: {skips[0].message}")
     train = {digest for result in ordered if result.split == _TRAIN for digest in result.image_digests}
     others = (digest for result in ordered if result.split != _TRAIN for digest in result.image_digests)
     duplicates = sum(digest in train for digest in others)
-    reasons = dict(Counter(skip.reason for skip in skips))
+    skipped = tuple(count_reasons((skip.image, skip.reason) for skip in skips))
     if duplicates:
         logger.warning("images of other splits are in %s too: duplicates=%d", _TRAIN, duplicates)
-    return Packed(ShardIndex(shards, source.classes, source.categories), reasons, duplicates)
+    return Packed(ShardIndex(shards, source.classes, source.categories), skipped, duplicates)
 
 
-def _existing(dest: str) -> ShardIndex | None:
+def existing_index(dest: str) -> ShardIndex | None:
+    """The index that is at `dest`, if any."""
     return read_index(dest) if exists(join_url(dest, INDEX_NAME)) else None
 
 
@@ -221,26 +233,39 @@ def _could_be(existing: ShardIndex, plans: Sequence[_ShardPlan], source: Source)
     """Whether the pack could end in the existing index, as far as names tell."""
     names = {plan.name for plan in plans}
     same_meaning = (existing.classes, existing.categories) == (source.classes, source.categories)
-    return same_meaning and all(shard.name in names for shard in existing.shards)
+    return existing.packed and same_meaning and all(shard.name in names for shard in existing.shards)
 
 
-def _named(index: ShardIndex, name: str) -> Shard | None:
-    return next((shard for shard in index.shards if shard.name == name), None)
+def replaceable_index(dest: str) -> ShardIndex | None:
+    """As `existing_index`, but None also where it is damaged: then it names nothing that could be trusted."""
+    with contextlib.suppress(ShardError):
+        return existing_index(dest)
+    return None
 
 
-def _remove_shards(dest: str) -> None:
-    """Removes the index first, so that no reader meets half a shard folder, then the shards it named."""
-    try:
-        existing = _existing(dest)
-    except ShardError:
-        existing = None  # damaged: it names nothing that could be trusted
-    remove(join_url(dest, INDEX_NAME))
-    for shard in existing.shards if existing is not None else ():
-        if re.fullmatch(r"[A-Za-z0-9_-]+\.tar", shard.name):
-            remove(join_url(dest, shard.name))
+def remove_tables(dest: str, shards: Iterable[Shard]) -> None:
+    """Removes the tables of shards that an index named."""
+    for shard in shards:
+        if re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            remove_table(dest, shard)
 
 
-def _other_shards(dest: str) -> UsageError:
+def other_shards(dest: str) -> UsageError:
+    """For a pack that would not end in what is there."""
     return UsageError(
         f"{dest} holds other shards than these would be; choose another DEST, or replace with --overwrite"
     )
+
+
+def _remove_shards(dest: str) -> None:
+    """Removes the index first, so that no reader meets half a shard folder, then what it named."""
+    existing = replaceable_index(dest)
+    shards = existing.shards if existing is not None else ()
+    packed = existing is None or existing.packed
+    if not packed and any("://" not in shard.name for shard in shards):
+        raise UsageError(f"{dest} holds tars that hemoco only made the index of; choose another DEST")
+    remove(join_url(dest, INDEX_NAME))
+    remove_tables(dest, shards)
+    for shard in shards if packed else ():
+        if re.fullmatch(r"[A-Za-z0-9_-]+\.tar", shard.name):
+            remove(join_url(dest, shard.name))

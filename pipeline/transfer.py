@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import ray
 import torch
 
 from hemoco.checkpoint import load_backbone, random_backbone
@@ -19,7 +18,6 @@ from hemoco.config import (
 from hemoco.data.shards import read_index
 from hemoco.data.stream import load_images
 from hemoco.encoder import Backbone
-from hemoco.errors import HemocoError
 from hemoco.knn import run_knn
 from hemoco.tracking import Tracker, log_artifact_bytes
 from hemoco.transfer.detection import load_detection_samples, run_mask_rcnn
@@ -27,6 +25,7 @@ from hemoco.transfer.frozen import calibrate_batch_norm
 from hemoco.transfer.linear_probe import run_linear_probe
 from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import LabelledImages, TransferResult
+from pipeline.tasks import run_tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,20 +50,9 @@ def measure_transfer(job: TransferJob) -> None:
     Raises:
         HemocoError: as the first init that failed raised it; the others are cancelled.
     """
-    options = {"num_cpus": job.config.cpus, "num_gpus": job.config.gpus, "max_retries": 2, "name": job.name}
-    task = ray.remote(**options)(measure_init)
-    running = [task.remote(job, init) for init in job.config.inits]
-    try:
-        while running:
-            (ready,), running = ray.wait(running)
-            ray.get(ready)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, HemocoError):
-            raise error.cause from None
-        raise
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+    calls = [(job, init) for init in job.config.inits]
+    for _ in run_tasks(measure_init, calls, cpus=job.config.cpus, gpus=job.config.gpus):
+        pass
 
 
 def measure_init(job: TransferJob, init: str) -> None:

@@ -35,6 +35,10 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(patience, "_LONGEST_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "_SILENCE_S", 0.5)
 
 
@@ -134,7 +138,7 @@ def test_after_a_reset_it_goes_on_at_the_byte_where_it_broke(shard, proxy):
     assert counts.bytes == SIZE
 
 
-def test_after_a_stall_it_asks_again_for_the_rest(shard, proxy):
+def test_after_a_stall_it_asks_again_for_the_rest(shard, proxy, impatient):
     proxy.fail("stall", after=300_000, seconds=5)
     began = time.monotonic()
     assert fetch_range(shard, 0, SIZE, FetchCounts()) == DATA
@@ -150,7 +154,7 @@ def test_the_budget_begins_anew_with_every_byte_that_comes(shard, proxy, monkeyp
     assert counts.seconds > 0.6
 
 
-def test_a_slow_answer_is_not_a_fault(shard, proxy):
+def test_a_slow_answer_is_not_a_fault(shard, proxy, impatient):
     proxy.fail("trickle", after=SIZE // 4, seconds=0.2)
     counts = FetchCounts()
     assert fetch_range(shard, 0, SIZE, counts) == DATA

@@ -11,10 +11,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from hemoco.data.shards import ShardIndex, read_index, read_shard
+from hemoco.data.shards import ShardIndex, read_index, read_shard, read_table
 from hemoco.errors import ShardError, StorageError, UsageError
 from hemoco.storage import list_names
-from pipeline.pack import Packed, PackProgress, pack, pack_steps
+from pipeline.pack import Packed, pack, pack_steps
+from pipeline.tasks import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -41,6 +42,12 @@ def keys(dest: Path, index: ShardIndex) -> list[str]:
     return [sample.key for shard in index.shards for sample in read_shard(str(dest), shard)]
 
 
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 def test_every_image_comes_back_with_its_class(photos: Path, tmp_path: Path) -> None:
     index = packed(photos, tmp_path / "out").index
     assert read_index(str(tmp_path / "out")) == index
@@ -52,6 +59,14 @@ def test_every_image_comes_back_with_its_class(photos: Path, tmp_path: Path) -> 
             split, name, stem = sample.key.split("_")
             assert index.classes[sample.label or 0] == name
             assert sample.image == (photos / split / name / f"{stem}.png").read_bytes()
+
+
+def test_every_shard_has_a_table_of_its_samples(photos: Path, tmp_path: Path) -> None:
+    index = packed(photos, tmp_path / "out").index
+    for shard in index.shards:
+        samples, table = read_shard(str(tmp_path / "out"), shard), read_table(str(tmp_path / "out"), shard)
+        assert (table.keys, table.labels.tolist()) == ([s.key for s in samples], [s.label for s in samples])
+    assert {path.stem for path in (tmp_path / "out" / "samples").iterdir()} == {shard.sha256 for shard in index.shards}
 
 
 def test_the_seed_decides_the_order_and_only_that(photos: Path, tmp_path: Path) -> None:
@@ -71,9 +86,27 @@ def test_images_in_train_and_test_are_counted(photos: Path, tmp_path: Path) -> N
 
 def test_the_same_pack_again_is_verified_and_writes_nothing(photos: Path, tmp_path: Path) -> None:
     first = packed(photos, tmp_path / "out")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     assert packed(photos, tmp_path / "out") == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+@pytest.mark.parametrize("kind", ["tar", "table"])
+def test_the_same_pack_again_restores_what_is_missing_or_damaged(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, damage: str
+) -> None:
+    out = tmp_path / "out"
+    shard = packed(photos, out).index.shards[1]
+    (path,) = [out / shard.name] if kind == "tar" else (out / "samples").glob(f"{shard.sha256}.*")
+    good = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(good[:-9] + b"xxxxxxxxx")
+    packed(photos, out)
+    assert path.read_bytes() == good
+    assert "written again: " in caplog.text and shard.name in caplog.text
 
 
 @pytest.mark.parametrize("change", ["seed", "size", "pixel", "class", "fewer"])
@@ -92,13 +125,14 @@ def test_other_shards_are_refused_and_left_alone_unless_told(photos: Path, tmp_p
     assert sorted(keys(out, read_index(str(out)))) == sorted(keys(out, old))
     new = packed(photos, out, **settings, overwrite=True).index
     assert read_index(str(out)) == new
-    assert set(list_names(str(out))) == {"index.json", *(shard.name for shard in new.shards)}
+    assert set(list_names(str(out))) == {"index.json", "samples", *(shard.name for shard in new.shards)}
+    assert {path.stem for path in (out / "samples").iterdir()} == {shard.sha256 for shard in new.shards}
 
 
 def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(photos: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     steps = pack_steps((str(photos),), out, split="x", samples_per_shard=2, seed=0, overwrite=False)
-    assert list(itertools.islice(steps, 3)) == [PackProgress(0, 7), PackProgress(1, 7), PackProgress(2, 7)]
+    assert list(itertools.islice(steps, 3)) == [Progress(0, 7), Progress(1, 7), Progress(2, 7)]
     steps.close()
     with pytest.raises(ShardError, match="python -m jobs pack"):
         read_index(out)
@@ -115,8 +149,8 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(shared_data: Pat
     )
     images = [path for path in (shared_data / "odd").glob("*/*") if path.suffix not in (".txt", ".j2k", ".jp2")]
     others = [path for path in images if path.suffix in (".avif", ".ico", ".mpo", ".pcx")]
-    assert len(found) + sum(result.skipped.values()) == len(images) - len(others)
-    assert result.skipped["its 0 bytes are not an image"] == 1
+    assert len(found) + sum(finding.times for finding in result.skipped) == len(images) - len(others)
+    assert {finding.reason for finding in result.skipped} >= {"not an image", "damaged", "too large"}
 
 
 def test_a_damaged_index_is_replaced_only_when_told(photos: Path, tmp_path: Path) -> None:
@@ -168,3 +202,14 @@ def test_damage_found_by_a_worker_is_raised_here(photos: Path, tmp_path: Path) -
 def test_a_dest_that_cannot_be_written_fails_before_the_source_is_read(tmp_path: Path, bucket: str) -> None:
     with pytest.raises(StorageError, match="bucket 'nowhere' does not exist"):
         packed(tmp_path / "missing", "s3://nowhere/x")
+
+
+def test_voc_boxes_travel_with_their_images(shared_data: Path, tmp_path: Path) -> None:
+    index = packed(shared_data / "bccd", tmp_path / "out", samples_per_shard=100).index
+    samples = {
+        split: [s for shard in index.split(split) for s in read_shard(str(tmp_path / "out"), shard)]
+        for split in index.splits
+    }
+    assert {split: len(found) for split, found in samples.items()} == {"train": 205, "val": 87, "test": 72}
+    assert sum(len(sample.annotations or []) for found in samples.values() for sample in found) == 4888
+    assert [category["name"] for category in index.categories] == ["Platelets", "RBC", "WBC"]

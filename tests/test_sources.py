@@ -142,6 +142,13 @@ def test_names_that_lead_out_of_an_archive_are_refused(tmp_path: Path, name: str
         open_source([path], "train")
 
 
+def test_a_tar_of_webdataset_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(fill(tmp_path / "data", "1.jpg", "1.cls"), ".")
+    open_source([str(tmp_path / "x.tar")], "train")
+    assert "--index_only" in caplog.text
+
+
 def test_links_out_of_a_folder_are_left_out(tmp_path: Path) -> None:
     outside = fill(tmp_path / "outside", "secret.jpg")
     inside = fill(tmp_path / "inside", "1.jpg")

@@ -1,12 +1,14 @@
 """Storage against a real S3 server and the disk: what goes round, and what a user reads when it does not."""
 
 import http.client
+import multiprocessing
 import os
 import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import aiohttp
@@ -48,6 +50,13 @@ def test_bytes_come_back_as_they_were_written(folder, size):
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     write_bytes(f"{folder}/a/b.bin", data)
     assert read_bytes(f"{folder}/a/b.bin") == data
+
+
+def test_a_plain_path_may_hold_any_character(tmp_path):
+    path = tmp_path / "a b%20c #1 ?ö"
+    write_bytes(str(path / "k"), b"x")
+    assert (path / "k").read_bytes() == read_bytes((path / "k").as_uri()) == b"x"
+    assert list_names(str(path)) == ["k"]
 
 
 def test_a_second_write_replaces_the_first(folder):
@@ -181,6 +190,18 @@ def test_a_direct_url_is_signed_for_the_endpoint_and_not_given_where_a_proxy_sta
 def test_direct_urls_of_the_web_are_themselves_and_files_have_none(tmp_path):
     assert direct_url("https://host/a b?c=d%20e") == "https://host/a%20b?c=d%20e"
     assert direct_url(str(tmp_path)) is None
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_leaves_the_connections_of_its_parent_alone(bucket):
+    write_bytes(f"{bucket}/k", b"x")
+    with ThreadPool(4) as threads:
+        threads.map(read_bytes, 8 * [f"{bucket}/k"])
+    for _ in range(3):
+        with multiprocessing.get_context("fork").Pool(1) as child:
+            assert child.apply(read_bytes, (f"{bucket}/k",)) == b"x"
+        write_bytes(f"{bucket}/k", b"x")
 
 
 class _Answer(Exception):

@@ -24,9 +24,10 @@ from hemoco.data.decode import UndecodableImage, decode_image
 from hemoco.data.fetch import FetchCounts, fetch_range, verified_shard
 from hemoco.data.patience import Patience
 from hemoco.data.portions import Portion, plan_ranges
+from hemoco.data.sample_table import SampleTable
 from hemoco.data.shard_cache import ShardCache
 from hemoco.data.shards import Shard, ShardColumns, read_table, shard_url
-from hemoco.data.tar_samples import IMAGE_SUFFIXES, SampleTable
+from hemoco.data.tar_samples import IMAGE_SUFFIXES
 from hemoco.errors import HemocoError, ShardError, StorageError
 from hemoco.storage import is_transient
 

@@ -17,13 +17,8 @@ from typing import Any
 import numpy as np
 
 from hemoco import storage
-from hemoco.data.tar_samples import (
-    Sample,
-    SampleTable,
-    decode_table,
-    encode_table,
-    parse_tar,
-)
+from hemoco.data.sample_table import SampleTable, decode_table, encode_table
+from hemoco.data.tar_samples import Sample, parse_tar
 from hemoco.errors import ShardError, StorageError
 
 INDEX_NAME = "index.json"

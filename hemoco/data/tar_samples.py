@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hemoco.data.sample_table import SampleTable
 from hemoco.errors import ShardError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -54,22 +54,6 @@ class OddMember(NamedTuple):
 
     name: str
     reason: str
-
-
-class SampleTable(NamedTuple):
-    """Where the images of a shard lie, so that single ones can be read and verified."""
-
-    keys: list[str]
-    offsets: NDArray[np.int64]
-    """First byte in the tar file (M,)."""
-    sizes: NDArray[np.int64]
-    """Bytes (M,)."""
-    crcs: NDArray[np.uint32]
-    """CRC32C (M,)."""
-    labels: NDArray[np.int64]
-    """Class indices (M,), -1 where there is none."""
-    suffixes: NDArray[np.uint8]
-    """Positions in `IMAGE_SUFFIXES` (M,)."""
 
 
 class TarContent(NamedTuple):
@@ -134,36 +118,6 @@ def parse_tar(data: bytes, name: str) -> TarContent:
         suffixes=np.array([IMAGE_SUFFIXES.index(sample.suffix) for sample in samples], np.uint8),
     )
     return TarContent(samples, table, odd)
-
-
-def encode_table(table: SampleTable) -> bytes:
-    """A table as the bytes of a safetensors file."""
-    import safetensors.numpy
-
-    # one string, for an array of strings would be as wide as the longest; keys hold no NUL
-    keys = np.frombuffer("\0".join(table.keys).encode("utf-8", "surrogateescape"), np.uint8)
-    data: bytes = safetensors.numpy.save(table._asdict() | {"keys": keys})
-    return data
-
-
-def decode_table(data: bytes) -> SampleTable:
-    """A table from the bytes of its file.
-
-    Raises:
-        ValueError: damaged.
-    """
-    import safetensors.numpy
-
-    try:
-        columns = safetensors.numpy.load(data)
-        text = columns.pop("keys").tobytes().decode("utf-8", "surrogateescape")
-        table = SampleTable(text.split("\0") if len(columns["offsets"]) else [], **columns)
-        lengths = {len(column) for column in table}
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(str(error)) from error
-    if len(lengths) != 1:
-        raise ValueError("its columns differ in length")
-    return table
 
 
 class _Member(NamedTuple):
