@@ -1,7 +1,7 @@
 """The only door to files and object storage (fsspec): s3://, gs://, az://, https://, file:// and plain paths.
 
-Filesystem objects are looked up at each call and never kept: fsspec caches them per process and thread, and a
-forked child gets its own (s3fs's event loop thread does not survive a fork).
+Filesystem objects are looked up at each call: fsspec caches them per process and thread, and a forked child gets its
+own (s3fs's event loop thread does not survive a fork).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies, proxy_bypass, url2pathname
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -46,6 +46,8 @@ _S3_CONFIG = {
     "retries": {"max_attempts": 3, "mode": "standard"},
 }
 _SIGNED_S = 900
+# kept for ever: a forked child that let go of its parent's would close their connections, and the parent would hang
+_made: dict[int, AbstractFileSystem] = {}
 BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
 """HTTP statuses below 500 that pass."""
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
@@ -94,7 +96,9 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     if scheme in _AZURE:  # the account may stand in the URL
         options = fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(url)
     made = fsspec.filesystem(scheme, **options)
-    return made, made._strip_protocol(url)
+    _made[id(made)] = made
+    # fsspec leaves the %20 of a file:// URL as it is
+    return made, url2pathname(urlsplit(url).path) if scheme == "file" else made._strip_protocol(url)
 
 
 def direct_url(url: str) -> str | None:
