@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,8 +78,6 @@ def test_equal_names_of_two_sources_do_not_meet(source, folder, tmp_path):
 def test_the_least_recently_used_goes_first_and_what_is_open_stays_readable(source, folder):
     cache = ShardCache(folder, 3 * SIZE)
     opened = [cache.open(f"{source}/{n}.tar", SIZE, NAMES[n], FetchCounts(), budget_s=5) for n in range(3)]
-    for number in range(3):  # younger than a day and than the last change: Linux itself leaves such times as they are
-        os.utime(folder / NAMES[number], (time.time() - 300 + number, time.time() - 1000))
     read(cache, source, 0)
     for number, left in [(3, {0, 2, 3}), (4, {0, 3, 4}), (1, {3, 4, 1})]:
         assert read(cache, source, number) == SHARDS[number]
