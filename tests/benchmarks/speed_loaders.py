@@ -1,0 +1,221 @@
+"""The ways of making views that stream_speed.py compares: the same images, each loader as its users have it.
+
+Shapes: B images of a batch, S x S a view.
+"""
+
+import functools
+import io
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import simplejpeg
+import torch
+from PIL import Image
+from speed_data import tar_names
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.data.decode import decode_image
+from hemoco.data.order import EpochOrder
+from hemoco.data.portions import plan_portions
+from hemoco.data.reader import SampleReader
+from hemoco.data.shards import ShardColumns, read_index
+from hemoco.data.stream import CropBatch, _loader, _PartSource
+from hemoco.data.views import draw_crops, resize, two_crops
+from hemoco.data.webdataset_stage import SampleSource
+from hemoco.errors import HemocoError
+from hemoco.storage import filesystem
+
+PROCESSES, BATCH, SIZE = 2, 64, 224
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+GLOBAL_BATCH = BATCH * PROCESSES  # so that each process of hemoco makes 64 images of a step, as the others' do
+STREAM = StreamConfig(workers=PROCESSES, lanes=4, shards_per_block=2)
+VIEWS = ViewsConfig(size=SIZE)
+
+View = Callable[[bytes], Tensor]
+"""From a JPEG to uint8 (3, S, S) or (2, 3, S, S)."""
+
+pil_transform = transforms.Compose(
+    [transforms.RandomResizedCrop(SIZE, scale=SCALE), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+)
+
+
+def pil_view(data: bytes) -> Tensor:
+    """The usual path: Pillow decodes, torchvision crops and resizes Pillow images."""
+    return pil_transform(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def pil_views_decoded_twice(data: bytes) -> Tensor:
+    """Two views by two calls of the usual path."""
+    return torch.stack([pil_view(data), pil_view(data)])
+
+
+def pil_views_decoded_once(data: bytes) -> Tensor:
+    """Two views as MoCo's TwoCropsTransform makes them."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return torch.stack([pil_transform(image), pil_transform(image)])
+
+
+def fast_view(data: bytes) -> Tensor:
+    """The fast decoder and resizer that every loader is given for a comparison like for like."""
+    return random_view(torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1))
+
+
+def random_view(image: Tensor) -> Tensor:
+    """A random resized crop, flipped or not, of an image uint8 (3, H, W)."""
+    top, left, high, wide = transforms.RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
+    crop = resize(image[:, top : top + high, left : left + wide], (SIZE, SIZE))
+    return crop.flip(-1) if torch.rand(()) < 0.5 else crop
+
+
+def hemoco_view(data: bytes) -> Tensor:
+    """One view by hemoco's decoder."""
+    return random_view(decode_image(data))
+
+
+class HemocoViews:
+    """Two views as hemoco's stream makes them: draws for a whole batch at a time."""
+
+    def __init__(self) -> None:
+        self._row, self._step = BATCH, 0
+
+    def __call__(self, data: bytes) -> Tensor:
+        if self._row == BATCH:
+            self._draws = draw_crops(VIEWS, seed=0, epoch=0, step=self._step, slots=(0, BATCH))
+            self._row, self._step = 0, self._step + 1
+        self._row += 1
+        return two_crops(decode_image(data), self._draws, self._row - 1, SIZE)
+
+
+class OneView(_PartSource):
+    """hemoco's stream with one view in place of two."""
+
+    def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
+        with closing(self._reader(slots)) as reader:
+            for position, pieces in self._steps(slots):
+                memory = torch.empty((slots[1] - slots[0], 1, SIZE, SIZE, 3), dtype=torch.uint8)
+                crops = memory.permute(0, 1, 4, 2, 3)  # channels last, as the stream's
+                for row, (_, image) in enumerate(reader.images(*position, pieces)):
+                    crops[row, 0] = random_view(image)
+                yield CropBatch(crops, [], position, slots, reader.take_counts())
+
+
+def hemoco_batches(url: str, source: type[_PartSource]) -> Iterator[Tensor]:
+    """hemoco's own loader processes, up to what they hand to the trainer."""
+    config = PretrainConfig(
+        global_batch_size=GLOBAL_BATCH,
+        views=VIEWS,
+        moco=MoCoConfig(queue_length=GLOBAL_BATCH),
+        stream=STREAM,
+    )
+    parts = source(url, ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH), config, None, 1)
+    for part in _loader(parts, torch.device("cpu")):
+        if isinstance(part, HemocoError):
+            raise part
+        yield part.crops
+
+
+def hemoco_stage_batches(url: str, view: View) -> Iterator[Tensor]:
+    """hemoco's stream as the first stage of a webdataset pipeline."""
+    import webdataset
+
+    source = SampleSource(
+        url, "train", config=STREAM, seed=0, global_batch_size=GLOBAL_BATCH, rank=0, world_size=1
+    )  # fmt: skip
+    pipeline = webdataset.DataPipeline(source, webdataset.map(functools.partial(_jpg_view, view)))
+    # forked children would upset the client with which the source has read the index: the next read waits for 30 s
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return iter(DataLoader(pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context=context))
+
+
+def webdataset_batches(url: str, view: View) -> Iterator[Tensor]:
+    """webdataset: shuffled shards, a buffer of 1,000 samples, tars opened through s3fs."""
+    samples = webdataset_samples(url, shuffle=True).map(functools.partial(_jpg_view, view))
+    return iter(DataLoader(samples, batch_size=BATCH, num_workers=PROCESSES))
+
+
+def webdataset_samples(url: str, *, shuffle: bool) -> "webdataset.WebDataset":  # noqa: F821
+    """webdataset's samples over s3fs; it has no opener for s3:// of its own."""
+    import webdataset
+    from webdataset.gopen import gopen_schemes
+
+    gopen_schemes["s3"] = _open_by_s3fs
+    tars = [f"{url}/{name}" for name in tar_names(url.rpartition("/")[2])]
+    samples = webdataset.WebDataset(tars, shardshuffle=len(tars) if shuffle else False)
+    return samples.shuffle(1000) if shuffle else samples
+
+
+def mosaic_batches(url: str, view: View) -> Iterator[Tensor]:
+    """mosaicml-streaming: its own shards, kept in a new local folder."""
+    import streaming
+
+    class Views(streaming.StreamingDataset):
+        def __getitem__(self, at: int) -> Tensor:
+            return view(super().__getitem__(at)["jpg"])
+
+    _clean_shared_memory()
+    samples = Views(remote=f"{url}-mds", local=tempfile.mkdtemp(), shuffle=True, batch_size=BATCH)
+    for stream in samples.streams:  # else forked workers read from one socket, and each gets some of the other's bytes
+        stream._downloader.clean_up()
+    return iter(DataLoader(samples, batch_size=BATCH, num_workers=PROCESSES))
+
+
+def litdata_batches(url: str, view: View) -> Iterator[Tensor]:
+    """litdata: its own chunks, kept in a new local folder."""
+    import litdata
+
+    class Views(litdata.StreamingDataset):
+        def __getitem__(self, at: int) -> Tensor:
+            return view(super().__getitem__(at)["jpg"])
+
+    # it refuses plain http, and no setting of it reaches its client
+    litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
+    options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
+    samples = Views(f"{url}-litdata", cache_dir=tempfile.mkdtemp(), shuffle=True, storage_options=options)
+    return iter(litdata.StreamingDataLoader(samples, batch_size=BATCH, num_workers=PROCESSES))
+
+
+def hemoco_bytes(url: str) -> Iterator[int]:
+    """Sizes of the images as hemoco's reader gives them, in one process, nothing decoded."""
+    shards = ShardColumns(read_index(url).split("train"))
+    order = EpochOrder(
+        shards.samples,
+        seed=0,
+        epoch=0,
+        lanes=STREAM.lanes,
+        shards_per_block=STREAM.shards_per_block,
+        global_batch_size=GLOBAL_BATCH,
+    )
+    slots = (0, GLOBAL_BATCH)
+    reader = SampleReader(url, shards, plan_portions(order, 0, slots, 0), config=STREAM, cache=None)
+    with closing(reader):
+        for step in range(order.steps):
+            yield from (len(read.image) for read in reader.encoded(0, step, list(order.slices(*slots))))
+
+
+def webdataset_bytes(url: str) -> Iterator[int]:
+    """Sizes of the images as webdataset gives them over s3fs, in one process, nothing decoded."""
+    return (len(sample["jpg"]) for sample in webdataset_samples(url, shuffle=False))
+
+
+def _jpg_view(view: View, sample: dict[str, bytes]) -> Tensor:
+    return view(sample["jpg"])
+
+
+@functools.cache  # once: later it would take the memory of data sets in use
+def _clean_shared_memory() -> None:
+    """Removes what a run of mosaicml-streaming that died has left: it would give another data set's samples."""
+    import streaming
+
+    streaming.base.util.clean_stale_shared_memory()
+
+
+def _open_by_s3fs(url: str, mode: str = "rb", bufsize: int = 8192, **_: object) -> object:
+    made, path = filesystem(url)
+    return made.open(path, "rb")
