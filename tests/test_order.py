@@ -93,6 +93,11 @@ def test_a_split_smaller_than_a_global_batch_is_refused_with_its_size() -> None:
     assert order([20, 4]).steps == 1
 
 
+def test_lanes_that_do_not_divide_the_global_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stream\.lanes is 5: it must divide"):
+        order(lanes=5)
+
+
 def test_a_plan_for_a_billion_samples_is_made_in_little_time_and_memory() -> None:
     made = order([10_000] * 100_000, lanes=512, shards_per_block=2, global_batch_size=8192)
     assert made.samples(54_321, 0, 64).shape == (64, 2)

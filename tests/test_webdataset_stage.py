@@ -12,6 +12,7 @@ from shard_folders import write_shards
 from hemoco.config import StreamConfig
 from hemoco.data.order import EpochOrder
 from hemoco.data.webdataset_stage import SampleSource
+from hemoco.errors import ConfigError
 
 SIZES = [17, 5, 30, 0, 1, 22]
 CONFIG = StreamConfig(lanes=4, shards_per_block=2)
@@ -60,6 +61,11 @@ def test_loader_processes_share_the_samples_of_a_rank(shards: str) -> None:
         source(shards), batch_size=None, num_workers=2, multiprocessing_context="forkserver"
     )
     assert sorted(int(sample["__key__"]) for sample in loader) == sorted(expected(0))
+
+
+def test_ranks_that_cannot_have_equal_shares_are_refused(shards: str) -> None:
+    with pytest.raises(ConfigError, match="must be a multiple of 3 ranks"):
+        source(shards, 0, 3)
 
 
 def test_a_sample_names_its_tar(shards: str, tmp_path: Path) -> None:

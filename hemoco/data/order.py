@@ -47,7 +47,7 @@ class EpochOrder:
             sample comes twice.
 
     Raises:
-        ConfigError: the split has fewer samples than one global batch.
+        ConfigError: the split has fewer samples than one global batch, or the lanes do not divide it.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class EpochOrder:
         shards_per_block: int,
         global_batch_size: int,
     ) -> None:
+        if global_batch_size % lanes:
+            raise ConfigError(f"stream.lanes is {lanes}: it must divide the global batch size ({global_batch_size})")
         counts = np.asarray(sizes, np.int64)
         samples = int(counts.sum())
         if samples < global_batch_size:

@@ -17,6 +17,7 @@ from hemoco.data.order import EpochOrder
 from hemoco.data.portions import plan_portions
 from hemoco.data.reader import SampleReader
 from hemoco.data.shards import ShardColumns, read_index
+from hemoco.errors import ConfigError
 
 
 class SampleSource(IterableDataset[dict[str, Any]]):
@@ -40,6 +41,7 @@ class SampleSource(IterableDataset[dict[str, Any]]):
 
     Raises:
         ShardError: the folder has no index or no such split.
+        ConfigError: the world size does not divide the global batch size.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class SampleSource(IterableDataset[dict[str, Any]]):
         rank: int,
         world_size: int,
     ) -> None:
+        if global_batch_size % world_size:
+            raise ConfigError(f"global_batch_size is {global_batch_size}: it must be a multiple of {world_size} ranks")
         self.epoch = 0
         self._url, self._config, self._seed, self._size = url, config, seed, global_batch_size
         self._shards = ShardColumns(read_index(url).split(split))

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from multiprocessing import forkserver
 
 import simplejpeg
 import torch
@@ -26,7 +27,7 @@ from hemoco.data.portions import plan_portions
 from hemoco.data.reader import SampleReader
 from hemoco.data.shards import ShardColumns, read_index
 from hemoco.data.stream import CropBatch, _loader, _PartSource
-from hemoco.data.views import draw_crops, resize, two_crops
+from hemoco.data.views import CropDraws, _crop_size, draw_crops, resize, two_crops
 from hemoco.data.webdataset_stage import SampleSource
 from hemoco.errors import HemocoError
 from hemoco.storage import filesystem
@@ -73,23 +74,36 @@ def random_view(image: Tensor) -> Tensor:
     return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-def hemoco_view(data: bytes) -> Tensor:
-    """One view by hemoco's decoder."""
-    return random_view(decode_image(data))
+def one_crop(image: Tensor, draws: CropDraws, row: int) -> Tensor:
+    """The first of the views that hemoco's `two_crops` makes: uint8 (3, S, S)."""
+    height, width = image.shape[1:]
+    high, wide = _crop_size(height, width, draws.areas[row, 0], draws.ratios[row, 0])
+    corner = draws.corners[row, 0]
+    top, left = int(corner[0] * (height - high + 1)), int(corner[1] * (width - wide + 1))
+    crop = resize(image[:, top : top + high, left : left + wide], (SIZE, SIZE))
+    return crop.flip(-1) if draws.flips[row, 0] else crop
 
 
 class HemocoViews:
-    """Two views as hemoco's stream makes them: draws for a whole batch at a time."""
+    """One view or two as hemoco's stream makes them: the random numbers of a whole batch are drawn at a time.
 
-    def __init__(self) -> None:
-        self._row, self._step = BATCH, 0
+    Args:
+        crop: makes them of an image.
+    """
+
+    def __init__(self, crop: Callable[[Tensor, CropDraws, int], Tensor]) -> None:
+        self._crop, self._row, self._step = crop, BATCH, 0
 
     def __call__(self, data: bytes) -> Tensor:
         if self._row == BATCH:
             self._draws = draw_crops(VIEWS, seed=0, epoch=0, step=self._step, slots=(0, BATCH))
             self._row, self._step = 0, self._step + 1
         self._row += 1
-        return two_crops(decode_image(data), self._draws, self._row - 1, SIZE)
+        return self._crop(decode_image(data), self._draws, self._row - 1)
+
+
+hemoco_one_view = HemocoViews(one_crop)
+hemoco_two_views = HemocoViews(functools.partial(two_crops, size=SIZE))
 
 
 class OneView(_PartSource):
@@ -98,10 +112,11 @@ class OneView(_PartSource):
     def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
         with closing(self._reader(slots)) as reader:
             for position, pieces in self._steps(slots):
+                draws = draw_crops(VIEWS, seed=0, epoch=position.epoch, step=position.step, slots=slots)
                 memory = torch.empty((slots[1] - slots[0], 1, SIZE, SIZE, 3), dtype=torch.uint8)
                 crops = memory.permute(0, 1, 4, 2, 3)  # channels last, as the stream's
                 for row, (_, image) in enumerate(reader.images(*position, pieces)):
-                    crops[row, 0] = random_view(image)
+                    crops[row, 0] = one_crop(image, draws, row)
                 yield CropBatch(crops, [], position, slots, reader.take_counts())
 
 
@@ -113,6 +128,7 @@ def hemoco_batches(url: str, source: type[_PartSource]) -> Iterator[Tensor]:
         moco=MoCoConfig(queue_length=GLOBAL_BATCH),
         stream=STREAM,
     )
+    _start_fork_server()
     parts = source(url, ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH), config, None, 1)
     for part in _loader(parts, torch.device("cpu")):
         if isinstance(part, HemocoError):
@@ -128,10 +144,9 @@ def hemoco_stage_batches(url: str, view: View) -> Iterator[Tensor]:
         url, "train", config=STREAM, seed=0, global_batch_size=GLOBAL_BATCH, rank=0, world_size=1
     )  # fmt: skip
     pipeline = webdataset.DataPipeline(source, webdataset.map(functools.partial(_jpg_view, view)))
+    _start_fork_server()
     # forked children would upset the client with which the source has read the index: the next read waits for 30 s
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return iter(DataLoader(pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context=context))
+    return iter(DataLoader(pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context="forkserver"))
 
 
 def webdataset_batches(url: str, view: View) -> Iterator[Tensor]:
@@ -206,6 +221,12 @@ def webdataset_bytes(url: str) -> Iterator[int]:
 
 def _jpg_view(view: View, sample: dict[str, bytes]) -> Tensor:
     return view(sample["jpg"])
+
+
+def _start_fork_server() -> None:
+    """Starts it, unless it runs, with this module imported, as forked processes of the other loaders have it."""
+    multiprocessing.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
 
 
 @functools.cache  # once: later it would take the memory of data sets in use
