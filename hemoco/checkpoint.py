@@ -30,14 +30,6 @@ logger = logging.getLogger(__name__)
 _STATE, _MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
 _CHECKPOINT_FORMAT, _BACKBONE_FORMAT = "hemoco-checkpoint-1", "hemoco-backbone-1"
-# where and how fast it is computed, not what
-_FREE_SETTINGS = (
-    "pretrain.resources.",
-    *(
-        f"pretrain.stream.{name}:"
-        for name in ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
-    ),
-)
 
 
 class _Place(NamedTuple):
@@ -128,11 +120,7 @@ def load_checkpoint(url: str, state: "TrainState") -> None:
         CheckpointError: it does not verify, or is of another config or other data; the state is then unchanged.
     """
     manifest = _read_manifest(url)
-    difference = [
-        line
-        for line in config_difference(manifest["config"], flat_params({"pretrain": state.config}))
-        if not line.startswith(_FREE_SETTINGS)
-    ]
+    difference = config_difference(manifest["config"], flat_params({"pretrain": state.config}))
     if difference:
         raise CheckpointError(
             f"{url}: is of another config ({'; '.join(difference)}); go back to its settings or start a fresh run"

@@ -10,6 +10,18 @@ from typing import Any, Literal
 
 from hemoco.errors import ConfigError
 
+_FREE_SETTINGS = (
+    "pretrain.resources.",
+    "pretrain.log_every_steps",
+    "pretrain.checkpoint_every_steps",
+    "pretrain.keep_last",
+    *(
+        f"pretrain.stream.{name}"
+        for name in ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
+    ),
+    "max_parallel_transfers",
+)
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -354,12 +366,17 @@ def flat_params(config: Any) -> dict[str, str]:
 
 
 def config_digest(config: Any) -> str:
-    """Eight hexadecimal digits that differ when any setting differs."""
-    text = json.dumps(flat_params(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Eight hexadecimal digits that differ when any setting differs that changes a result."""
+    settings = {name: value for name, value in flat_params(config).items() if not _is_free(name)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def config_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """Lines `name: old -> new` for every setting that differs between two flat configs."""
-    names = sorted(old.keys() | new.keys())
+    """Lines `name: old -> new` for every setting that differs between two flat configs and changes a result."""
+    names = sorted(name for name in old.keys() | new.keys() if not _is_free(name))
     return [f"{n}: {old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names if old.get(n) != new.get(n)]
+
+
+def _is_free(name: str) -> bool:
+    """Whether a setting says where and how fast something is computed, not what: a run may go on with another."""
+    return name.startswith(_FREE_SETTINGS) or name.removeprefix("recipe.").startswith(_FREE_SETTINGS)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hemoco.config import PretrainConfig
-from hemoco.data.counts import ReadCounts, sum_counts
+from hemoco.data.counts import BAD_REASONS, ReadCounts, sum_counts
 from hemoco.data.stream import Batch, StreamPosition
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
 from hemoco.distributed import all_gather_cat, mean_over_ranks, rank, sum_over_ranks, wrap_for_gradients
@@ -90,26 +91,26 @@ class Throughput:
     """What happened on this rank since the last record; seconds without those of whoever iterates."""
 
     steps: int = 0
-    wait_s: float = 0.0
-    """Waiting for batches."""
-    compute_s: float = 0.0
+    total_s: float = 0.0
     reading: ReadCounts = dataclasses.field(default_factory=ReadCounts)
 
     def rates(self, global_batch_size: int) -> dict[str, float]:
-        """Images per second and the share of time spent waiting."""
-        total = self.wait_s + self.compute_s
-        return {"images_per_s": self.steps * global_batch_size / total, "data_wait": self.wait_s / total}
+        """Images per second and the share of time spent waiting for data."""
+        rate = self.steps * global_batch_size / self.total_s
+        return {"images_per_s": rate, "data_wait": self.reading.wait_s / self.total_s}
 
     def amounts(self) -> dict[str, float]:
         """What was read; over all ranks it adds up."""
         reading = self.reading
+        reasons = Counter(bad.reason for bad in reading.bad)
         return {
-            "read_bytes_per_s": reading.bytes / (self.wait_s + self.compute_s),
+            "read_bytes_per_s": reading.bytes / self.total_s,
             "read_requests": reading.requests,
             "read_retries": reading.retries,
             "cache_hits": reading.cache_hits,
             "cache_misses": reading.cache_misses,
             "bad_samples": len(reading.bad),
+            **{f"bad_samples/{reason.replace(' ', '_')}": reasons[reason] for reason in BAD_REASONS},
         }
 
 
@@ -134,7 +135,6 @@ def train_steps(
     throughput = Throughput()
     began = time.perf_counter()
     for batch in batches:
-        arrived = time.perf_counter()
         lr = learning_rate(config.optimizer, step=state.step, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
         output = _optimise(state, batch, lr)
         state.step += 1
@@ -143,8 +143,7 @@ def train_steps(
         logged = done or state.step % config.log_every_steps == 0
         values = _measure(state, output) | {"lr": lr} if logged else {}
         throughput.steps += 1
-        throughput.wait_s += arrived - began
-        throughput.compute_s += time.perf_counter() - arrived
+        throughput.total_s += time.perf_counter() - began
         throughput.reading = sum_counts([throughput.reading, batch.reading])
         if logged:
             values |= _reduced(throughput.rates(config.global_batch_size), mean_over_ranks, output.loss.device)

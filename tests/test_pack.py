@@ -140,6 +140,37 @@ def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(photo
     assert len(keys(tmp_path / "out", read_index(out))) == 14
 
 
+def test_an_interrupted_pack_goes_on_with_what_is_missing(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    steps = pack_steps((str(photos),), str(out), split="x", samples_per_shard=2, seed=0, overwrite=False)
+    list(itertools.islice(steps, 5))
+    steps.close()
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    index = packed(photos, out, samples_per_shard=2).index
+    assert len(times) >= 4
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times
+    assert sorted(keys(out, index)) == sorted(keys(tmp_path / "b", packed(photos, tmp_path / "b").index))
+    assert not (out / "unfinished").exists()
+
+
+def test_what_an_interrupted_pack_of_other_settings_left_is_removed(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    steps = pack_steps((str(photos),), str(out), split="x", samples_per_shard=1, seed=0, overwrite=False)
+    list(itertools.islice(steps, 15))
+    steps.close()
+    index = packed(photos, out).index
+    assert {path.name for path in out.glob("*.tar")} == {shard.name for shard in index.shards}
+    assert len(list((out / "samples").iterdir())) == len(index.shards)
+
+
+def test_tars_of_others_are_not_written_over(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train-000000.tar").write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match="choose another DEST"):
+        packed(photos, tmp_path / "out")
+    assert (tmp_path / "out" / "train-000000.tar").read_bytes() == b"somebody's"
+
+
 def test_images_that_cannot_be_decoded_are_left_out_and_counted(shared_data: Path, tmp_path: Path) -> None:
     result = packed(shared_data / "odd", tmp_path / "out", samples_per_shard=40)
     found = set(keys(tmp_path / "out", result.index))

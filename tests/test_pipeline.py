@@ -1,13 +1,14 @@
 """Pretraining, transfers and their record on a real Ray, a real S3 server and a real MLflow."""
 
+import contextlib
 import dataclasses
 import os
 import random
 import signal
 import threading
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -115,9 +116,11 @@ def test_transfers_overlap_in_time(unbroken):
 def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
     before = comparison(tracking, unbroken)
     began = time.monotonic()
-    pretrain_then_transfer(recipe, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
-    assert comparison(tracking, unbroken) == before
-    assert time.monotonic() - began < 10
+    elsewhere = dataclasses.replace(recipe.pretrain, resources=ResourcesConfig(workers=1), keep_last=5)
+    for again in (recipe, dataclasses.replace(recipe, pretrain=elsewhere)):
+        pretrain_then_transfer(again, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
+        assert comparison(tracking, unbroken) == before
+    assert time.monotonic() - began < 30  # of training alone it would be more
 
 
 def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbroken, recipe, s3):
@@ -229,9 +232,13 @@ def _pretrain_in_thread(recipe, storage, failures, run="killed"):
 
 
 def _train_workers():
-    """Pids of Ray's training processes, which set their title."""
-    titles = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-    return sorted(int(pid) for pid, title in titles.items() if b"RayTrainWorker" in title)
+    """Pids of the training processes of this session's Ray, which set their title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return sorted(found)
 
 
 def _step_of(checkpoint_name):

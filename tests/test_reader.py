@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 from shard_folders import png, write_shards
@@ -136,12 +135,17 @@ def test_flipped_bytes_cost_their_samples_and_no_others(tmp_path: Path) -> None:
     steps = range(order().steps)
     assert keys(made, (0, 24), steps) == ["81" if key == "80" else key for key in expected((0, 24), steps)]
     bad = made.take_counts().bad
-    assert {(b.shard, b.key, b.reason) for b in bad} <= {(path.as_uri(), "80", "damaged since it was packed")}
+    assert {(b.shard, b.key, b.reason) for b in bad} == {(path.as_uri(), "80", "damaged since packed")}
     made.close()
 
 
+@pytest.mark.parametrize("ranges", [False, True])
 @pytest.mark.parametrize("damage", ["cut", "another", "missing"])
-def test_a_shard_that_is_not_the_packed_one_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_shard_that_is_not_the_packed_one_is_named(
+    tmp_path: Path, damage: str, ranges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ranges:
+        monkeypatch.setattr("hemoco.data.portions._REQUEST_BYTES", -(10**9))  # every sample by itself
     url = write_shards(tmp_path.as_uri(), SIZES)
     path = tmp_path / "train-000006.tar"
     data = path.read_bytes()
@@ -152,7 +156,7 @@ def test_a_shard_that_is_not_the_packed_one_is_named(tmp_path: Path, damage: str
     else:
         path.unlink()
     made = reader(url, list(plan_portions(order(), 0, (0, 24), 0)))
-    with pytest.raises(ShardError, match=r"train-000006\.tar"):
+    with pytest.raises(ShardError, match=r"train-000006\.tar: .*(replaced|cut|missing)"):
         keys(made, (0, 24), range(order().steps))
     made.close()
 
@@ -169,7 +173,5 @@ def test_a_damaged_range_is_caught_by_its_crc(tmp_path: Path, monkeypatch: pytes
     made = reader(url, [])
     read = dict(made._read_shard(6, rows[:, 1]))
     assert (read[5].sound, read[30].sound) == (False, True)
-    assert bytes(read[30].image) == png(105) and google_crc32c.value(png(105)) == google_crc32c.value(
-        bytes(read[30].image)
-    )
+    assert bytes(read[30].image) == png(105)
     assert made.take_counts().bytes < shard.bytes

@@ -10,7 +10,7 @@ from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data import stream
-from hemoco.data.counts import BadSampleFile
+from hemoco.data.counts import BadSampleFile, sum_counts
 from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, StreamPosition
 from hemoco.errors import ConfigError, ShardError
@@ -171,6 +171,15 @@ def test_a_memory_limit_smaller_than_the_open_blocks_is_refused(shards: str) -> 
     needed = sum(shard.bytes for shard in read_index(shards).shards)
     with pytest.raises(ConfigError, match=rf"pretrain\.stream\.memory_bytes .* at least {needed}"):
         run(shards, config(memory_bytes=needed - 1))
+
+
+def test_a_disk_cache_spares_the_storage_later_epochs(shards: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HEMOCO_HOME", str(tmp_path))
+    batches = run(shards, config(disk_cache_bytes=10**7))
+    assert_equal(batches, run(shards, config()))
+    total = sum_counts(batch.reading for batch in batches)
+    assert total.cache_misses == len(SIZES) and total.cache_hits > 0
+    assert total.bytes == sum(shard.bytes for shard in read_index(shards).shards)
 
 
 def test_batches_say_what_was_read(shards: str) -> None:

@@ -210,7 +210,7 @@ def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(caplog: pytes
 
 
 def test_rates_are_over_the_time_since_the_last_record() -> None:
-    throughput = Throughput(steps=4, wait_s=0.5, compute_s=1.5)
+    throughput = Throughput(steps=4, total_s=2.0, reading=ReadCounts(wait_s=0.5))
     assert throughput.rates(8) == {"images_per_s": 16.0, "data_wait": 0.25}
     throughput.reading = ReadCounts(samples=32, bytes=100, retries=3, bad=(BadSample("s", "k", "damaged"),))
     assert throughput.amounts()["read_bytes_per_s"] == 50.0

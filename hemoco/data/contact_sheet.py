@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, groupby
 from operator import itemgetter
+from threading import Lock
 from typing import NamedTuple
 
 import google_crc32c
@@ -16,6 +17,7 @@ from hemoco.data.fetch import FetchCounts, fetch_range
 from hemoco.data.shards import ShardIndex, read_table, shard_url
 from hemoco.errors import ShardError
 
+_decoding = Lock()  # Pillow's warnings are filtered for the whole process
 _COLUMNS = 8
 _SIDE = 160  # of a tile, pixels
 _LINE = 16  # of a caption, pixels
@@ -92,7 +94,8 @@ def _read_samples(url: str, index: ShardIndex, number: int, rows: Sequence[int])
 
 def _decoded(data: bytes) -> Image.Image | None:
     try:
-        return Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())  # (H, W, 3)
+        with _decoding:
+            return Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())  # (H, W, 3)
     except UndecodableImage:
         return None
 

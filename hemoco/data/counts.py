@@ -10,6 +10,9 @@ from hemoco.storage import exists, read_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
 
+DAMAGED = "damaged since packed"
+BAD_REASONS = ("not an image", "damaged", "too large", "unsupported", DAMAGED)
+"""Why a sample is replaced: those of `UndecodableImage`, and bytes that are not the packed ones."""
 _ALWAYS_ALLOWED = 10
 _MOST_LISTED = 10_000
 
@@ -34,6 +37,8 @@ class ReadCounts(NamedTuple):
     cache_hits: int = 0
     """Shards found in the disk cache."""
     cache_misses: int = 0
+    wait_s: float = 0.0
+    """That the training process waited for it."""
     bad: tuple[BadSample, ...] = ()
     """Replaced samples, those of the batch."""
 

@@ -81,14 +81,15 @@ def fetch_range(url: str, start: int, stop: int, counts: FetchCounts, *, budget_
         Writable bytes (stop - start,).
 
     Raises:
-        StorageError: the object is missing or ends early, the storage refuses, or nothing came for `budget_s`.
+        ObjectCutError: the object ends early.
+        StorageError: the object is missing, the storage refuses, or nothing came for `budget_s`.
     """
     wanted = _Range(start, stop, whole=False)
     try:
         _fetch(url, wanted, counts, budget_s)
     except _WrongSizeError as error:
         asked = f"bytes {start} to {stop} were asked for"
-        raise StorageError(f"{url}: it has {error.size} bytes, {asked}: it was replaced or cut") from None
+        raise ObjectCutError(f"{url}: it has {error.size} bytes, {asked}: it was replaced or cut") from None
     return wanted.view
 
 
@@ -106,16 +107,17 @@ def verified_shard(url: str, size: int, sha256: str, counts: FetchCounts, *, bud
         Writable bytes (size,).
 
     Raises:
-        ShardError: it is missing, longer, shorter or another.
+        ChecksumError: its bytes are others.
+        ShardError: it is missing, longer or shorter.
         StorageError: the storage refuses, or nothing came for `budget_s`.
     """
-    flaw = ""
+    flaw, kind = "", ShardError
     for _ in range(2):  # once more from the start: it may have been replaced while it was read
         wanted = _Range(0, size, whole=True)
         try:
             _fetch(url, wanted, counts, budget_s)
         except _WrongSizeError as error:
-            flaw = f"it has {error.size} bytes, the index says {size}"
+            flaw, kind = f"it has {error.size} bytes, the index says {size}", ShardError
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError(f"{error}: a shard is missing; restore it or pack the data again") from error
@@ -124,8 +126,16 @@ def verified_shard(url: str, size: int, sha256: str, counts: FetchCounts, *, bud
             found = wanted.sha256.hexdigest()
             if found == sha256:
                 return wanted.view
-            flaw = f"its SHA-256 is {found[:12]}..., the index says {sha256[:12]}..."
-    raise ShardError(f"{url}: {flaw}: replaced, cut or damaged since it was packed; restore it or pack the data again")
+            flaw, kind = f"its SHA-256 is {found[:12]}..., the index says {sha256[:12]}...", ChecksumError
+    raise kind(f"{url}: {flaw}: replaced, cut or damaged since it was packed; restore it or pack the data again")
+
+
+class ChecksumError(ShardError):
+    """A shard has the right size and other bytes than it was packed with."""
+
+
+class ObjectCutError(StorageError):
+    """An object ends before the bytes that were asked for."""
 
 
 class _WrongSizeError(Exception):

@@ -2,6 +2,13 @@
 
 import random
 import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from hemoco.errors import StorageError
+from hemoco.storage import is_transient
+
+Answer = TypeVar("Answer")
 
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 20.0
@@ -16,6 +23,21 @@ def backoff_s(faults: int, draw: float) -> float:
         draw: uniform in [0, 1).
     """
     return draw * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(faults - 1, 30))
+
+
+def patiently(ask: Callable[[], Answer], budget_s: float) -> Answer:
+    """What `ask` returns, asked again after faults of the network until it was answered or `budget_s` has passed.
+
+    Raises:
+        StorageError: as `ask` raised it at last, or at once where asking again cannot help.
+    """
+    patience = Patience(budget_s)
+    while True:
+        try:
+            return ask()
+        except StorageError as error:
+            if not isinstance(error.__cause__, Exception) or not is_transient(error.__cause__) or not patience.wait():
+                raise
 
 
 class Patience:

@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hemoco.config import StreamConfig
-from hemoco.data.counts import BadSample, ReadCounts
+from hemoco.data.counts import DAMAGED, BadSample, ReadCounts
 from hemoco.data.decode import UndecodableImage, decode_image
-from hemoco.data.fetch import FetchCounts, fetch_range, verified_shard
-from hemoco.data.patience import Patience
+from hemoco.data.fetch import ChecksumError, FetchCounts, ObjectCutError, fetch_range, verified_shard
+from hemoco.data.patience import patiently
 from hemoco.data.portions import Portion, plan_ranges
 from hemoco.data.sample_table import SampleTable
 from hemoco.data.shard_cache import ShardCache
 from hemoco.data.shards import Shard, ShardColumns, read_table, shard_url
 from hemoco.data.tar_samples import IMAGE_SUFFIXES
-from hemoco.errors import HemocoError, ShardError, StorageError
-from hemoco.storage import is_transient
+from hemoco.errors import ShardError, StorageError
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 4
+_FEW = 3  # bad samples that say nothing about their shard
 
 
 class ReadSample(NamedTuple):
@@ -64,7 +64,8 @@ class _Open(NamedTuple):
 class SampleReader:
     """Reads portions ahead and gives the images of one step after the other.
 
-    Holds at most `max_bytes` of shards beyond the blocks that the present step needs.
+    Holds at most `config.memory_bytes` of shards, beside what the present step needs and, while it is received, one
+    shard for each of 4 threads.
 
     Args:
         url: of the shard folder.
@@ -92,11 +93,12 @@ class SampleReader:
         self._taken: dict[int, int] = {}  # rows of the present portion that are used up
         self._held = 0
         self._pool: ThreadPool | None = None
+        self._damaged: set[str] = set()
         self._read = 0
         self._bad: list[BadSample] = []
 
     def close(self) -> None:
-        """Ends the threads; what they were reading is lost."""
+        """Lets go of the threads; one that waits for the storage ends when its patience does."""
         if self._pool is not None:
             self._pool.terminate()
 
@@ -124,7 +126,12 @@ class SampleReader:
         """What was read since this was asked last."""
         fetched = self._fetched
         now = ReadCounts(
-            self._read, fetched.bytes, fetched.requests, fetched.retries, fetched.cache_hits, fetched.cache_misses
+            samples=self._read,
+            bytes=fetched.bytes,
+            requests=fetched.requests,
+            retries=fetched.retries,
+            cache_hits=fetched.cache_hits,
+            cache_misses=fetched.cache_misses,
         )
         since = now.since(self._counted)._replace(bad=tuple(self._bad))
         self._counted, self._bad = now, []
@@ -156,13 +163,13 @@ class SampleReader:
 
     def _take(self, lane: int, decode: Callable[[memoryview], Decoded]) -> tuple[ReadSample, Decoded]:
         waiting, used = self._open[lane], self._taken.get(lane, 0)
-        if used == len(waiting[0].portion.rows):
+        present = waiting[0]
+        self._taken[lane] = (used + 1) % len(present.portion.rows)
+        if self._taken[lane] == 0:
             self._held -= waiting.popleft().size
-            used = 0
-        self._taken[lane] = used + 1
         self._read += 1
-        shard, number = waiting[0].portion.rows[used].tolist()
-        return self._good(shard, number, waiting[0].samples.get(), decode)
+        shard, number = present.portion.rows[used].tolist()
+        return self._good(shard, number, present.samples.get(), decode)
 
     def _good(
         self, shard: int, number: int, samples: _Samples, decode: Callable[[memoryview], Decoded]
@@ -172,7 +179,7 @@ class SampleReader:
         for offset in range(count):
             place = (number + offset) % count
             read = samples.get((shard, place)) or self._read_single(shard, place)
-            flaw = "damaged since it was packed"
+            flaw = DAMAGED
             try:
                 if read.sound:
                     return read, decode(read.image)
@@ -201,27 +208,39 @@ class SampleReader:
         table = self._table(shard)
         ranges = plan_ranges(table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes)
         if self._cache is not None or ranges == [(0, shard.bytes)]:
-            parts = [(0, *self._whole(shard, table))]
+            data, proved = self._whole(shard, table)
+            images = _cut_out([(0, data)], table, wanted)
         else:
-            parts = [(start, self._fetch(shard, start, stop), False) for start, stop in ranges]
-        for place in wanted.tolist():
-            start, data, proved = next(part for part in reversed(parts) if part[0] <= table.offsets[place])
-            first = int(table.offsets[place]) - start
-            image = data[first : first + int(table.sizes[place])]
+            images, proved = self._ranges(shard, table, wanted, ranges), False
+        for place, image in images:
             # a copy lets go of the rest of the shard, which others use
-            image = memoryview(bytes(image)) if 2 * len(wanted) < shard.samples else image
-            yield place, self._checked(shard, table, place, image, proved=proved)
+            kept = memoryview(bytes(image)) if 2 * len(wanted) < shard.samples else image
+            yield place, self._checked(shard, table, place, kept, proved=proved)
 
     def _table(self, shard: Shard) -> SampleTable:
-        patience = Patience(self._config.retry_s)
-        while True:
-            try:
-                return read_table(self._url, shard)
-            except StorageError as error:
-                if not isinstance(error.__cause__, Exception) or not is_transient(error.__cause__):
-                    raise
-                if not patience.wait():
-                    raise
+        def ask() -> SampleTable:
+            return read_table(self._url, shard)
+
+        try:
+            return patiently(ask, self._config.retry_s)
+        except ShardError:  # once more: it may have been damaged on its way
+            return patiently(ask, self._config.retry_s)
+
+    def _ranges(
+        self, shard: Shard, table: SampleTable, wanted: NDArray[np.int64], ranges: list[tuple[int, int]]
+    ) -> list[tuple[int, memoryview]]:
+        """Samples of a shard by ranges; ShardError where so many are others that the shard must be another."""
+        bad = 0
+        for _ in range(2):  # once more: it may have been replaced while it was read
+            parts = [(start, self._fetch(shard, start, stop)) for start, stop in ranges]
+            images = _cut_out(parts, table, wanted)
+            bad = sum(_crc(image) != table.crcs[place] for place, image in images)
+            if bad <= max(len(images) // 2, _FEW):
+                return images
+        raise ShardError(
+            f"{shard_url(self._url, shard)}: {bad} of {len(wanted)} samples are others than were packed: it was "
+            "replaced or damaged; restore it or pack the data again"
+        )
 
     def _whole(self, shard: Shard, table: SampleTable) -> tuple[memoryview, bool]:
         """A whole shard, and whether its checksum holds. Of one damaged in storage the sound samples can be used."""
@@ -231,22 +250,17 @@ class SampleReader:
                 data = self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
             else:
                 data = verified_shard(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
-        except ShardError as error:
-            return self._salvage(shard, table, error), False
-        return memoryview(data), True
-
-    def _salvage(self, shard: Shard, table: SampleTable, error: ShardError) -> memoryview:
-        """A shard of the right size with a wrong checksum, where most of its samples are as they were packed."""
-        try:
+        except ChecksumError as error:
             damaged = self._fetch(shard, 0, shard.bytes)
-        except HemocoError:
-            raise error from None
-        sound = [_crc(damaged, table, place) == table.crcs[place] for place in range(len(table.keys))]
-        if 2 * sum(sound) <= len(sound):  # not damaged but another
-            raise error
-        where = shard_url(self._url, shard)
-        logger.warning("event=damaged_shard url=%s samples=%d damaged=%d", where, len(sound), sound.count(False))
-        return damaged
+            images = _cut_out([(0, damaged)], table, np.arange(shard.samples))
+            bad = sum(_crc(image) != table.crcs[place] for place, image in images)
+            if 2 * bad >= len(images):  # not damaged but another
+                raise
+            if where not in self._damaged:
+                self._damaged.add(where)
+                logger.warning("event=damaged_shard samples=%d damaged=%d %s", len(images), bad, error)
+            return damaged, False
+        return memoryview(data), True
 
     def _read_single(self, number: int, place: int) -> ReadSample:
         """A sample by a request of its own."""
@@ -258,11 +272,11 @@ class SampleReader:
 
     def _checked(self, shard: Shard, table: SampleTable, place: int, image: memoryview, *, proved: bool) -> ReadSample:
         crc = int(table.crcs[place])
-        sound = proved or google_crc32c.value(bytes(image)) == crc
+        sound = proved or _crc(image) == crc
         if not sound:  # once more: it may have been damaged on its way
             start = int(table.offsets[place])
             image = self._fetch(shard, start, start + int(table.sizes[place]))
-            sound = google_crc32c.value(bytes(image)) == crc
+            sound = _crc(image) == crc
         return ReadSample(
             shard=shard_url(self._url, shard),
             key=table.keys[place],
@@ -274,9 +288,25 @@ class SampleReader:
 
     def _fetch(self, shard: Shard, start: int, stop: int) -> memoryview:
         where = shard_url(self._url, shard)
-        return memoryview(fetch_range(where, start, stop, self._fetched, budget_s=self._config.retry_s))
+        try:
+            return fetch_range(where, start, stop, self._fetched, budget_s=self._config.retry_s)
+        except StorageError as error:
+            if isinstance(error, ObjectCutError) or isinstance(error.__cause__, FileNotFoundError):
+                raise ShardError(f"{error}: a shard is missing or cut; restore it or pack the data again") from error
+            raise
 
 
-def _crc(data: memoryview, table: SampleTable, place: int) -> int:
-    start = int(table.offsets[place])
-    return int(google_crc32c.value(bytes(data[start : start + int(table.sizes[place])])))
+def _cut_out(
+    parts: list[tuple[int, memoryview]], table: SampleTable, wanted: NDArray[np.int64]
+) -> list[tuple[int, memoryview]]:
+    """The images at some places of a shard, out of parts of it that begin at ascending bytes."""
+    images = []
+    for place in wanted.tolist():
+        offset, size = int(table.offsets[place]), int(table.sizes[place])
+        start, data = next(part for part in reversed(parts) if part[0] <= offset)
+        images.append((place, data[offset - start : offset - start + size]))
+    return images
+
+
+def _crc(image: memoryview) -> int:
+    return int(google_crc32c.value(bytes(image)))

@@ -151,6 +151,8 @@ class ShardCache:
                 left = left[partial.write(left) :]
             kept = mmap.mmap(partial.fileno(), len(data), prot=mmap.PROT_READ)
             with self._locked():  # else who counts the files might see it under neither name
+                # the kernel's own time of use is coarse, and those of `_find` are not
+                os.utime(partial.fileno(), ns=(time.time_ns(), os.fstat(partial.fileno()).st_mtime_ns))
                 (self._folder / (sha256 + _PARTIAL)).rename(self._folder / sha256)
         except OSError as error:
             self._warn(url, error)

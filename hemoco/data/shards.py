@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from hemoco import storage
+from hemoco.data.fetch import FetchCounts, verified_shard
+from hemoco.data.patience import patiently
 from hemoco.data.sample_table import SampleTable, decode_table, encode_table
 from hemoco.data.tar_samples import Sample, parse_tar
 from hemoco.errors import ShardError, StorageError
@@ -102,18 +104,23 @@ def write_index(url: str, index: ShardIndex) -> None:
     storage.write_bytes(storage.join_url(url, INDEX_NAME), json.dumps(fields, indent=1).encode())
 
 
-def read_index(url: str) -> ShardIndex:
+def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     """Reads and checks the index of a shard folder.
+
+    Args:
+        url: of the folder.
+        patience_s: seconds for which faults of the network are waited out; none at the start of a command, where the
+            likely fault is a wrong URL.
 
     Raises:
         ShardError: it is missing, damaged, or of another format or version.
         StorageError: the storage refuses or does not answer.
     """
     index_url = storage.join_url(url, INDEX_NAME)
-    if not storage.exists(index_url):
+    if not patiently(lambda: storage.exists(index_url), patience_s):
         raise ShardError(f"{url}: no {INDEX_NAME}, so no shards here; make some with `python -m jobs pack SOURCE DEST`")
     try:
-        fields = json.loads(storage.read_bytes(index_url))
+        fields = json.loads(patiently(lambda: storage.read_bytes(index_url), patience_s))
     except ValueError as error:
         raise ShardError(f"{index_url}: not JSON ({error}); pack the data again") from error
     if not isinstance(fields, dict) or fields.get("format") != INDEX_FORMAT:
@@ -142,8 +149,7 @@ def read_shard(url: str, shard: Shard) -> list[Sample]:
         StorageError: it is missing, or the storage refuses or does not answer.
     """
     where = shard_url(url, shard)
-    data = storage.read_bytes(where)
-    check_shard(where, shard, data)
+    data = bytes(verified_shard(where, shard.bytes, shard.sha256, FetchCounts()))
     samples = parse_tar(data, where).samples
     if len(samples) != shard.samples:
         raise ShardError(f"{where}: {len(samples)} samples, the index says {shard.samples}; pack the data again")

@@ -11,6 +11,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -36,6 +37,7 @@ from hemoco.storage import home
 logger = logging.getLogger(__name__)
 
 _PREFETCHED_STEPS = 2
+_PATIENCE_S = 600.0  # of evaluation
 
 
 class StreamPosition(NamedTuple):
@@ -110,19 +112,23 @@ def batches(
     """
     size = config.global_batch_size
     slots = (size * rank // world_size, size * (rank + 1) // world_size)
-    shards = ShardColumns(read_index(data_url).split(split))
+    index = read_index(data_url, patience_s=config.stream.retry_s)
+    shards = ShardColumns(index.split(split))
     source = _PartSource(data_url, shards, slots, config, start, epochs)
-    loaded = iter(source) if config.stream.workers == 0 else iter(_loader(source, device))
     limit = BadSampleLimit(config.stream.max_bad_share)
     left_out = _epoch_order(shards.samples, config, epoch=0).left_out
     logger.info("event=stream split=%s samples=%d left_out_per_epoch=%d", split, shards.samples.sum(), left_out)
+    loaded = iter(source) if config.stream.workers == 0 else iter(_loader(source, device))
     try:
+        began = time.perf_counter()
         for first in loaded:
             parts = [_raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]]
-            batch = _batch(parts, slots, config, device)
+            waited = ReadCounts(wait_s=time.perf_counter() - began)
+            batch = _batch(parts, waited, config, device)
             bad_samples.add(batch.reading.bad)
             limit.add(batch.reading)
             yield batch
+            began = time.perf_counter()
     finally:
         del loaded  # ends the processes now: left to the garbage collector, each is waited for in vain for seconds
 
@@ -133,7 +139,7 @@ def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, l
     Raises:
         ShardError: an image has no label or cannot be decoded.
     """
-    shards = read_index(data_url).split(split)
+    shards = read_index(data_url, patience_s=_PATIENCE_S).split(split)
     images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
     labels, keys = [], []
     for row, (image, label, key) in enumerate(_labelled(data_url, shards, size)):
@@ -235,14 +241,17 @@ def _enter_worker(environment: dict[str, str], _: int) -> None:
     torch.set_num_threads(1)
 
 
-def _batch(parts: list[CropBatch], slots: tuple[int, int], config: PretrainConfig, device: torch.device) -> Batch:
+def _batch(parts: list[CropBatch], waited: ReadCounts, config: PretrainConfig, device: torch.device) -> Batch:
     epoch, step = parts[0].position
+    slots = (parts[0].slots[0], parts[-1].slots[1])
     crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, 2, 3, S, S)
     draws = draw_colours(config.views, seed=config.seed, epoch=epoch, step=step, slots=slots)
     views = augment(crops.transpose(0, 1).flatten(0, 1), draws, config.views)  # (2 N, 3, S, S)
     query_views, key_views = views.chunk(2)
     keys = [key for part in parts for key in part.keys]
-    return Batch(query_views, key_views, keys, parts[0].position, sum_counts(part.reading for part in parts))
+    return Batch(
+        query_views, key_views, keys, parts[0].position, sum_counts([waited, *(part.reading for part in parts)])
+    )
 
 
 def _raise_error(part: CropBatch | HemocoError) -> CropBatch:

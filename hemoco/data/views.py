@@ -20,6 +20,7 @@ from hemoco.config import ViewsConfig
 _TRIES = 10  # of a random resized crop before the central one, as torchvision
 _RATIOS = (3 / 4, 4 / 3)  # width / height of a crop, as torchvision
 _SIGMAS = (0.1, 2.0)  # pixels, SimCLR's blur
+_VIEWS = 2  # purpose of the draws, part of their key; those of the order have others
 _DRAWS = 36  # uniform numbers per view; a multiple of 4, what one Philox counter gives
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision
 
@@ -227,7 +228,7 @@ def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
 def _uniform(seed: int, epoch: int, step: int, slots: tuple[int, int]) -> NDArray[np.float64]:
     """Numbers in [0, 1) for two views of each slot (N, 2, 36), whoever asks for which slots."""
     first, last = slots
-    key = np.random.SeedSequence([seed, epoch, step]).generate_state(2, np.uint64)
+    key = np.random.SeedSequence([seed, epoch, step, _VIEWS]).generate_state(2, np.uint64)
     counter = first * 2 * _DRAWS // 4
     draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random((last - first, 2, _DRAWS))
     return draws

@@ -6,6 +6,7 @@
 It stands where `SimpleShardList`, `split_by_node`, `split_by_worker`, `tarfile_to_samples` and `shuffle` would.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hemoco.config import StreamConfig
+from hemoco.data.counts import BadSampleLimit
 from hemoco.data.order import EpochOrder
 from hemoco.data.portions import plan_portions
 from hemoco.data.reader import SampleReader
 from hemoco.data.shards import ShardColumns, read_index
 from hemoco.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class SampleSource(IterableDataset[dict[str, Any]]):
@@ -37,7 +41,11 @@ class SampleSource(IterableDataset[dict[str, Any]]):
         world_size: number of ranks.
 
     Attributes:
-        epoch: the epoch that the next iteration gives; set it before, from 0.
+        epoch: the epoch that the next iteration gives; set it before, from 0. Persistent loader processes do not see
+            it.
+
+    Iterating raises ShardError where a shard is another than was packed, or too many samples are damaged; a few are
+    replaced, and logged. Images are not decoded here, so undecodable ones are the pipeline's to handle.
 
     Raises:
         ShardError: the folder has no index or no such split.
@@ -74,12 +82,17 @@ class SampleSource(IterableDataset[dict[str, Any]]):
         slots = _share(self._slots)
         pieces = list(order.slices(*slots))
         portions = plan_portions(order, self.epoch, slots, 0)
+        limit = BadSampleLimit(self._config.max_bad_share)
         reader = SampleReader(self._url, self._shards, portions, config=self._config, cache=None)
         with closing(reader):
             for step in range(order.steps):
                 for read in reader.encoded(self.epoch, step, pieces):
                     sample = {"__key__": read.key, "__url__": read.shard, read.suffix: bytes(read.image)}
                     yield sample | ({"cls": str(read.label).encode()} if read.label >= 0 else {})
+                counts = reader.take_counts()
+                for bad in counts.bad:
+                    logger.warning("event=bad_sample shard=%s key=%s reason=%s", *bad)
+                limit.add(counts)
 
 
 def _share(slots: tuple[int, int]) -> tuple[int, int]:

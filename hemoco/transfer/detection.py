@@ -33,6 +33,7 @@ _LOG_STEPS = 10
 _DRAWN_SCENES = 4
 _POOLED_SIDE = 7  # of the box head's input
 _MOMENTUM = 0.9
+_PATIENCE_S = 600.0
 _SCENES_AT_ONCE = 8  # in evaluation
 
 
@@ -54,7 +55,7 @@ def load_detection_samples(data_url: str, split: str) -> list[DetectionSample]:
         ShardError: an image has no annotations, or cannot be decoded.
     """
     samples: list[DetectionSample] = []
-    for shard in read_index(data_url).split(split):
+    for shard in read_index(data_url, patience_s=_PATIENCE_S).split(split):
         for sample in read_shard(data_url, shard):
             if sample.annotations is None:
                 raise ShardError(f"{data_url}: {sample.key} has no annotations; Mask R-CNN needs data packed from COCO")

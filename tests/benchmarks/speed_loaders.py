@@ -145,7 +145,7 @@ def hemoco_stage_batches(url: str, view: View) -> Iterator[Tensor]:
     )  # fmt: skip
     pipeline = webdataset.DataPipeline(source, webdataset.map(functools.partial(_jpg_view, view)))
     _start_fork_server()
-    # forked children would upset the client with which the source has read the index: the next read waits for 30 s
+    # as hemoco's own stream has it: forked children would inherit the client that has read the index
     return iter(DataLoader(pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context="forkserver"))
 
 

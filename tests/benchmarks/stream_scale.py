@@ -40,6 +40,8 @@ from shuffle_quality import (
     worker_batches,
 )
 
+from hemoco.config import StreamConfig
+
 
 def _print_processes(data: DataSet) -> None:
     names = (
@@ -59,6 +61,10 @@ def _print_processes(data: DataSet) -> None:
             ]
         )
     print(table(f"One loader process: {data.name}, blocks of {data.shards_per_block}", names, rows))
+    print(
+        "open: fetched before the first batch, and refused above stream.memory_bytes "
+        f"({StreamConfig().memory_bytes / 1e6:,.0f} MB unless set); reading ahead holds as much again"
+    )
 
 
 def _print_index() -> None:
