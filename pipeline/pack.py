@@ -1,8 +1,9 @@
 """Packing: images of any source become shards and their index, one Ray task per shard.
 
-The index is written last, so a pack that was interrupted leaves nothing a reader would use, and is repeated by the same
-call: the same images, seed and shard size give the same bytes. A finished one is verified by the same call, and what is
-missing or damaged there is written again. Sources are local paths that every node must see.
+The index is written last, so a pack that was interrupted leaves nothing a reader would use; the same call goes on with
+the shards that are not there yet. The same images, seed and shard size give the same bytes. A finished one is verified
+by the same call, and what is missing or damaged there is written again. Sources are local paths that every node must
+see.
 """
 
 import contextlib
@@ -11,9 +12,9 @@ import logging
 import random
 import re
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hemoco.data.sample_table import SampleTable
 from hemoco.data.shards import (
@@ -30,7 +31,8 @@ from hemoco.data.shards import (
 from hemoco.data.sources import Item, Source, open_source, read_items
 from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
 from hemoco.errors import ShardError, StorageError, UsageError
-from hemoco.storage import absolute_url, check_writable, exists, join_url, read_bytes, remove, write_bytes
+from hemoco.storage import absolute_url, check_writable, exists, join_url, list_names, read_bytes, remove, write_bytes
+from pipeline import unfinished
 from pipeline.findings import Finding, count_reasons
 from pipeline.tasks import Progress, finish, run_tasks
 
@@ -72,9 +74,19 @@ class _PackedShard(NamedTuple):
     shard: Shard | None
     """None when no image of it could be decoded."""
     skips: list[_Skip]
-    image_digests: list[bytes]
+    image_digests: list[str]
     restored: list[str]
     """What was missing or damaged of a shard that had been packed before."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return self._asdict() | {"shard": asdict(self.shard) if self.shard else None}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "_PackedShard":
+        """From what `to_json` gave."""
+        shard = Shard(**fields["shard"]) if fields["shard"] else None
+        return cls(**fields | {"shard": shard, "skips": [_Skip(*skip) for skip in fields["skips"]]})
 
 
 def pack(
@@ -115,6 +127,8 @@ def pack_steps(
     existing = existing_index(dest)
     if existing is not None and not _could_be(existing, plans, source):
         raise other_shards(dest)
+    if existing is None:
+        _claim(dest, plans, overwrite=overwrite)
     results = []
     yield Progress(0, len(plans))
     promised = {shard.name: shard for shard in existing.shards} if existing is not None else {}
@@ -126,8 +140,29 @@ def pack_steps(
         yield Progress(len(results), len(plans))
     packed = _sum_up(results, source)
     if existing is None:
+        _remove_unnamed(dest, packed.index)
         write_index(dest, packed.index)
+        unfinished.end(dest)
     return packed
+
+
+def _claim(dest: str, plans: Sequence[_ShardPlan], *, overwrite: bool) -> None:
+    """Refuses to write over tars of which nothing says that they are ours."""
+    there = {plan.name for plan in plans} & set(list_names(dest))
+    if there and not overwrite and not unfinished.is_begun(dest):
+        raise other_shards(dest)
+    unfinished.begin(dest)
+
+
+def _remove_unnamed(dest: str, index: ShardIndex) -> None:
+    """Removes what interrupted packs with other settings have left: no index will name it."""
+    splits = "|".join(map(re.escape, index.splits))
+    tars = {name for name in list_names(dest) if re.fullmatch(rf"({splits})-\d{{6}}\.tar", name)}
+    for name in tars - {shard.name for shard in index.shards}:
+        remove(join_url(dest, name))
+    tables = {name for name in list_names(join_url(dest, "samples"))}
+    for name in tables - {f"{shard.sha256}.safetensors" for shard in index.shards}:
+        remove(join_url(dest, "samples", name))
 
 
 def _plan(items: Sequence[Item], samples_per_shard: int, seed: int) -> list[_ShardPlan]:
@@ -145,6 +180,9 @@ def _plan(items: Sequence[Item], samples_per_shard: int, seed: int) -> list[_Sha
 
 def _pack_shard(plan: _ShardPlan, dest: str, new: bool, promised: Shard | None) -> _PackedShard:
     """Runs on a Ray worker: makes one shard, and writes it where it is new, restores it where it was promised."""
+    work = unfinished.work_digest(plan.name, plan.items) if new else ""
+    if new and (known := unfinished.marked(dest, work)) is not None:
+        return _PackedShard.from_json(known)
     samples, skips = [], []
     for item, image in zip(plan.items, read_items(plan.items), strict=True):
         flaw = image_flaw(image)
@@ -152,19 +190,21 @@ def _pack_shard(plan: _ShardPlan, dest: str, new: bool, promised: Shard | None) 
             samples.append(Sample(item.key, image, item.label, item.annotations, item.image_id, item.suffix))
         else:
             skips.append(_Skip(str(item.location), flaw.reason, str(flaw)))
-    digests = [hashlib.sha256(sample.image).digest() for sample in samples]
+    digests = [hashlib.sha256(sample.image).hexdigest() for sample in samples]
     if not samples:
         return _PackedShard(plan.name, plan.split, None, skips, digests, [])
     data = encode_shard(samples)
     shard = Shard(plan.name, plan.split, len(samples), len(data), hashlib.sha256(data).hexdigest())
     table = parse_tar(data, plan.name).table
-    restored = []
+    restored: list[str] = []
+    result = _PackedShard(plan.name, plan.split, shard, skips, digests, restored)
     if new:
         write_bytes(join_url(dest, plan.name), data)
         write_table(dest, shard, table)
+        unfinished.mark(dest, work, result.to_json())
     elif shard == promised:
-        restored = [*_restore_tar(dest, shard, data), *restore_table(dest, shard, table)]
-    return _PackedShard(plan.name, plan.split, shard, skips, digests, restored)
+        restored += [*_restore_tar(dest, shard, data), *restore_table(dest, shard, table)]
+    return result
 
 
 def _restore_tar(dest: str, shard: Shard, data: bytes) -> list[str]:

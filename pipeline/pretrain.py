@@ -57,7 +57,7 @@ def pretrain(job: PretrainJob) -> Pretrained:
 def pretrain_worker(job: PretrainJob) -> Pretrained:
     """What every training process runs: resume, then the loop. All ranks return alike."""
     config, device = job.config, worker_device()
-    index = read_index(job.data.shards)
+    index = read_index(job.data.shards, patience_s=config.stream.retry_s)
     per_epoch = steps_per_epoch(index, job.data.pretrain_split, config)
     state = build_state(config, device, data_digest=index.digest)
     folder = join_url(job.url, "checkpoints")

@@ -27,6 +27,8 @@ from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import LabelledImages, TransferResult
 from pipeline.tasks import run_tasks
 
+_PATIENCE_S = 600.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferJob:
@@ -104,7 +106,7 @@ class _MaskRcnn:
     def __init__(self, job: TransferJob, config: MaskRcnnConfig) -> None:
         self.job = job
         self.config = config
-        self.categories = read_index(job.data.shards).categories
+        self.categories = read_index(job.data.shards, patience_s=_PATIENCE_S).categories
         self.train = load_detection_samples(job.data.shards, job.data.train_split)
         self.test = load_detection_samples(job.data.shards, job.data.test_split)
 
