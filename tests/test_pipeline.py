@@ -7,13 +7,14 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import torch
 from mlflow import MlflowClient
 
+from cluster.processes import _descendants
 from hemoco.comparison import comparison
 from hemoco.config import (
     DataConfig,
@@ -234,10 +235,10 @@ def _pretrain_in_thread(recipe, storage, failures, run="killed"):
 def _train_workers():
     """Pids of the training processes of this session's Ray, which set their title."""
     found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process.pid)
+    for pid in _descendants(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
     return sorted(found)
 
 
