@@ -122,7 +122,7 @@ def _print_verified(verified: Verified, shards: int) -> None:
     for damage in verified.damages:
         print(f"damaged: {printable(damage)}")
     for flaw in verified.undecodable:
-        print(f"warning: {printable(flaw)}; they stay in, and training replaces them")
+        print(f"warning: {printable(flaw)}; they stay in: training replaces them, an evaluation of their split refuses")
     if verified.damages:
         raise ShardError(
             f"{verified.damaged} of {shards} shards are damaged, as listed; restore them, or pack the data again"

@@ -86,7 +86,7 @@ def index_with_progress(sources: tuple[str, ...], dest: str, *, split: str, over
     for reason, count, first in indexed.undecodable:
         print(
             f"warning: {count} images cannot be decoded: {reason} (first: {printable(first)}); "
-            "they stay in, and training replaces them"
+            "they stay in: training replaces them, an evaluation of their split refuses"
         )
     if indexed.empty:
         print(f"warning: {len(indexed.empty)} tars are empty (first: {printable(indexed.empty[0])})")
