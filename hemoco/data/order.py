@@ -80,9 +80,9 @@ class EpochOrder:
         self._line = np.concatenate([[0], np.cumsum(counts[self._shards])])  # first sample of each shard
         # a random start, so that the samples left out at both ends are others each epoch even with a single shard
         self._start = int(draws.integers(self.left_out + 1))
-        self._shuffled: dict[Block, NDArray[np.int64]] = {}  # one per lane: a lane only moves on
+        self._shuffled: dict[Block, NDArray[np.int32]] = {}  # one per lane: a lane only moves on
 
-    def samples(self, step: int, first_slot: int, last_slot: int) -> NDArray[np.int64]:
+    def samples(self, step: int, first_slot: int, last_slot: int) -> NDArray[np.int32]:
         """Slots [first_slot, last_slot) of a global batch as rows (shard number, sample number within the shard)."""
         parts = []
         for lane, begin, end in self.slices(first_slot, last_slot):
@@ -108,15 +108,20 @@ class EpochOrder:
             yield block
             place = block.last
 
-    def block_samples(self, block: Block) -> NDArray[np.int64]:
+    def block_samples(self, block: Block) -> NDArray[np.int32]:
         """All samples of a block in their order: rows (shard number, sample number within the shard)."""
         if block not in self._shuffled:
             for known in [known for known in self._shuffled if known.lane == block.lane]:
                 del self._shuffled[known]
-            order = _generator(*self._key, _BLOCK, block.lane, block.number).permutation(block.last - block.first)
-            line = self._start + block.lane * self._lane_length + block.first + order
-            places = np.searchsorted(self._line, line, "right") - 1
-            self._shuffled[block] = np.stack([self._shards[places], line - self._line[places]], axis=1)
+            low = self._start + block.lane * self._lane_length + block.first
+            shuffled = _generator(*self._key, _BLOCK, block.lane, block.number).permutation(block.last - block.first)
+            line = low + shuffled
+            first, last = self._shard_at(low), self._shard_at(low + len(line) - 1)
+            # among the few shards of the block: a search in the whole line misses the CPU's cache at each step
+            places = first + np.searchsorted(self._line[first + 1 : last + 1], line, "right")
+            rows = np.empty((len(line), 2), np.int32)
+            rows[:, 0], rows[:, 1] = self._shards[places], line - self._line[places]
+            self._shuffled[block] = rows
         return self._shuffled[block]
 
     def _block_at(self, lane: int, place: int) -> Block:

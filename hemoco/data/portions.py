@@ -22,7 +22,7 @@ class Portion(NamedTuple):
     first_step: int
     """The first step that needs some of it."""
     block: Block
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int32]
     """(shard number, sample number within the shard) in the order of the steps (R, 2)."""
 
 
@@ -31,11 +31,15 @@ def plan_portions(order: EpochOrder, epoch: int, slots: tuple[int, int], first_s
 
     def of_lane(lane: int, begin: int, end: int) -> Iterator[Portion]:
         for block in order.blocks(lane, first_step):
-            places = np.arange(max(block.first, first_step * order.width), block.last)
-            taken = places[(places % order.width >= begin) & (places % order.width < end)]
-            if len(taken):
-                rows = order.block_samples(block)[taken - block.first]
-                yield Portion(epoch, int(taken[0]) // order.width, block, rows)
+            first = max(block.first, first_step * order.width)
+            rows = order.block_samples(block)[first - block.first :]
+            if end - begin < order.width:  # else all of them, and nothing is copied
+                places = np.arange(first, block.last) % order.width
+                taken = np.flatnonzero((places >= begin) & (places < end))
+                if not len(taken):
+                    continue
+                first, rows = first + int(taken[0]), rows[taken]
+            yield Portion(epoch, first // order.width, block, rows)
 
     lanes = [of_lane(*piece) for piece in order.slices(*slots)]
     return heapq.merge(*lanes, key=lambda portion: portion.first_step)

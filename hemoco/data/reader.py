@@ -119,7 +119,7 @@ class SampleReader:
 
     def encoded(self, epoch: int, step: int, pieces: Pieces) -> Iterator[ReadSample]:
         """As `images`, but the samples as they were packed; only damaged ones are replaced."""
-        for read, _ in self._usable(epoch, step, pieces, bytes):
+        for read, _ in self._usable(epoch, step, pieces, lambda encoded: encoded):
             yield read
 
     def take_counts(self) -> ReadCounts:
@@ -203,7 +203,7 @@ class SampleReader:
             found |= {(number, place): read for place, read in self._read_shard(number, wanted)}
         return found
 
-    def _read_shard(self, number: int, wanted: NDArray[np.int64]) -> Iterator[tuple[int, ReadSample]]:
+    def _read_shard(self, number: int, wanted: NDArray[np.int32]) -> Iterator[tuple[int, ReadSample]]:
         shard = self._shards[number]
         table = self._table(shard)
         ranges = plan_ranges(table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes)
@@ -227,7 +227,7 @@ class SampleReader:
             return patiently(ask, self._config.retry_s)
 
     def _ranges(
-        self, shard: Shard, table: SampleTable, wanted: NDArray[np.int64], ranges: list[tuple[int, int]]
+        self, shard: Shard, table: SampleTable, wanted: NDArray[np.int32], ranges: list[tuple[int, int]]
     ) -> list[tuple[int, memoryview]]:
         """Samples of a shard by ranges; ShardError where so many are others that the shard must be another."""
         bad = 0
@@ -252,7 +252,7 @@ class SampleReader:
                 data = verified_shard(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
         except ChecksumError as error:
             damaged = self._fetch(shard, 0, shard.bytes)
-            images = _cut_out([(0, damaged)], table, np.arange(shard.samples))
+            images = _cut_out([(0, damaged)], table, np.arange(shard.samples, dtype=np.int32))
             bad = sum(_crc(image) != table.crcs[place] for place, image in images)
             if 2 * bad >= len(images):  # not damaged but another
                 raise
@@ -297,7 +297,7 @@ class SampleReader:
 
 
 def _cut_out(
-    parts: list[tuple[int, memoryview]], table: SampleTable, wanted: NDArray[np.int64]
+    parts: list[tuple[int, memoryview]], table: SampleTable, wanted: NDArray[np.int32]
 ) -> list[tuple[int, memoryview]]:
     """The images at some places of a shard, out of parts of it that begin at ascending bytes."""
     images = []

@@ -55,7 +55,9 @@ class ShardIndex:
     @property
     def digest(self) -> str:
         """Identifies the data: SHA-256 of everything in the index, hexadecimal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        # vars: asdict takes most of a second for 100,000 shards
+        fields = vars(self) | {"shards": [vars(shard) for shard in self.shards]}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def splits(self) -> tuple[str, ...]:

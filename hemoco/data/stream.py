@@ -116,6 +116,9 @@ def batches(
     shards = ShardColumns(index.split(split))
     source = _PartSource(data_url, shards, slots, config, start, epochs)
     limit = BadSampleLimit(config.stream.max_bad_share)
+    if world_size * source.parts > config.stream.lanes:
+        processes = f"{world_size} x {source.parts}"
+        logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, config.stream.lanes)
     left_out = _epoch_order(shards.samples, config, epoch=0).left_out
     logger.info("event=stream split=%s samples=%d left_out_per_epoch=%d", split, shards.samples.sum(), left_out)
     loaded = iter(source) if config.stream.workers == 0 else iter(_loader(source, device))

@@ -29,7 +29,7 @@ recipe = Recipe(
         encoder=EncoderConfig(architecture="resnet50"),
         moco=MoCoConfig(),
         optimizer=OptimizerConfig(),
-        stream=StreamConfig(workers=12, lanes=64),
-        resources=ResourcesConfig(workers=8, cpus_per_worker=14, gpus_per_worker=1),
+        stream=StreamConfig(workers=8, lanes=64),  # one lane for each of the 64 loader processes
+        resources=ResourcesConfig(workers=8, cpus_per_worker=10, gpus_per_worker=1),
     ),
 )
