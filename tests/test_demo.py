@@ -74,7 +74,7 @@ def test_printed_ui_command_opens_the_runs(demo):
         server.wait()
 
 
-def _answers(url, timeout_s=120):
+def _answers(url, timeout_s=300):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
