@@ -37,7 +37,11 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
         UsageError: no recipe is named, or it is unknown.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: python -m jobs {verb} RECIPE [--setting value ...]   (RECIPE --help shows the settings)")
+        print(_known())
+        raise SystemExit(0)
+    if not argv:
         raise UsageError(f"{verb} needs a recipe: python -m jobs {verb} RECIPE [...]; {_known()}")
     default = kind(recipe=load_recipe(argv[0]))
     return tyro.cli(

@@ -6,6 +6,7 @@ import tyro
 
 from cluster.local import local_ray
 from hemoco.data.shards import ShardIndex
+from hemoco.data.sources import open_source
 from hemoco.errors import UsageError
 from hemoco.storage import absolute_url, check_writable
 from jobs.progress import follow, printable
@@ -54,6 +55,8 @@ def pack(
     *sources, dest = paths
     dest = absolute_url(dest)
     check_writable(dest)
+    if not index_only:
+        open_source(sources, split)  # errors before Ray starts; to list twice is cheap
     with local_ray():
         if index_only:
             index_with_progress(tuple(sources), dest, split=split, overwrite=overwrite)

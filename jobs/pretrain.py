@@ -2,14 +2,17 @@
 
 from jobs.options import RunOptions, parse_options
 from jobs.session import ray_session, run_name, storage_url
-from pipeline.graph import pretrain_only
+from pipeline.study import check_pretraining
 
 
 def main(argv: list[str]) -> None:
     """Pretrains or resumes, then says where the backbone lies."""
     options = parse_options("pretrain", argv, RunOptions)
     name = run_name(options)
+    check_pretraining(options.recipe)
     with ray_session():
+        from pipeline.graph import pretrain_only  # Ray Train takes seconds to import, errors should not
+
         done = pretrain_only(options.recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh)
     print(f"run {name}: backbone {done.backbone_url}")
     for key, value in sorted(done.metrics.items()):

@@ -4,7 +4,7 @@ import dataclasses
 
 from jobs.options import RunOptions, parse_options
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
-from pipeline.graph import pretrain_then_transfer
+from pipeline.study import check_pretraining, check_transfers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,10 @@ def main(argv: list[str]) -> None:
     """Runs or resumes a whole run; a finished one prints its table."""
     options = parse_options("run", argv, Options)
     name = run_name(options)
+    check_pretraining(options.recipe)
+    check_transfers(options.recipe)
     with ray_session():
+        from pipeline.graph import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
+
         pretrain_then_transfer(options.recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh)
     publish(name, print_comparison(name, options.out))

@@ -5,7 +5,7 @@ import dataclasses
 from hemoco.errors import UsageError
 from jobs.options import RunOptions, parse_options
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
-from pipeline.graph import transfer_only
+from pipeline.study import check_transfers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,10 @@ def main(argv: list[str]) -> None:
         kept = {name: config for name, config in recipe.transfers.items() if name in options.only}
         options = dataclasses.replace(options, recipe=dataclasses.replace(recipe, transfers=kept))
     name = run_name(options, options.backbone)
+    check_transfers(options.recipe)
     with ray_session():
+        from pipeline.graph import transfer_only  # Ray Train takes seconds to import, errors should not
+
         transfer_only(
             options.recipe,
             backbone_url=options.backbone,

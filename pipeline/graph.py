@@ -14,7 +14,16 @@ from hemoco.data.shards import read_index
 from hemoco.errors import TrainingError
 from hemoco.storage import absolute_url, join_url
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
-from pipeline.study import Study, closing_run, first_line, open_child, open_study, transfer_data
+from pipeline.study import (
+    Study,
+    check_pretraining,
+    check_transfers,
+    closing_run,
+    first_line,
+    open_child,
+    open_study,
+    transfer_data,
+)
 from pipeline.transfer import TransferJob, headline_metric, measure_transfer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +42,8 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
         UsageError: the name belongs to a run with other settings.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
+    check_pretraining(recipe)
+    check_transfers(recipe)
     study = open_study(recipe, run=run, storage=storage, fresh=fresh)
     try:
         done = _pretrain(study)
@@ -45,6 +56,7 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
 
 def pretrain_only(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Pretrained:
     """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second."""
+    check_pretraining(recipe)
     return _pretrain(open_study(recipe, run=run, storage=storage, fresh=fresh))
 
 
@@ -56,6 +68,7 @@ def transfer_only(recipe: Recipe, *, backbone_url: str, run: str, storage: str, 
     """
     backbone_url = absolute_url(backbone_url)
     metadata = backbone_metadata(backbone_url)
+    check_transfers(recipe)
     study = open_study(recipe, run=run, storage=storage, fresh=fresh)
     origin = {
         "hemoco.backbone_url": backbone_url,

@@ -27,15 +27,13 @@ class Study:
 
 
 def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Study:
-    """Checks what can be checked before any work, then finds the run by its name or opens it.
+    """Finds the run by its name or opens it.
 
     Raises:
         UsageError: the name belongs to a run with other settings (the difference is shown).
-        ConfigError: the recipe does not fit its data.
     """
     recipe = _with_absolute_urls(recipe)
     index = read_index(recipe.data.shards)
-    _check(recipe, index)
     uri = tracking.tracking_uri()
     experiment_id = tracking.connect(uri)
     params = flat_params(recipe)
@@ -100,16 +98,32 @@ def transfer_data(recipe: Recipe, config: TransferConfig) -> DataConfig:
     return config.data if config.data.shards else recipe.data
 
 
-def _check(recipe: Recipe, index: ShardIndex) -> None:
-    """Everything about recipe and data that would fail later."""
-    data = recipe.data
+def check_pretraining(recipe: Recipe) -> None:
+    """What a pretraining would fail of later, found in seconds and without Ray.
+
+    Raises:
+        UsageError: the recipe names no shards.
+        ShardError: there are none, or not the splits it names.
+        ConfigError: the recipe does not fit its data.
+    """
+    recipe = _with_absolute_urls(recipe)
+    data, index = recipe.data, read_index(recipe.data.shards)
     index.split(data.pretrain_split)
     steps_per_epoch(index, data.pretrain_split, recipe.pretrain)
-    if recipe.pretrain.knn_every_epochs and not index.classes:
+    if not recipe.pretrain.knn_every_epochs:
+        return
+    if not index.classes:
         raise ConfigError(
             f"pretrain.knn_every_epochs is {recipe.pretrain.knn_every_epochs} but {data.shards} has no labels: "
             "set it to 0"
         )
+    for split in (data.train_split, data.test_split):
+        index.split(split)
+
+
+def check_transfers(recipe: Recipe) -> None:
+    """As `check_pretraining`, of the transfers."""
+    recipe = _with_absolute_urls(recipe)
     for name, config in recipe.transfers.items():
         used = transfer_data(recipe, config)
         found = read_index(used.shards)

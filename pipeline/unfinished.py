@@ -11,12 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hemoco.data.shards import Shard
+from hemoco.data.shards import UNFINISHED, Shard
 from hemoco.data.sources import Item
 from hemoco.errors import ShardError, StorageError
 from hemoco.storage import exists, join_url, list_names, read_bytes, remove, write_bytes
-
-_FOLDER = "unfinished"
 
 
 def work_digest(name: str, items: Sequence[Item]) -> str:
@@ -36,12 +34,12 @@ def work_digest(name: str, items: Sequence[Item]) -> str:
 
 def begin(dest: str) -> None:
     """Claims the tars that will be at `dest` before there is an index."""
-    write_bytes(join_url(dest, _FOLDER, "README"), b"a pack was interrupted: the same command goes on\n")
+    write_bytes(join_url(dest, UNFINISHED, "README"), b"a pack was interrupted: the same command goes on\n")
 
 
 def is_begun(dest: str) -> bool:
     """Whether a pack to `dest` was interrupted."""
-    return bool(list_names(join_url(dest, _FOLDER)))
+    return bool(list_names(join_url(dest, UNFINISHED)))
 
 
 def mark(dest: str, digest: str, result: dict[str, Any]) -> None:
@@ -61,8 +59,8 @@ def marked(dest: str, digest: str) -> dict[str, Any] | None:
 
 def end(dest: str) -> None:
     """Removes all markers."""
-    remove(join_url(dest, _FOLDER))
+    remove(join_url(dest, UNFINISHED))
 
 
 def _marker(dest: str, digest: str) -> str:
-    return join_url(dest, _FOLDER, f"{digest}.json")
+    return join_url(dest, UNFINISHED, f"{digest}.json")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shard_folders import write_shards
 
 from hemoco.config import Recipe
 from jobs.cli import main
@@ -89,7 +90,11 @@ def test_unreachable_mlflow_is_one_line_within_seconds(tmp_path):
         "pretrain",
         "cifar10_resnet18_mocov2",
         "--data.shards",
-        str(tmp_path),
+        write_shards((tmp_path / "shards").as_uri(), [64]),
+        "--pretrain.global_batch_size",
+        "64",
+        "--pretrain.knn_every_epochs",
+        "0",
         "--storage",
         str(tmp_path / "runs"),
         MLFLOW_TRACKING_URI="http://127.0.0.1:9",
@@ -97,6 +102,18 @@ def test_unreachable_mlflow_is_one_line_within_seconds(tmp_path):
     assert done.returncode == 1
     assert "127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_folder_without_shards_is_one_line(tmp_path, capsys):
+    assert main(["pretrain", "cifar10_resnet18_mocov2", "--data.shards", str(tmp_path)]) == 1
+    assert "python -m jobs pack SOURCE DEST" in one_line(capsys)
+
+
+def test_help_of_a_recipe_verb_needs_no_recipe(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--help"])
+    assert ended.value.code == 0
+    assert "cifar10_resnet18_mocov2" in capsys.readouterr().out
 
 
 def test_flags_are_the_names_of_the_config():

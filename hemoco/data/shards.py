@@ -26,6 +26,8 @@ from hemoco.errors import ShardError, StorageError
 INDEX_NAME = "index.json"
 INDEX_FORMAT = "hemoco-shards"
 INDEX_VERSION = 2
+UNFINISHED = "unfinished"
+"""Folder below the shard folder while it is being packed."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class ShardIndex:
         """
         found = tuple(shard for shard in self.shards if shard.split == name)
         if not found:
-            raise ShardError(f"no split {name!r} among the shards; they have {', '.join(self.splits) or 'no splits'}")
+            raise ShardError(
+                f"no split {name!r} among the shards; they have {', '.join(self.splits) or 'no splits'}: name one with "
+                "--data.pretrain_split, --data.train_split or --data.test_split"
+            )
         return found
 
 
@@ -120,6 +125,8 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     """
     index_url = storage.join_url(url, INDEX_NAME)
     if not patiently(lambda: storage.exists(index_url), patience_s):
+        if storage.list_names(storage.join_url(url, UNFINISHED)):
+            raise ShardError(f"{url}: an unfinished pack; the same `python -m jobs pack SOURCE DEST` again goes on")
         raise ShardError(f"{url}: no {INDEX_NAME}, so no shards here; make some with `python -m jobs pack SOURCE DEST`")
     try:
         fields = json.loads(patiently(lambda: storage.read_bytes(index_url), patience_s))

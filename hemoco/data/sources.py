@@ -7,7 +7,7 @@ none, a folder is a class. Only listings are made here; images are read by `read
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -118,9 +118,19 @@ def _scan(paths: Sequence[str], default_split: str) -> list[Scan]:
     for path, files, images in listings:
         if not is_voc(files):
             coco = scan_coco(files, images, default_split)
+            if coco is None:
+                _warn_of_others(path, files.keys() - images.keys())
             scans.append(coco or Scan(_folder_images(path, images, default_split), []))
     # together, for their categories are numbered by name
     return [*scans, scan_voc(voc, default_split)] if voc else scans
+
+
+def _warn_of_others(path: str, names: Iterable[str]) -> None:
+    """Says what is left out, for it may be images of a format that is not read."""
+    counts = Counter(suffix_of(name) for name in names)
+    if counts:
+        described = ", ".join(f"{count} .{suffix}" for suffix, count in counts.most_common(8))
+        logger.warning("files left out, for they are none of %s: %s in %s", "/".join(IMAGE_SUFFIXES), described, path)
 
 
 def _folder_images(path: str, images: dict[str, Location], default_split: str) -> list[FoundImage]:
