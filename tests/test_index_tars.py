@@ -211,8 +211,8 @@ def test_a_person_sees_what_was_left_out(tars: Path, tmp_path: Path, capsys: pyt
     assert lines[0].startswith(f"{(tmp_path / 'out').as_uri()}: 4 shards, ")
     assert lines[1:] == [
         "warning: 1 members left out: several images under one key (first: p (.1.jpg, .2.jpg) in x.tar)",
-        "warning: 1 images cannot be decoded: not an image (first: ?[2J in x.tar); they stay in, and training replaces "
-        "them",
+        "warning: 1 images cannot be decoded: not an image (first: ?[2J in x.tar); they stay in: training replaces "
+        "them, an evaluation of their split refuses",
     ]
 
 
