@@ -25,6 +25,7 @@ from hemoco.storage import filesystem, join_url, remove
 
 logger = logging.getLogger(__name__)
 
+_MAX_FAILURES = 3
 _REPLACEMENT_S = 20.0
 _POLL_S = 0.5
 
@@ -37,7 +38,6 @@ def run_workers(
     resources: ResourcesConfig,
     sizes: Sequence[int],
     storage: str,
-    max_failures: int = 3,
 ) -> Any:
     """What `function(job)` returns on rank 0, run on every training process in one process group.
 
@@ -50,13 +50,12 @@ def run_workers(
         resources: processes, CPUs and GPUs.
         sizes: numbers of processes it may go on with after a loss.
         storage: URL of a folder all nodes reach, for Ray's marker files.
-        max_failures: lost groups that are started anew.
 
     Raises:
         HemocoError: as `function` raised it; never retried, since the same would happen again.
-        TrainingError: the processes died more than `max_failures` times.
+        TrainingError: the processes died more than 3 times.
     """
-    for attempt in range(max_failures + 1):
+    for attempt in range(_MAX_FAILURES + 1):
         if attempt:
             resources = dataclasses.replace(resources, workers=_size_after_loss(resources, sizes))
         try:
@@ -66,7 +65,7 @@ def run_workers(
                 if isinstance(cause, HemocoError):
                     raise cause from None
             reason = str(error).strip().splitlines()[-1][:300]
-            if attempt == max_failures:
+            if attempt == _MAX_FAILURES:
                 raise TrainingError(
                     f"{name}: the training processes failed {attempt + 1} times, last: {reason}"
                 ) from error

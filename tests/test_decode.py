@@ -72,7 +72,7 @@ print(json.dumps(reasons(bombs, 50) | reasons(fuzzed, 256)))
 
 def read(name: str) -> bytes:
     if not ODD.exists():
-        pytest.skip(f"{ODD} is not there")
+        pytest.fail(f"{ODD} is missing")
     return (ODD / name).read_bytes()
 
 

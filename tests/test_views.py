@@ -22,7 +22,7 @@ AT = {"seed": 3, "epoch": 1, "step": 5}
 
 def odd(name: str) -> Tensor:
     if not ODD.exists():
-        pytest.skip(f"{ODD} is not there")
+        pytest.fail(f"{ODD} is missing")
     return decode_image((ODD / name).read_bytes())
 
 
