@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from hemoco.config import PretrainConfig
 from hemoco.data.counts import BAD_REASONS, ReadCounts, sum_counts
-from hemoco.data.stream import Batch, StreamPosition
+from hemoco.data.loader import StreamPosition
+from hemoco.data.stream import Batch
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
 from hemoco.distributed import all_gather_cat, mean_over_ranks, rank, sum_over_ranks, wrap_for_gradients
 from hemoco.errors import CheckpointError, TrainingError

@@ -10,8 +10,9 @@ import torch
 from hemoco import checkpoint
 from hemoco.config import DataConfig, PretrainConfig, world_sizes
 from hemoco.data.counts import BadSampleFile
+from hemoco.data.loader import StreamPosition
 from hemoco.data.shards import read_index
-from hemoco.data.stream import Batch, StreamPosition, batches, load_images, steps_per_epoch
+from hemoco.data.stream import Batch, batches, load_images, steps_per_epoch
 from hemoco.distributed import broadcast_object, rank, world_size
 from hemoco.encoder import Backbone
 from hemoco.knn import extract_features, knn_accuracy

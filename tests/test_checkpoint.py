@@ -21,7 +21,8 @@ from hemoco.checkpoint import (
     save_checkpoint,
 )
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, ResourcesConfig, StreamConfig
-from hemoco.data.stream import Batch, StreamPosition
+from hemoco.data.loader import StreamPosition
+from hemoco.data.stream import Batch
 from hemoco.encoder import Backbone
 from hemoco.errors import CheckpointError
 from hemoco.train import TrainState, build_state, train_steps

@@ -113,6 +113,19 @@ def test_what_is_read_ahead_keeps_within_the_memory_allowed(shards: str) -> None
     made.close()
 
 
+def test_memory_used_again_holds_the_right_samples(shards: str) -> None:
+    epochs, pieces = range(6), list(order().slices(0, 24))
+    portions = [p for epoch in epochs for p in plan_portions(order(epoch), epoch, (0, 24), 0)]
+    made, memory = reader(shards, portions, memory_bytes=1), set()
+    for epoch in epochs:
+        for step in range(order().steps):
+            found = [bytes(read.image) for read in made.encoded(epoch, step, pieces)]
+            assert found == [png(int(key)) for key in expected((0, 24), range(step, step + 1), epoch)]
+            memory |= {piece.ctypes.data for piece in made._idle}
+    assert 0 < len(memory) < len(portions)  # one portion reads several shards
+    made.close()
+
+
 def test_a_cache_serves_the_next_epoch_without_a_request(shards: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 10 * MIB)
     portions = [p for epoch in (0, 0) for p in plan_portions(order(epoch), epoch, (0, 24), 0)]
@@ -171,7 +184,7 @@ def test_a_damaged_range_is_caught_by_its_crc(tmp_path: Path, monkeypatch: pytes
     path.write_bytes(data)
     rows = np.array([[6, 5], [6, 30]])
     made = reader(url, [])
-    read = dict(made._read_shard(6, rows[:, 1]))
+    read = dict(made._read_shard(6, rows[:, 1], []))
     assert (read[5].sound, read[30].sound) == (False, True)
     assert bytes(read[30].image) == png(105)
     assert made.take_counts().bytes < shard.bytes

@@ -9,10 +9,11 @@ import torch
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data import stream
+from hemoco.data import loader, stream
 from hemoco.data.counts import BadSampleFile, sum_counts
+from hemoco.data.loader import StreamPosition
 from hemoco.data.shards import read_index
-from hemoco.data.stream import Batch, StreamPosition
+from hemoco.data.stream import Batch
 from hemoco.errors import ConfigError, ShardError
 
 SIZES = [17, 5, 30, 1, 22]
@@ -40,6 +41,7 @@ def run(
     rank: int = 0,
     world_size: int = 1,
     start: StreamPosition | None = None,
+    epochs: int = 2,
     bad_samples: BadSampleFile | None = None,
 ) -> list[Batch]:
     listed = bad_samples or BadSampleFile("memory://unwritten")
@@ -51,7 +53,7 @@ def run(
             rank=rank,
             world_size=world_size,
             start=start,
-            epochs=2,
+            epochs=epochs,
             device=CPU,
             bad_samples=listed,
         )
@@ -110,6 +112,11 @@ def test_loader_processes_deliver_what_one_process_delivers(shards: str) -> None
     batches = run(shards, config())
     assert_equal(run(shards, config(workers=2)), batches)
     assert_equal(run(shards, config(workers=2), start=StreamPosition(0, 2)), batches[3:])
+
+
+def test_memory_of_loader_processes_used_again_holds_the_right_views(shards: str) -> None:
+    epochs = 2 * loader._BUFFERS
+    assert_equal(run(shards, config(workers=2), epochs=epochs), run(shards, config(), epochs=epochs))
 
 
 def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:

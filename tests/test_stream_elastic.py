@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.data.loader import CropSource, StreamPosition
 from hemoco.data.order import EpochOrder
 from hemoco.data.shards import ShardColumns, read_index
-from hemoco.data.stream import StreamPosition, _PartSource
 
 EPOCHS = 2
 Keys = dict[StreamPosition, list[str]]
@@ -44,7 +44,7 @@ def live(url: str, made: PretrainConfig, world_size: int, start: StreamPosition 
     found: Keys = {}
     for rank in range(world_size):
         slots = (size * rank // world_size, size * (rank + 1) // world_size)
-        source = _PartSource(url, shards, slots, made, start, EPOCHS)
+        source = CropSource(url, shards, slots, made, start, EPOCHS)
         for part in source._slots:
             for crops in itertools.islice(source._crop_batches(part), steps):
                 assert crops.slots == part

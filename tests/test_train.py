@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig
 from hemoco.data.counts import BadSample, ReadCounts
-from hemoco.data.stream import Batch, StreamPosition
+from hemoco.data.loader import StreamPosition
+from hemoco.data.stream import Batch
 from hemoco.distributed import rank, world_size
 from hemoco.errors import CheckpointError, TrainingError
 from hemoco.shuffle_bn import shuffle_order

@@ -84,7 +84,7 @@ def fetch_range(url: str, start: int, stop: int, counts: FetchCounts, *, budget_
         ObjectCutError: the object ends early.
         StorageError: the object is missing, the storage refuses, or nothing came for `budget_s`.
     """
-    wanted = _Range(start, stop, whole=False)
+    wanted = _Range(_new_memory(stop - start), start, stop, whole=False)
     try:
         _fetch(url, wanted, counts, budget_s)
     except _WrongSizeError as error:
@@ -93,7 +93,9 @@ def fetch_range(url: str, start: int, stop: int, counts: FetchCounts, *, budget_
     return wanted.view
 
 
-def verified_shard(url: str, size: int, sha256: str, counts: FetchCounts, *, budget_s: float = 600.0) -> memoryview:
+def verified_shard(
+    url: str, size: int, sha256: str, counts: FetchCounts, *, budget_s: float = 600.0, into: memoryview | None = None
+) -> memoryview:
     """A whole shard, proved to be the one that was packed.
 
     Args:
@@ -102,6 +104,7 @@ def verified_shard(url: str, size: int, sha256: str, counts: FetchCounts, *, bud
         sha256: of these, hexadecimal.
         counts: what this takes is added to it.
         budget_s: seconds without a new byte after which it gives up.
+        into: memory for it (size,), else new.
 
     Returns:
         Writable bytes (size,).
@@ -111,9 +114,9 @@ def verified_shard(url: str, size: int, sha256: str, counts: FetchCounts, *, bud
         ShardError: it is missing, longer or shorter.
         StorageError: the storage refuses, or nothing came for `budget_s`.
     """
-    flaw, kind = "", ShardError
+    flaw, kind, view = "", ShardError, _new_memory(size) if into is None else into
     for _ in range(2):  # once more from the start: it may have been replaced while it was read
-        wanted = _Range(0, size, whole=True)
+        wanted = _Range(view, 0, size, whole=True)
         try:
             _fetch(url, wanted, counts, budget_s)
         except _WrongSizeError as error:
@@ -153,9 +156,8 @@ class _NotPlainError(Exception):
 class _Range:
     """A range [start, stop) of an object and how much of it is there; `whole` if the object must end with it."""
 
-    def __init__(self, start: int, stop: int, *, whole: bool) -> None:
-        # unlike bytearray's, this memory is neither cleared nor made of small pages
-        self.view = np.empty(stop - start, np.uint8).data
+    def __init__(self, view: memoryview, start: int, stop: int, *, whole: bool) -> None:
+        self.view = view
         self.sha256 = hashlib.sha256()
         self.start, self.stop, self.next, self.whole = start, stop, start, whole
 
@@ -173,6 +175,11 @@ class _Range:
         """Refuses an object that cannot be the right one, before its bytes come."""
         if size < self.stop or (self.whole and size > self.stop):
             raise _WrongSizeError(size)
+
+
+def _new_memory(size: int) -> memoryview:
+    # unlike bytearray's, this memory is neither cleared nor made of small pages
+    return np.empty(size, np.uint8).data
 
 
 def _fetch(url: str, wanted: _Range, counts: FetchCounts, budget_s: float) -> None:

@@ -55,10 +55,16 @@ Decoded = TypeVar("Decoded")
 _Samples = dict[tuple[int, int], ReadSample]
 
 
+class _Read(NamedTuple):
+    samples: _Samples
+    memory: list[NDArray[np.uint8]]
+    """What the samples lie in, as far as it can be used again."""
+
+
 class _Open(NamedTuple):
     portion: Portion
     size: int
-    samples: "AsyncResult[_Samples]"
+    read: "AsyncResult[_Read]"
 
 
 class SampleReader:
@@ -92,6 +98,8 @@ class SampleReader:
         self._open: dict[int, deque[_Open]] = {}  # by lane; the first is the present one
         self._taken: dict[int, int] = {}  # rows of the present portion that are used up
         self._held = 0
+        self._idle: list[NDArray[np.uint8]] = []  # memory for shards; cleared pages cost a quarter of reading
+        self._done: list[_Open] = []  # used up in the present step
         self._pool: ThreadPool | None = None
         self._damaged: set[str] = set()
         self._read = 0
@@ -118,7 +126,10 @@ class SampleReader:
             yield read.key, image
 
     def encoded(self, epoch: int, step: int, pieces: Pieces) -> Iterator[ReadSample]:
-        """As `images`, but the samples as they were packed; only damaged ones are replaced."""
+        """As `images`, but the samples as they were packed; only damaged ones are replaced.
+
+        Their bytes are to be copied before the next step is asked for.
+        """
         for read, _ in self._usable(epoch, step, pieces, lambda encoded: encoded):
             yield read
 
@@ -156,6 +167,8 @@ class SampleReader:
     def _usable(
         self, epoch: int, step: int, pieces: Pieces, decode: Callable[[memoryview], Decoded]
     ) -> Iterator[tuple[ReadSample, Decoded]]:
+        while self._done:
+            self._idle += self._done.pop().read.get().memory
         self._read_ahead(epoch, step)
         for lane, begin, end in pieces:
             for _ in range(end - begin):
@@ -167,9 +180,10 @@ class SampleReader:
         self._taken[lane] = (used + 1) % len(present.portion.rows)
         if self._taken[lane] == 0:
             self._held -= waiting.popleft().size
+            self._done.append(present)
         self._read += 1
         shard, number = present.portion.rows[used].tolist()
-        return self._good(shard, number, present.samples.get(), decode)
+        return self._good(shard, number, present.read.get().samples, decode)
 
     def _good(
         self, shard: int, number: int, samples: _Samples, decode: Callable[[memoryview], Decoded]
@@ -195,20 +209,25 @@ class SampleReader:
         share = wanted / self._shards.samples[numbers]
         return int((self._shards.bytes[numbers] * np.where(share < 0.5, share, 1)).sum())
 
-    def _read_portion(self, portion: Portion) -> _Samples:
+    def _read_portion(self, portion: Portion) -> _Read:
         """Runs in a thread."""
-        found: _Samples = {}
+        found = _Read({}, [])
         for number in np.unique(portion.rows[:, 0]).tolist():
             wanted = portion.rows[portion.rows[:, 0] == number, 1]
-            found |= {(number, place): read for place, read in self._read_shard(number, wanted)}
+            found.samples.update(
+                {(number, place): read for place, read in self._read_shard(number, wanted, found.memory)}
+            )
         return found
 
-    def _read_shard(self, number: int, wanted: NDArray[np.int32]) -> Iterator[tuple[int, ReadSample]]:
+    def _read_shard(
+        self, number: int, wanted: NDArray[np.int32], memory: list[NDArray[np.uint8]]
+    ) -> Iterator[tuple[int, ReadSample]]:
+        """The wanted samples with their places; what they lie in is added to `memory`."""
         shard = self._shards[number]
         table = self._table(shard)
         ranges = plan_ranges(table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes)
         if self._cache is not None or ranges == [(0, shard.bytes)]:
-            data, proved = self._whole(shard, table)
+            data, proved = self._whole(shard, table, memory)
             images = _cut_out([(0, data)], table, wanted)
         else:
             images, proved = self._ranges(shard, table, wanted, ranges), False
@@ -242,14 +261,18 @@ class SampleReader:
             "replaced or damaged; restore it or pack the data again"
         )
 
-    def _whole(self, shard: Shard, table: SampleTable) -> tuple[memoryview, bool]:
+    def _whole(self, shard: Shard, table: SampleTable, memory: list[NDArray[np.uint8]]) -> tuple[memoryview, bool]:
         """A whole shard, and whether its checksum holds. Of one damaged in storage the sound samples can be used."""
         where = shard_url(self._url, shard)
         try:
             if self._cache is not None:
                 data = self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
             else:
-                data = verified_shard(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
+                memory.append(self._take_memory(shard.bytes))
+                into = memory[-1][: shard.bytes].data
+                data = verified_shard(
+                    where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s, into=into
+                )
         except ChecksumError as error:
             damaged = self._fetch(shard, 0, shard.bytes)
             images = _cut_out([(0, damaged)], table, np.arange(shard.samples, dtype=np.int32))
@@ -261,6 +284,14 @@ class SampleReader:
                 logger.warning("event=damaged_shard samples=%d damaged=%d %s", len(images), bad, error)
             return damaged, False
         return memoryview(data), True
+
+    def _take_memory(self, size: int) -> NDArray[np.uint8]:
+        """At least so many bytes: an idle piece, else a new one in place of one that is too small."""
+        try:
+            piece = self._idle.pop()
+        except IndexError:  # none, or another thread took it
+            return np.empty(size, np.uint8)
+        return piece if len(piece) >= size else np.empty(size, np.uint8)
 
     def _read_single(self, number: int, place: int) -> ReadSample:
         """A sample by a request of its own."""

@@ -8,6 +8,7 @@ Shapes: N images, M = 2 N views (all queries, then all keys), H x W an image, S 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,26 +87,27 @@ def draw_colours(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots
     )
 
 
-def two_crops(image: Tensor, draws: CropDraws, row: int, size: int) -> Tensor:
-    """Two random resized crops of an image, flipped or not.
+def crop_into(crops: Tensor, image: Tensor, draws: CropDraws, row: int) -> None:
+    """Random resized crops of an image, flipped or not, written where they belong: that saves a copy of each.
 
     Args:
+        crops: receives the views, uint8 (2, 3, S, S), or (1, 3, S, S) for the first alone; channels last in memory.
         image: uint8 (3, H, W).
         draws: of several images.
         row: which of the draws' images this is.
-
-    Returns:
-        uint8 (2, 3, S, S), channels last in memory.
     """
     height, width = image.shape[1:]
-    views = []
-    for view in range(2):
+    pixels = image.permute(1, 2, 0).numpy()  # (H, W, 3)
+    for view in range(len(crops)):
         areas, ratios, corner = draws.areas[row, view], draws.ratios[row, view], draws.corners[row, view]
         high, wide = _crop_size(height, width, areas, ratios)
         top, left = int(corner[0] * (height - high + 1)), int(corner[1] * (width - wide + 1))
-        crop = _resized(image[:, top : top + high, left : left + wide], (size, size))
-        views.append(crop.flip(-1) if draws.flips[row, view] else crop)
-    return torch.cat(views)
+        batch, target = _as_batch(pixels[top : top + high, left : left + wide]), crops[view : view + 1]
+        if draws.flips[row, view]:
+            target.copy_(_resized(batch, target.shape[2:]).flip(-1))
+        else:
+            # what `interpolate` calls, which cannot be given a target
+            torch.ops.aten._upsample_bilinear2d_aa.out(batch, target.shape[2:], align_corners=False, out=target)
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
@@ -119,7 +121,7 @@ def center_view(image: Tensor, size: int) -> Tensor:
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """A uint8 image (3, H, W) at another height and width: bilinear and antialiased, as Pillow does it."""
-    return _resized(image, size)[0]
+    return _resized(_as_batch(image.permute(1, 2, 0).numpy()), size)[0]
 
 
 @torch.no_grad()
@@ -245,11 +247,11 @@ def _crop_size(height: int, width: int, areas: NDArray[np.float64], ratios: NDAr
     return min(height, round(width / _RATIOS[0])), min(width, round(height * _RATIOS[1]))
 
 
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`resize` to h x w as a batch of one (1, 3, h, w), channels last: torch flips and joins those faster."""
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (H, W, 3); torch takes twice as long to copy a crop
-    # torch knows the layout of its fast uint8 kernel by the strides, and those of image[None] do not show it
-    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
-    if tuple(image.shape[1:]) == size:
-        return batch
-    return interpolate(batch, size, mode="bilinear", antialias=True)
+def _as_batch(pixels: NDArray[np.uint8]) -> Tensor:
+    """Pixels (H, W, 3) as a batch of one (1, 3, H, W), channels last as torch's fast uint8 kernels want it."""
+    # numpy copies a crop in half of torch's time; torch knows the layout by strides that image[None] does not show
+    return torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
+
+
+def _resized(batch: Tensor, size: Sequence[int]) -> Tensor:
+    return interpolate(batch, tuple(size), mode="bilinear", antialias=True)

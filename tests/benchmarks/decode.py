@@ -28,7 +28,7 @@ from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, R
 
 from hemoco.config import ViewsConfig
 from hemoco.data.decode import decode_image
-from hemoco.data.views import CropDraws, _crop_size, draw_crops, resize, two_crops
+from hemoco.data.views import CropDraws, crop_into, draw_crops
 
 DATA = Path(__file__).parents[3] / "shared/data"
 SMALL_IMAGES, ROUNDS = 1000, 9
@@ -65,13 +65,11 @@ def by_torchvision(data: bytes) -> Tensor:
     return decode_jpeg(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), ImageReadMode.RGB)
 
 
-def one_view(image: Tensor, row: int, draws: CropDraws, size: int) -> Tensor:
-    """The first of `two_crops`."""
-    high, wide = _crop_size(*image.shape[1:], draws.areas[row, 0], draws.ratios[row, 0])
-    room = np.array([image.shape[1] - high + 1, image.shape[2] - wide + 1])
-    top, left = (draws.corners[row, 0] * room).astype(int).tolist()
-    view = resize(image[:, top : top + high, left : left + wide], (size, size))
-    return view.flip(-1) if draws.flips[row, 0] else view
+def crops(count: int, image: Tensor, draws: CropDraws, row: int, size: int) -> Tensor:
+    """One view or two, as the stream makes them: uint8 (count, 3, S, S)."""
+    made = torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    crop_into(made, image, draws, row)
+    return made
 
 
 def ways(size: int, draws: CropDraws) -> dict[str, Way]:
@@ -84,10 +82,10 @@ def ways(size: int, draws: CropDraws) -> dict[str, Way]:
         "decode, hemoco": lambda data, row: decode_image(data),
         "decode, torchvision": lambda data, row: by_torchvision(data),
         "decode, Pillow": lambda data, row: by_pillow(data),
-        "one view, hemoco": lambda data, row: one_view(decode_image(data), row, draws, size),
+        "one view, hemoco": lambda data, row: crops(1, decode_image(data), draws, row, size),
         "one view, torchvision in floats": lambda data, row: floats(by_torchvision(data) / 255),
         "one view, Pillow": lambda data, row: usual(by_pillow(data)),
-        "two views, hemoco": lambda data, row: two_crops(decode_image(data), draws, row, size),
+        "two views, hemoco": lambda data, row: crops(2, decode_image(data), draws, row, size),
         "two views, torchvision once, in floats": lambda data, row: _twice(floats, by_torchvision(data) / 255),
         "two views, Pillow once": lambda data, row: _twice(usual, by_pillow(data)),
         USUAL: lambda data, row: torch.stack([usual(by_pillow(data)) for _ in range(2)]),

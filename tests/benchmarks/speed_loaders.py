@@ -22,12 +22,12 @@ from torchvision import transforms
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.decode import decode_image
+from hemoco.data.loader import CropBatch, CropSource, crop_buffers, start_loader
 from hemoco.data.order import EpochOrder
 from hemoco.data.portions import plan_portions
 from hemoco.data.reader import SampleReader
 from hemoco.data.shards import ShardColumns, read_index
-from hemoco.data.stream import CropBatch, _loader, _PartSource
-from hemoco.data.views import CropDraws, _crop_size, draw_crops, resize, two_crops
+from hemoco.data.views import crop_into, draw_crops, resize
 from hemoco.data.webdataset_stage import SampleSource
 from hemoco.errors import HemocoError
 from hemoco.storage import filesystem
@@ -74,53 +74,45 @@ def random_view(image: Tensor) -> Tensor:
     return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-def one_crop(image: Tensor, draws: CropDraws, row: int) -> Tensor:
-    """The first of the views that hemoco's `two_crops` makes: uint8 (3, S, S)."""
-    height, width = image.shape[1:]
-    high, wide = _crop_size(height, width, draws.areas[row, 0], draws.ratios[row, 0])
-    corner = draws.corners[row, 0]
-    top, left = int(corner[0] * (height - high + 1)), int(corner[1] * (width - wide + 1))
-    crop = resize(image[:, top : top + high, left : left + wide], (SIZE, SIZE))
-    return crop.flip(-1) if draws.flips[row, 0] else crop
-
-
 class HemocoViews:
-    """One view or two as hemoco's stream makes them: the random numbers of a whole batch are drawn at a time.
+    """One view or two as hemoco's stream makes them: random numbers and memory are a whole batch's.
 
     Args:
-        crop: makes them of an image.
+        views: 1 or 2.
     """
 
-    def __init__(self, crop: Callable[[Tensor, CropDraws, int], Tensor]) -> None:
-        self._crop, self._row, self._step = crop, BATCH, 0
+    def __init__(self, views: int) -> None:
+        self._row, self._step = BATCH, 0
+        self._crops = torch.zeros((BATCH, views, SIZE, SIZE, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
 
     def __call__(self, data: bytes) -> Tensor:
         if self._row == BATCH:
             self._draws = draw_crops(VIEWS, seed=0, epoch=0, step=self._step, slots=(0, BATCH))
             self._row, self._step = 0, self._step + 1
+        crops = self._crops[self._row]
+        crop_into(crops, decode_image(data), self._draws, self._row)
         self._row += 1
-        return self._crop(decode_image(data), self._draws, self._row - 1)
+        return crops
 
 
-hemoco_one_view = HemocoViews(one_crop)
-hemoco_two_views = HemocoViews(functools.partial(two_crops, size=SIZE))
+hemoco_one_view = HemocoViews(1)
+hemoco_two_views = HemocoViews(2)
 
 
-class OneView(_PartSource):
+class OneView(CropSource):
     """hemoco's stream with one view in place of two."""
 
     def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
+        buffers = crop_buffers(slots[1] - slots[0], 1, SIZE)
         with closing(self._reader(slots)) as reader:
-            for position, pieces in self._steps(slots):
+            for (position, pieces), crops in zip(self._steps(slots), buffers, strict=False):
                 draws = draw_crops(VIEWS, seed=0, epoch=position.epoch, step=position.step, slots=slots)
-                memory = torch.empty((slots[1] - slots[0], 1, SIZE, SIZE, 3), dtype=torch.uint8)
-                crops = memory.permute(0, 1, 4, 2, 3)  # channels last, as the stream's
                 for row, (_, image) in enumerate(reader.images(*position, pieces)):
-                    crops[row, 0] = one_crop(image, draws, row)
+                    crop_into(crops[row], image, draws, row)
                 yield CropBatch(crops, [], position, slots, reader.take_counts())
 
 
-def hemoco_batches(url: str, source: type[_PartSource]) -> Iterator[Tensor]:
+def hemoco_batches(url: str, source: type[CropSource]) -> Iterator[Tensor]:
     """hemoco's own loader processes, up to what they hand to the trainer."""
     config = PretrainConfig(
         global_batch_size=GLOBAL_BATCH,
@@ -130,7 +122,7 @@ def hemoco_batches(url: str, source: type[_PartSource]) -> Iterator[Tensor]:
     )
     _start_fork_server()
     parts = source(url, ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH), config, None, 1)
-    for part in _loader(parts, torch.device("cpu")):
+    for part in start_loader(parts, torch.device("cpu")):
         if isinstance(part, HemocoError):
             raise part
         yield part.crops

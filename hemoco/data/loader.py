@@ -1,0 +1,185 @@
+"""The loader processes of a rank: each makes its part of every global batch, cropped to uint8.
+
+A rank's slots of a global batch are split over its processes, each reading only the shards of its own lanes.
+
+Shapes: S x S a view.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hemoco.config import PretrainConfig
+from hemoco.data.counts import ReadCounts
+from hemoco.data.order import EpochOrder
+from hemoco.data.portions import plan_portions
+from hemoco.data.reader import SampleReader
+from hemoco.data.shard_cache import ShardCache
+from hemoco.data.shards import ShardColumns
+from hemoco.data.views import crop_into, draw_crops
+from hemoco.errors import ConfigError, HemocoError
+from hemoco.storage import home
+
+_PREFETCHED_STEPS = 2
+# A batch is made when the reader asks for the one that is so many steps before it, and has let go of those before.
+_BUFFERS = _PREFETCHED_STEPS + 2  # one to spare
+
+
+class StreamPosition(NamedTuple):
+    """The batch just delivered; the next one follows it."""
+
+    epoch: int
+    step: int
+
+
+class CropBatch(NamedTuple):
+    """What one loader process makes of a global batch."""
+
+    crops: Tensor
+    """uint8 (slots, 2, 3, S, S); to be copied before the next batch is asked for, for then it may be overwritten."""
+    keys: list[str]
+    position: StreamPosition
+    slots: tuple[int, int]
+    """First and last (exclusive) slot in the global batch."""
+    reading: ReadCounts
+
+
+class CropSource(IterableDataset[CropBatch | HemocoError]):
+    """The parts of a rank's batches that one loader process makes, whichever process iterates it."""
+
+    def __init__(
+        self,
+        data_url: str,
+        shards: ShardColumns,
+        slots: tuple[int, int],
+        config: PretrainConfig,
+        start: StreamPosition | None,
+        epochs: int,
+    ) -> None:
+        self._data_url, self._shards, self._config = data_url, shards, config
+        self._first = StreamPosition(0, 0) if start is None else start._replace(step=start.step + 1)
+        self._epochs = epochs
+        first, last = slots
+        self.parts = max(1, min(config.stream.workers, last - first))
+        cuts = [first + (last - first) * part // self.parts for part in range(self.parts + 1)]
+        self._slots = list(itertools.pairwise(cuts))
+        for part_slots in self._slots:
+            _check_memory(shards, part_slots, config)
+
+    def __iter__(self) -> Iterator[CropBatch | HemocoError]:
+        info = get_worker_info()
+        try:
+            yield from self._crop_batches(self._slots[info.id if info else 0])
+        except HemocoError as error:
+            yield error  # as a value: a loader process would bury its message in a traceback
+
+    def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
+        views, seed = self._config.views, self._config.seed
+        buffers = crop_buffers(slots[1] - slots[0], 2, views.size)
+        with closing(self._reader(slots)) as reader:
+            for (position, pieces), crops in zip(self._steps(slots), buffers, strict=False):
+                epoch, step = position
+                draws = draw_crops(views, seed=seed, epoch=epoch, step=step, slots=slots)
+                keys = []
+                for row, (key, image) in enumerate(reader.images(epoch, step, pieces)):
+                    crop_into(crops[row], image, draws, row)
+                    keys.append(key)
+                yield CropBatch(crops, keys, position, slots, reader.take_counts())
+
+    def _reader(self, slots: tuple[int, int]) -> SampleReader:
+        stream = self._config.stream
+        cache = ShardCache(home() / "shards", stream.disk_cache_bytes) if stream.disk_cache_bytes else None
+        portions = itertools.chain.from_iterable(
+            plan_portions(order, epoch, slots, first) for epoch, order, first in self._orders()
+        )
+        return SampleReader(self._data_url, self._shards, portions, config=stream, cache=cache)
+
+    def _steps(self, slots: tuple[int, int]) -> Iterator[tuple[StreamPosition, list[tuple[int, int, int]]]]:
+        for epoch, order, first in self._orders():
+            pieces = list(order.slices(*slots))
+            for step in range(first, order.steps):
+                yield StreamPosition(epoch, step), pieces
+
+    def _orders(self) -> Iterator[tuple[int, EpochOrder, int]]:
+        """Epoch, its order and its first step, from the start on."""
+        for epoch in range(self._first.epoch, self._epochs):
+            first = self._first.step if epoch == self._first.epoch else 0
+            yield epoch, epoch_order(self._shards.samples, self._config, epoch), first
+
+
+def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBatch | HemocoError]:
+    # a forked child would inherit the locks, but not the threads, of s3fs, gRPC and Ray
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by each process
+    # the fork server keeps the environment it was started with, maybe before the storage was known
+    storage = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return DataLoader(
+        source,
+        batch_size=None,
+        num_workers=source.parts,
+        prefetch_factor=_PREFETCHED_STEPS,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=functools.partial(_enter_worker, storage),
+        multiprocessing_context=context,
+    )
+
+
+def _as_it_is(part: object) -> object:
+    return part
+
+
+def _enter_worker(environment: dict[str, str], _: int) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+
+def crop_buffers(count: int, views: int, size: int) -> Iterator[Tensor]:
+    """Memory for crops (count, views, 3, S, S), the same few again and again; shared where a loader process asks.
+
+    New memory for each batch would cost a page fault for every 4 KB, and a copy into what is shared: a tenth of the
+    time an image takes.
+    """
+    made: list[Tensor] = []
+    for turn in itertools.count():
+        if turn < _BUFFERS:
+            # channels last, as they are cropped: else each view is transposed, 6% of an image's time
+            memory = torch.empty((count, views, size, size, 3), dtype=torch.uint8)
+            memory = memory.share_memory_() if get_worker_info() else memory  # type: ignore[no-untyped-call]
+            made.append(memory.permute(0, 1, 4, 2, 3))
+        yield made[turn % _BUFFERS]
+
+
+def epoch_order(sizes: NDArray[np.int64], config: PretrainConfig, epoch: int) -> EpochOrder:
+    return EpochOrder(
+        sizes,
+        seed=config.seed,
+        epoch=epoch,
+        lanes=config.stream.lanes,
+        shards_per_block=config.stream.shards_per_block,
+        global_batch_size=config.global_batch_size,
+    )
+
+
+def _check_memory(shards: ShardColumns, slots: tuple[int, int], config: PretrainConfig) -> None:
+    """Refuses a limit that cannot hold the open blocks."""
+    stream, width = config.stream, config.global_batch_size // config.stream.lanes
+    lanes = -(-slots[1] // width) - slots[0] // width
+    largest = int(shards.bytes.max(initial=0))
+    needed = min(lanes * stream.shards_per_block * largest, int(shards.bytes.sum()))
+    if needed > stream.memory_bytes:
+        raise ConfigError(
+            f"pretrain.stream.memory_bytes is {stream.memory_bytes}: a loader process reads {lanes} lanes, "
+            f"{stream.shards_per_block} shards of up to {largest} bytes at once in each; set it to at least {needed}, "
+            "or lower pretrain.stream.shards_per_block, or repack with smaller shards"
+        )
