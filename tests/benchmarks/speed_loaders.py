@@ -188,27 +188,31 @@ def litdata_batches(url: str, view: View) -> Iterator[Tensor]:
     return iter(litdata.StreamingDataLoader(samples, batch_size=BATCH, num_workers=PROCESSES))
 
 
-def hemoco_bytes(url: str) -> Iterator[int]:
+def hemoco_bytes(url: str, passes: int) -> Iterator[int]:
     """Sizes of the images as hemoco's reader gives them, in one process, nothing decoded."""
-    shards = ShardColumns(read_index(url).split("train"))
-    order = EpochOrder(
-        shards.samples,
-        seed=0,
-        epoch=0,
-        lanes=STREAM.lanes,
-        shards_per_block=STREAM.shards_per_block,
-        global_batch_size=GLOBAL_BATCH,
-    )
-    slots = (0, GLOBAL_BATCH)
-    reader = SampleReader(url, shards, plan_portions(order, 0, slots, 0), config=STREAM, cache=None)
-    with closing(reader):
-        for step in range(order.steps):
-            yield from (len(read.image) for read in reader.encoded(0, step, list(order.slices(*slots))))
+    shards, slots = ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH)
+    orders = [
+        EpochOrder(
+            shards.samples,
+            seed=0,
+            epoch=epoch,
+            lanes=STREAM.lanes,
+            shards_per_block=STREAM.shards_per_block,
+            global_batch_size=GLOBAL_BATCH,
+        )
+        for epoch in range(passes)
+    ]
+    portions = (portion for epoch, order in enumerate(orders) for portion in plan_portions(order, epoch, slots, 0))
+    with closing(SampleReader(url, shards, portions, config=STREAM, cache=None)) as reader:
+        for epoch, order in enumerate(orders):
+            for step in range(order.steps):
+                yield from (len(read.image) for read in reader.encoded(epoch, step, list(order.slices(*slots))))
 
 
-def webdataset_bytes(url: str) -> Iterator[int]:
+def webdataset_bytes(url: str, passes: int) -> Iterator[int]:
     """Sizes of the images as webdataset gives them over s3fs, in one process, nothing decoded."""
-    return (len(sample["jpg"]) for sample in webdataset_samples(url, shuffle=False))
+    for _ in range(passes):
+        yield from (len(sample["jpg"]) for sample in webdataset_samples(url, shuffle=False))
 
 
 def _jpg_view(view: View, sample: dict[str, bytes]) -> Tensor:

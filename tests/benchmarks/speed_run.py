@@ -55,7 +55,7 @@ FROM_S3: dict[str, Callable[[str], Iterator[Tensor]]] = {
     "litdata, fast": functools.partial(loaders.litdata_batches, view=loaders.fast_view),
     "litdata, PIL": functools.partial(loaders.litdata_batches, view=loaders.pil_view),
 }
-READING: dict[str, Callable[[str], Iterator[int]]] = {
+READING: dict[str, Callable[[str, int], Iterator[int]]] = {
     "reading, hemoco": loaders.hemoco_bytes,
     "reading, webdataset": loaders.webdataset_bytes,
 }
@@ -110,10 +110,10 @@ def without_start(batches: Callable[[str], Iterable[object]], amount: Callable[[
     return Cost(cost.amount - start.amount, cost.cpu_s - start.cpu_s, cost.wall_s - start.wall_s, start.first_s)
 
 
-def read_only(sizes: Callable[[str], Iterable[int]]) -> Cost:
+def read_only(sizes: Callable[[str, int], Iterable[int]]) -> Cost:
     """Several passes over all images in this process, after one over a few."""
-    sum(sizes(f"{URL}/few"))
-    return measure(lambda: (sum(sizes(f"{URL}/all")) for _ in range(PASSES)), lambda size: size / 1e9)
+    sum(sizes(f"{URL}/few", 1))
+    return measure(lambda: [sum(sizes(f"{URL}/all", PASSES))], lambda size: size / 1e9)
 
 
 def in_memory(view: Callable[[bytes], object], photos: list[bytes]) -> Cost:

@@ -6,7 +6,7 @@ hemoco's own path to one view and to two; views alone, in memory; the decode-onl
 reading alone. Each figure comes from a process of its own and leaves out what starting costs; the ways follow one
 another in every round, medians over the rounds, ratios within a round. Only loopback is used; the S3 server is rclone.
 
-    uv run python tests/benchmarks/stream_speed.py [--rounds 3] [--only TEXT]
+    uv run python tests/benchmarks/stream_speed.py [--rounds 3] [--only TEXT ...]
 
 The images (photos of COCO and others at 500 pixels, varied; some 160 MB) are made once, in the folder for temporary
 files. mosaicml-streaming and litdata come by `uv run --with`.
@@ -158,11 +158,11 @@ def print_goals(rounds: list[Round]) -> None:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="measure only ways whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure only ways whose name holds one of these")
     options = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "hemoco-stream-speed"
     bucket = folder / "buckets" / BUCKET
-    methods = [name for name in (*IN_MEMORY, *READING, *FROM_S3) if options.only in name]
+    methods = [name for name in (*IN_MEMORY, *READING, *FROM_S3) if any(part in name for part in options.only)]
     write_tars(bucket)
     with served(folder) as environment:
         for package, kind in PEERS.items():
