@@ -57,6 +57,9 @@ class CropBatch(NamedTuple):
 class CropSource(IterableDataset[CropBatch | HemocoError]):
     """The parts of a rank's batches that one loader process makes, whichever process iterates it."""
 
+    views = 2
+    """Of each image; a benchmark makes one."""
+
     def __init__(
         self,
         data_url: str,
@@ -85,7 +88,7 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
 
     def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
         views, seed = self._config.views, self._config.seed
-        buffers = crop_buffers(slots[1] - slots[0], 2, views.size)
+        buffers = _crop_buffers(slots[1] - slots[0], self.views, views.size)
         with closing(self._reader(slots)) as reader:
             for (position, pieces), crops in zip(self._steps(slots), buffers, strict=False):
                 epoch, step = position
@@ -118,6 +121,7 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
 
 
 def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBatch | HemocoError]:
+    """The loader processes of a source: what they make of one step after the other, in the order of the slots."""
     # a forked child would inherit the locks, but not the threads, of s3fs, gRPC and Ray
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by each process
@@ -135,6 +139,18 @@ def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBat
     )
 
 
+def epoch_order(sizes: NDArray[np.int64], config: PretrainConfig, epoch: int) -> EpochOrder:
+    """The order of an epoch of shards with so many samples each (shards,)."""
+    return EpochOrder(
+        sizes,
+        seed=config.seed,
+        epoch=epoch,
+        lanes=config.stream.lanes,
+        shards_per_block=config.stream.shards_per_block,
+        global_batch_size=config.global_batch_size,
+    )
+
+
 def _as_it_is(part: object) -> object:
     return part
 
@@ -144,31 +160,21 @@ def _enter_worker(environment: dict[str, str], _: int) -> None:
     torch.set_num_threads(1)
 
 
-def crop_buffers(count: int, views: int, size: int) -> Iterator[Tensor]:
-    """Memory for crops (count, views, 3, S, S), the same few again and again; shared where a loader process asks.
+def _crop_buffers(count: int, views: int, size: int) -> Iterator[Tensor]:
+    """Memory for crops (count, views, 3, S, S), the same few again and again, made as they are needed.
 
     New memory for each batch would cost a page fault for every 4 KB, and a copy into what is shared: a tenth of the
     time an image takes.
     """
-    made: list[Tensor] = []
-    for turn in itertools.count():
-        if turn < _BUFFERS:
-            # channels last, as they are cropped: else each view is transposed, 6% of an image's time
-            memory = torch.empty((count, views, size, size, 3), dtype=torch.uint8)
-            memory = memory.share_memory_() if get_worker_info() else memory  # type: ignore[no-untyped-call]
-            made.append(memory.permute(0, 1, 4, 2, 3))
-        yield made[turn % _BUFFERS]
+    return itertools.cycle(_new_crops(count, views, size) for _ in range(_BUFFERS))
 
 
-def epoch_order(sizes: NDArray[np.int64], config: PretrainConfig, epoch: int) -> EpochOrder:
-    return EpochOrder(
-        sizes,
-        seed=config.seed,
-        epoch=epoch,
-        lanes=config.stream.lanes,
-        shards_per_block=config.stream.shards_per_block,
-        global_batch_size=config.global_batch_size,
-    )
+def _new_crops(count: int, views: int, size: int) -> Tensor:
+    """Shared with the training process where a loader process asks."""
+    # channels last, as they are cropped: else each view is transposed, 6% of an image's time
+    memory = torch.empty((count, views, size, size, 3), dtype=torch.uint8)
+    memory = memory.share_memory_() if get_worker_info() else memory  # type: ignore[no-untyped-call]
+    return memory.permute(0, 1, 4, 2, 3)
 
 
 def _check_memory(shards: ShardColumns, slots: tuple[int, int], config: PretrainConfig) -> None:

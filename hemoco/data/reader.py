@@ -222,19 +222,23 @@ class SampleReader:
     def _read_shard(
         self, number: int, wanted: NDArray[np.int32], memory: list[NDArray[np.uint8]]
     ) -> Iterator[tuple[int, ReadSample]]:
-        """The wanted samples with their places; what they lie in is added to `memory`."""
+        """The wanted samples with their places; what they lie in is added to `memory` if it is to be kept."""
         shard = self._shards[number]
         table = self._table(shard)
         ranges = plan_ranges(table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes)
-        if self._cache is not None or ranges == [(0, shard.bytes)]:
-            data, proved = self._whole(shard, table, memory)
+        few, whole = 2 * len(wanted) < shard.samples, self._cache is not None or ranges == [(0, shard.bytes)]
+        piece = self._take_memory(shard.bytes) if whole and self._cache is None else None
+        if whole:
+            data, proved = self._whole(shard, table, piece)
             images = _cut_out([(0, data)], table, wanted)
         else:
             images, proved = self._ranges(shard, table, wanted, ranges), False
         for place, image in images:
             # a copy lets go of the rest of the shard, which others use
-            kept = memoryview(bytes(image)) if 2 * len(wanted) < shard.samples else image
+            kept = memoryview(bytes(image)) if few else image
             yield place, self._checked(shard, table, place, kept, proved=proved)
+        if piece is not None:
+            (self._idle if few else memory).append(piece)
 
     def _table(self, shard: Shard) -> SampleTable:
         def ask() -> SampleTable:
@@ -261,15 +265,14 @@ class SampleReader:
             "replaced or damaged; restore it or pack the data again"
         )
 
-    def _whole(self, shard: Shard, table: SampleTable, memory: list[NDArray[np.uint8]]) -> tuple[memoryview, bool]:
+    def _whole(self, shard: Shard, table: SampleTable, piece: NDArray[np.uint8] | None) -> tuple[memoryview, bool]:
         """A whole shard, and whether its checksum holds. Of one damaged in storage the sound samples can be used."""
         where = shard_url(self._url, shard)
         try:
             if self._cache is not None:
                 data = self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
             else:
-                memory.append(self._take_memory(shard.bytes))
-                into = memory[-1][: shard.bytes].data
+                into = None if piece is None else piece[: shard.bytes].data
                 data = verified_shard(
                     where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s, into=into
                 )

@@ -22,10 +22,7 @@ from torchvision import transforms
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.decode import decode_image
-from hemoco.data.loader import CropBatch, CropSource, crop_buffers, start_loader
-from hemoco.data.order import EpochOrder
-from hemoco.data.portions import plan_portions
-from hemoco.data.reader import SampleReader
+from hemoco.data.loader import CropSource, start_loader
 from hemoco.data.shards import ShardColumns, read_index
 from hemoco.data.views import crop_into, draw_crops, resize
 from hemoco.data.webdataset_stage import SampleSource
@@ -37,6 +34,9 @@ SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 GLOBAL_BATCH = BATCH * PROCESSES  # so that each process of hemoco makes 64 images of a step, as the others' do
 STREAM = StreamConfig(workers=PROCESSES, lanes=4, shards_per_block=2)
 VIEWS = ViewsConfig(size=SIZE)
+PRETRAIN = PretrainConfig(
+    global_batch_size=GLOBAL_BATCH, views=VIEWS, moco=MoCoConfig(queue_length=GLOBAL_BATCH), stream=STREAM
+)
 
 View = Callable[[bytes], Tensor]
 """From a JPEG to uint8 (3, S, S) or (2, 3, S, S)."""
@@ -102,26 +102,13 @@ hemoco_two_views = HemocoViews(2)
 class OneView(CropSource):
     """hemoco's stream with one view in place of two."""
 
-    def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
-        buffers = crop_buffers(slots[1] - slots[0], 1, SIZE)
-        with closing(self._reader(slots)) as reader:
-            for (position, pieces), crops in zip(self._steps(slots), buffers, strict=False):
-                draws = draw_crops(VIEWS, seed=0, epoch=position.epoch, step=position.step, slots=slots)
-                for row, (_, image) in enumerate(reader.images(*position, pieces)):
-                    crop_into(crops[row], image, draws, row)
-                yield CropBatch(crops, [], position, slots, reader.take_counts())
+    views = 1
 
 
 def hemoco_batches(url: str, source: type[CropSource]) -> Iterator[Tensor]:
     """hemoco's own loader processes, up to what they hand to the trainer."""
-    config = PretrainConfig(
-        global_batch_size=GLOBAL_BATCH,
-        views=VIEWS,
-        moco=MoCoConfig(queue_length=GLOBAL_BATCH),
-        stream=STREAM,
-    )
     _start_fork_server()
-    parts = source(url, ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH), config, None, 1)
+    parts = source(url, ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH), PRETRAIN, None, 1)
     for part in start_loader(parts, torch.device("cpu")):
         if isinstance(part, HemocoError):
             raise part
@@ -190,23 +177,11 @@ def litdata_batches(url: str, view: View) -> Iterator[Tensor]:
 
 def hemoco_bytes(url: str, passes: int) -> Iterator[int]:
     """Sizes of the images as hemoco's reader gives them, in one process, nothing decoded."""
-    shards, slots = ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH)
-    orders = [
-        EpochOrder(
-            shards.samples,
-            seed=0,
-            epoch=epoch,
-            lanes=STREAM.lanes,
-            shards_per_block=STREAM.shards_per_block,
-            global_batch_size=GLOBAL_BATCH,
-        )
-        for epoch in range(passes)
-    ]
-    portions = (portion for epoch, order in enumerate(orders) for portion in plan_portions(order, epoch, slots, 0))
-    with closing(SampleReader(url, shards, portions, config=STREAM, cache=None)) as reader:
-        for epoch, order in enumerate(orders):
-            for step in range(order.steps):
-                yield from (len(read.image) for read in reader.encoded(epoch, step, list(order.slices(*slots))))
+    slots = (0, GLOBAL_BATCH)
+    source = CropSource(url, ShardColumns(read_index(url).split("train")), slots, PRETRAIN, None, passes)
+    with closing(source._reader(slots)) as reader:
+        for position, pieces in source._steps(slots):
+            yield from (len(read.image) for read in reader.encoded(*position, pieces))
 
 
 def webdataset_bytes(url: str, passes: int) -> Iterator[int]:
