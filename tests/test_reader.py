@@ -126,6 +126,14 @@ def test_memory_used_again_holds_the_right_samples(shards: str) -> None:
     made.close()
 
 
+def test_a_shard_whose_samples_were_copied_is_not_held(shards: str) -> None:
+    made = reader(shards, list(plan_portions(order(), 0, (0, 1), 0)))  # less than half of every shard
+    list(made.images(0, 0, list(order().slices(0, 1))))
+    kept = [opened.read.get().memory for waiting in made._open.values() for opened in waiting]
+    assert kept and not any(kept) and 0 < len(made._idle) <= 4  # threads
+    made.close()
+
+
 def test_a_cache_serves_the_next_epoch_without_a_request(shards: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 10 * MIB)
     portions = [p for epoch in (0, 0) for p in plan_portions(order(epoch), epoch, (0, 24), 0)]
