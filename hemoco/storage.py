@@ -117,6 +117,11 @@ def direct_url(url: str) -> str | None:
     return None if found is None or _goes_by_proxy(found) else found
 
 
+def forkable_client(url: str) -> str | None:
+    """The module that reads a URL, if a process that has imported it may fork: importing it takes half a second."""
+    return "s3fs" if urlsplit(absolute_url(url)).scheme in _S3 else None  # gRPC, which gcsfs may import, may not
+
+
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
     """Whom to trust: the certificates in AWS_CA_BUNDLE, else those of the system and of certifi."""

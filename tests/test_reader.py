@@ -145,40 +145,47 @@ def test_a_cache_serves_the_next_epoch_without_a_request(shards: str, tmp_path: 
         made.close()
 
 
-def test_flipped_bytes_cost_their_samples_and_no_others(tmp_path: Path) -> None:
-    url = write_shards(tmp_path.as_uri(), SIZES)
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_flipped_bytes_cost_their_samples_and_no_others(tmp_path: Path, epoch: int) -> None:
+    url, steps = write_shards(tmp_path.as_uri(), SIZES), range(order().steps)
     path = tmp_path / "train-000006.tar"  # samples 75 to 114
     data = bytearray(path.read_bytes())
-    place = data.index(png(80)) + 40
-    data[place] ^= 1
+    data[data.index(png(80)) + 40] ^= 1
+    portions = [p for number in (0, 1) for p in plan_portions(order(number), number, (0, 24), 0)]
+    made = reader(url, portions, memory_bytes=1)  # what is not needed yet is not read
+    if epoch:  # its shard was proved before
+        assert keys(made, (0, 24), steps) == expected((0, 24), steps)
     path.write_bytes(data)
-    made = reader(url, list(plan_portions(order(), 0, (0, 24), 0)))
-    steps = range(order().steps)
-    assert keys(made, (0, 24), steps) == ["81" if key == "80" else key for key in expected((0, 24), steps)]
+    wanted = expected((0, 24), steps, epoch)
+    assert "80" in wanted
+    assert keys(made, (0, 24), steps, epoch) == ["81" if key == "80" else key for key in wanted]
     bad = made.take_counts().bad
     assert {(b.shard, b.key, b.reason) for b in bad} == {(path.as_uri(), "80", "damaged since packed")}
     made.close()
 
 
-@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("way", ["whole", "whole again", "ranges"])
 @pytest.mark.parametrize("damage", ["cut", "another", "missing"])
 def test_a_shard_that_is_not_the_packed_one_is_named(
-    tmp_path: Path, damage: str, ranges: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, damage: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if ranges:
+    if way == "ranges":
         monkeypatch.setattr("hemoco.data.portions._REQUEST_BYTES", -(10**9))  # every sample by itself
     url = write_shards(tmp_path.as_uri(), SIZES)
     path = tmp_path / "train-000006.tar"
     data = path.read_bytes()
+    portions = [p for epoch in (0, 1) for p in plan_portions(order(epoch), epoch, (0, 24), 0)]
+    made = reader(url, portions, memory_bytes=1)  # what is not needed yet is not read
+    if way == "whole again":
+        keys(made, (0, 24), range(order().steps))
     if damage == "cut":
         path.write_bytes(data[: len(data) // 1024 * 512])
     elif damage == "another":
         path.write_bytes(bytes(byte ^ 1 for byte in data))
     else:
         path.unlink()
-    made = reader(url, list(plan_portions(order(), 0, (0, 24), 0)))
     with pytest.raises(ShardError, match=r"train-000006\.tar: .*(replaced|cut|missing)"):
-        keys(made, (0, 24), range(order().steps))
+        keys(made, (0, 24), range(order().steps), epoch=int(way == "whole again"))
     made.close()
 
 

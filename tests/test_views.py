@@ -36,8 +36,9 @@ def images(count: int, size: int = 32) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def colours(count: int, **changed: NDArray[Any]) -> views.ColourDraws:
+def colours(count: int, **changed: NDArray[Any]) -> views.AugmentDraws:
     neutral = {
+        "flips": np.zeros(count, bool),
         "jitter": np.zeros(count, bool),
         "order": np.tile(np.arange(4), (count, 1)),
         "factors": np.tile([1.0, 1.0, 1.0, 0.0], (count, 1)),
@@ -45,16 +46,16 @@ def colours(count: int, **changed: NDArray[Any]) -> views.ColourDraws:
         "blur": np.zeros(count, bool),
         "sigmas": np.ones(count),
     }
-    return views.ColourDraws(**(neutral | changed))
+    return views.AugmentDraws(**(neutral | changed))
 
 
-@pytest.mark.parametrize("draw", [views.draw_crops, views.draw_colours])
+@pytest.mark.parametrize("draw", [views.draw_crops, views.draw_augmentation])
 def test_slots_of_ranks_together_draw_what_the_whole_batch_draws(draw: Any) -> None:
     whole = draw(ViewsConfig(), **AT, slots=(0, 12))
     parts = [draw(ViewsConfig(), **AT, slots=slots) for slots in ((0, 5), (5, 6), (6, 12))]
     for field in dataclasses.fields(whole):
         values = [getattr(drawn, field.name) for drawn in (whole, *parts)]
-        if draw is views.draw_colours:  # all query views come before all key views
+        if draw is views.draw_augmentation:  # all query views come before all key views
             values = [np.stack(np.split(value, 2), axis=1) for value in values]
         assert np.array_equal(np.concatenate(values[1:]), values[0])
 
@@ -63,14 +64,13 @@ def test_draws_differ_between_views_slots_steps_and_epochs() -> None:
     keys = [AT, AT | {"step": 6}, AT | {"epoch": 2}, AT | {"seed": 4}]
     drawn = [views.draw_crops(ViewsConfig(), **key, slots=(0, 50)).corners.ravel() for key in keys]
     assert len(np.unique(drawn)) == 4 * 50 * 2 * 2
-    sigmas = views.draw_colours(ViewsConfig(), **AT, slots=(0, 50)).sigmas
+    sigmas = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 50)).sigmas
     assert len(np.unique(sigmas)) == 100
 
 
 def test_rates_and_ranges_are_those_of_the_config() -> None:
-    config, draws = ViewsConfig(), views.draw_colours(ViewsConfig(), **AT, slots=(0, 5000))
-    crops = views.draw_crops(config, **AT, slots=(0, 5000))
-    rates = (draws.jitter, 0.8), (draws.grayscale, 0.2), (draws.blur, 0.5), (crops.flips, 0.5)
+    draws = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 5000))
+    rates = (draws.jitter, 0.8), (draws.grayscale, 0.2), (draws.blur, 0.5), (draws.flips, 0.5)
     for drawn, rate in rates:
         assert abs(drawn.mean() - rate) < 0.02  # 10,000 draws: four standard deviations
     assert np.allclose(draws.factors.min(0), [0.6, 0.6, 0.6, -0.1], atol=1e-3)
@@ -99,16 +99,15 @@ def test_images_too_narrow_for_any_try_get_the_central_crop(size: tuple[int, int
     assert views._crop_size(*size, np.full(10, 1.0), np.full(10, 1.0)) == expected
 
 
-def test_crops_are_resized_and_flipped_as_pillow_does() -> None:
+def test_crops_are_resized_as_pillow_does() -> None:
     picture = Image.open(ODD / "pillow/flower.jpg")
     draws = views.draw_crops(ViewsConfig(), **AT, slots=(0, 1))
-    draws = dataclasses.replace(draws, flips=np.array([[False, True]]), corners=np.zeros((1, 2, 2)))
+    draws = dataclasses.replace(draws, corners=np.zeros((1, 2, 2)))
     crops = two_crops(odd("pillow/flower.jpg"), draws)
     for view in range(2):
         high, wide = views._crop_size(360, 480, draws.areas[0, view], draws.ratios[0, view])
         expected = picture.crop((0, 0, wide, high)).resize((64, 64), Image.Resampling.BILINEAR)
         reference = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
-        reference = reference.flip(-1) if view else reference
         assert (crops[view].int() - reference.int()).abs().max() <= 2
 
 
@@ -130,7 +129,7 @@ def test_each_adjustment_equals_torchvision(number: int) -> None:
 
 def test_jitter_takes_each_sample_in_its_own_order() -> None:
     batch, config = images(24), dataclasses.replace(PLAIN, jitter=0.8)
-    draws = views.draw_colours(ViewsConfig(), **AT, slots=(0, 12))
+    draws = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 12))
     draws = dataclasses.replace(draws, grayscale=np.zeros(24, bool))
     out = views.augment(batch, draws, config)
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
@@ -150,13 +149,14 @@ def test_blur_is_gaussian_with_each_sample_its_sigma() -> None:
     assert torch.allclose(views.gaussian_blur(torch.ones(1, 3, 16, 16), torch.tensor([2.0])), torch.ones(1, 3, 16, 16))
 
 
-def test_only_the_drawn_samples_are_blurred_and_made_grey() -> None:
-    batch = images(3)
-    draws = colours(3, grayscale=np.array([True, False, False]), blur=np.array([False, True, False]))
+def test_only_the_drawn_samples_are_flipped_blurred_and_made_grey() -> None:
+    batch, first, second, third = images(4), *np.eye(4, dtype=bool)[:3]
+    draws = colours(4, grayscale=first, blur=second, flips=third)
     out = views.augment(batch, draws, dataclasses.replace(PLAIN, grayscale=0.2, blur=0.5))
     plain = batch.float() / 255
     assert torch.allclose(out[0], functional.rgb_to_grayscale(plain[0], 3), atol=1e-6)
-    assert torch.equal(out[2], plain[2]) and not torch.equal(out[1], plain[1])
+    assert torch.equal(out[2], functional.hflip(plain[2]))
+    assert torch.equal(out[3], plain[3]) and not torch.equal(out[1], plain[1])
 
 
 def test_normalisation_is_torchvisions_and_the_crops_stay_untouched() -> None:

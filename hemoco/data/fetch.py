@@ -67,7 +67,9 @@ class FetchCounts:
             self.cache_misses += not hit
 
 
-def fetch_range(url: str, start: int, stop: int, counts: FetchCounts, *, budget_s: float = 600.0) -> memoryview:
+def fetch_range(
+    url: str, start: int, stop: int, counts: FetchCounts, *, budget_s: float = 600.0, into: memoryview | None = None
+) -> memoryview:
     """The bytes [start, stop) of an object; after a fault of the network it goes on at the byte where it broke.
 
     Args:
@@ -76,6 +78,7 @@ def fetch_range(url: str, start: int, stop: int, counts: FetchCounts, *, budget_
         stop: byte after the last.
         counts: what this takes is added to it.
         budget_s: seconds without a new byte after which it gives up.
+        into: memory for them (stop - start,), else new.
 
     Returns:
         Writable bytes (stop - start,).
@@ -84,7 +87,7 @@ def fetch_range(url: str, start: int, stop: int, counts: FetchCounts, *, budget_
         ObjectCutError: the object ends early.
         StorageError: the object is missing, the storage refuses, or nothing came for `budget_s`.
     """
-    wanted = _Range(_new_memory(stop - start), start, stop, whole=False)
+    wanted = _Range(_new_memory(stop - start) if into is None else into, start, stop, whole=False)
     try:
         _fetch(url, wanted, counts, budget_s)
     except _WrongSizeError as error:

@@ -28,7 +28,7 @@ from hemoco.data.shard_cache import ShardCache
 from hemoco.data.shards import ShardColumns
 from hemoco.data.views import crop_into, draw_crops
 from hemoco.errors import ConfigError, HemocoError
-from hemoco.storage import home
+from hemoco.storage import forkable_client, home
 
 _PREFETCHED_STEPS = 2
 # A batch is made when the reader asks for the one that is so many steps before it, and has let go of those before.
@@ -69,7 +69,7 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
         start: StreamPosition | None,
         epochs: int,
     ) -> None:
-        self._data_url, self._shards, self._config = data_url, shards, config
+        self.data_url, self._shards, self._config = data_url, shards, config
         self._first = StreamPosition(0, 0) if start is None else start._replace(step=start.step + 1)
         self._epochs = epochs
         first, last = slots
@@ -105,7 +105,7 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
         portions = itertools.chain.from_iterable(
             plan_portions(order, epoch, slots, first) for epoch, order, first in self._orders()
         )
-        return SampleReader(self._data_url, self._shards, portions, config=stream, cache=cache)
+        return SampleReader(self.data_url, self._shards, portions, config=stream, cache=cache)
 
     def _steps(self, slots: tuple[int, int]) -> Iterator[tuple[StreamPosition, list[tuple[int, int, int]]]]:
         for epoch, order, first in self._orders():
@@ -124,7 +124,8 @@ def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBat
     """The loader processes of a source: what they make of one step after the other, in the order of the slots."""
     # a forked child would inherit the locks, but not the threads, of s3fs, gRPC and Ray
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by each process
+    # torch and the storage's client are imported once, not by each process
+    context.set_forkserver_preload([__name__, *filter(None, [forkable_client(source.data_url)])])
     # the fork server keeps the environment it was started with, maybe before the storage was known
     storage = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return DataLoader(

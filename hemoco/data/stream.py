@@ -19,7 +19,7 @@ from hemoco.data.counts import BadSampleFile, BadSampleLimit, ReadCounts, sum_co
 from hemoco.data.decode import decode_image
 from hemoco.data.loader import CropBatch, CropSource, StreamPosition, epoch_order, start_loader
 from hemoco.data.shards import Shard, ShardColumns, ShardIndex, read_index, read_shard
-from hemoco.data.views import augment, center_view, draw_colours
+from hemoco.data.views import augment, center_view, draw_augmentation
 from hemoco.errors import HemocoError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _batch(parts: list[CropBatch], waited: ReadCounts, config: PretrainConfig, d
     epoch, step = parts[0].position
     slots = (parts[0].slots[0], parts[-1].slots[1])
     crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, 2, 3, S, S)
-    draws = draw_colours(config.views, seed=config.seed, epoch=epoch, step=step, slots=slots)
+    draws = draw_augmentation(config.views, seed=config.seed, epoch=epoch, step=step, slots=slots)
     views = augment(crops.transpose(0, 1).flatten(0, 1), draws, config.views)  # (2 N, 3, S, S)
     query_views, key_views = views.chunk(2)
     keys = [key for part in parts for key in part.keys]

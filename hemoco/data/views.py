@@ -8,7 +8,6 @@ Shapes: N images, M = 2 N views (all queries, then all keys), H x W an image, S 
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision
 
 @dataclasses.dataclass(frozen=True)
 class CropDraws:
-    """Random resized crops and flips of N images, two views each."""
+    """Random resized crops of N images, two views each."""
 
     areas: NDArray[np.float64]
     """Tried areas as a fraction of the image (N, 2, 10)."""
@@ -36,14 +35,14 @@ class CropDraws:
     """Tried width / height (N, 2, 10)."""
     corners: NDArray[np.float64]
     """Top and left in [0, 1) of the room there is (N, 2, 2)."""
-    flips: NDArray[np.bool_]
-    """(N, 2)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ColourDraws:
-    """What happens to the colours and the sharpness of M views."""
+class AugmentDraws:
+    """What happens to M views after they are cropped."""
 
+    flips: NDArray[np.bool_]
+    """Whether left and right are swapped (M,)."""
     jitter: NDArray[np.bool_]
     """Whether the colours are jittered (M,)."""
     order: NDArray[np.int64]
@@ -67,17 +66,17 @@ def draw_crops(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: 
         areas=low + (high - low) * draws[..., :10],
         ratios=np.exp(ratio_low + (ratio_high - ratio_low) * draws[..., 10:20]),
         corners=draws[..., 20:22],
-        flips=draws[..., 22] < config.flip,
     )
 
 
-def draw_colours(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> ColourDraws:
-    """The colours of the slots [first, last): the query views of all, then the key views of all."""
+def draw_augmentation(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> AugmentDraws:
+    """What follows the crops of the slots [first, last): the query views of all, then the key views of all."""
     draws = np.concatenate(np.split(_uniform(seed, epoch, step, slots), 2, axis=1))[:, 0]  # (M, 36)
     strengths = np.array([config.brightness, config.contrast, config.saturation])
     low = np.append(np.maximum(1 - strengths, 0), -config.hue)
     high = np.append(1 + strengths, config.hue)
-    return ColourDraws(
+    return AugmentDraws(
+        flips=draws[:, 22] < config.flip,
         jitter=draws[:, 23] < config.jitter,
         order=np.argsort(draws[:, 24:28], axis=1),
         factors=low + (high - low) * draws[:, 28:32],
@@ -88,7 +87,7 @@ def draw_colours(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots
 
 
 def crop_into(crops: Tensor, image: Tensor, draws: CropDraws, row: int) -> None:
-    """Random resized crops of an image, flipped or not, written where they belong: that saves a copy of each.
+    """Random resized crops of an image, written where they belong: that saves a copy of each.
 
     Args:
         crops: receives the views, uint8 (2, 3, S, S), or (1, 3, S, S) for the first alone; channels last in memory.
@@ -103,11 +102,8 @@ def crop_into(crops: Tensor, image: Tensor, draws: CropDraws, row: int) -> None:
         high, wide = _crop_size(height, width, areas, ratios)
         top, left = int(corner[0] * (height - high + 1)), int(corner[1] * (width - wide + 1))
         batch, target = _as_batch(pixels[top : top + high, left : left + wide]), crops[view : view + 1]
-        if draws.flips[row, view]:
-            target.copy_(_resized(batch, target.shape[2:]).flip(-1))
-        else:
-            # what `interpolate` calls, which cannot be given a target
-            torch.ops.aten._upsample_bilinear2d_aa.out(batch, target.shape[2:], align_corners=False, out=target)
+        # what `interpolate` calls, which cannot be given a target
+        torch.ops.aten._upsample_bilinear2d_aa.out(batch, target.shape[2:], align_corners=False, out=target)
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
@@ -121,12 +117,13 @@ def center_view(image: Tensor, size: int) -> Tensor:
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """A uint8 image (3, H, W) at another height and width: bilinear and antialiased, as Pillow does it."""
-    return _resized(_as_batch(image.permute(1, 2, 0).numpy()), size)[0]
+    batch = _as_batch(image.permute(1, 2, 0).numpy())
+    return interpolate(batch, size, mode="bilinear", antialias=True)[0]
 
 
 @torch.no_grad()
-def augment(crops: Tensor, draws: ColourDraws, config: ViewsConfig) -> Tensor:
-    """Colour jitter, greyscale, blur and normalisation, each view with its own draws.
+def augment(crops: Tensor, draws: AugmentDraws, config: ViewsConfig) -> Tensor:
+    """Flip, colour jitter, greyscale, blur and normalisation, each view with its own draws.
 
     The operations are torchvision's on floats: unlike on Pillow images nothing is rounded in between. The blur is
     exactly Gaussian where the reference recipe has Pillow's approximation, and at the border its weights are
@@ -141,6 +138,9 @@ def augment(crops: Tensor, draws: ColourDraws, config: ViewsConfig) -> Tensor:
     """
     device = crops.device
     images = crops.float().div_(255)
+    if config.flip > 0:
+        rows = _rows(draws.flips, device)
+        images.index_copy_(0, rows, images.index_select(0, rows).flip(-1))
     if config.jitter > 0:
         _jitter(images, draws, config)
     if config.grayscale > 0:
@@ -201,7 +201,7 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
 _ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def _jitter(images: Tensor, draws: ColourDraws, config: ViewsConfig) -> None:
+def _jitter(images: Tensor, draws: AugmentDraws, config: ViewsConfig) -> None:
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
     factors = torch.from_numpy(draws.factors).to(images.device, torch.float32)  # (M, 4)
     for turn in range(4):
@@ -251,7 +251,3 @@ def _as_batch(pixels: NDArray[np.uint8]) -> Tensor:
     """Pixels (H, W, 3) as a batch of one (1, 3, H, W), channels last as torch's fast uint8 kernels want it."""
     # numpy copies a crop in half of torch's time; torch knows the layout by strides that image[None] does not show
     return torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
-
-
-def _resized(batch: Tensor, size: Sequence[int]) -> Tensor:
-    return interpolate(batch, tuple(size), mode="bilinear", antialias=True)

@@ -11,6 +11,7 @@ images are CIFAR's, 32 x 32; views of 32. There the calls count, not the pixels.
 
 import functools
 import io
+import random
 import statistics
 import time
 import zipfile
@@ -66,9 +67,12 @@ def by_torchvision(data: bytes) -> Tensor:
 
 
 def crops(count: int, image: Tensor, draws: CropDraws, row: int, size: int) -> Tensor:
-    """One view or two, as the stream makes them: uint8 (count, 3, S, S)."""
+    """One view or two, as the stream makes them and the training device mirrors them: uint8 (count, 3, S, S)."""
     made = torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     crop_into(made, image, draws, row)
+    for view in made:
+        if random.random() < 0.5:
+            view.copy_(view.flip(-1))
     return made
 
 

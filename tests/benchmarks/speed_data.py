@@ -21,7 +21,7 @@ from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
 PHOTOS = Path(__file__).parents[3] / "shared" / "data"
 LONGEST_SIDE, QUALITY = 500, 90
 SHARPER = ImageFilter.UnsharpMask(radius=1, percent=60)  # gives them the bytes per pixel of ImageNet's photos
-SHARDS, IMAGES_PER_SHARD = 12, 250
+SHARDS, IMAGES_PER_SHARD = 36, 250
 FEW_SHARDS, FEW_IMAGES_PER_SHARD = 2, 64
 SIZES = {"all": [IMAGES_PER_SHARD] * SHARDS, "few": [FEW_IMAGES_PER_SHARD] * FEW_SHARDS}
 """Images per shard of each folder: one to measure, one to know what merely starting costs."""

@@ -87,6 +87,7 @@ class HemocoViews:
 
     def __call__(self, data: bytes) -> Tensor:
         if self._row == BATCH:
+            mirror(self._crops)
             self._draws = draw_crops(VIEWS, seed=0, epoch=0, step=self._step, slots=(0, BATCH))
             self._row, self._step = 0, self._step + 1
         crops = self._crops[self._row]
@@ -112,7 +113,14 @@ def hemoco_batches(url: str, source: type[CropSource]) -> Iterator[Tensor]:
     for part in start_loader(parts, torch.device("cpu")):
         if isinstance(part, HemocoError):
             raise part
+        mirror(part.crops)
         yield part.crops
+
+
+def mirror(crops: Tensor) -> None:
+    """Flips about half of some views (images, views, 3, S, S), which hemoco leaves to the device that trains."""
+    for image, view in (torch.rand(crops.shape[:2]) < VIEWS.flip).nonzero().tolist():
+        crops[image, view].copy_(crops[image, view].flip(-1))
 
 
 def hemoco_stage_batches(url: str, view: View) -> Iterator[Tensor]:
@@ -195,8 +203,8 @@ def _jpg_view(view: View, sample: dict[str, bytes]) -> Tensor:
 
 
 def _start_fork_server() -> None:
-    """Starts it, unless it runs, with this module imported, as forked processes of the other loaders have it."""
-    multiprocessing.set_forkserver_preload([__name__])
+    """Starts it, unless it runs, with what forked processes of the other loaders have imported, too."""
+    multiprocessing.set_forkserver_preload([__name__, "s3fs"])
     forkserver.ensure_running()
 
 

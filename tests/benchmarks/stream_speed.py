@@ -8,7 +8,7 @@ another in every round, medians over the rounds, ratios within a round. Only loo
 
     uv run python tests/benchmarks/stream_speed.py [--rounds 3] [--only TEXT ...]
 
-The images (photos of COCO and others at 500 pixels, varied; some 160 MB) are made once, in the folder for temporary
+The images (photos of COCO and others at 500 pixels, varied; some 480 MB) are made once, in the folder for temporary
 files. mosaicml-streaming and litdata come by `uv run --with`.
 """
 
