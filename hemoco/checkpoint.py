@@ -39,18 +39,19 @@ class _Place(NamedTuple):
     attempt: int
 
 
-def save_checkpoint(state: "TrainState", url: str, *, attempt: int, keep_last: int) -> str:
+def save_checkpoint(state: "TrainState", url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0) -> str:
     """Writes a checkpoint, then removes what it makes superfluous. On rank 0 only.
 
-    Kept are the newest `keep_last` up to this step. Removed with the older ones are those of later steps: this
-    training went on from before them, because they did not verify or a stale attempt wrote them. What a later attempt
-    wrote is never touched.
+    Kept are the newest `keep_last` up to this step and those of every `keep_every_steps`. Removed with the others are
+    those of later steps: this training went on from before them, because they did not verify or a stale attempt wrote
+    them. What a later attempt wrote is never touched.
 
     Args:
         state: read, not changed.
         url: folder of all checkpoints of this training.
         attempt: number of this start of the training; 0, then one more than that of the checkpoint it resumed from.
-        keep_last: checkpoints kept, this one included, > 0.
+        keep_last: newest checkpoints kept, this one included, > 0.
+        keep_every_steps: checkpoints of steps that are multiples of it are kept, too; 0: none.
 
     Returns:
         The checkpoint's URL.
@@ -71,7 +72,7 @@ def save_checkpoint(state: "TrainState", url: str, *, attempt: int, keep_last: i
     checkpoint = join_url(url, _folder_name(place))
     write_bytes(join_url(checkpoint, _STATE), data)
     write_bytes(join_url(checkpoint, _MANIFEST), json.dumps(manifest, indent=1).encode())
-    _prune(url, place, keep_last)
+    _prune(url, place, keep_last, keep_every_steps)
     return checkpoint
 
 
@@ -211,10 +212,11 @@ def _places(url: str) -> list[_Place]:
     return [_Place(int(match[1]), int(match[2])) for match in found if match]
 
 
-def _prune(url: str, saved: _Place, keep_last: int) -> None:
+def _prune(url: str, saved: _Place, keep_last: int, keep_every_steps: int) -> None:
     mine = [place for place in _places(url) if place.attempt <= saved.attempt]
     complete = [p for p in mine if p <= saved and _MANIFEST in list_names(join_url(url, _folder_name(p)))]
-    for place in set(mine) - set(sorted(complete)[-keep_last:]):
+    for_good = {p for p in complete if keep_every_steps and p.step % keep_every_steps == 0}
+    for place in set(mine) - set(sorted(complete)[-keep_last:]) - for_good:
         checkpoint = join_url(url, _folder_name(place))
         # the manifest first: half removed, it must not look damaged but incomplete
         remove(join_url(checkpoint, _MANIFEST))

@@ -8,24 +8,50 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from hemoco.errors import ConfigError
+from hemoco.errors import require
+from hemoco.method_config import (
+    EncoderConfig,
+    MoCoConfig,
+    MoCoV3Config,
+    OptimizerConfig,
+    ViewsConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EncoderConfig",
+    "KnnConfig",
+    "LinearProbeConfig",
+    "LowShotConfig",
+    "MaskRcnnConfig",
+    "MoCoConfig",
+    "MoCoV3Config",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "Recipe",
+    "ResourcesConfig",
+    "StreamConfig",
+    "TransferConfig",
+    "ViewsConfig",
+    "config_difference",
+    "config_digest",
+    "flat_params",
+    "world_sizes",
+]
 
 _FREE_SETTINGS = (
     "pretrain.resources.",
     "pretrain.log_every_steps",
     "pretrain.checkpoint_every_steps",
     "pretrain.keep_last",
+    "pretrain.keep_every_steps",
+    "pretrain.compile",
     *(
         f"pretrain.stream.{name}"
         for name in ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
     ),
     "max_parallel_transfers",
 )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,101 +66,6 @@ class DataConfig:
     """Labelled split that fits probes and fills the kNN bank."""
     test_split: str = "test"
     """Labelled split that is evaluated."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ViewsConfig:
-    """Augmentation of the two views (MoCo v2, Chen et al. 2020, section 2)."""
-
-    size: int = 224
-    """Side of a view in pixels."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of a random resized crop as a fraction of the image."""
-    jitter: float = 0.8
-    """Probability of colour jitter."""
-    brightness: float = 0.4
-    """Strength: factor drawn from [1 - b, 1 + b]."""
-    contrast: float = 0.4
-    """Strength: factor drawn from [1 - c, 1 + c]."""
-    saturation: float = 0.4
-    """Strength: factor drawn from [1 - s, 1 + s]."""
-    hue: float = 0.1
-    """Strength: shift drawn from [-h, h] turns of the colour circle."""
-    grayscale: float = 0.2
-    """Probability of conversion to grey."""
-    blur: float = 0.5
-    """Probability of Gaussian blur, sigma drawn from [0.1, 2] pixels."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted per channel, images in [0, 1]."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Divided by per channel."""
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_scale
-        _require(self.size >= 8, f"views.size is {self.size}: it must be at least 8 pixels")
-        _require(0 < low <= high <= 1, f"views.crop_scale is {self.crop_scale}: it must satisfy 0 < low <= high <= 1")
-        for name in ("jitter", "grayscale", "blur", "flip"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"views.{name} is {value}: a probability must be in [0, 1]")
-        _require(0 <= self.hue <= 0.5, f"views.hue is {self.hue}: it must be in [0, 0.5]")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """The ResNet, by its timm name."""
-
-    architecture: str = "resnet50"
-    """A timm ResNet: resnet10t, resnet18, resnet50, wide_resnet50_2, ..."""
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """`small`: 3x3 convolution of stride 1 and no max-pooling, for images of 32 pixels."""
-    zero_init_last: bool = False
-    """Start the last BN of each residual block at zero."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoCoConfig:
-    """The contrastive method (He et al. 2020, section 3; Chen et al. 2020)."""
-
-    embedding_size: int = 128
-    """C, size of a query or key."""
-    head: Literal["linear", "mlp", "mlp_bn"] = "mlp"
-    """Projection head: v1 linear, v2 mlp; mlp_bn adds batch normalisation after the hidden layer."""
-    queue_length: int = 65536
-    """K, number of queued negatives."""
-    momentum: float = 0.999
-    """m of the key encoder's moving average."""
-    temperature: float = 0.2
-    """T of the InfoNCE loss."""
-    bn_group_size: int = 32
-    """Images that share batch statistics; keys are shuffled over the global batch before they are grouped."""
-
-    def __post_init__(self) -> None:
-        _require(self.queue_length > 0, f"moco.queue_length is {self.queue_length}: it must be positive")
-        _require(0 <= self.momentum <= 1, f"moco.momentum is {self.momentum}: it must be in [0, 1]")
-        _require(self.temperature > 0, f"moco.temperature is {self.temperature}: it must be positive")
-        _require(self.bn_group_size >= 2, f"moco.bn_group_size is {self.bn_group_size}: it must be at least 2")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """SGD with momentum; weight decay on all parameters, as the official recipes."""
-
-    lr: float = 0.03
-    """Learning rate at this recipe's global batch size."""
-    momentum: float = 0.9
-    """SGD momentum, no Nesterov."""
-    weight_decay: float = 1e-4
-    """On all parameters, BN and biases included."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """`cosine` to 0, or `step`: x0.1 at 60% and 80% of the epochs; both set once per epoch."""
-    warmup_epochs: int = 0
-    """Epochs of linear warm-up from 0, set per step."""
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optimizer.lr is {self.lr}: it must be positive")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,11 +88,11 @@ class StreamConfig:
     """Share of undecodable or damaged samples above which the run stops; ten are always allowed."""
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, f"stream.workers is {self.workers}: it must not be negative")
-        _require(self.lanes > 0, f"stream.lanes is {self.lanes}: it must be positive")
-        _require(self.shards_per_block > 0, f"stream.shards_per_block is {self.shards_per_block}: it must be positive")
+        require(self.workers >= 0, f"stream.workers is {self.workers}: it must not be negative")
+        require(self.lanes > 0, f"stream.lanes is {self.lanes}: it must be positive")
+        require(self.shards_per_block > 0, f"stream.shards_per_block is {self.shards_per_block}: it must be positive")
         for name in ("memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share"):
-            _require(getattr(self, name) >= 0, f"stream.{name} is {getattr(self, name)}: it must not be negative")
+            require(getattr(self, name) >= 0, f"stream.{name} is {getattr(self, name)}: it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,9 +107,9 @@ class ResourcesConfig:
     """GPUs reserved for each; 0 trains on the CPU."""
 
     def __post_init__(self) -> None:
-        _require(self.workers > 0, f"resources.workers is {self.workers}: it must be positive")
-        _require(self.cpus_per_worker > 0, f"resources.cpus_per_worker is {self.cpus_per_worker}: it must be positive")
-        _require(self.gpus_per_worker in (0, 1), f"resources.gpus_per_worker is {self.gpus_per_worker}: 0 or 1")
+        require(self.workers > 0, f"resources.workers is {self.workers}: it must be positive")
+        require(self.cpus_per_worker > 0, f"resources.cpus_per_worker is {self.cpus_per_worker}: it must be positive")
+        require(self.gpus_per_worker in (0, 1), f"resources.gpus_per_worker is {self.gpus_per_worker}: 0 or 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,53 +120,78 @@ class PretrainConfig:
     """Passes over the pretraining split; the schedules end with them."""
     global_batch_size: int = 256
     """G, images per optimiser step over all workers."""
+    accumulation_steps: int = 1
+    """Parts of a worker's images that go through the encoders one after the other, to need less memory."""
     seed: int = 0
     """Of initialisation, sample order and augmentation."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoders; head, logits, loss and moving average are always float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the encoders; head, logits, loss, moving average and optimiser are always float32."""
+    compile: bool = False
+    """Compile the encoders (torch.compile): minutes at the start, faster steps."""
     log_every_steps: int = 10
     """Steps between two records in MLflow."""
     checkpoint_every_steps: int = 1000
     """Steps between two checkpoints."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are multiples of this are kept for good; 0 keeps none but the newest."""
     knn_every_epochs: int = 10
     """Epochs between two kNN evaluations on train_split and test_split; 0: none (unlabelled data)."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    moco: MoCoConfig = dataclasses.field(default_factory=MoCoConfig)
+    moco: MoCoConfig | MoCoV3Config = dataclasses.field(default_factory=MoCoConfig)
+    """The method: v1 and v2 are one, v3 is another."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     resources: ResourcesConfig = dataclasses.field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:
         batch, workers = self.global_batch_size, self.resources.workers
-        for name in ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_last"):
-            _require(getattr(self, name) > 0, f"pretrain.{name} is {getattr(self, name)}: it must be positive")
-        _require(
+        for name in ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_last", "accumulation_steps"):
+            require(getattr(self, name) > 0, f"pretrain.{name} is {getattr(self, name)}: it must be positive")
+        every = self.keep_every_steps
+        require(
+            every >= 0 and every % self.checkpoint_every_steps == 0,
+            f"pretrain.keep_every_steps is {every}: it must be a multiple of pretrain.checkpoint_every_steps "
+            f"({self.checkpoint_every_steps}), or 0",
+        )
+        require(
             batch > 0 and batch % workers == 0,
             f"pretrain.global_batch_size is {batch}: it must be a multiple of resources.workers ({workers})",
         )
-        group = self.moco.bn_group_size
-        _require(
-            (batch // workers) % group == 0,
-            f"pretrain.moco.bn_group_size is {group}: it must divide the {batch // workers} images of one worker",
-        )
-        _require(
-            self.moco.queue_length % batch == 0,
-            f"pretrain.moco.queue_length is {self.moco.queue_length}: it must be a multiple of "
-            f"pretrain.global_batch_size ({batch})",
-        )
-        _require(
+        require(
             batch % self.stream.lanes == 0,
             f"pretrain.stream.lanes is {self.stream.lanes}: it must divide pretrain.global_batch_size ({batch})",
+        )
+        if isinstance(self.moco, MoCoConfig):
+            self._check_queue(self.moco, batch // workers)
+        else:
+            require(
+                self.accumulation_steps == 1,
+                f"pretrain.accumulation_steps is {self.accumulation_steps}: it must be 1 for MoCo v3, whose negatives "
+                "and batch statistics are those of the images that are computed at once; use more workers",
+            )
+
+    def _check_queue(self, moco: MoCoConfig, per_worker: int) -> None:
+        group, steps = moco.bn_group_size, self.accumulation_steps
+        require(
+            per_worker % (group * steps) == 0,
+            f"pretrain.moco.bn_group_size is {group}: times pretrain.accumulation_steps ({steps}) it must divide the "
+            f"{per_worker} images of one worker",
+        )
+        require(
+            moco.queue_length % self.global_batch_size == 0,
+            f"pretrain.moco.queue_length is {moco.queue_length}: it must be a multiple of "
+            f"pretrain.global_batch_size ({self.global_batch_size})",
         )
 
 
 def world_sizes(config: PretrainConfig) -> list[int]:
     """The numbers of workers, up to the configured one, on which this training is the same; ascending."""
-    batch, group = config.global_batch_size, config.moco.bn_group_size
-    sizes = range(1, config.resources.workers + 1)
+    batch, sizes = config.global_batch_size, range(1, config.resources.workers + 1)
+    # v3 takes its batch statistics over all workers
+    group = config.moco.bn_group_size * config.accumulation_steps if isinstance(config.moco, MoCoConfig) else 1
     return [size for size in sizes if batch % size == 0 and (batch // size) % group == 0]
 
 
@@ -256,9 +212,9 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         allowed = {"pretrained", "random"}
-        _require(bool(self.inits), "transfers.inits is empty: name at least one of pretrained, random")
-        _require(set(self.inits) <= allowed, f"transfers.inits is {self.inits}: allowed are pretrained and random")
-        _require(bool(self.seeds), "transfers.seeds is empty: name at least one")
+        require(bool(self.inits), "transfers.inits is empty: name at least one of pretrained, random")
+        require(set(self.inits) <= allowed, f"transfers.inits is {self.inits}: allowed are pretrained and random")
+        require(bool(self.seeds), "transfers.seeds is empty: name at least one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,7 +286,7 @@ class MaskRcnnConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(len(self.anchor_sizes) == 5, f"mask_rcnn.anchor_sizes is {self.anchor_sizes}: five sizes are needed")
+        require(len(self.anchor_sizes) == 5, f"mask_rcnn.anchor_sizes is {self.anchor_sizes}: five sizes are needed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hemoco.contrast import Contrast
+
 COLLAPSED_STD = 0.1
 """Embedding std below which nearly all images have the same embedding; 1 is isotropic."""
 
@@ -19,13 +21,33 @@ def embedding_std(embeddings: Tensor) -> Tensor:
     return spread.mean() * math.sqrt(embeddings.shape[1])
 
 
-def pretext_accuracy(logits: Tensor, top: int) -> Tensor:
-    """Fraction of queries whose positive (column 0 of (N, 1 + K)) is among the `top` largest logits.
+def pretext_accuracy(ahead: Tensor, top: int) -> Tensor:
+    """Fraction of queries whose positive is among the `top` most similar; `ahead` (N,) counts the negatives before it.
 
     Ties count against the positive, so that constant embeddings score 0.
     """
-    better = (logits[:, 1:] >= logits[:, :1]).sum(dim=1)  # (N,)
-    return (better < top).float().mean()
+    return (ahead < top).float().mean()
+
+
+def alignment(queries: Tensor, keys: Tensor) -> Tensor:
+    """Mean squared distance of unit vectors (N, C) to their positives (Wang and Isola 2020, section 4.1): 0 is best."""
+    return (queries - keys).square().sum(dim=1).mean()
+
+
+def uniformity(embeddings: Tensor) -> Tensor:
+    """Log of the mean Gaussian potential of pairs of unit vectors (N, C) (Wang and Isola 2020, section 4.2).
+
+    0 if all are equal, towards -4 on a sphere that they fill evenly.
+    """
+    distances: Tensor = torch.pdist(embeddings.float())  # (N (N - 1) / 2,)
+    return distances.square().mul(-2).exp().mean().log()
+
+
+def effective_rank(embeddings: Tensor) -> Tensor:
+    """Exponential of the entropy of the singular values of (N, C) (Roy and Vetterli 2007): 1 to min(N, C)."""
+    values = torch.linalg.svdvals(embeddings.float())  # (min(N, C),)
+    shares = values / values.sum()
+    return torch.xlogy(shares, shares).sum().neg().exp()
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
@@ -33,20 +55,23 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def contrast_values(logits: Tensor, queries: Tensor, temperature: float) -> dict[str, Tensor]:
+@torch.no_grad()
+def contrast_values(contrast: Contrast, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
     """The diagnostics of one step by their MLflow names, scalars on the device.
 
     Args:
-        logits: (N, 1 + K), the positive in column 0.
+        contrast: of the queries.
         queries: unit vectors (N, C).
-        temperature: T, which the logits were divided by.
+        keys: unit vectors (N, C), the positives.
     """
-    with torch.no_grad():
-        similarities = logits * temperature
-        return {
-            "pretext_top1": pretext_accuracy(logits, 1),
-            "pretext_top5": pretext_accuracy(logits, 5),
-            "positive_similarity": similarities[:, 0].mean(),
-            "negative_similarity": similarities[:, 1:].mean(),
-            "embedding_std": embedding_std(queries),
-        }
+    return {
+        "loss": contrast.loss.detach(),
+        "pretext_top1": pretext_accuracy(contrast.ahead, 1),
+        "pretext_top5": pretext_accuracy(contrast.ahead, 5),
+        "positive_similarity": contrast.positives.mean(),
+        "negative_similarity": contrast.negative_similarity,
+        "embedding_std": embedding_std(queries),
+        "alignment": alignment(queries, keys),
+        "uniformity": uniformity(queries),
+        "effective_rank": effective_rank(queries),
+    }

@@ -4,7 +4,8 @@ Shapes: N rows on this rank, G on all ranks.
 """
 
 import warnings
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,22 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def sum_with_gradient(values: Tensor) -> Tensor:
+    """As `sum_over_ranks`, with gradient: each rank's values get the sum of what the ranks' losses say of the sum."""
+    summed: Tensor = _Sum.apply(values) if world_size() > 1 else values
+    return summed
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient.contiguous())
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The element-wise mean over the ranks, equal on all of them; without gradient."""
     return sum_over_ranks(values) / world_size()
@@ -71,7 +88,7 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
-def wrap_for_gradients(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def wrap_for_gradients(model: torch.nn.Module) -> torch.nn.Module:
     """The module to call instead of `model` so that backward averages gradients over the ranks."""
     if world_size() == 1:
         return model
@@ -80,7 +97,15 @@ def wrap_for_gradients(model: torch.nn.Module, device: torch.device) -> torch.nn
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return torch.nn.parallel.DistributedDataParallel(
             model,
-            device_ids=[device] if device.type == "cuda" else None,
+            # no device_ids: inputs are where they belong, and one that belongs on the CPU is not moved
             broadcast_buffers=False,  # BN statistics are each rank's own, and the queue is alike already
             gradient_as_bucket_view=True,
         )
+
+
+def without_reduction(wrapped: torch.nn.Module) -> AbstractContextManager[None]:
+    """Backward within it adds to this rank's gradients only; the next one outside it averages what came together."""
+    if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+        found: AbstractContextManager[None] = wrapped.no_sync()
+        return found
+    return nullcontext()

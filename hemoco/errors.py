@@ -31,3 +31,9 @@ class TrainingError(HemocoError):
 
 class UsageError(HemocoError):
     """The command itself is wrong: `python -m jobs` exits with status 2."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises ConfigError unless a condition on the settings holds."""
+    if not holds:
+        raise ConfigError(message)

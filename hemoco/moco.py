@@ -10,66 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hemoco.config import MoCoConfig, PretrainConfig
-from hemoco.distributed import world_size
-from hemoco.encoder import build_encoder, seeded
-from hemoco.errors import ConfigError
-from hemoco.shuffle_bn import permute_global, shuffle_order, split_batch_norms
+from hemoco.config import MoCoConfig
+from hemoco.contrast import Contrast, queue_contrast
+from hemoco.distributed import all_gather_cat
+from hemoco.embedding import EmbeddingNetwork, move_towards
+from hemoco.shuffle_bn import permute_global, shuffle_order
 
 
 class MoCoOutput(NamedTuple):
     """What one forward gives."""
 
-    loss: Tensor
-    """() with gradient, mean over this rank's queries."""
-    logits: Tensor
-    """(N, 1 + K), the positive in column 0."""
+    contrast: Contrast
     queries: Tensor
     """(N, C) unit vectors."""
     keys: Tensor
     """(N, C) unit vectors, without gradient; row i is the positive of query i."""
 
 
-def contrastive_logits(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Similarity of each query to its key (column 0) and to the K queued negatives.
-
-    Args:
-        queries: unit vectors (N, C), with gradient.
-        keys: unit vectors (N, C), no gradient; row i is the positive of query i.
-        queue: unit vectors (C, K).
-        temperature: T in eq. 1 of the paper, > 0.
-
-    Returns:
-        Logits (N, 1 + K), divided by the temperature.
-    """
-    positives = (queries * keys).sum(dim=1, keepdim=True)  # (N, 1)
-    negatives = queries @ queue  # (N, K)
-    return torch.cat([positives, negatives], dim=1) / temperature
-
-
-class EmbeddingNetwork(nn.Module):
-    """Encoder and projection head: images (N, 3, H, W) -> unit vectors (N, C) in float32."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Module, precision: Literal["float32", "bfloat16"]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-        self.precision = precision
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Unit vectors (N, C)."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            features = self.encoder(images)  # (N, F)
-        return functional.normalize(self.head(features.float()), dim=1)
-
-
 class MoCo(nn.Module):
     """Query encoder, its moving average the key encoder, and the queue of past keys.
 
-    One step is `update_key_encoder`, `forward`, backward, optimiser step, `enqueue`. The official code averages between
-    the forward passes of queries and keys; before both is the same, as queries do not depend on the key encoder, and it
-    keeps `forward` free of changes to parameters, as DistributedDataParallel expects.
+    One step is `update_key_encoder`, `forward`, backward, optimiser step, `finish_step`. The official code averages
+    between the forward passes of queries and keys; before both is the same, as queries do not depend on the key
+    encoder, and it keeps `forward` free of changes to parameters, as DistributedDataParallel expects.
     """
 
     queue: Tensor
@@ -86,62 +49,42 @@ class MoCo(nn.Module):
         self.register_buffer("queue", functional.normalize(queue, dim=0))  # (C, K)
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, query_views: Tensor, key_views: Tensor, step: int) -> MoCoOutput:
+    def key_order(self, step: int, global_batch_size: int) -> Tensor:
+        """The order (G,) in which the images of the global batch are to come as key views at a step."""
+        return shuffle_order(self.seed, step, global_batch_size)
+
+    def forward(self, query_views: Tensor, key_views: Tensor, order: Tensor) -> MoCoOutput:
         """Contrasts each query with its key and the queue.
 
         Args:
-            query_views: (N, 3, H, W), normalised.
-            key_views: (N, 3, H, W), the other views of the same images.
-            step: optimiser steps done; decides the shuffle of the keys.
+            query_views: (N, 3, H, W), normalised, of this rank's images.
+            key_views: (N, 3, H, W), normalised, of the images at order[rank * N: (rank + 1) * N] of the global batch.
+            order: permutation (G,) of the global batch, on the CPU, equal on all ranks.
         """
-        queries = self.query_encoder(query_views)  # (N, C)
-        keys = self._embed_keys(key_views, step)  # (N, C)
-        logits = contrastive_logits(queries, keys, self.queue, self.config.temperature)  # (N, 1 + K)
-        loss = functional.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
-        return MoCoOutput(loss, logits, queries, keys)
+        queries = functional.normalize(self.query_encoder(query_views), dim=1)  # (N, C)
+        with torch.no_grad():
+            shuffled = functional.normalize(self.key_encoder(key_views), dim=1)  # (N, C)
+            keys = permute_global(shuffled, order.argsort())  # (N, C)
+        return MoCoOutput(queue_contrast(queries, keys, self.queue, self.config.temperature), queries, keys)
+
+    def finish_step(self, keys: Tensor) -> None:
+        """Enqueues the keys (N, C) of this rank and all others; after backward."""
+        self.enqueue(all_gather_cat(keys))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replaces the oldest entries of the queue, around its end; keys (G, C) of all ranks, after backward."""
+        """Replaces the oldest entries of the queue, around its end; keys (G, C) of all ranks."""
         places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % self.config.queue_length
         self.queue.index_copy_(1, places, keys.T)
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % self.config.queue_length)
 
-    @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
-        """Moves the key parameters towards the query's (eq. 2), in float32; BN statistics stay the key encoder's."""
-        keys: list[Tensor] = list(self.key_encoder.parameters())
-        queries: list[Tensor] = list(self.query_encoder.parameters())
-        torch._foreach_lerp_(keys, queries, 1 - momentum)
-
-    @torch.no_grad()
-    def _embed_keys(self, key_views: Tensor, step: int) -> Tensor:
-        order = shuffle_order(self.seed, step, world_size() * len(key_views))  # (G,)
-        shuffled = self.key_encoder(permute_global(key_views, order))  # (N, C) in shuffled order
-        return permute_global(shuffled, order.argsort())
+        """Moves the key parameters towards the query's; BN statistics stay the key encoder's."""
+        move_towards(self.key_encoder.parameters(), self.query_encoder.parameters(), momentum)
 
 
-def build_method(config: PretrainConfig) -> MoCo:
-    """The method with its initial weights, a function of the config alone.
-
-    Raises:
-        ConfigError: unknown architecture, or all images share their batch statistics.
-    """
-    moco = config.moco
-    if moco.bn_group_size == config.global_batch_size:
-        raise ConfigError(
-            f"pretrain.moco.bn_group_size is {moco.bn_group_size}: it must be smaller than pretrain.global_batch_size "
-            f"({config.global_batch_size}), else shuffling cannot part a key from its query"
-        )
-    encoder = build_encoder(config.encoder, config.seed)
-    with seeded(config.seed + 1):
-        head = _build_head(moco.head, int(encoder.num_features), moco.embedding_size)  # type: ignore[arg-type]
-    network = EmbeddingNetwork(encoder, head, config.precision)
-    split_batch_norms(network, moco.bn_group_size)
-    return MoCo(network, moco, config.seed).to(memory_format=torch.channels_last)
-
-
-def _build_head(kind: Literal["linear", "mlp", "mlp_bn"], features: int, embedding_size: int) -> nn.Module:
+def build_head(kind: Literal["linear", "mlp", "mlp_bn"], features: int, embedding_size: int) -> nn.Module:
+    """The projection head of v1 (linear) or v2 (mlp), (N, F) -> (N, C)."""
     if kind == "linear":
         return nn.Linear(features, embedding_size)
     if kind == "mlp":

@@ -1,14 +1,16 @@
-"""The optimiser of MoCo v1/v2 and its schedules as pure functions (He et al. 2020, section 4; Chen et al. 2020)."""
+"""Optimisers, and schedules as pure functions (He et al. 2020, section 4; Chen et al. 2020; Chen, Xie, He 2021)."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hemoco.config import OptimizerConfig
+from hemoco.config import MoCoConfig, MoCoV3Config, OptimizerConfig
 
 
-def cosine_lr(epoch: int, epochs: int, base_lr: float) -> float:
+def cosine_lr(epoch: float, epochs: float, base_lr: float) -> float:
     """Half a cosine from `base_lr` at epoch 0 towards 0 at `epochs`."""
     return base_lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
@@ -27,23 +29,86 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 def learning_rate(config: OptimizerConfig, *, step: int, steps_per_epoch: int, epochs: int) -> float:
     """The learning rate of an optimiser step.
 
-    The schedule is set once per epoch, as in the official code, the warm-up per step; a cosine begins where the
-    warm-up ends.
+    The schedule is set once per epoch, as in the official code of v1 and v2, or per step, as in v3; the warm-up always
+    per step. A cosine begins where the warm-up ends.
     """
     epoch, warmup = step // steps_per_epoch, config.warmup_epochs
     if config.schedule == "step":
         scheduled = step_lr(epoch, epochs, config.lr)
     else:
-        scheduled = cosine_lr(max(0, epoch - warmup), max(1, epochs - warmup), config.lr)
+        passed = step / steps_per_epoch if config.schedule == "cosine_per_step" else epoch
+        scheduled = cosine_lr(max(0.0, passed - warmup), max(1, epochs - warmup), config.lr)
     return scheduled * warmup_factor(step, warmup * steps_per_epoch)
 
 
-def build_optimizer(query_encoder: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD over the query encoder in one group: weight decay on BN and biases too, as the official recipes."""
+def key_momentum(config: MoCoConfig | MoCoV3Config, *, step: int, total_steps: int) -> float:
+    """m of the key encoder's moving average at an optimiser step: constant, or in v3 half a cosine to 1."""
+    if isinstance(config, MoCoConfig):
+        return config.momentum
+    return 1 - cosine_lr(step, total_steps, 1 - config.momentum)
+
+
+class LARS(Optimizer):
+    """SGD whose steps are scaled to the length of each parameter (You, Gitman, Ginsburg 2017, algorithm 1).
+
+    With gradient g, parameter p and velocity v: g += weight_decay p; g *= trust |p| / |g|, unless either is 0;
+    v = momentum v + g; p -= lr v. Groups with `adapt` False take neither weight decay nor scaling.
+
+    Args:
+        parameters: to train; those with one dimension or none (biases, normalisation) are not adapted.
+        lr: learning rate.
+        momentum: of the velocity.
+        weight_decay: L2 penalty.
+        trust: length of a step at lr 1 relative to the parameter's.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, trust: float
+    ) -> None:
+        every = list(parameters)
+        groups = [
+            {"params": [p for p in every if p.ndim > 1], "adapt": True},
+            {"params": [p for p in every if p.ndim <= 1], "adapt": False},
+        ]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; parameters without gradient stay."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            if group["adapt"]:
+                gradients = _adapted(parameters, gradients, group["weight_decay"], group["trust"])
+            velocities = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, gradients)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    """LARS, or SGD in one group: weight decay on BN and biases too, as the official recipes of v1 and v2."""
+    if config.kind == "lars":
+        return LARS(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            trust=config.trust,
+        )
     return torch.optim.SGD(
-        query_encoder.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
+
+
+def _adapted(
+    parameters: list[nn.Parameter], gradients: list[Tensor], weight_decay: float, trust: float
+) -> list[Tensor]:
+    gradients = list(torch._foreach_add(gradients, list[Tensor](parameters), alpha=weight_decay))
+    lengths = torch.stack(torch._foreach_norm(list[Tensor](parameters)))
+    slopes = torch.stack(torch._foreach_norm(gradients))
+    ratios = torch.where((lengths > 0) & (slopes > 0), trust * lengths / slopes, torch.ones_like(lengths))
+    torch._foreach_mul_(gradients, list(ratios.unbind()))
+    return gradients

@@ -6,7 +6,9 @@ and in Ray's workers.
 Shapes: N images on this rank, G on all ranks, C embedding size.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -15,18 +17,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hemoco.config import PretrainConfig
+from hemoco.config import MoCoConfig, PretrainConfig
 from hemoco.data.counts import BAD_REASONS, ReadCounts, sum_counts
 from hemoco.data.loader import StreamPosition
 from hemoco.data.stream import Batch
+from hemoco.data.views import augment, draw_augmentation
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
-from hemoco.distributed import all_gather_cat, mean_over_ranks, rank, sum_over_ranks, wrap_for_gradients
+from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, world_size, wrap_for_gradients
 from hemoco.errors import CheckpointError, TrainingError
-from hemoco.moco import MoCo, MoCoOutput, build_method
-from hemoco.optim import build_optimizer, learning_rate
+from hemoco.method import Method, build_method, trained_parameters
+from hemoco.moco import MoCoOutput
+from hemoco.optim import build_optimizer, key_momentum, learning_rate
+from hemoco.shuffle_bn import permute_global
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +42,12 @@ class TrainState:
     """Everything that the next step depends on."""
 
     config: PretrainConfig
-    model: MoCo
+    model: Method
     forward: nn.Module
     """The model, or its DistributedDataParallel wrapper, which averages gradients over the ranks."""
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Of the loss in float16; in other precisions it changes nothing."""
     data_digest: str
     """Of the shard index trained on."""
     step: int = 0
@@ -52,6 +60,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "position": tuple(self.position) if self.position else None,
             "data_digest": self.data_digest,
@@ -70,6 +79,7 @@ class TrainState:
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.position = StreamPosition(*saved["position"]) if saved["position"] else None
 
@@ -117,43 +127,77 @@ class Throughput:
 
 def build_state(config: PretrainConfig, device: torch.device, *, data_digest: str) -> TrainState:
     """The state before the first step, on every rank the same; the digest is the shard index's."""
-    model = build_method(config).to(device)
-    optimizer = build_optimizer(model.query_encoder, config.optimizer)
-    forward = wrap_for_gradients(model, device)
-    return TrainState(config=config, model=model, forward=forward, optimizer=optimizer, data_digest=data_digest)
+    model = build_method(config, device)
+    return TrainState(
+        config=config,
+        model=model,
+        forward=wrap_for_gradients(model),
+        optimizer=build_optimizer(trained_parameters(model), config.optimizer),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "float16"),
+        data_digest=data_digest,
+    )
 
 
-def train_steps(
-    state: TrainState, batches: Iterable[Batch], config: PretrainConfig, steps_per_epoch: int
-) -> Iterator[StepMetrics]:
+def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: int) -> Iterator[StepMetrics]:
     """Trains on the batches, one optimiser step each, and yields after every step.
 
-    Values are measured every `config.log_every_steps` steps and at the last step of the last epoch.
+    Values are measured every `log_every_steps` steps and at the last step of the last epoch.
 
     Raises:
         TrainingError: the loss is not finite; raised before the optimiser step.
     """
-    throughput = Throughput()
+    config, throughput = state.config, Throughput()
+    total_steps = config.epochs * steps_per_epoch
     began = time.perf_counter()
     for batch in batches:
         lr = learning_rate(config.optimizer, step=state.step, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
-        output = _optimise(state, batch, lr)
+        momentum = key_momentum(config.moco, step=state.step, total_steps=total_steps)
+        outputs = _optimise(state, batch, lr, momentum)
         state.step += 1
         state.position = batch.position
-        done = state.step == config.epochs * steps_per_epoch
-        logged = done or state.step % config.log_every_steps == 0
-        values = _measure(state, output) | {"lr": lr} if logged else {}
+        logged = state.step == total_steps or state.step % config.log_every_steps == 0
+        values = _measure(state, outputs) | {"lr": lr, "key_momentum": momentum} if logged else {}
         throughput.steps += 1
         throughput.total_s += time.perf_counter() - began
         throughput.reading = sum_counts([throughput.reading, batch.reading])
         if logged:
-            values |= _reduced(throughput.rates(config.global_batch_size), mean_over_ranks, output.loss.device)
-            values |= _reduced(throughput.amounts(), sum_over_ranks, output.loss.device)
-            values["batch_fingerprint"] = batch_fingerprint(batch.keys, output.loss.device)
+            device = batch.crops.device
+            values |= _reduced(throughput.rates(config.global_batch_size), mean_over_ranks, device)
+            values |= _reduced(throughput.amounts(), sum_over_ranks, device)
+            values["batch_fingerprint"] = batch_fingerprint(batch.keys, device)
             _warn_of_collapse(values["embedding_std"], batch.position.epoch, state.step)
             throughput = Throughput()
         yield StepMetrics(step=state.step, epoch=batch.position.epoch, position=batch.position, values=values)
         began = time.perf_counter()
+
+
+def make_views(batch: Batch, config: PretrainConfig, part: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The query views of a part of this rank's images, and the key views that this rank embeds.
+
+    A key's crop travels to the rank that embeds it as uint8, once, and is augmented there by the draws of its own slot.
+    Gathering float32 views would bring every rank 4 x world size times the bytes.
+
+    Args:
+        batch: of N images, this rank's.
+        config: of views, seed and accumulation.
+        part: number of the part, of `config.accumulation_steps` in all.
+        order: in which the parts of all ranks give key views (G / parts,), on the CPU; None: that of the images.
+
+    Returns:
+        float32 (N / parts, 3, S, S) each.
+    """
+    parts, (epoch, step) = config.accumulation_steps, batch.position
+    slots = np.arange(config.global_batch_size).reshape(world_size(), parts, -1)[:, part]  # (ranks, n)
+    count = slots.shape[1]
+    query_crops, key_crops = batch.crops[part * count : (part + 1) * count].unbind(1)  # (n, 3, S, S)
+    query_slots = key_slots = slots[rank()]
+    if order is not None:
+        key_crops = permute_global(key_crops, order)
+        key_slots = slots.ravel()[order[rank() * count : (rank() + 1) * count].numpy()]
+    drawn = (0, config.global_batch_size)
+    draw = functools.partial(draw_augmentation, config.views, seed=config.seed, epoch=epoch, step=step, slots=drawn)
+    query_views = augment(query_crops, draw(view=0).take(query_slots), config.views)
+    return query_views, augment(key_crops, draw(view=1).take(key_slots), config.views)
 
 
 def batch_fingerprint(keys: list[str], device: torch.device) -> float:
@@ -172,31 +216,44 @@ def batch_fingerprint(keys: list[str], device: torch.device) -> float:
     return float(sum_over_ranks(torch.tensor(total, device=device)).item() % 2**52)
 
 
-def _optimise(state: TrainState, batch: Batch, lr: float) -> MoCoOutput:
-    """One step: EMA, forward, backward, optimiser step, enqueue."""
-    state.model.train()  # whoever iterates may have evaluated it
+def _optimise(state: TrainState, batch: Batch, lr: float, momentum: float) -> list[MoCoOutput]:
+    """One step: EMA, forward and backward of each part of the batch, optimiser step, enqueue."""
+    model, parts = state.model, state.config.accumulation_steps
+    model.train()  # whoever iterates may have evaluated it
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.model.update_key_encoder(state.model.config.momentum)
-    output: MoCoOutput = state.forward(batch.query_views, batch.key_views, state.step)
+    model.update_key_encoder(momentum)
     state.optimizer.zero_grad()
-    output.loss.backward()  # type: ignore[no-untyped-call]
-    loss = output.loss.item()
+    outputs: list[MoCoOutput] = []
+    for part in range(parts):
+        order = model.key_order(state.step * parts + part, state.config.global_batch_size // parts)
+        query_views, key_views = make_views(batch, state.config, part, order)
+        with without_reduction(state.forward) if part < parts - 1 else contextlib.nullcontext():
+            output: MoCoOutput = state.forward(query_views, key_views, order)
+            state.scaler.scale(output.contrast.loss / parts).backward()  # type: ignore[no-untyped-call]
+        outputs.append(output)
+    loss = sum(output.contrast.loss.item() for output in outputs) / parts
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss is {loss} at step {state.step + 1} (lr {lr:g}): lower pretrain.optimizer.lr or add "
-            "pretrain.optimizer.warmup_epochs; the last checkpoint is from before"
+            "pretrain.optimizer.warmup_epochs"
         )
-    state.optimizer.step()
-    state.model.enqueue(all_gather_cat(output.keys))  # (G, C)
-    return output
+    # in float16, gradients that overflowed skip the step and halve the scale; schedules and EMA go on
+    state.scaler.unscale_(state.optimizer)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    model.finish_step(torch.cat([output.keys for output in outputs]))
+    return outputs
 
 
-def _measure(state: TrainState, output: MoCoOutput) -> dict[str, float]:
-    values: dict[str, Tensor] = {"loss": output.loss.detach()}
-    values |= contrast_values(output.logits, output.queries, state.model.config.temperature)
-    values["gradient_norm"] = gradient_norm(state.model.query_encoder.parameters())
-    return _reduced(values, mean_over_ranks, output.loss.device)
+def _measure(state: TrainState, outputs: list[MoCoOutput]) -> dict[str, float]:
+    parts = [contrast_values(output.contrast, output.queries, output.keys) for output in outputs]
+    values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+    values["gradient_norm"] = gradient_norm(trained_parameters(state.model))
+    if isinstance(state.config.moco, MoCoConfig):
+        age = min(state.step, state.config.moco.queue_length // state.config.global_batch_size)
+        values["queue_age"] = torch.tensor(float(age))
+    return _reduced(values, mean_over_ranks, outputs[0].queries.device)
 
 
 def _reduced(

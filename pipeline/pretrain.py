@@ -70,7 +70,7 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
         closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
         closing(_batches(job, state.position, device, bad_samples)) as source,
     ):
-        for metrics in train_steps(state, source, config, per_epoch):
+        for metrics in train_steps(state, source, per_epoch):
             values = dict(metrics.values)
             if knn is not None and _ends_epoch(metrics.step, per_epoch, config):
                 values |= knn(state)
@@ -81,7 +81,13 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
             if metrics.step % config.checkpoint_every_steps == 0:
                 bad_samples.write()
                 if rank() == 0:
-                    checkpoint.save_checkpoint(state, folder, attempt=attempt, keep_last=config.keep_last)
+                    checkpoint.save_checkpoint(
+                        state,
+                        folder,
+                        attempt=attempt,
+                        keep_last=config.keep_last,
+                        keep_every_steps=config.keep_every_steps,
+                    )
     return Pretrained(run_id=job.run_id, backbone_url=_export(job, state, index.digest), metrics=last)
 
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hemoco.diagnostics import COLLAPSED_STD, contrast_values, embedding_std, gradient_norm, pretext_accuracy
+from hemoco.diagnostics import (
+    COLLAPSED_STD,
+    alignment,
+    effective_rank,
+    embedding_std,
+    gradient_norm,
+    pretext_accuracy,
+    uniformity,
+)
 
 
 def test_isotropic_embeddings_have_std_one() -> None:
@@ -25,14 +33,19 @@ def test_embedding_std_is_the_mean_over_components_times_root_size() -> None:
 
 
 def test_pretext_accuracy_counts_positives_among_the_top() -> None:
-    logits = torch.tensor([[5.0, 1, 2, 3], [2.5, 1, 2, 3], [0.0, 1, 2, 3], [3.0, 3, 3, 3]])  # the last one ties
-    assert [pretext_accuracy(logits, top).item() for top in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    ahead = torch.tensor([0, 1, 3, 4])
+    assert [pretext_accuracy(ahead, top).item() for top in (1, 2, 4)] == [0.25, 0.5, 0.75]
 
 
-def test_similarities_are_logits_times_temperature() -> None:
-    values = contrast_values(torch.tensor([[4.0, 1.0, 3.0], [2.0, -1.0, -3.0]]), torch.eye(2), temperature=0.5)
-    assert values["positive_similarity"].item() == 1.5
-    assert values["negative_similarity"].item() == 0.0
+def test_alignment_uniformity_and_effective_rank_of_known_embeddings() -> None:
+    corners = torch.eye(4)
+    assert alignment(corners, corners).item() == 0
+    assert alignment(corners, -corners).item() == pytest.approx(4)
+    assert uniformity(corners).item() == pytest.approx(-4)  # all pairs at squared distance 2
+    assert uniformity(torch.ones(4, 4) / 2).item() == 0
+    assert effective_rank(corners).item() == pytest.approx(4)
+    assert effective_rank(torch.ones(4, 4) / 2).item() == pytest.approx(1, abs=1e-3)
+    assert effective_rank(corners[:, :2]).item() == pytest.approx(2)
 
 
 def test_gradient_norm_is_over_all_parameters_that_have_one() -> None:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig
+from hemoco.embedding import EmbeddingNetwork
 from hemoco.errors import ConfigError
-from hemoco.moco import EmbeddingNetwork, MoCo, build_method, contrastive_logits
+from hemoco.method import build_method
+from hemoco.moco import MoCo, MoCoOutput
 from hemoco.shuffle_bn import SplitBatchNorm
 
 CONFIG = PretrainConfig(
@@ -37,49 +39,57 @@ def with_moco(**changes: object) -> PretrainConfig:
     return dataclasses.replace(CONFIG, moco=dataclasses.replace(CONFIG.moco, **changes))  # type: ignore[arg-type]
 
 
-def test_logits_equal_a_loop_over_pairs() -> None:
-    queries, keys, queue = unit_rows(3, 4, 0), unit_rows(3, 4, 1), unit_rows(5, 4, 2).T
-    logits = contrastive_logits(queries, keys, queue, temperature=0.2)
-    for i in range(3):
-        others = [keys[i].tolist(), *queue.T.tolist()]
-        expected = [sum(a * b for a, b in zip(queries[i].tolist(), other, strict=True)) / 0.2 for other in others]
-        assert logits[i].tolist() == pytest.approx(expected, abs=1e-5)
+def build(config: PretrainConfig = CONFIG) -> MoCo:
+    method = build_method(config, torch.device("cpu"))
+    assert isinstance(method, MoCo)
+    return method
+
+
+def run(moco: MoCo, query_views: Tensor, key_views: Tensor, step: int = 0) -> MoCoOutput:
+    """One forward in one process, the key views given in the order of their queries."""
+    order = moco.key_order(step, len(key_views))
+    output: MoCoOutput = moco(query_views, key_views[order], order)
+    return output
 
 
 def test_loss_is_info_nce_written_out() -> None:
-    output = build_method(CONFIG)(views(0), views(1), 0)
-    losses = [-math.log(math.exp(row[0]) / sum(map(math.exp, row))) for row in output.logits.tolist()]
-    assert output.loss.item() == pytest.approx(sum(losses) / 8, rel=1e-5)
-    assert output.logits.shape == (8, 33)
+    moco = build()
+    output = run(moco, views(0), views(1))
+    losses = []
+    for query, key in zip(output.queries.tolist(), output.keys.tolist(), strict=True):
+        others = [key, *moco.queue.T.tolist()]
+        terms = [math.exp(sum(a * b for a, b in zip(query, other, strict=True)) / 0.2) for other in others]
+        losses.append(-math.log(terms[0] / sum(terms)))
+    assert output.contrast.loss.item() == pytest.approx(sum(losses) / 8, rel=1e-5)
 
 
 def test_collapsed_embeddings_cost_log_of_k_plus_one() -> None:
     moco = tiny_moco(32)
     moco.queue.copy_(torch.tensor([[1.0], [0.0]]).expand(2, 32))
     images = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(4, 2, 1, 1)
-    assert moco(images, images, 0).loss.item() == pytest.approx(math.log(33), abs=1e-5)
+    assert run(moco, images, images).contrast.loss.item() == pytest.approx(math.log(33), abs=1e-5)
 
 
 def test_keys_come_back_in_the_order_of_their_images() -> None:
     images = unit_rows(8, 2, 0).view(8, 2, 1, 1)
-    output = tiny_moco(32)(images, images, 3)
+    output = run(tiny_moco(32), images, images, 3)
     torch.testing.assert_close(output.keys, images.flatten(1))  # the rows are normalised once more
     assert torch.equal(output.keys, output.queries)
 
 
 def test_keys_are_normalised_with_other_images_than_their_queries() -> None:
-    moco = build_method(CONFIG)
-    output = moco(views(0), views(0), 0)
+    moco = build()
+    output = run(moco, views(0), views(0))
     assert (output.queries - output.keys).abs().max() > 1e-3  # same views, same weights: only BN groups differ
     assert all(not isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) for m in moco.modules())
     assert {m.group_size for m in moco.modules() if isinstance(m, SplitBatchNorm)} == {4}
 
 
 def test_key_parameters_start_equal_and_get_no_gradient() -> None:
-    moco = build_method(with_moco(head="mlp_bn"))
+    moco = build(with_moco(head="mlp_bn"))
     pairs = list(zip(moco.key_encoder.parameters(), moco.query_encoder.parameters(), strict=True))
     assert all(torch.equal(key, query) for key, query in pairs)
-    moco(views(0), views(1), 0).loss.backward()
+    run(moco, views(0), views(1)).contrast.loss.backward()
     assert all(key.grad is None and not key.requires_grad and query.grad is not None for key, query in pairs)
 
 
@@ -95,7 +105,7 @@ def test_moving_average_of_parameters(momentum: float, expected: float) -> None:
 
 
 def test_moving_average_is_not_lost_to_low_precision() -> None:
-    moco = build_method(dataclasses.replace(CONFIG, precision="bfloat16"))
+    moco = build(dataclasses.replace(CONFIG, precision="bfloat16"))
     nn.init.constant_(moco.key_encoder.head[0].weight, 1.0)
     nn.init.constant_(moco.query_encoder.head[0].weight, 1.01)
     for _ in range(1000):
@@ -104,8 +114,8 @@ def test_moving_average_is_not_lost_to_low_precision() -> None:
 
 
 def test_key_batch_norm_statistics_are_its_own() -> None:
-    moco = build_method(CONFIG)
-    moco(views(0), views(1) * 5, 0)
+    moco = build()
+    run(moco, views(0), views(1) * 5)
     before = [buffer.clone() for buffer in moco.key_encoder.buffers()]
     moco.update_key_encoder(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, moco.key_encoder.buffers(), strict=True))
@@ -131,8 +141,8 @@ def test_queue_wraps_without_dropping_the_tail(length: int, batch: int) -> None:
 
 
 def test_positives_are_not_among_the_negatives_until_enqueued() -> None:
-    moco = build_method(CONFIG)
-    output = moco(views(0), views(1), 0)
+    moco = build()
+    output = run(moco, views(0), views(1))
     assert (output.keys @ moco.queue).max() < 1 - 1e-6
     moco.enqueue(output.keys)
     torch.testing.assert_close((output.keys @ moco.queue).max(dim=1).values, torch.ones(8))
@@ -146,14 +156,16 @@ def test_queue_starts_with_seeded_unit_columns() -> None:
 
 
 def test_bfloat16_keeps_head_and_logits_in_float32() -> None:
-    low = build_method(dataclasses.replace(CONFIG, precision="bfloat16"))
+    low = build(dataclasses.replace(CONFIG, precision="bfloat16"))
     seen = []
     low.query_encoder.encoder.layer1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     low.query_encoder.head.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    output, exact = low(views(0), views(1), 0), build_method(CONFIG)(views(0), views(1), 0)
+    output, exact = run(low, views(0), views(1)), run(build(), views(0), views(1))
     assert seen == [torch.bfloat16, torch.float32]
-    assert output.logits.dtype == torch.float32
-    assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.05)  # bf16 has 3 significant digits
+    assert output.contrast.loss.dtype == output.queries.dtype == torch.float32
+    assert output.contrast.loss.item() == pytest.approx(
+        exact.contrast.loss.item(), rel=0.05
+    )  # bf16 has 3 significant digits
 
 
 @pytest.mark.parametrize(
@@ -164,10 +176,10 @@ def test_bfloat16_keeps_head_and_logits_in_float32() -> None:
     ],
 )
 def test_heads_are_the_official_ones(head: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    state = build_method(with_moco(head=head)).query_encoder.head.state_dict()
+    state = build(with_moco(head=head)).query_encoder.head.state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
 
 
 def test_one_bn_group_for_the_whole_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pretrain.moco.bn_group_size is 8: it must be smaller than .* \(8\)"):
-        build_method(with_moco(bn_group_size=8))
+        build(with_moco(bn_group_size=8))

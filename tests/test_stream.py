@@ -64,8 +64,7 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
     assert [batch.position for batch in ours] == [batch.position for batch in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys == other.keys
-        assert torch.equal(one.query_views, other.query_views)
-        assert torch.equal(one.key_views, other.key_views)
+        assert torch.equal(one.crops, other.crops)
 
 
 def test_every_epoch_delivers_its_steps_and_no_image_twice(shards: str) -> None:
@@ -79,11 +78,9 @@ def test_every_epoch_delivers_its_steps_and_no_image_twice(shards: str) -> None:
 
 
 def test_views_show_the_image_of_their_key(shards: str) -> None:
-    plain = ViewsConfig(size=8, jitter=0, grayscale=0, blur=0, mean=(0, 0, 0), std=(1, 1, 1))
-    for batch in run(shards, dataclasses.replace(config(), views=plain)):
-        expected = torch.tensor([int(key) for key in batch.keys])[:, None, None, None].expand(-1, 3, 8, 8)
-        for view in (batch.query_views, batch.key_views):
-            assert torch.equal((view * 255).round().long(), expected)
+    for batch in run(shards, config()):
+        expected = torch.tensor([int(key) for key in batch.keys])[:, None, None, None, None].expand(-1, 2, 3, 8, 8)
+        assert torch.equal(batch.crops.long(), expected)
 
 
 @pytest.mark.parametrize("consumed", [1, 4, 5, 7])
@@ -98,8 +95,7 @@ def test_ranks_together_have_the_batches_of_one(shards: str, world_size: int) ->
     ranks = [run(shards, config(), rank=rank, world_size=world_size) for rank in range(world_size)]
     joined = [
         Batch(
-            torch.cat([part.query_views for part in parts]),
-            torch.cat([part.key_views for part in parts]),
+            torch.cat([part.crops for part in parts]),
             [key for part in parts for key in part.keys],
             parts[0].position,
         )

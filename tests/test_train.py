@@ -9,20 +9,23 @@ import torch
 from ranks import run_ranks
 from torch.nn import functional
 
-from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig
+from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.counts import BadSample, ReadCounts
 from hemoco.data.loader import StreamPosition
 from hemoco.data.stream import Batch
 from hemoco.distributed import rank, world_size
 from hemoco.errors import CheckpointError, TrainingError
 from hemoco.shuffle_bn import shuffle_order
-from hemoco.train import StepMetrics, Throughput, TrainState, build_state, train_steps
+from hemoco.train import StepMetrics, Throughput, TrainState, build_state, make_views, train_steps
 
 CONFIG = PretrainConfig(
     epochs=3,
     global_batch_size=8,
     log_every_steps=1,
     encoder=EncoderConfig(architecture="resnet10t", stem="small"),
+    views=ViewsConfig(
+        size=32, flip=0, jitter=0, grayscale=0, blur=(0, 0), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+    ),
     moco=MoCoConfig(embedding_size=16, queue_length=24, momentum=0.9, bn_group_size=4),
     optimizer=OptimizerConfig(lr=0.03),
     stream=StreamConfig(lanes=1),
@@ -35,8 +38,9 @@ def random_batches(first: int = 0, last: int = 6) -> Iterator[Batch]:
     """This rank's part of global batches that depend on the step alone."""
     mine = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
     for step in range(first, last):
-        views = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(step))[:, mine]
-        yield Batch(views[0], views[1], ["key"] * views.shape[1], StreamPosition(*divmod(step, STEPS_PER_EPOCH)))
+        generator = torch.Generator().manual_seed(step)
+        crops = torch.randint(256, (8, 2, 3, 32, 32), generator=generator, dtype=torch.uint8)[mine]
+        yield Batch(crops, ["key"] * len(crops), StreamPosition(*divmod(step, STEPS_PER_EPOCH)))
 
 
 def fresh(config: PretrainConfig = CONFIG, data_digest: str = "d1") -> TrainState:
@@ -44,7 +48,7 @@ def fresh(config: PretrainConfig = CONFIG, data_digest: str = "d1") -> TrainStat
 
 
 def train(state: TrainState, first: int, last: int) -> list[StepMetrics]:
-    return list(train_steps(state, random_batches(first, last), state.config, STEPS_PER_EPOCH))
+    return list(train_steps(state, random_batches(first, last), STEPS_PER_EPOCH))
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
@@ -101,12 +105,13 @@ def written_out(state: TrainState) -> Iterator[float]:
     queue = list(state.model.queue.T)
     velocities = [torch.zeros_like(p) for p in query.parameters()]
     for step, batch in enumerate(random_batches()):
-        queries = query(batch.query_views)
+        query_views, key_views = batch.crops.float().div(255).sub(0.5).div(0.25).unbind(1)
+        queries = functional.normalize(query(query_views), dim=1)
         with torch.no_grad():
             for k, q in zip(key.parameters(), query.parameters(), strict=True):
                 k.copy_(0.9 * k + 0.1 * q)
             order = shuffle_order(CONFIG.seed, step, 8).tolist()
-            shuffled = key(batch.key_views[order])
+            shuffled = functional.normalize(key(key_views[order]), dim=1)
             keys = [shuffled[order.index(i)] for i in range(8)]
         logits = [torch.stack([q @ k, *(q @ old for old in queue)]) / 0.2 for q, k in zip(queries, keys, strict=True)]
         loss = sum(row.logsumexp(0) - row[0] for row in logits) / 8
@@ -117,6 +122,80 @@ def written_out(state: TrainState) -> Iterator[float]:
                 p.sub_(lr * v.mul_(0.9).add_(g + 1e-4 * p))
         queue = queue[8:] + keys  # the order of the negatives does not matter to the loss
         yield loss.item()
+
+
+def seen_views() -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key views of one step with all augmentation."""
+    config = dataclasses.replace(CONFIG, views=ViewsConfig(size=32, solarize=(0.2, 0.2)))
+    return make_views(next(random_batches(5)), config, 0, shuffle_order(0, 7, 8))
+
+
+def test_views_do_not_depend_on_the_world_size() -> None:
+    alone, both = seen_views(), run_ranks(seen_views, 2)
+    for place in (0, 1):
+        assert torch.equal(torch.cat([found[place] for found in both]), alone[place])
+
+
+def test_key_views_come_in_the_order_asked_for() -> None:
+    batch, order = next(random_batches()), shuffle_order(0, 7, 8)
+    config = dataclasses.replace(CONFIG, views=ViewsConfig(size=32))
+    assert torch.equal(make_views(batch, config, 0, order)[1], make_views(batch, config, 0, None)[1][order])
+
+
+def joined_parts() -> list[torch.Tensor]:
+    config, batch = dataclasses.replace(CONFIG, accumulation_steps=2), next(random_batches())
+    return [torch.cat(views) for views in zip(*(make_views(batch, config, p, None) for p in range(2)), strict=True)]
+
+
+def test_parts_of_a_batch_have_its_views() -> None:
+    whole = make_views(next(random_batches()), CONFIG, 0, None)
+    ranks = [torch.cat(views) for views in zip(*run_ranks(joined_parts, 2), strict=True)]
+    for found in (joined_parts(), ranks):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, whole, strict=True))
+
+
+def unshuffled_training(parts: int, group: int = 4) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Two steps whose keys stay in order: then BN groups of 4 are the same in one part as in two."""
+    state = fresh(dataclasses.replace(with_moco(bn_group_size=group), accumulation_steps=parts))
+    state.model.key_order = lambda _, count: torch.arange(count)  # type: ignore[method-assign,assignment]
+    return [m.values for m in train(state, 0, 2)], tensors(state)
+
+
+def test_two_parts_train_as_the_whole_batch_does() -> None:
+    (whole, expected), (parts, found) = unshuffled_training(1), unshuffled_training(2)
+    for mine, theirs in zip(parts, whole, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+    for name in ("key_encoder.head.2.weight", "query_encoder.head.2.weight", "queue", "queue_pointer"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_on_two_ranks_train_as_on_one() -> None:
+    (one, _), both = unshuffled_training(2, 2), run_ranks(unshuffled_training, 2, 2, 2)
+    for values, _ in both:
+        for mine, theirs in zip(values, one, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+            assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+
+
+def test_float16_skips_the_step_of_gradients_that_overflow() -> None:
+    state = fresh(dataclasses.replace(CONFIG, precision="float16"))
+    before, scale = tensors(state), state.scaler.get_scale()
+    state.model.query_encoder.head[2].weight.register_hook(lambda gradient: gradient * math.inf)
+    train(state, 0, 1)
+    after = tensors(state)
+    assert all(torch.equal(after[n], before[n]) for n, _ in state.model.named_parameters())
+    assert state.scaler.get_scale() == scale / 2
+    assert (state.step, state.model.queue_pointer) == (1, 8)  # the schedule and the queue go on
+
+
+def test_float16_is_saved_with_its_scale() -> None:
+    first, second = (fresh(dataclasses.replace(CONFIG, precision="float16")) for _ in range(2))
+    values = train(first, 0, 1)[0].values
+    first.scaler.update(512.0)
+    assert math.isfinite(values["loss"]) and values["gradient_norm"] < 100  # not times the scale
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.get_scale() == 512.0
 
 
 def test_losses_equal_the_algorithm_written_out() -> None:
@@ -138,7 +217,7 @@ def test_keys_are_embedded_after_exactly_one_moving_average() -> None:
     key, query = (n.head[2].weight for n in (state.model.key_encoder, state.model.query_encoder))
     seen: list[torch.Tensor] = []
     state.model.key_encoder.register_forward_pre_hook(lambda *_: seen.append(key.clone()))
-    queries = [query.detach().clone() for _ in train_steps(state, random_batches(), CONFIG, STEPS_PER_EPOCH)]
+    queries = [query.detach().clone() for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH)]
     expected = seen[0]
     for step in range(1, 6):
         expected = (expected + queries[step - 1]) / 2
@@ -149,7 +228,7 @@ def test_each_step_enqueues_the_keys_of_the_global_batch_after_the_loss() -> Non
     state = fresh()
     outputs: list[torch.Tensor] = []
     state.model.register_forward_hook(lambda _, __, output: outputs.append(output.keys))
-    for _ in train_steps(state, random_batches(), CONFIG, STEPS_PER_EPOCH):
+    for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH):
         place = (state.step - 1) * 8 % 24
         assert torch.equal(state.model.queue[:, place : place + 8].T, outputs[-1])
     assert state.model.queue_pointer == 6 * 8 % 24
@@ -157,7 +236,7 @@ def test_each_step_enqueues_the_keys_of_the_global_batch_after_the_loss() -> Non
 
 def test_values_come_every_n_steps_and_at_the_end() -> None:
     config = dataclasses.replace(CONFIG, log_every_steps=4)
-    metrics = list(train_steps(fresh(config), random_batches(), config, STEPS_PER_EPOCH))
+    metrics = list(train_steps(fresh(config), random_batches(), STEPS_PER_EPOCH))
     assert [bool(m.values) for m in metrics] == [False, False, False, True, False, True]
     assert [(m.step, m.epoch, *m.position) for m in metrics][:3] == [(1, 0, 0, 0), (2, 0, 0, 1), (3, 1, 1, 0)]
     lrs = [0.5 * 0.03 * (1 + math.cos(math.pi * epoch / 3)) for epoch in (1, 2)]
@@ -169,15 +248,15 @@ def noisy_patterns(steps: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(128, 3, 2, 2, generator=generator).split(16)
     for step in range(steps):
-        images = functional.interpolate(patterns[step % 8], size=16)
-        first, second = (images + 0.3 * torch.randn(images.shape, generator=generator) for _ in range(2))
-        yield Batch(first, second, ["key"] * 16, StreamPosition(0, step))
+        images = functional.interpolate(patterns[step % 8], size=16)[:, None].expand(-1, 2, -1, -1, -1)
+        noisy = images + 0.3 * torch.randn(images.shape, generator=generator)
+        yield Batch((noisy * 64 + 128).clamp(0, 255).byte(), ["key"] * 16, StreamPosition(0, step))
 
 
 def test_training_tells_images_apart() -> None:
     moco = MoCoConfig(embedding_size=16, queue_length=64, momentum=0.99, bn_group_size=8)
     config = dataclasses.replace(CONFIG, global_batch_size=16, moco=moco, epochs=1)
-    values = [m.values for m in train_steps(fresh(config), noisy_patterns(60), config, 60)]
+    values = [m.values for m in train_steps(fresh(config), noisy_patterns(60), 60)]
     early, late = values[9], values[-1]  # at step 10 the queue holds keys only, all nearly alike
     assert early["embedding_std"] < 0.2
     assert late["embedding_std"] > 0.5
@@ -186,7 +265,7 @@ def test_training_tells_images_apart() -> None:
 
 def test_an_evaluation_between_steps_does_not_freeze_batch_norm() -> None:
     state = fresh()
-    for _ in train_steps(state, random_batches(0, 2), CONFIG, STEPS_PER_EPOCH):
+    for _ in train_steps(state, random_batches(0, 2), STEPS_PER_EPOCH):
         state.model.eval()
     assert state.model.query_encoder.encoder.bn1.num_batches_tracked == 2
     assert state.model.key_encoder.encoder.bn1.num_batches_tracked == 2
@@ -195,16 +274,16 @@ def test_an_evaluation_between_steps_does_not_freeze_batch_norm() -> None:
 def test_non_finite_loss_stops_before_the_parameters_change() -> None:
     state = fresh()
     before = [p.clone() for p in state.model.query_encoder.parameters()]
-    batch = next(random_batches())._replace(query_views=torch.full((8, 3, 32, 32), math.nan))
+    state.model.queue.fill_(math.nan)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 1.*lower pretrain.optimizer.lr"):
-        next(train_steps(state, [batch], CONFIG, STEPS_PER_EPOCH))
+        next(train_steps(state, random_batches(), STEPS_PER_EPOCH))
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.query_encoder.parameters(), strict=True))
     assert state.step == 0
 
 
 def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(caplog: pytest.LogCaptureFixture) -> None:
     state = fresh()
-    state.model.query_encoder.head.register_forward_hook(lambda _, __, x: x * 0 + functional.normalize(x[:1] * 0 + 1))
+    state.model.query_encoder.head.register_forward_hook(lambda _, __, x: x * 0 + 1)
     with caplog.at_level(logging.WARNING):
         train(state, 0, 3)
     assert [r.getMessage() for r in caplog.records] == ["event=collapse step=3 embedding_std=0.000 expected=1"]

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hemoco.data import views
 from hemoco.data.decode import decode_image
 
 ODD = Path(__file__).parents[2] / "shared/data/odd"
-PLAIN = ViewsConfig(size=32, jitter=0, grayscale=0, blur=0, mean=(0, 0, 0), std=(1, 1, 1))
+PLAIN = ViewsConfig(size=32, jitter=0, grayscale=0, blur=(0, 0), mean=(0, 0, 0), std=(1, 1, 1))
 AT = {"seed": 3, "epoch": 1, "step": 5}
 
 
@@ -45,34 +46,42 @@ def colours(count: int, **changed: NDArray[Any]) -> views.AugmentDraws:
         "grayscale": np.zeros(count, bool),
         "blur": np.zeros(count, bool),
         "sigmas": np.ones(count),
+        "solarize": np.zeros(count, bool),
     }
     return views.AugmentDraws(**(neutral | changed))
 
 
-@pytest.mark.parametrize("draw", [views.draw_crops, views.draw_augmentation])
+@pytest.mark.parametrize("draw", [views.draw_crops, functools.partial(views.draw_augmentation, view=1)])
 def test_slots_of_ranks_together_draw_what_the_whole_batch_draws(draw: Any) -> None:
     whole = draw(ViewsConfig(), **AT, slots=(0, 12))
     parts = [draw(ViewsConfig(), **AT, slots=slots) for slots in ((0, 5), (5, 6), (6, 12))]
     for field in dataclasses.fields(whole):
         values = [getattr(drawn, field.name) for drawn in (whole, *parts)]
-        if draw is views.draw_augmentation:  # all query views come before all key views
-            values = [np.stack(np.split(value, 2), axis=1) for value in values]
         assert np.array_equal(np.concatenate(values[1:]), values[0])
+
+
+def test_draws_of_some_images_are_theirs_in_the_order_asked_for() -> None:
+    whole = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 12), view=0)
+    some = whole.take(np.array([7, 2]))
+    for field in dataclasses.fields(whole):
+        assert np.array_equal(getattr(some, field.name), getattr(whole, field.name)[[7, 2]])
 
 
 def test_draws_differ_between_views_slots_steps_and_epochs() -> None:
     keys = [AT, AT | {"step": 6}, AT | {"epoch": 2}, AT | {"seed": 4}]
     drawn = [views.draw_crops(ViewsConfig(), **key, slots=(0, 50)).corners.ravel() for key in keys]
     assert len(np.unique(drawn)) == 4 * 50 * 2 * 2
-    sigmas = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 50)).sigmas
+    sigmas = [views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 50), view=view).sigmas for view in range(2)]
     assert len(np.unique(sigmas)) == 100
 
 
 def test_rates_and_ranges_are_those_of_the_config() -> None:
-    draws = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 5000))
-    rates = (draws.jitter, 0.8), (draws.grayscale, 0.2), (draws.blur, 0.5), (draws.flips, 0.5)
+    config = ViewsConfig(blur=(0.5, 0.1), solarize=(0.0, 0.2))
+    draws, key_draws = (views.draw_augmentation(config, **AT, slots=(0, 10_000), view=view) for view in range(2))
+    rates = [(draws.jitter, 0.8), (draws.grayscale, 0.2), (draws.flips, 0.5), (key_draws.flips, 0.5)]
+    rates += [(draws.blur, 0.5), (key_draws.blur, 0.1), (draws.solarize, 0), (key_draws.solarize, 0.2)]
     for drawn, rate in rates:
-        assert abs(drawn.mean() - rate) < 0.02  # 10,000 draws: four standard deviations
+        assert abs(drawn.mean() - rate) < 0.015  # three standard deviations
     assert np.allclose(draws.factors.min(0), [0.6, 0.6, 0.6, -0.1], atol=1e-3)
     assert np.allclose(draws.factors.max(0), [1.4, 1.4, 1.4, 0.1], atol=1e-3)
     assert np.allclose([draws.sigmas.min(), draws.sigmas.max()], [0.1, 2.0], atol=2e-3)
@@ -129,8 +138,8 @@ def test_each_adjustment_equals_torchvision(number: int) -> None:
 
 def test_jitter_takes_each_sample_in_its_own_order() -> None:
     batch, config = images(24), dataclasses.replace(PLAIN, jitter=0.8)
-    draws = views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 12))
-    draws = dataclasses.replace(draws, grayscale=np.zeros(24, bool))
+    draws = views.draw_augmentation(ViewsConfig(blur=(0, 0)), **AT, slots=(0, 24), view=0)
+    draws = dataclasses.replace(draws, grayscale=np.zeros(24, bool), flips=np.zeros(24, bool))
     out = views.augment(batch, draws, config)
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
     for row in range(24):
@@ -149,14 +158,25 @@ def test_blur_is_gaussian_with_each_sample_its_sigma() -> None:
     assert torch.allclose(views.gaussian_blur(torch.ones(1, 3, 16, 16), torch.tensor([2.0])), torch.ones(1, 3, 16, 16))
 
 
-def test_only_the_drawn_samples_are_flipped_blurred_and_made_grey() -> None:
-    batch, first, second, third = images(4), *np.eye(4, dtype=bool)[:3]
-    draws = colours(4, grayscale=first, blur=second, flips=third)
-    out = views.augment(batch, draws, dataclasses.replace(PLAIN, grayscale=0.2, blur=0.5))
+def test_only_the_drawn_samples_are_changed() -> None:
+    batch, first, second, third, fourth = images(5), *np.eye(5, dtype=bool)[:4]
+    draws = colours(5, grayscale=first, blur=second, flips=third, solarize=fourth)
+    out = views.augment(batch, draws, PLAIN)
     plain = batch.float() / 255
+    assert torch.allclose(out[3], functional.solarize(batch[3], 128).float() / 255, atol=1e-6)
     assert torch.allclose(out[0], functional.rgb_to_grayscale(plain[0], 3), atol=1e-6)
     assert torch.equal(out[2], functional.hflip(plain[2]))
-    assert torch.equal(out[3], plain[3]) and not torch.equal(out[1], plain[1])
+    assert torch.equal(out[4], plain[4]) and not torch.equal(out[1], plain[1])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_grey_comes_before_or_after_the_jitter(first: bool) -> None:
+    config = dataclasses.replace(PLAIN, jitter=1.0, grayscale_first=first)
+    every, factors = np.ones(2, bool), np.tile([1.0, 1.0, 1.0, 0.3], (2, 1))
+    out = views.augment(images(2), colours(2, jitter=every, grayscale=every, factors=factors), config)
+    plain = images(2).float() / 255
+    turned = plain if first else functional.adjust_hue(plain, 0.3)  # grey has no hue to turn
+    assert torch.allclose(out, functional.rgb_to_grayscale(turned, 3), atol=1e-4)
 
 
 def test_normalisation_is_torchvisions_and_the_crops_stay_untouched() -> None:

@@ -1,6 +1,4 @@
-"""Batches of two views from shards, and labelled images for evaluation.
-
-Loader processes decode and crop to uint8; the rest of the augmentation runs batched on the device.
+"""Batches of cropped views from shards, and labelled images for evaluation.
 
 Shapes: N images on this rank, S x S a view, M images of a split, B of an evaluation batch.
 """
@@ -19,7 +17,7 @@ from hemoco.data.counts import BadSampleFile, BadSampleLimit, ReadCounts, sum_co
 from hemoco.data.decode import decode_image
 from hemoco.data.loader import CropBatch, CropSource, StreamPosition, epoch_order, start_loader
 from hemoco.data.shards import Shard, ShardColumns, ShardIndex, read_index, read_shard
-from hemoco.data.views import augment, center_view, draw_augmentation
+from hemoco.data.views import center_view
 from hemoco.errors import HemocoError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -30,11 +28,10 @@ _PATIENCE_S = 600.0  # of evaluation
 class Batch(NamedTuple):
     """One rank's part of a global batch, on the device."""
 
-    query_views: Tensor
-    """float32 (N, 3, S, S), normalised."""
-    key_views: Tensor
-    """float32 (N, 3, S, S), normalised; row i shows the image of query i."""
+    crops: Tensor
+    """uint8 (N, 2, 3, S, S): of each image the query's and the key's, not yet augmented."""
     keys: list[str]
+    """Of the images, in their order."""
     position: StreamPosition
     reading: ReadCounts = ReadCounts()
     """What was read since the batch before, on this rank."""
@@ -95,7 +92,7 @@ def batches(
         for first in loaded:
             parts = [_raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]]
             waited = ReadCounts(wait_s=time.perf_counter() - began)
-            batch = _batch(parts, waited, config, device)
+            batch = _batch(parts, waited, device)
             bad_samples.add(batch.reading.bad)
             limit.add(batch.reading)
             yield batch
@@ -120,17 +117,10 @@ def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, l
     return images, torch.tensor(labels, dtype=torch.int64), keys
 
 
-def _batch(parts: list[CropBatch], waited: ReadCounts, config: PretrainConfig, device: torch.device) -> Batch:
-    epoch, step = parts[0].position
-    slots = (parts[0].slots[0], parts[-1].slots[1])
+def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:
     crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, 2, 3, S, S)
-    draws = draw_augmentation(config.views, seed=config.seed, epoch=epoch, step=step, slots=slots)
-    views = augment(crops.transpose(0, 1).flatten(0, 1), draws, config.views)  # (2 N, 3, S, S)
-    query_views, key_views = views.chunk(2)
     keys = [key for part in parts for key in part.keys]
-    return Batch(
-        query_views, key_views, keys, parts[0].position, sum_counts([waited, *(part.reading for part in parts)])
-    )
+    return Batch(crops, keys, parts[0].position, sum_counts([waited, *(part.reading for part in parts)]))
 
 
 def _raise_error(part: CropBatch | HemocoError) -> CropBatch:

@@ -3,11 +3,13 @@
 Every random number is keyed by (seed, epoch, step, slot): a view depends neither on ranks nor on loader processes, and
 a setting changed does not shift the draws of another.
 
-Shapes: N images, M = 2 N views (all queries, then all keys), H x W an image, S x S a view.
+Shapes: N images, H x W an image, S x S a view.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ _RATIOS = (3 / 4, 4 / 3)  # width / height of a crop, as torchvision
 _SIGMAS = (0.1, 2.0)  # pixels, SimCLR's blur
 _VIEWS = 2  # purpose of the draws, part of their key; those of the order have others
 _DRAWS = 36  # uniform numbers per view; a multiple of 4, what one Philox counter gives
+_SOLARIZE_FROM = 128 / 255
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision
 
 
@@ -39,22 +42,29 @@ class CropDraws:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentDraws:
-    """What happens to M views after they are cropped."""
+    """What happens to one view of N images after it is cropped."""
 
     flips: NDArray[np.bool_]
-    """Whether left and right are swapped (M,)."""
+    """Whether left and right are swapped (N,)."""
     jitter: NDArray[np.bool_]
-    """Whether the colours are jittered (M,)."""
+    """Whether the colours are jittered (N,)."""
     order: NDArray[np.int64]
-    """Which of brightness 0, contrast 1, saturation 2, hue 3 comes first to last (M, 4)."""
+    """Which of brightness 0, contrast 1, saturation 2, hue 3 comes first to last (N, 4)."""
     factors: NDArray[np.float64]
-    """Brightness, contrast and saturation factor, hue shift in turns (M, 4)."""
+    """Brightness, contrast and saturation factor, hue shift in turns (N, 4)."""
     grayscale: NDArray[np.bool_]
-    """(M,)."""
+    """(N,)."""
     blur: NDArray[np.bool_]
-    """(M,)."""
+    """(N,)."""
     sigmas: NDArray[np.float64]
-    """Of the blur, pixels (M,)."""
+    """Of the blur, pixels (N,)."""
+    solarize: NDArray[np.bool_]
+    """(N,)."""
+
+    def take(self, rows: NDArray[np.int64]) -> "AugmentDraws":
+        """Those of some of the images, in the order of `rows` (n,)."""
+        fields = {field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)}
+        return AugmentDraws(**fields)
 
 
 def draw_crops(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> CropDraws:
@@ -69,9 +79,11 @@ def draw_crops(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: 
     )
 
 
-def draw_augmentation(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> AugmentDraws:
-    """What follows the crops of the slots [first, last): the query views of all, then the key views of all."""
-    draws = np.concatenate(np.split(_uniform(seed, epoch, step, slots), 2, axis=1))[:, 0]  # (M, 36)
+def draw_augmentation(
+    config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int], view: int
+) -> AugmentDraws:
+    """What follows the crops of one view, 0 or 1, of the slots [first, last) of a global batch."""
+    draws = _uniform(seed, epoch, step, slots)[:, view]  # (N, 36)
     strengths = np.array([config.brightness, config.contrast, config.saturation])
     low = np.append(np.maximum(1 - strengths, 0), -config.hue)
     high = np.append(1 + strengths, config.hue)
@@ -81,8 +93,9 @@ def draw_augmentation(config: ViewsConfig, *, seed: int, epoch: int, step: int, 
         order=np.argsort(draws[:, 24:28], axis=1),
         factors=low + (high - low) * draws[:, 28:32],
         grayscale=draws[:, 32] < config.grayscale,
-        blur=draws[:, 33] < config.blur,
+        blur=draws[:, 33] < config.blur[view],
         sigmas=_SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * draws[:, 34],
+        solarize=draws[:, 35] < config.solarize[view],
     )
 
 
@@ -123,39 +136,45 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def augment(crops: Tensor, draws: AugmentDraws, config: ViewsConfig) -> Tensor:
-    """Flip, colour jitter, greyscale, blur and normalisation, each view with its own draws.
+    """Flip, colour jitter, greyscale, blur, solarisation and normalisation, each image with its own draws.
 
     The operations are torchvision's on floats: unlike on Pillow images nothing is rounded in between. The blur is
     exactly Gaussian where the reference recipe has Pillow's approximation, and at the border its weights are
     renormalised.
 
     Args:
-        crops: uint8 (M, 3, S, S), on the device that computes.
-        draws: of these M views.
+        crops: uint8 (N, 3, S, S), on the device that computes.
+        draws: of these N crops.
 
     Returns:
-        float32 (M, 3, S, S), normalised.
+        float32 (N, 3, S, S), normalised.
     """
-    device = crops.device
     images = crops.float().div_(255)
-    if config.flip > 0:
-        rows = _rows(draws.flips, device)
-        images.index_copy_(0, rows, images.index_select(0, rows).flip(-1))
-    if config.jitter > 0:
-        _jitter(images, draws, config)
-    if config.grayscale > 0:
-        rows = _rows(draws.grayscale, device)
-        images.index_copy_(0, rows, _luma(images.index_select(0, rows)).expand(-1, 3, -1, -1))
-    if config.blur > 0:
-        rows = _rows(draws.blur, device)
-        sigmas = torch.from_numpy(draws.sigmas[draws.blur]).to(device, torch.float32)
-        images.index_copy_(0, rows, gaussian_blur(images.index_select(0, rows), sigmas))
+    _change(images, draws.flips, lambda chosen: chosen.flip(-1))
+    if config.grayscale_first:
+        _change(images, draws.grayscale, to_grayscale)
+    _jitter(images, draws, config)
+    if not config.grayscale_first:
+        _change(images, draws.grayscale, to_grayscale)
+    sigmas = torch.from_numpy(draws.sigmas[draws.blur]).to(images.device, torch.float32)
+    _change(images, draws.blur, lambda chosen: gaussian_blur(chosen, sigmas))
+    _change(images, draws.solarize, solarize)
     return normalise(images, config.mean, config.std)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Images in [0, 1] (N, 3, H, W) minus the mean, over the standard deviation of each channel; in place."""
     return images.sub_(_channels(mean, images)).div_(_channels(std, images))
+
+
+def to_grayscale(images: Tensor) -> Tensor:
+    """Images (N, 3, S, S) with their luminance in all channels."""
+    return _luma(images).expand(-1, 3, -1, -1)
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Images (N, 3, S, S) whose values from 128 of 255 up are inverted."""
+    return torch.where(images >= _SOLARIZE_FROM, 1 - images, images)
 
 
 def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
@@ -184,14 +203,14 @@ def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
     return torch.lerp(_luma(images), images, factors[:, None, None, None]).clamp_(0, 1)
 
 
-def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
+def adjust_hue(images: Tensor, factors: Tensor) -> Tensor:
     """Images (N, 3, S, S) with their HSV hue turned by a shift each (N,), in whole turns."""
     red, green, blue = images.unbind(1)
     value = images.amax(1)  # (N, S, S)
     chroma = value - images.amin(1)
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * shifts[:, None, None]  # sixths of a turn
+    hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * factors[:, None, None]  # sixths of a turn
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
     sector = (hue[:, None] + offsets).remainder_(6)  # (N, 3, S, S)
     weight = torch.minimum(sector, 4 - sector).clamp_(0, 1)
@@ -203,18 +222,19 @@ _ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hu
 
 def _jitter(images: Tensor, draws: AugmentDraws, config: ViewsConfig) -> None:
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
-    factors = torch.from_numpy(draws.factors).to(images.device, torch.float32)  # (M, 4)
     for turn in range(4):
         for number, adjust in enumerate(_ADJUSTMENTS):
             chosen = draws.jitter & (draws.order[:, turn] == number)
-            if strengths[number] == 0 or not chosen.any():
-                continue
-            rows = _rows(chosen, images.device)
-            images.index_copy_(0, rows, adjust(images.index_select(0, rows), factors[rows, number]))
+            factors = torch.from_numpy(draws.factors[chosen, number]).to(images.device, torch.float32)
+            if strengths[number] > 0:
+                _change(images, chosen, functools.partial(adjust, factors=factors))
 
 
-def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(chosen)).to(device)
+def _change(images: Tensor, chosen: NDArray[np.bool_], how: Callable[[Tensor], Tensor]) -> None:
+    """Changes the chosen images (N,) in place."""
+    if chosen.any():
+        rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+        images.index_copy_(0, rows, how(images.index_select(0, rows)))
 
 
 def _luma(images: Tensor) -> Tensor:

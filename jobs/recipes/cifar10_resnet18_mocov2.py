@@ -32,7 +32,7 @@ recipe = Recipe(
         views=ViewsConfig(
             size=32,
             crop_scale=(0.08, 1.0),
-            blur=0.0,
+            blur=(0.0, 0.0),
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2023, 0.1994, 0.2010),
         ),

@@ -32,7 +32,9 @@ recipe = Recipe(
         log_every_steps=10,
         checkpoint_every_steps=200,
         knn_every_epochs=3,
-        views=ViewsConfig(size=32, crop_scale=(0.5, 1.0), saturation=0.8, hue=0.3, grayscale=0.3, blur=0.2, flip=0.0),
+        views=ViewsConfig(
+            size=32, crop_scale=(0.5, 1.0), saturation=0.8, hue=0.3, grayscale=0.3, blur=(0.2, 0.2), flip=0.0
+        ),
         encoder=EncoderConfig(architecture="resnet10t"),
         moco=MoCoConfig(head="mlp_bn", queue_length=512, momentum=0.99, temperature=0.1, bn_group_size=32),
         optimizer=OptimizerConfig(lr=0.03, weight_decay=5e-4),

@@ -1,0 +1,66 @@
+"""Batch normalisation by the statistics of all ranks' images, which MoCo v3 needs.
+
+On GPUs it is torch's SyncBatchNorm. That refuses the CPU, where `AllReduceBatchNorm` does the same with two plain
+collectives.
+
+Shapes: N images on this rank, C channels.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hemoco.distributed import sum_with_gradient, world_size
+
+
+class AllReduceBatchNorm(_BatchNorm):
+    """Batch normalisation over the images of all ranks, (N, C) or (N, C, H, W); N is the same on every rank."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images, the shape unchanged."""
+        if not self.training or world_size() == 1:
+            normalised: Tensor = super().forward(images)
+            return normalised
+        over = [axis for axis in range(images.ndim) if axis != 1]
+        shape = [1, -1, *[1] * (images.ndim - 2)]
+        values = images.float()
+        count = world_size() * values.numel() // values.shape[1]
+        mean = sum_with_gradient(values.sum(over)) / count  # (C,)
+        centred = values - mean.view(shape)
+        # from the mean, not from the sum of squares: float32 would lose a small variance beside a large mean
+        variance = sum_with_gradient(centred.square().sum(over)) / count  # (C,)
+        self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+        outputs = centred * scale.view(shape)
+        if self.affine:
+            outputs = outputs + self.bias.view(shape)
+        return outputs.to(images.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.momentum is not None, "running statistics are moving averages"
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked.add_(1)
+
+    def _check_input_dim(self, images: Tensor) -> None:
+        assert images.ndim in (2, 4), f"expected (N, C) or (N, C, H, W), got {tuple(images.shape)}"
+
+
+def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
+    """Replaces each batch normalisation below `module` by one over all ranks with its parameters and statistics."""
+    kind = nn.SyncBatchNorm if device.type == "cuda" else AllReduceBatchNorm
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            synchronised = kind(child.num_features, child.eps, child.momentum, child.affine)
+            synchronised.load_state_dict(child.state_dict())
+            synchronised.requires_grad_(all(p.requires_grad for p in child.parameters()))
+            setattr(module, name, synchronised)
+        else:
+            synchronise_batch_norms(child, device)
