@@ -16,8 +16,6 @@ from hemoco.storage import absolute_url, join_url
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
 from pipeline.study import (
     Study,
-    check_pretraining,
-    check_transfers,
     closing_run,
     first_line,
     open_child,
@@ -30,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> None:
-    """The whole way; the result is in MLflow, where `hemoco.comparison` reads it.
+    """The whole way; the result is in MLflow, where `hemoco.comparison` reads it. `pipeline.study` checks before.
 
     Args:
         recipe: what to do.
@@ -42,8 +40,6 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
         UsageError: the name belongs to a run with other settings.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
-    check_pretraining(recipe)
-    check_transfers(recipe)
     study = open_study(recipe, run=run, storage=storage, fresh=fresh)
     try:
         done = _pretrain(study)
@@ -56,7 +52,6 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
 
 def pretrain_only(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Pretrained:
     """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second."""
-    check_pretraining(recipe)
     return _pretrain(open_study(recipe, run=run, storage=storage, fresh=fresh))
 
 
@@ -68,7 +63,6 @@ def transfer_only(recipe: Recipe, *, backbone_url: str, run: str, storage: str, 
     """
     backbone_url = absolute_url(backbone_url)
     metadata = backbone_metadata(backbone_url)
-    check_transfers(recipe)
     study = open_study(recipe, run=run, storage=storage, fresh=fresh)
     origin = {
         "hemoco.backbone_url": backbone_url,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, batches, load_images, steps_per_epoch
 from hemoco.distributed import broadcast_object, rank, world_size
 from hemoco.encoder import Backbone
+from hemoco.errors import TrainingError
 from hemoco.knn import extract_features, knn_accuracy
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
@@ -70,7 +71,7 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
         closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
         closing(_batches(job, state.position, device, bad_samples)) as source,
     ):
-        for metrics in train_steps(state, source, per_epoch):
+        for metrics in _naming_checkpoint(train_steps(state, source, per_epoch), folder):
             values = dict(metrics.values)
             if knn is not None and _ends_epoch(metrics.step, per_epoch, config):
                 values |= knn(state)
@@ -89,6 +90,15 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
                         keep_every_steps=config.keep_every_steps,
                     )
     return Pretrained(run_id=job.run_id, backbone_url=_export(job, state, index.digest), metrics=last)
+
+
+def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[StepMetrics]:
+    """The steps; where training cannot go on, the error says what is left of it."""
+    try:
+        yield from steps
+    except TrainingError as error:
+        left = checkpoint.newest_checkpoint(folder) or "there is none yet"
+        raise TrainingError(f"{error}; the last good checkpoint: {left}") from error
 
 
 def _resume(state: TrainState, folder: str) -> int:

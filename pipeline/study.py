@@ -1,16 +1,28 @@
 """A run opened by its name: checked, with its parent run in MLflow."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from hemoco import tracking
-from hemoco.config import DataConfig, MaskRcnnConfig, Recipe, TransferConfig, config_difference, flat_params
+from hemoco.config import (
+    DataConfig,
+    MaskRcnnConfig,
+    PretrainConfig,
+    Recipe,
+    TransferConfig,
+    config_difference,
+    flat_params,
+)
 from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import steps_per_epoch
 from hemoco.errors import ConfigError, UsageError
+from hemoco.preflight import checkpoint_bytes, doubtful_settings
 from hemoco.storage import absolute_url, join_url, remove
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +111,7 @@ def transfer_data(recipe: Recipe, config: TransferConfig) -> DataConfig:
 
 
 def check_pretraining(recipe: Recipe) -> None:
-    """What a pretraining would fail of later, found in seconds and without Ray.
+    """What a pretraining would fail of later, found in seconds and without Ray; settings that rarely work are logged.
 
     Raises:
         UsageError: the recipe names no shards.
@@ -109,7 +121,9 @@ def check_pretraining(recipe: Recipe) -> None:
     recipe = _with_absolute_urls(recipe)
     data, index = recipe.data, read_index(recipe.data.shards)
     index.split(data.pretrain_split)
-    steps_per_epoch(index, data.pretrain_split, recipe.pretrain)
+    for doubt in doubtful_settings(recipe.pretrain, steps_per_epoch(index, data.pretrain_split, recipe.pretrain)):
+        logger.warning("%s", doubt)
+    _say_checkpoints(recipe.pretrain)
     if not recipe.pretrain.knn_every_epochs:
         return
     if not index.classes:
@@ -133,6 +147,13 @@ def check_transfers(recipe: Recipe) -> None:
             raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO folder")
         if not isinstance(config, MaskRcnnConfig) and not found.classes:
             raise ConfigError(f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders")
+
+
+def _say_checkpoints(config: PretrainConfig) -> None:
+    kept = f"{config.keep_last} kept"
+    if config.keep_every_steps:
+        kept += f" and one every {config.keep_every_steps} steps"
+    logger.info("a checkpoint takes %.2f GB, %s", checkpoint_bytes(config) / 1e9, kept)
 
 
 def _with_absolute_urls(recipe: Recipe) -> Recipe:

@@ -39,6 +39,7 @@ from hemoco.train import batch_fingerprint
 from jobs.digits import write_digits
 from pipeline.graph import pretrain_only, pretrain_then_transfer, transfer_only
 from pipeline.pack import pack
+from pipeline.study import check_pretraining
 
 INTERVAL = 5
 
@@ -260,7 +261,7 @@ def _wait_until(holds, timeout_s):
         ({"shards": "file:///nowhere"}, "jobs pack"),
     ],
 )
-def test_recipe_that_does_not_fit_its_data_is_refused_before_any_work(recipe, s3, change, message):
+def test_recipe_that_does_not_fit_its_data_is_refused_before_any_work(recipe, change, message):
     other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **change))
     with pytest.raises(HemocoError, match=message):
-        pretrain_then_transfer(other, run="refused", storage=join_url(s3, "pipeline/runs"), fresh=False)
+        check_pretraining(other)

@@ -85,7 +85,8 @@ def batches(
         processes = f"{world_size} x {source.parts}"
         logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, config.stream.lanes)
     left_out = epoch_order(shards.samples, config, epoch=0).left_out
-    logger.info("event=stream split=%s samples=%d left_out_per_epoch=%d", split, shards.samples.sum(), left_out)
+    if rank == 0:
+        logger.info("event=stream split=%s samples=%d left_out_per_epoch=%d", split, shards.samples.sum(), left_out)
     loaded = iter(source) if config.stream.workers == 0 else iter(start_loader(source, device))
     try:
         began = time.perf_counter()

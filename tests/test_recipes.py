@@ -1,0 +1,163 @@
+"""The shipped recipes against the table of the official ones (../shared/reference/ssl.md, section 2.1)."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from hemoco.config import MoCoConfig, MoCoV3Config, PretrainConfig, ResourcesConfig, StreamConfig
+from hemoco.data.loader import StreamPosition
+from hemoco.data.stream import Batch
+from hemoco.optim import key_momentum, learning_rate
+from hemoco.train import build_state, train_steps
+from jobs.options import load_recipe, recipe_names
+
+OURS = {"demo", "degradation", "initialisation"}
+"""Recipes that nobody has published."""
+IMAGENET = [name for name in recipe_names() if name.startswith("imagenet")]
+
+
+class Row(NamedTuple):
+    """The columns of the table that differ between v1, v2 and v3."""
+
+    epochs: int
+    batch: int
+    kind: str
+    lr: float
+    weight_decay: float
+    schedule: str
+    warmup: int
+    momentum: float
+    temperature: float
+    size: int
+    precision: str
+    zero_init: bool
+
+
+TABLE = {
+    "imagenet_resnet50_mocov1": Row(200, 256, "sgd", 0.03, 1e-4, "step", 0, 0.999, 0.07, 128, "float32", False),
+    "imagenet_resnet50_mocov2": Row(200, 256, "sgd", 0.03, 1e-4, "cosine", 0, 0.999, 0.2, 128, "float32", False),
+    "imagenet_resnet50_mocov2_800ep": Row(800, 256, "sgd", 0.03, 1e-4, "cosine", 0, 0.999, 0.2, 128, "float32", False),
+    "imagenet_resnet50_mocov3_100ep": Row(
+        100, 4096, "lars", 9.6, 1e-6, "cosine_per_step", 10, 0.99, 1.0, 256, "float16", True
+    ),
+    "imagenet_resnet50_mocov3_300ep": Row(
+        300, 4096, "lars", 4.8, 1e-6, "cosine_per_step", 10, 0.99, 1.0, 256, "float16", True
+    ),
+    "imagenet_resnet50_mocov3_1000ep": Row(
+        1000, 4096, "lars", 4.8, 1.5e-6, "cosine_per_step", 10, 0.996, 1.0, 256, "float16", True
+    ),
+    "cifar10_resnet18_mocov2": Row(200, 512, "sgd", 0.06, 5e-4, "cosine", 0, 0.99, 0.1, 128, "float32", False),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_constants_are_those_of_the_official_recipe(name: str) -> None:
+    config, row = load_recipe(name).pretrain, TABLE[name]
+    optimizer, moco = config.optimizer, config.moco
+    found = Row(
+        *(config.epochs, config.global_batch_size, optimizer.kind, optimizer.lr, optimizer.weight_decay),
+        *(optimizer.schedule, optimizer.warmup_epochs, moco.momentum, moco.temperature, moco.embedding_size),
+        *(config.precision, config.encoder.zero_init_last),
+    )
+    assert found._replace(lr=round(found.lr, 9)) == row
+    assert optimizer.momentum == 0.9 and optimizer.trust == 0.001
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_every_imagenet_recipe_is_in_the_table_and_has_its_data_settings(name: str) -> None:
+    assert name in TABLE
+    views, encoder = load_recipe(name).pretrain.views, load_recipe(name).pretrain.encoder
+    assert (views.size, views.crop_scale, views.flip, views.grayscale) == (224, (0.2, 1.0), 0.5, 0.2)
+    assert (views.mean, views.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (encoder.architecture, encoder.stem, encoder.init, encoder.fan_mode) == (
+        *("resnet50", "imagenet", "kaiming", "fan_out"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "jitter", "strengths", "blur", "solarize", "grey_first"),
+    [
+        ("v1", 1.0, (0.4, 0.4, 0.4, 0.4), (0.0, 0.0), (0.0, 0.0), True),
+        ("v2", 0.8, (0.4, 0.4, 0.4, 0.1), (0.5, 0.5), (0.0, 0.0), False),
+        ("v3_100ep", 0.8, (0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2), False),
+    ],
+)
+def test_augmentation_is_that_of_the_version(
+    version: str,
+    jitter: float,
+    strengths: tuple[float, ...],
+    blur: tuple[float, float],
+    solarize: tuple[float, float],
+    grey_first: bool,
+) -> None:
+    views = load_recipe(f"imagenet_resnet50_moco{version}").pretrain.views
+    assert (views.jitter, views.blur, views.solarize, views.grayscale_first) == (jitter, blur, solarize, grey_first)
+    assert (views.brightness, views.contrast, views.saturation, views.hue) == strengths
+
+
+def test_queue_head_and_groups_are_those_of_the_version() -> None:
+    v1, v2, cifar = (
+        load_recipe(name).pretrain.moco
+        for name in ("imagenet_resnet50_mocov1", "imagenet_resnet50_mocov2", "cifar10_resnet18_mocov2")
+    )
+    assert isinstance(v1, MoCoConfig) and isinstance(v2, MoCoConfig) and isinstance(cifar, MoCoConfig)
+    assert (v1.head, v1.queue_length, v1.bn_group_size) == ("linear", 65536, 32)
+    assert (v2.head, v2.queue_length, v2.bn_group_size) == ("mlp", 65536, 32)
+    assert (cifar.head, cifar.queue_length, cifar.bn_group_size) == ("linear", 4096, 64)  # 8 groups of a batch of 512
+    v3 = load_recipe("imagenet_resnet50_mocov3_100ep").pretrain.moco
+    assert isinstance(v3, MoCoV3Config) and v3.hidden_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch", "lr"),
+    [
+        *[("imagenet_resnet50_mocov1", e, lr) for e, lr in ((119, 0.03), (120, 0.003), (160, 0.0003))],
+        *[("imagenet_resnet50_mocov2", e, lr) for e, lr in ((0, 0.03), (100, 0.015), (199, 1.85e-6))],
+        *[("imagenet_resnet50_mocov3_100ep", e, lr) for e, lr in ((0, 0), (5, 4.8), (10, 9.6), (55, 4.8))],
+    ],
+)
+def test_learning_rates_are_the_tables(name: str, epoch: int, lr: float) -> None:
+    config = load_recipe(name).pretrain
+    found = learning_rate(config.optimizer, step=epoch * 312, steps_per_epoch=312, epochs=config.epochs)
+    assert found == pytest.approx(lr, rel=1e-3)
+
+
+@pytest.mark.parametrize(("epoch", "momentum"), [(0, 0.99), (50, 0.995), (100, 1.0)])
+def test_momentum_of_v3_is_the_tables(epoch: int, momentum: float) -> None:
+    config = load_recipe("imagenet_resnet50_mocov3_100ep").pretrain
+    assert key_momentum(config.moco, step=epoch * 312, total_steps=31_200) == pytest.approx(momentum)
+
+
+def reduced(config: PretrainConfig) -> PretrainConfig:
+    """A recipe with all its constants at a batch of 8 images of 32 pixels; float16 is bfloat16, which CPUs can do."""
+    moco = config.moco
+    if isinstance(moco, MoCoConfig):
+        moco = dataclasses.replace(moco, queue_length=16, bn_group_size=4)
+    return dataclasses.replace(
+        config,
+        global_batch_size=8,
+        precision="bfloat16" if config.precision == "float16" else config.precision,
+        log_every_steps=1,
+        views=dataclasses.replace(config.views, size=32),
+        moco=moco,
+        stream=StreamConfig(lanes=1),
+        resources=ResourcesConfig(),
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_takes_one_real_step(name: str) -> None:
+    config = reduced(load_recipe(name).pretrain)
+    state = build_state(config, torch.device("cpu"), data_digest="d")
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(256, (8, 2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    before = [parameter.clone() for parameter in state.model.query_encoder.parameters()]
+    state.step = 1  # at step 0 a warm-up's learning rate is 0
+    (metrics,) = train_steps(state, [Batch(crops, ["k"] * 8, StreamPosition(0, 1))], 100)
+    assert math.isfinite(metrics.values["loss"]) and metrics.values["lr"] > 0
+    moved = [not torch.equal(a, b) for a, b in zip(before, state.model.query_encoder.parameters(), strict=True)]
+    assert all(moved) or config.encoder.zero_init_last  # behind a BN of zeros nothing has a gradient yet
+    assert name in OURS | TABLE.keys() or name.startswith("cifar10_resnet18")
