@@ -145,6 +145,13 @@ def test_old_checkpoints_are_pruned(state: TrainState, tmp_path: Path) -> None:
     assert folders(tmp_path) == ["step_00000002_a0", "step_00000003_a0"]
 
 
+def test_checkpoints_of_every_so_many_steps_are_kept_for_good(state: TrainState, tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        state.step = step
+        save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1, keep_every_steps=20)
+    assert folders(tmp_path) == ["step_00000020_a0", "step_00000040_a0", "step_00000050_a0"]
+
+
 def test_pruning_keeps_the_one_just_saved_and_drops_those_it_passed_over(state: TrainState, tmp_path: Path) -> None:
     damage(save(state, tmp_path, 1, 2)[1])
     save(state, tmp_path, 1, attempt=1, keep_last=1)  # resumed before the damaged one

@@ -46,7 +46,7 @@ def test_unknown_verb_is_wrong_usage_with_a_suggestion(capsys):
 
 
 def test_unknown_recipe_is_wrong_usage_with_a_suggestion(capsys):
-    assert main(["run", "cifar10_resnet18_mocov"]) == 2
+    assert main(["run", "cifar10_resnet18_moco2"]) == 2
     assert "did you mean cifar10_resnet18_mocov2?" in one_line(capsys)
 
 

@@ -15,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 
 from cluster.processes import _descendants
+from hemoco.checkpoint import save_checkpoint
 from hemoco.comparison import comparison
 from hemoco.config import (
     DataConfig,
@@ -35,10 +36,11 @@ from hemoco.data.stream import batches
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.storage import join_url, list_names
 from hemoco.tracking import connect, find_run, tracking_uri
-from hemoco.train import batch_fingerprint
+from hemoco.train import batch_fingerprint, build_state
 from jobs.digits import write_digits
 from pipeline.graph import pretrain_only, pretrain_then_transfer, transfer_only
 from pipeline.pack import pack
+from pipeline.pretrain import _naming_checkpoint
 from pipeline.study import check_pretraining
 
 INTERVAL = 5
@@ -252,6 +254,19 @@ def _wait_until(holds, timeout_s):
     while not holds():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.2)
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(recipe, bucket):
+    def steps():
+        yield 1
+        raise TrainingError("the loss is nan")
+
+    with pytest.raises(TrainingError, match="the loss is nan; the last good checkpoint: there is none yet"):
+        list(_naming_checkpoint(steps(), bucket))
+    state = build_state(recipe.pretrain, torch.device("cpu"), data_digest="d")
+    saved = save_checkpoint(state, bucket, attempt=0, keep_last=1)
+    with pytest.raises(TrainingError, match=f"last good checkpoint: {saved}"):
+        list(_naming_checkpoint(steps(), bucket))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch.nn import functional
 
@@ -93,6 +94,7 @@ def test_two_ranks_train_as_one_process_does() -> None:
         for mine, expected in zip(values, one, strict=True):
             assert mine["loss"] == pytest.approx(expected["loss"], abs=1e-5)
             assert mine["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+            assert mine["lr"] == expected["lr"]
         torch.testing.assert_close(state["queue"], alone["queue"], atol=1e-4, rtol=0)  # 4 steps of rounding
         assert state["queue_pointer"] == alone["queue_pointer"] == 8  # 32 keys into 24 places
     assert torch.equal(both[0][1]["queue"], both[1][1]["queue"])
@@ -134,6 +136,23 @@ def test_views_do_not_depend_on_the_world_size() -> None:
     alone, both = seen_views(), run_ranks(seen_views, 2)
     for place in (0, 1):
         assert torch.equal(torch.cat([found[place] for found in both]), alone[place])
+
+
+def sent_for_keys() -> list[tuple[str, int]]:
+    """Type and bytes of what this rank sends for its key views."""
+    sent, send = [], dist.all_to_all_single
+
+    def record(received: torch.Tensor, rows: torch.Tensor, *counts: list[int]) -> None:
+        sent.append((str(rows.dtype), rows.numel() * rows.element_size()))
+        send(received, rows, *counts)
+
+    dist.all_to_all_single = record
+    make_views(next(random_batches()), CONFIG, 0, shuffle_order(0, 7, 8))
+    return sent
+
+
+def test_each_keys_crop_travels_once_and_as_bytes() -> None:
+    assert run_ranks(sent_for_keys, 2) == [[("torch.uint8", 4 * 3 * 32 * 32)]] * 2  # gathering floats: 8 x as much
 
 
 def test_key_views_come_in_the_order_asked_for() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional
 from torchvision.transforms.v2 import RandomResizedCrop
@@ -156,6 +156,24 @@ def test_blur_is_gaussian_with_each_sample_its_sigma() -> None:
     inside = slice(12, -12)  # at the border the paddings differ
     assert torch.allclose(ours[..., inside, inside], theirs[..., inside, inside], atol=1e-2)
     assert torch.allclose(views.gaussian_blur(torch.ones(1, 3, 16, 16), torch.tensor([2.0])), torch.ones(1, 3, 16, 16))
+
+
+def test_blur_is_pillows_to_a_grey_level_and_a_half() -> None:
+    image = views.center_view(odd("pillow/flower.jpg"), 224)
+    ours = views.gaussian_blur(image[None].float(), torch.tensor([1.0]))[0]
+    blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(1.0))
+    assert (ours - torch.from_numpy(np.array(blurred)).permute(2, 0, 1)).abs().mean() < 1.5
+
+
+def test_real_images_come_out_about_standardised() -> None:
+    names = ("pillow/flower.jpg", "pillow/hopper.jpg")
+    crops = torch.stack([views.center_view(odd(name), 96) for name in names for _ in range(16)])
+    draws = views.draw_augmentation(ViewsConfig(size=96), **AT, slots=(0, len(crops)), view=0)
+    out = views.augment(crops, draws, ViewsConfig(size=96))
+    assert out.mean().abs() < 0.6 and 0.6 < out.std() < 1.4  # two photos are not ImageNet
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    plain = views.augment(red, colours(1), dataclasses.replace(PLAIN, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.5)))
+    torch.testing.assert_close(plain[0, :, 0, 0], torch.tensor([5.0, -2.0, -0.6]))
 
 
 def test_only_the_drawn_samples_are_changed() -> None:
