@@ -13,7 +13,6 @@ import pickle
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -21,6 +20,7 @@ from hemoco.config import EncoderConfig, config_difference, flat_params
 from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.storage import join_url, list_names, read_bytes, remove, write_bytes
+from hemoco.tensor_file import parse_safetensors
 
 if TYPE_CHECKING:
     from hemoco.train import TrainState
@@ -30,6 +30,16 @@ logger = logging.getLogger(__name__)
 _STATE, _MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
 _CHECKPOINT_FORMAT, _BACKBONE_FORMAT = "hemoco-checkpoint-1", "hemoco-backbone-1"
+
+
+class SavedMethod(NamedTuple):
+    """What a checkpoint holds of a method, without optimiser and stream."""
+
+    encoder: EncoderConfig
+    """Of its initialisation only the defaults."""
+    epoch: int
+    """Epochs begun."""
+    tensors: dict[str, torch.Tensor]
 
 
 class _Place(NamedTuple):
@@ -126,13 +136,30 @@ def load_checkpoint(url: str, state: "TrainState") -> None:
         raise CheckpointError(
             f"{url}: is of another config ({'; '.join(difference)}); go back to its settings or start a fresh run"
         )
-    data = _read_state(url, manifest)
-    try:
-        # weights_only: a checkpoint may hold tensors and plain values, never code
-        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"{url}: {_STATE} holds more than tensors and plain values; it was not run") from error
-    state.load_state_dict(saved)
+    state.load_state_dict(_load_state(url, manifest))
+
+
+def is_checkpoint(url: str) -> bool:
+    """Whether the URL is named like a checkpoint's folder."""
+    return _FOLDER.fullmatch(url.rstrip("/").rsplit("/", 1)[-1]) is not None
+
+
+def load_method(url: str) -> SavedMethod:
+    """The method's part of a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: it does not verify.
+    """
+    manifest = _read_manifest(url)
+    saved = _load_state(url, manifest)
+    named = manifest["config"]
+    encoder = EncoderConfig(
+        architecture=named["pretrain.encoder.architecture"],
+        stem=named["pretrain.encoder.stem"],
+        shortcuts=named.get("pretrain.encoder.shortcuts") != "False",
+    )
+    epoch = 0 if saved["position"] is None else saved["position"][0] + 1
+    return SavedMethod(encoder, epoch, saved["model"])
 
 
 def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> None:
@@ -141,7 +168,7 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
     Args:
         backbone: its encoder's tensors get timm's names.
         url: of the file.
-        metadata: `data_digest` and `run_id` of the pretraining.
+        metadata: `data_digest` and `run_id` of the pretraining, and where else it comes from.
     """
     # contiguous: training keeps them channels-last, which safetensors cannot say
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.encoder.state_dict().items()}
@@ -149,6 +176,7 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
         "format": _BACKBONE_FORMAT,
         "architecture": backbone.config.architecture,
         "stem": backbone.config.stem,
+        "shortcuts": json.dumps(backbone.config.shortcuts),
         "zero_init_last": json.dumps(backbone.config.zero_init_last),
         "mean": json.dumps(backbone.mean),
         "std": json.dumps(backbone.std),
@@ -157,7 +185,7 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
 
 
 def backbone_metadata(url: str) -> dict[str, str]:
-    """format, architecture, stem, zero_init_last, mean, std, data_digest and run_id.
+    """format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id; of imports also source.
 
     Raises:
         CheckpointError: the file is not a hemoco backbone.
@@ -176,6 +204,7 @@ def load_backbone(url: str) -> Backbone:
         config = EncoderConfig(
             architecture=metadata["architecture"],
             stem="small" if metadata["stem"] == "small" else "imagenet",
+            shortcuts=json.loads(metadata.get("shortcuts", "true")),  # older files do not say so
             zero_init_last=json.loads(metadata["zero_init_last"]),
         )
         mean, std = (_triple(json.loads(metadata[name])) for name in ("mean", "std"))
@@ -246,14 +275,18 @@ def _read_state(url: str, manifest: dict[str, Any]) -> bytes:
     return data
 
 
-def _parse_backbone(url: str, data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _load_state(url: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    data = _read_state(url, manifest)
     try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{url}: is not a whole safetensors file ({error})") from error
-    # from bytes, the package reads tensors only: the header is JSON after its length in 8 bytes
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata: dict[str, str] = header.get("__metadata__", {})
+        # weights_only: a checkpoint may hold tensors and plain values, never code
+        saved: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{url}: {_STATE} holds more than tensors and plain values; it was not run") from error
+    return saved
+
+
+def _parse_backbone(url: str, data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    metadata, tensors = parse_safetensors(url, data)
     if metadata.get("format") != _BACKBONE_FORMAT:
         raise CheckpointError(
             f"{url}: is not a hemoco backbone: its metadata says format {metadata.get('format')}, "

@@ -1,4 +1,4 @@
-"""The encoders: timm's ResNets, with the small-image stem and a seeded initialisation.
+"""The encoders: timm's ResNets, with the small-image stem, plain counterparts and a seeded initialisation.
 
 Shapes: N images, F features, H and W height and width.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import timm
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from hemoco.config import EncoderConfig
@@ -27,8 +28,8 @@ def seeded(seed: int) -> Iterator[None]:
 def build_encoder(config: EncoderConfig, seed: int) -> nn.Module:
     """A freshly initialised ResNet without classifier, (N, 3, H, W) -> (N, F); `.num_features` is F.
 
-    Convolutions are Kaiming normal, fan-out (He et al. 2015), as in torchvision. The same seed gives the same weights
-    on every rank.
+    By default the convolutions are Kaiming normal, fan-out (He et al. 2015), as in torchvision. The same seed gives the
+    same weights on every rank, and a plain network those of its residual counterpart.
 
     Raises:
         ConfigError: the architecture is not a ResNet that timm knows.
@@ -39,11 +40,43 @@ def build_encoder(config: EncoderConfig, seed: int) -> nn.Module:
             config.architecture, pretrained=False, num_classes=0, zero_init_last=config.zero_init_last
         )
         if config.stem == "small":
-            _use_small_stem(encoder)
+            use_small_stem(encoder)
         for module in encoder.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                init_convolution(module, config)
+    if not config.shortcuts:
+        remove_shortcuts(encoder)
     return encoder
+
+
+def init_convolution(convolution: nn.Conv2d, config: EncoderConfig) -> None:
+    """Draws the weights (O, I, h, w) anew from a normal distribution of mean 0; a bias stays as it is.
+
+    With fan_in = I h w and fan_out = O h w the standard deviation is sqrt(g / fan), where g is 2 before a ReLU and else
+    1 (He et al. 2015, arXiv:1502.01852, section 2.2), or sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 12;
+    theirs is uniform).
+    """
+    if config.init == "xavier":
+        nn.init.xavier_normal_(convolution.weight)
+    else:
+        nn.init.kaiming_normal_(convolution.weight, mode=config.fan_mode, nonlinearity=config.nonlinearity)
+
+
+def remove_shortcuts(encoder: nn.Module) -> None:
+    """Makes a ResNet its plain counterpart: no identity, no projection (He et al. 2016, arXiv:1512.03385, section 3.3).
+
+    All other parameters keep their names.
+    """
+    for module in encoder.modules():
+        if isinstance(module, BasicBlock | Bottleneck):
+            module.downsample = _NoShortcut()
+
+
+def use_small_stem(encoder: nn.Module) -> None:
+    """Keeps the resolution of small images: one 3x3 convolution of stride 1, no max-pooling."""
+    channels: int = encoder.bn1.num_features  # type: ignore[union-attr,assignment]
+    encoder.conv1 = nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False)
+    encoder.maxpool = nn.Identity()
 
 
 def feature_channels(encoder: nn.Module) -> list[int]:
@@ -99,8 +132,8 @@ def _check_architecture(name: str) -> None:
         )
 
 
-def _use_small_stem(encoder: nn.Module) -> None:
-    """Keeps the resolution of small images: one 3x3 convolution of stride 1, no max-pooling."""
-    channels: int = encoder.bn1.num_features  # type: ignore[union-attr,assignment]
-    encoder.conv1 = nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False)
-    encoder.maxpool = nn.Identity()
+class _NoShortcut(nn.Module):
+    """Stands where timm's blocks have the projection of their shortcut: what they add is 0."""
+
+    def forward(self, block_input: Tensor) -> Tensor:
+        return block_input.new_zeros(())

@@ -1,4 +1,4 @@
-"""Backbones in the files of other libraries.
+"""Backbones, and whole methods, in the files of other libraries.
 
 All formats hold the backbone without a classifier. Images must be normalised as in pretraining: the exported file says
 so only in timm's format; for detectron2 set INPUT.FORMAT RGB, PIXEL_MEAN and PIXEL_STD to 255 times ours, and
@@ -7,31 +7,38 @@ RESNETS.STRIDE_IN_1X1 False.
 
 import io
 import pickle
-import re
+from collections.abc import Mapping
 from typing import Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from hemoco.checkpoint import backbone_metadata, load_backbone
+from hemoco.checkpoint import backbone_metadata, load_backbone, load_method
+from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError
+from hemoco.layouts import PLAIN_ARCHITECTURES, detectron2_name
+from hemoco.method import Method
 from hemoco.storage import write_bytes
 
 Format = Literal["torchvision", "timm", "detectron2", "moco"]
 
-# of these, torchvision's names and layers are timm's
-_PLAIN = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-)
-_DETECTRON2_NAMES = (
-    (r"^(?!layer)", "stem."),
-    (r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}"),
-    (r"bn(\d)", r"conv\1.norm"),
-    (r"downsample\.0", "shortcut"),
-    (r"downsample\.1", "shortcut.norm"),
-)
+# beginnings of our names -> of those in the official files
+_V1_V2 = {
+    "query_encoder.encoder.": "encoder_q.",
+    "query_encoder.head.": "encoder_q.fc.",
+    "key_encoder.encoder.": "encoder_k.",
+    "key_encoder.head.": "encoder_k.fc.",
+    "queue_pointer": "queue_ptr",
+    "queue": "queue",
+}
+_V3 = {
+    "query_encoder.encoder.": "base_encoder.",
+    "query_encoder.head.": "base_encoder.fc.",
+    "key_encoder.encoder.": "momentum_encoder.",
+    "key_encoder.head.": "momentum_encoder.fc.",
+    "predictor.": "predictor.",
+}
 
 
 def export_checkpoint(backbone_url: str, dest: str, fmt: Format) -> None:
@@ -51,9 +58,9 @@ def export_checkpoint(backbone_url: str, dest: str, fmt: Format) -> None:
         CheckpointError: the other library has no such architecture or stem.
     """
     metadata = backbone_metadata(backbone_url)
-    architecture = metadata["architecture"]
-    _check_exportable(backbone_url, architecture, metadata["stem"], fmt)
-    tensors: dict[str, Tensor] = load_backbone(backbone_url).encoder.state_dict()
+    backbone = load_backbone(backbone_url)
+    _check_exportable(backbone_url, backbone.config, fmt)
+    tensors: dict[str, Tensor] = backbone.encoder.state_dict()
     if fmt == "torchvision":
         data = _torch_bytes(tensors)
     elif fmt == "timm":
@@ -63,26 +70,59 @@ def export_checkpoint(backbone_url: str, dest: str, fmt: Format) -> None:
         data = pickle.dumps(_detectron2_content(tensors))
     else:
         named = {f"module.encoder_q.{name}": tensor for name, tensor in tensors.items()}
-        data = _torch_bytes({"epoch": 0, "arch": architecture, "state_dict": named})
+        data = _torch_bytes({"epoch": 0, "arch": backbone.config.architecture, "state_dict": named})
     write_bytes(dest, data)
 
 
-def detectron2_name(name: str) -> str:
-    """detectron2's name of a torchvision tensor."""
-    for pattern, replacement in _DETECTRON2_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def export_method(checkpoint_url: str, dest: str) -> None:
+    """Writes both encoders, their heads and the queue or the predictor of a checkpoint as the official code does.
+
+    The optimiser stays behind: its state is another one than theirs.
+
+    Args:
+        checkpoint_url: URL or path of a checkpoint's folder.
+        dest: URL or path of the file to write.
+
+    Raises:
+        CheckpointError: the checkpoint does not verify, or the official code has no such architecture or stem.
+    """
+    saved = load_method(checkpoint_url)
+    config = saved.encoder
+    _check_exportable(checkpoint_url, config, "moco")
+    content = {"epoch": saved.epoch, "arch": config.architecture, "state_dict": _official_names(saved.tensors)}
+    write_bytes(dest, _torch_bytes(content))
 
 
-def _check_exportable(url: str, architecture: str, stem: str, fmt: Format) -> None:
-    if stem != "imagenet":
+def official_state(method: Method) -> dict[str, Tensor]:
+    """The state of a whole method under the names, and in the shapes, of the official MoCo v1, v2 or v3 files."""
+    return _official_names(method.state_dict())
+
+
+def _official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefixes = _V1_V2 if "queue" in tensors else _V3
+    named = {}
+    for name, tensor in tensors.items():
+        ours = next(prefix for prefix in prefixes if name.startswith(prefix))
+        named[f"module.{prefixes[ours]}{name.removeprefix(ours)}"] = tensor.detach().cpu().contiguous()
+    if "queue" in tensors:
+        named["module.queue_ptr"] = named["module.queue_ptr"].view(1)
+    return named
+
+
+def _check_exportable(url: str, config: EncoderConfig, fmt: Format) -> None:
+    if config.stem != "imagenet":
         raise CheckpointError(
-            f"{url}: its stem is {stem!r}, which {fmt} does not have; only backbones with encoder.stem imagenet can be "
-            "exported, this one can be used by hemoco.load_backbone"
+            f"{url}: its stem is {config.stem!r}, which {fmt} does not have; only backbones with encoder.stem imagenet "
+            "can be exported, this one can be used by hemoco.load_backbone"
         )
-    if fmt != "timm" and architecture not in _PLAIN:
+    if not config.shortcuts:
         raise CheckpointError(
-            f"{url}: {fmt} has no {architecture}; it has {', '.join(_PLAIN)}; export this one with format timm"
+            f"{url}: has no shortcuts, and {fmt} no such ResNet; it can be used by hemoco.load_backbone"
+        )
+    if fmt != "timm" and config.architecture not in PLAIN_ARCHITECTURES:
+        raise CheckpointError(
+            f"{url}: {fmt} has no {config.architecture}; it has {', '.join(PLAIN_ARCHITECTURES)}; export this one with "
+            "format timm"
         )
 
 

@@ -18,10 +18,14 @@ _VERBS = {
     "transfer": "the second half of run, from a backbone",
     "compare": "table and report of a run again, from MLflow alone",
     "export": "a backbone as a file for torchvision, timm, detectron2 or moco",
+    "import": "a backbone of MoCo, torchvision, timm, detectron2, solo-learn, ... as a backbone of hemoco",
     "up": "S3, MLflow and Ray on this machine, in the foreground",
     "recipes": "the recipes that come with hemoco",
 }
-_MODULES = {"recipes": "list_recipes"}  # jobs.recipes holds the recipes themselves
+_MODULES = {
+    "recipes": "list_recipes",  # jobs.recipes holds the recipes themselves
+    "import": "import_backbone",  # a word of Python
+}
 
 
 def main(argv: list[str]) -> int:

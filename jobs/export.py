@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from hemoco.interchange import export_checkpoint
+from hemoco.checkpoint import is_checkpoint
+from hemoco.errors import UsageError
+from hemoco.interchange import export_checkpoint, export_method
 
 
 def main(argv: list[str]) -> None:
@@ -13,8 +15,8 @@ def main(argv: list[str]) -> None:
 
 
 def export(
-    backbone: Annotated[str, tyro.conf.Positional],
-    dest: Annotated[str, tyro.conf.Positional],
+    backbone: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BACKBONE")],
+    dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")],
     /,
     *,
     format: Literal["torchvision", "timm", "detectron2", "moco"],
@@ -22,9 +24,15 @@ def export(
     """A backbone as a file that another library loads.
 
     Args:
-        backbone: URL or path of a backbone.safetensors.
-        dest: file to write.
+        backbone: URL or path of a backbone.safetensors; for format moco also of a checkpoint's folder, which gives both
+            encoders, their heads and the queue or the predictor.
+        dest: URL or path of the file to write.
         format: whose names and layout.
     """
-    export_checkpoint(backbone, dest, format)
+    if not is_checkpoint(backbone):
+        export_checkpoint(backbone, dest, format)
+    elif format == "moco":
+        export_method(backbone, dest)
+    else:
+        raise UsageError(f"{backbone} is a checkpoint: format {format} has only backbones, give a backbone.safetensors")
     print(f"{dest}: {backbone} in the layout of {format}")

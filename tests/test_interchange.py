@@ -1,5 +1,6 @@
 import io
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,17 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import Tensor, nn
 
-from hemoco.checkpoint import export_backbone, load_backbone, random_backbone
-from hemoco.config import EncoderConfig
+from hemoco.checkpoint import export_backbone, load_backbone, random_backbone, save_checkpoint
+from hemoco.config import EncoderConfig, MoCoConfig, MoCoV3Config, PretrainConfig
 from hemoco.errors import CheckpointError
-from hemoco.interchange import export_checkpoint
+from hemoco.import_backbone import import_backbone
+from hemoco.interchange import export_checkpoint, official_state
+from hemoco.method import Method, build_method
 from hemoco.storage import read_bytes
+from hemoco.train import build_state
+from jobs.cli import main
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -94,6 +100,13 @@ def test_small_stem_is_refused_everywhere(tmp_path: Path, fmt: Any) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_without_shortcuts_is_refused(tmp_path: Path) -> None:
+    config = EncoderConfig(architecture="resnet18", shortcuts=False)
+    export_backbone(random_backbone(config, 0, MEAN, STD), str(tmp_path / "b"), {})
+    with pytest.raises(CheckpointError, match="has no shortcuts, and timm no such ResNet"):
+        export_checkpoint(str(tmp_path / "b"), str(tmp_path / "out"), "timm")
+
+
 @pytest.mark.parametrize("fmt", ["torchvision", "detectron2", "moco"])
 def test_architectures_that_others_lack_are_refused(tmp_path: Path, fmt: Any) -> None:
     with pytest.raises(CheckpointError, match=f"{fmt} has no resnet10t.*format timm"):
@@ -103,3 +116,84 @@ def test_architectures_that_others_lack_are_refused(tmp_path: Path, fmt: Any) ->
 def test_export_goes_to_object_storage_too(tmp_path: Path, bucket: str) -> None:
     export_checkpoint(backbone_file(tmp_path, "resnet18"), f"{bucket}/tv.pth", "torchvision")
     assert len(torch.load(io.BytesIO(read_bytes(f"{bucket}/tv.pth")), weights_only=True)) == 120
+
+
+def pretraining(moco: MoCoConfig | MoCoV3Config, architecture: str, **encoder: Any) -> PretrainConfig:
+    return PretrainConfig(encoder=EncoderConfig(architecture=architecture, **encoder), moco=moco)
+
+
+def built(moco: MoCoConfig | MoCoV3Config, architecture: str = "resnet50") -> Method:
+    return build_method(pretraining(moco, architecture), torch.device("cpu"))
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def assert_parts(state: dict[str, Tensor], expected: dict[str, int]) -> None:
+    assert all(name.startswith("module.") for name in state)
+    assert Counter(name.split(".")[1] for name in state) == expected
+
+
+@pytest.mark.parametrize(("head", "tensors"), [("linear", 320), ("mlp", 322)])
+def test_v1_and_v2_have_the_tensors_of_the_official_files(head: Any, tensors: int) -> None:
+    """Those files cannot be had here: their counts, names and shapes stand for them."""
+    state = official_state(built(MoCoConfig(head=head)))
+    assert_parts(state, {"encoder_q": tensors, "encoder_k": tensors, "queue": 1, "queue_ptr": 1})
+    assert state["module.queue"].shape == (128, 65536)
+    assert (state["module.queue_ptr"].shape, state["module.queue_ptr"].dtype) == ((1,), torch.int64)
+    model = torchvision.models.resnet50(num_classes=128)
+    if head == "mlp":
+        model.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), model.fc)
+    model.load_state_dict(part(state, "module.encoder_k."), strict=True)
+    model.load_state_dict(part(state, "module.encoder_q."), strict=True)
+
+
+def test_v3_has_the_tensors_of_the_official_file() -> None:
+    """That file cannot be had here: its counts, names and shapes stand for it."""
+    state = official_state(built(MoCoV3Config()))
+    assert_parts(state, {"base_encoder": 328, "momentum_encoder": 328, "predictor": 7})
+    model = torchvision.models.resnet50()
+    first, last = nn.Linear(2048, 4096, bias=False), nn.Linear(4096, 256, bias=False)
+    model.fc = nn.Sequential(first, nn.BatchNorm1d(4096), nn.ReLU(), last, nn.BatchNorm1d(256, affine=False))
+    model.load_state_dict(part(state, "module.base_encoder."), strict=True)
+    model.load_state_dict(part(state, "module.momentum_encoder."), strict=True)
+    first, last = nn.Linear(256, 4096, bias=False), nn.Linear(4096, 256, bias=False)
+    predictor = nn.Sequential(first, nn.BatchNorm1d(4096), nn.ReLU(), last)
+    predictor.load_state_dict(part(state, "module.predictor."), strict=True)
+
+
+SMALL = {"v1": MoCoConfig(head="linear", queue_length=256), "v2": MoCoConfig(queue_length=256), "v3": MoCoV3Config()}
+
+
+@pytest.mark.parametrize("version", SMALL)
+def test_an_official_file_of_ours_comes_back_with_equal_features(tmp_path: Path, version: str) -> None:
+    method = built(SMALL[version], "resnet18")
+    method.query_encoder(IMAGES.repeat(16, 1, 1, 1))
+    content = {"epoch": 1, "arch": "resnet18", "state_dict": official_state(method), "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "official.pth.tar")
+    import_backbone(str(tmp_path / "official.pth.tar"), str(tmp_path / "b"))
+    with torch.no_grad():
+        encoder = method.query_encoder.encoder.eval().to(memory_format=torch.contiguous_format)
+        assert torch.equal(load_backbone(str(tmp_path / "b"))(IMAGES), encoder(IMAGES))
+
+
+@pytest.mark.parametrize("version", SMALL)
+def test_a_checkpoint_is_exported_as_an_official_file(tmp_path: Path, version: str) -> None:
+    state = build_state(pretraining(SMALL[version], "resnet18"), torch.device("cpu"), data_digest="d")
+    url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)
+    assert main(["export", url, str(tmp_path / "moco.pth"), "--format", "moco"]) == 0
+    saved = torch.load(tmp_path / "moco.pth", weights_only=True)
+    assert (saved["epoch"], saved["arch"]) == (0, "resnet18")
+    expected = official_state(state.model)
+    assert saved["state_dict"].keys() == expected.keys()
+    assert not [name for name, tensor in expected.items() if not torch.equal(saved["state_dict"][name], tensor)]
+
+
+def test_a_checkpoint_has_no_other_format_and_no_small_stem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = build_state(pretraining(SMALL["v1"], "resnet18", stem="small"), torch.device("cpu"), data_digest="d")
+    url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)
+    assert main(["export", url, str(tmp_path / "out"), "--format", "timm"]) == 2
+    assert "format timm has only backbones" in capsys.readouterr().err
+    assert main(["export", url, str(tmp_path / "out"), "--format", "moco"]) == 1
+    assert "stem is 'small', which moco does not have" in capsys.readouterr().err
