@@ -172,6 +172,7 @@ class PretrainConfig:
                 f"pretrain.accumulation_steps is {self.accumulation_steps}: it must be 1 for MoCo v3, whose negatives "
                 "and batch statistics are those of the images that are computed at once; use more workers",
             )
+            require(not self.compile, "pretrain.compile is True: batch statistics over all workers cannot be compiled")
 
     def _check_queue(self, moco: MoCoConfig, per_worker: int) -> None:
         group, steps = moco.bn_group_size, self.accumulation_steps

@@ -115,7 +115,8 @@ class MoCoV3Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.momentum <= 1, f"moco.momentum is {self.momentum}: it must be in [0, 1]")
-        require(self.temperature > 0, f"moco.temperature is {self.temperature}: it must be positive")
+        for name in ("embedding_size", "hidden_size", "temperature"):
+            require(getattr(self, name) > 0, f"moco.{name} is {getattr(self, name)}: it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,5 +139,8 @@ class OptimizerConfig:
     """Epochs of linear warm-up from 0, set per step."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optimizer.lr is {self.lr}: it must be positive")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
+        for name in ("lr", "trust"):
+            require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be positive")
+        for name in ("weight_decay", "warmup_epochs"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
+        require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must be in [0, 1)")

@@ -30,10 +30,13 @@ class MoCoOutput(NamedTuple):
 class MoCo(nn.Module):
     """Query encoder, its moving average the key encoder, and the queue of past keys.
 
-    One step is `update_key_encoder`, `forward`, backward, optimiser step, `finish_step`. The official code averages
-    between the forward passes of queries and keys; before both is the same, as queries do not depend on the key
-    encoder, and it keeps `forward` free of changes to parameters, as DistributedDataParallel expects.
+    One step is `update_key_encoder`, `embed_keys`, then `forward` and backward of the images, at once or in parts,
+    optimiser step, `finish_step`. The official code averages between the forward passes of queries and keys; before
+    both is the same, as queries do not depend on the key encoder.
     """
+
+    symmetric = False
+    """Whether key views serve as queries, too."""
 
     queue: Tensor
     queue_pointer: Tensor
@@ -53,18 +56,21 @@ class MoCo(nn.Module):
         """The order (G,) in which the images of the global batch are to come as key views at a step."""
         return shuffle_order(self.seed, step, global_batch_size)
 
-    def forward(self, query_views: Tensor, key_views: Tensor, order: Tensor) -> MoCoOutput:
-        """Contrasts each query with its key and the queue.
+    @torch.no_grad()
+    def embed_keys(self, _: Tensor, key_views: Tensor, order: Tensor | None) -> Tensor:
+        """The keys (N, C) of this rank's images, unit vectors.
 
         Args:
-            query_views: (N, 3, H, W), normalised, of this rank's images.
             key_views: (N, 3, H, W), normalised, of the images at order[rank * N: (rank + 1) * N] of the global batch.
             order: permutation (G,) of the global batch, on the CPU, equal on all ranks.
         """
-        queries = functional.normalize(self.query_encoder(query_views), dim=1)  # (N, C)
-        with torch.no_grad():
-            shuffled = functional.normalize(self.key_encoder(key_views), dim=1)  # (N, C)
-            keys = permute_global(shuffled, order.argsort())  # (N, C)
+        assert order is not None, "keys are shuffled"
+        shuffled = functional.normalize(self.key_encoder(key_views), dim=1)  # (N, C)
+        return permute_global(shuffled, order.argsort())
+
+    def forward(self, keys: Tensor, query_views: Tensor) -> MoCoOutput:
+        """Contrasts the queries of n images, (n, 3, H, W) normalised, with their keys (n, C) and the queue."""
+        queries = functional.normalize(self.query_encoder(query_views), dim=1)  # (n, C)
         return MoCoOutput(queue_contrast(queries, keys, self.queue, self.config.temperature), queries, keys)
 
     def finish_step(self, keys: Tensor) -> None:

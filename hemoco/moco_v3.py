@@ -21,8 +21,11 @@ from hemoco.moco import MoCoOutput
 class MoCoV3(nn.Module):
     """Query encoder with a predictor behind it, and the query encoder's moving average, the key encoder.
 
-    One step is `update_key_encoder`, `forward`, backward, optimiser step, `finish_step`.
+    One step is `update_key_encoder`, `embed_keys`, `forward`, backward, optimiser step, `finish_step`.
     """
+
+    symmetric = True
+    """Whether key views serve as queries, too."""
 
     def __init__(self, query_encoder: EmbeddingNetwork, predictor: nn.Module, config: MoCoV3Config) -> None:
         super().__init__()
@@ -34,25 +37,32 @@ class MoCoV3(nn.Module):
     def key_order(self, step: int, global_batch_size: int) -> None:
         """Keys come in the order of their queries: batch statistics are those of all images alike."""
 
-    def forward(self, first_views: Tensor, second_views: Tensor, order: None) -> MoCoOutput:
-        """Contrasts the queries of each view with the keys of the other in the global batch; the losses add up.
+    @torch.no_grad()
+    def embed_keys(self, first_views: Tensor, second_views: Tensor, _: Tensor | None) -> Tensor:
+        """The keys (N, 2, C) of this rank's images, unit vectors: those of the second views first.
 
         Args:
             first_views: (N, 3, H, W), normalised.
             second_views: (N, 3, H, W), the other views of the same images.
-            order: of the second views, always theirs.
+        """
+        keys = [functional.normalize(self.key_encoder(views), dim=1) for views in (second_views, first_views)]
+        return torch.stack(keys, dim=1)
+
+    def forward(self, keys: Tensor, first_views: Tensor, second_views: Tensor) -> MoCoOutput:
+        """Contrasts the queries of each view with the keys of the other in the global batch; the losses add up.
+
+        Args:
+            keys: (N, 2, C) as `embed_keys` gives them.
+            first_views: (N, 3, H, W), normalised.
+            second_views: (N, 3, H, W), the other views of the same images.
 
         Returns:
             The loss of both directions, and all else of the first view as query.
         """
-        queries = self._queries(first_views)
-        other_queries = self._queries(second_views)
-        with torch.no_grad():
-            keys = functional.normalize(self.key_encoder(second_views), dim=1)  # (N, C)
-            other_keys = functional.normalize(self.key_encoder(first_views), dim=1)  # (N, C)
-        contrast = self._contrast(queries, keys)
-        other = self._contrast(other_queries, other_keys)
-        return MoCoOutput(contrast._replace(loss=contrast.loss + other.loss), queries, keys)
+        queries, other_queries = self._queries(first_views), self._queries(second_views)
+        contrast = self._contrast(queries, keys[:, 0])
+        other = self._contrast(other_queries, keys[:, 1])
+        return MoCoOutput(contrast._replace(loss=contrast.loss + other.loss), queries, keys[:, 0])
 
     def finish_step(self, keys: Tensor) -> None:
         """Keys are not kept."""

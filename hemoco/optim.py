@@ -71,6 +71,7 @@ class LARS(Optimizer):
             {"params": [p for p in every if p.ndim <= 1], "adapt": False},
         ]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+        _start_velocities(self)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -82,7 +83,7 @@ class LARS(Optimizer):
             gradients = [p.grad for p in parameters]
             if group["adapt"]:
                 gradients = _adapted(parameters, gradients, group["weight_decay"], group["trust"])
-            velocities = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+            velocities = [self.state[p]["momentum_buffer"] for p in parameters]
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, gradients)
             torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
@@ -98,9 +99,18 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
             weight_decay=config.weight_decay,
             trust=config.trust,
         )
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
+    _start_velocities(sgd)
+    return sgd
+
+
+def _start_velocities(optimizer: Optimizer) -> None:
+    # fused SGD makes them itself at the first step, but uninitialised where float16's gradients overflow just then
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _adapted(

@@ -15,17 +15,23 @@ def doubtful_settings(config: PretrainConfig, steps_per_epoch: int) -> list[str]
     """Warnings, each with the setting, its value and what to do; made for ImageNet, the defaults fail on small data."""
     total, images = config.epochs * steps_per_epoch, steps_per_epoch * config.global_batch_size
     moco, found = config.moco, []
+    if config.optimizer.warmup_epochs >= config.epochs:
+        found.append(
+            f"pretrain.optimizer.warmup_epochs is {config.optimizer.warmup_epochs} of {config.epochs} epochs: the "
+            "learning rate never reaches pretrain.optimizer.lr; lower it or train longer"
+        )
     if not isinstance(moco, MoCoConfig):
-        return []
+        return found
     if moco.queue_length > _QUEUE_SHARE * images:
+        most = int(_QUEUE_SHARE * images) // config.global_batch_size * config.global_batch_size
         found.append(
             f"pretrain.moco.queue_length is {moco.queue_length} for {images} images an epoch: negatives that show "
-            f"the query's own image hold training up; try at most {int(_QUEUE_SHARE * images)}"
+            f"the query's own image hold training up; try {max(most, config.global_batch_size)}"
         )
     if moco.momentum < 1 and 1 / (1 - moco.momentum) > total / _LAGS:
         found.append(
             f"pretrain.moco.momentum is {moco.momentum} for {total} steps: the key encoder follows in "
-            f"{1 / (1 - moco.momentum):.0f}; try {max(0.9, 1 - _LAGS / total):.3f} or train longer"
+            f"{1 / (1 - moco.momentum):.0f}; lower it or train longer"
         )
     return found
 

@@ -15,7 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from hemoco.data.loader import StreamPosition
 from hemoco.data.stream import Batch
 from hemoco.data.views import augment, draw_augmentation
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
-from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, world_size, wrap_for_gradients
+from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, wrap_for_gradients
 from hemoco.errors import CheckpointError, TrainingError
 from hemoco.method import Method, build_method, trained_parameters
 from hemoco.moco import MoCoOutput
@@ -95,6 +95,13 @@ class StepMetrics:
     position: StreamPosition
     values: dict[str, float]
     """By MLflow name, equal on all ranks; empty between the steps that are logged."""
+
+
+class Views(NamedTuple):
+    """Augmented and normalised, float32 (N, 3, S, S) each."""
+
+    queries: Tensor
+    keys: Tensor
 
 
 @dataclasses.dataclass
@@ -171,33 +178,28 @@ def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: in
         began = time.perf_counter()
 
 
-def make_views(batch: Batch, config: PretrainConfig, part: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The query views of a part of this rank's images, and the key views that this rank embeds.
+def make_views(batch: Batch, config: PretrainConfig, *, order: Tensor | None) -> Views:
+    """The query views of this rank's images, and the key views that this rank embeds.
 
     A key's crop travels to the rank that embeds it as uint8, once, and is augmented there by the draws of its own slot.
     Gathering float32 views would bring every rank 4 x world size times the bytes.
 
     Args:
         batch: of N images, this rank's.
-        config: of views, seed and accumulation.
-        part: number of the part, of `config.accumulation_steps` in all.
-        order: in which the parts of all ranks give key views (G / parts,), on the CPU; None: that of the images.
-
-    Returns:
-        float32 (N / parts, 3, S, S) each.
+        config: of views and seed.
+        order: of the key views in the global batch (G,), on the CPU; None: that of the images.
     """
-    parts, (epoch, step) = config.accumulation_steps, batch.position
-    slots = np.arange(config.global_batch_size).reshape(world_size(), parts, -1)[:, part]  # (ranks, n)
-    count = slots.shape[1]
-    query_crops, key_crops = batch.crops[part * count : (part + 1) * count].unbind(1)  # (n, 3, S, S)
-    query_slots = key_slots = slots[rank()]
+    count, (epoch, step) = len(batch.crops), batch.position
+    key_slots = query_slots = np.arange(rank() * count, (rank() + 1) * count)
+    query_crops, key_crops = batch.crops.unbind(1)  # (N, 3, S, S)
     if order is not None:
-        key_crops = permute_global(key_crops, order)
-        key_slots = slots.ravel()[order[rank() * count : (rank() + 1) * count].numpy()]
+        key_crops, key_slots = permute_global(key_crops, order), order.numpy()[query_slots]
     drawn = (0, config.global_batch_size)
     draw = functools.partial(draw_augmentation, config.views, seed=config.seed, epoch=epoch, step=step, slots=drawn)
-    query_views = augment(query_crops, draw(view=0).take(query_slots), config.views)
-    return query_views, augment(key_crops, draw(view=1).take(key_slots), config.views)
+    return Views(
+        queries=augment(query_crops, draw(view=0).take(query_slots), config.views),
+        keys=augment(key_crops, draw(view=1).take(key_slots), config.views),
+    )
 
 
 def batch_fingerprint(keys: list[str], device: torch.device) -> float:
@@ -223,16 +225,19 @@ def _optimise(state: TrainState, batch: Batch, lr: float, momentum: float) -> li
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     model.update_key_encoder(momentum)
+    order = model.key_order(state.step, state.config.global_batch_size)
+    views = make_views(batch, state.config, order=order)
+    keys = model.embed_keys(*views, order)  # of all parts at once: shuffled over the whole batch
+    as_queries = views if model.symmetric else views[:1]
     state.optimizer.zero_grad()
     outputs: list[MoCoOutput] = []
-    for part in range(parts):
-        order = model.key_order(state.step * parts + part, state.config.global_batch_size // parts)
-        query_views, key_views = make_views(batch, state.config, part, order)
+    for part, pieces in enumerate(zip(*(each.chunk(parts) for each in (keys, *as_queries)), strict=True)):
         with without_reduction(state.forward) if part < parts - 1 else contextlib.nullcontext():
-            output: MoCoOutput = state.forward(query_views, key_views, order)
+            output: MoCoOutput = state.forward(*pieces)
             state.scaler.scale(output.contrast.loss / parts).backward()  # type: ignore[no-untyped-call]
         outputs.append(output)
-    loss = sum(output.contrast.loss.item() for output in outputs) / parts
+    # over the ranks: all of them must stop
+    loss = mean_over_ranks(torch.stack([output.contrast.loss for output in outputs])).mean().item()
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss is {loss} at step {state.step + 1} (lr {lr:g}): lower pretrain.optimizer.lr or add "
@@ -242,7 +247,7 @@ def _optimise(state: TrainState, batch: Batch, lr: float, momentum: float) -> li
     state.scaler.unscale_(state.optimizer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    model.finish_step(torch.cat([output.keys for output in outputs]))
+    model.finish_step(keys)
     return outputs
 
 
@@ -250,6 +255,8 @@ def _measure(state: TrainState, outputs: list[MoCoOutput]) -> dict[str, float]:
     parts = [contrast_values(output.contrast, output.queries, output.keys) for output in outputs]
     values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
     values["gradient_norm"] = gradient_norm(trained_parameters(state.model))
+    if state.scaler.is_enabled():
+        values["loss_scale"] = torch.tensor(state.scaler.get_scale())
     if isinstance(state.config.moco, MoCoConfig):
         age = min(state.step, state.config.moco.queue_length // state.config.global_batch_size)
         values["queue_age"] = torch.tensor(float(age))

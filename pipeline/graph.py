@@ -51,7 +51,7 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
 
 
 def pretrain_only(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Pretrained:
-    """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second."""
+    """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second. Checks as there."""
     return _pretrain(open_study(recipe, run=run, storage=storage, fresh=fresh))
 
 

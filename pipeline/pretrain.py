@@ -15,7 +15,7 @@ from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, batches, load_images, steps_per_epoch
 from hemoco.distributed import broadcast_object, rank, world_size
 from hemoco.encoder import Backbone
-from hemoco.errors import TrainingError
+from hemoco.errors import HemocoError, TrainingError
 from hemoco.knn import extract_features, knn_accuracy
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
@@ -97,7 +97,10 @@ def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[St
     try:
         yield from steps
     except TrainingError as error:
-        left = checkpoint.newest_checkpoint(folder) or "there is none yet"
+        try:
+            left = checkpoint.newest_checkpoint(folder) or "there is none yet"
+        except HemocoError as other:
+            left = f"unknown ({other})"
         raise TrainingError(f"{error}; the last good checkpoint: {left}") from error
 
 

@@ -1,19 +1,29 @@
+import statistics
+from typing import NamedTuple
+
 import pytest
 import torch
 import torchvision
+from torch import Tensor, nn
 
 from hemoco.config import EncoderConfig
-from hemoco.encoder import Backbone, build_encoder, feature_channels
+from hemoco.encoder import Backbone, build_encoder, feature_channels, init_convolution, seeded
 from hemoco.errors import ConfigError
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
+PLAIN = EncoderConfig(architecture="resnet18", stem="small", shortcuts=False)
+RESIDUAL = EncoderConfig(architecture="resnet18", stem="small")
 
 
-def test_names_and_shapes_are_torchvisions() -> None:
-    ours = build_encoder(EncoderConfig(architecture="resnet50"), seed=0).state_dict()
-    theirs = torchvision.models.resnet50().state_dict()
+@pytest.mark.parametrize("name", ["resnet50", "wide_resnet50_2", "resnet101", "resnet152"])
+def test_names_and_shapes_are_torchvisions(name: str) -> None:
+    encoder = build_encoder(EncoderConfig(architecture=name), seed=0).eval()
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name).state_dict()
     shapes = {name: tensor.shape for name, tensor in theirs.items() if not name.startswith("fc.")}
-    assert {name: tensor.shape for name, tensor in ours.items()} == shapes
+    assert {name: tensor.shape for name, tensor in encoder.state_dict().items()} == shapes
+    with torch.inference_mode():
+        assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, encoder.num_features)
 
 
 def test_output_equals_torchvisions_for_the_same_weights() -> None:
@@ -35,10 +45,118 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> Non
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
 
 
-def test_convolutions_are_kaiming_fan_out() -> None:
-    weight = build_encoder(EncoderConfig(architecture="resnet18"), seed=0).layer4[1].conv2.weight
-    expected = (2 / (512 * 9)) ** 0.5
-    assert weight.std().item() == pytest.approx(expected, rel=0.01)  # 2.4 million draws
+FORMULAS = [
+    ({}, 2 / (128 * 9)),
+    ({"nonlinearity": "linear"}, 1 / (128 * 9)),
+    ({"fan_mode": "fan_in"}, 2 / (64 * 9)),
+    ({"fan_mode": "fan_in", "nonlinearity": "linear"}, 1 / (64 * 9)),
+    ({"init": "xavier"}, 2 / ((64 + 128) * 9)),
+]
+"""Variance of the weights of a 3x3 convolution from 64 to 128 channels: He et al. 2015, eq. 10 and 14; Glorot's 12."""
+
+
+@pytest.mark.parametrize(("settings", "variance"), FORMULAS)
+def test_weights_have_the_variance_of_the_formula(settings: dict[str, str], variance: float) -> None:
+    weight = build_encoder(EncoderConfig(architecture="resnet18", **settings), seed=0).layer2[0].conv1.weight
+    assert weight.shape == (128, 64, 3, 3)
+    assert weight.std().item() == pytest.approx(variance**0.5, rel=0.01)  # 73,728 draws: 4 standard errors
+    assert abs(weight.mean().item()) < 4 * (variance / weight.numel()) ** 0.5
+
+
+class Kept(NamedTuple):
+    """What is left of the variance after 29 layers: last / first of activations, first / last of gradients."""
+
+    activations: float
+    gradients: float
+
+
+def kept_variance(config: EncoderConfig, widths: list[int], seed: int) -> Kept:
+    """Through 1x1 convolutions and ReLUs, no BN."""
+    with seeded(seed):
+        hidden, outputs = torch.randn(4, widths[0], 4, 4), []
+        for inputs, channels in zip(widths, widths[1:], strict=False):
+            convolution = nn.Conv2d(inputs, channels, 1, bias=False)
+            init_convolution(convolution, config)
+            outputs.append(convolution(hidden))
+            outputs[-1].retain_grad()
+            hidden = outputs[-1].relu()
+        outputs[-1].backward(torch.randn_like(outputs[-1]))
+    first, last = outputs[0], outputs[-1]
+    return Kept((last.var() / first.var()).item(), (first.grad.var() / last.grad.var()).item())
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer_gain"),
+    [({"fan_mode": "fan_in"}, 1), ({"fan_mode": "fan_out"}, 1), ({"init": "xavier"}, 1 / 2)],
+)
+def test_kaiming_keeps_the_variance_through_30_plain_layers_and_xavier_halves_it_in_each(
+    settings: dict[str, str], layer_gain: float
+) -> None:
+    runs = [kept_variance(EncoderConfig(**settings), [512] * 31, seed) for seed in range(8)]
+    # at width 512 a run's logarithm wanders by sqrt(29 * 5 / 512) = 0.53, the mean of 8 by some 20%
+    for kept in (statistics.mean(run.activations for run in runs), statistics.mean(run.gradients for run in runs)):
+        assert 0.5 < kept / layer_gain**29 < 2
+
+
+def test_fan_in_and_fan_out_differ_by_the_widths_of_the_two_ends() -> None:
+    widths = [32] * 16 + [128] * 15  # one layer has fan_out = 4 fan_in; the draws are the same
+    by_in, by_out = (kept_variance(EncoderConfig(fan_mode=mode), widths, seed=0) for mode in ("fan_in", "fan_out"))
+    assert by_in.activations == pytest.approx(4 * by_out.activations, rel=1e-3)
+    assert by_in.gradients == pytest.approx(4 * by_out.gradients, rel=1e-3)
+
+
+class BlockStd(NamedTuple):
+    """Standard deviations at a block's output."""
+
+    output: float
+    gradient: float
+
+
+def block_stds(config: EncoderConfig) -> list[BlockStd]:
+    """Of all blocks, in training mode, on noise."""
+    encoder, outputs = build_encoder(config, seed=0), []
+    for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+        for block in layer:
+            block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    features = encoder(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    stem, *gradients = torch.autograd.grad(features.square().sum(), [encoder.conv1.weight, *outputs])
+    assert features.isfinite().all() and stem.isfinite().all() and stem.any()
+    return [BlockStd(out.std().item(), grad.std().item()) for out, grad in zip(outputs, gradients, strict=True)]
+
+
+def test_resnet101_keeps_activations_and_gradients_in_bounds_where_its_plain_counterpart_does_not() -> None:
+    residual = block_stds(EncoderConfig(architecture="resnet101"))
+    plain = block_stds(EncoderConfig(architecture="resnet101", shortcuts=False))
+    # each of layer3's 23 blocks adds a branch of variance 1 to the sum, of which ReLU keeps a part
+    assert all(0.5 < block.output < 23**0.5 for block in residual)
+    assert residual[0].gradient / residual[-1].gradient < 1e3
+    # BN without shortcuts multiplies it by some 1.7 = sqrt(pi / (pi - 1))^3 per bottleneck (Yang et al. 2019)
+    assert plain[0].gradient / plain[-1].gradient > 1e6
+
+
+@torch.no_grad()
+def with_dead_last_bn(config: EncoderConfig) -> tuple[Tensor, Tensor]:
+    """Input of a block whose last BN gives 0, and its output."""
+    block = build_encoder(config, seed=0).layer2[1]
+    block.bn2.weight.zero_()
+    block_input = torch.randn(2, 128, 8, 8, generator=torch.Generator().manual_seed(0))
+    return block_input, block(block_input.clone())
+
+
+def test_a_residual_block_passes_its_input_on_and_a_plain_one_does_not() -> None:
+    block_input, output = with_dead_last_bn(RESIDUAL)
+    assert torch.equal(output, block_input.relu())
+    assert not with_dead_last_bn(PLAIN)[1].any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_plain_network_is_the_residual_one_of_the_same_seed_without_projections(name: str) -> None:
+    plain, residual = (
+        build_encoder(EncoderConfig(architecture=name, shortcuts=shortcuts), seed=0).state_dict()
+        for shortcuts in (False, True)
+    )
+    assert list(plain) == [key for key in residual if ".downsample." not in key] != list(residual)
+    assert all(torch.equal(tensor, residual[key]) for key, tensor in plain.items())
 
 
 @pytest.mark.parametrize("zero", [False, True])

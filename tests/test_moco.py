@@ -48,7 +48,7 @@ def build(config: PretrainConfig = CONFIG) -> MoCo:
 def run(moco: MoCo, query_views: Tensor, key_views: Tensor, step: int = 0) -> MoCoOutput:
     """One forward in one process, the key views given in the order of their queries."""
     order = moco.key_order(step, len(key_views))
-    output: MoCoOutput = moco(query_views, key_views[order], order)
+    output: MoCoOutput = moco(moco.embed_keys(query_views, key_views[order], order), query_views)
     return output
 
 

@@ -64,6 +64,7 @@ TRAPS = {
         "knn.test_vote_equals_a_slow_loop",
         "knn.test_nearest_neighbour_of_an_image_is_itself",
     ],
+    32: ["import.test_a_missing_tensor_is_named"],
     33: ["detection.test_everything_is_trainable_and_body_and_pyramid_have_batch_norm"],
     34: ["coco.test_ground_truth_as_predictions_scores_one"],
     35: ["interchange.test_detectron2_file_has_its_names_and_layout"],
@@ -71,6 +72,10 @@ TRAPS = {
     38: ["preflight.test_a_queue_longer_than_a_quarter_of_the_data_is_doubted"],
 }
 """By number: module and test. 30 (feature cache) and 36 (VOC metric) belong to transfers that are not there yet."""
+
+
+def test_every_trap_is_here_that_can_be() -> None:
+    assert TRAPS.keys() == set(range(1, 39)) - {30, 36}
 
 
 @pytest.mark.parametrize("number", TRAPS)
