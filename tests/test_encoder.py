@@ -1,3 +1,4 @@
+import itertools
 import statistics
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def kept_variance(config: EncoderConfig, widths: list[int], seed: int) -> Kept:
     """Through 1x1 convolutions and ReLUs, no BN."""
     with seeded(seed):
         hidden, outputs = torch.randn(4, widths[0], 4, 4), []
-        for inputs, channels in zip(widths, widths[1:], strict=False):
+        for inputs, channels in itertools.pairwise(widths):
             convolution = nn.Conv2d(inputs, channels, 1, bias=False)
             init_convolution(convolution, config)
             outputs.append(convolution(hidden))
@@ -130,7 +131,7 @@ def test_resnet101_keeps_activations_and_gradients_in_bounds_where_its_plain_cou
     # each of layer3's 23 blocks adds a branch of variance 1 to the sum, of which ReLU keeps a part
     assert all(0.5 < block.output < 23**0.5 for block in residual)
     assert residual[0].gradient / residual[-1].gradient < 1e3
-    # BN without shortcuts multiplies it by some 1.7 = sqrt(pi / (pi - 1))^3 per bottleneck (Yang et al. 2019)
+    # BN and ReLU without shortcuts: by sqrt(pi / (pi - 1)) = 1.21 per layer (Yang et al. 2019, arXiv:1902.08129)
     assert plain[0].gradient / plain[-1].gradient > 1e6
 
 
