@@ -101,7 +101,7 @@ def plain_stack(config: EncoderConfig, seed: int) -> nn.Sequential:
 
 def train(network: nn.Module, images: Images, schedule: Schedule, seed: int) -> Trained:
     """Trains from the network's present weights; the seed orders the images."""
-    network = network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=schedule.rate, momentum=0.9, weight_decay=1e-4)
     batches = list(_batches(len(images.classes), schedule, seed))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
