@@ -10,7 +10,7 @@ those on the training batches: what is asked is whether a network can be trained
 `degradation` takes timm's ResNets of 18 and 34 layers with the small stem at a quarter of their width (16 to 128
 channels), Kaiming fan-out, and their plain counterparts; 12 epochs in batches of 128, each network at the better of two
 learning rates. `initialisation` takes 30 convolutions with ReLU and no BN, padded circularly, as zeros would take
-variance at the border; 10 epochs in batches of 32. Seeds follow each other until the minutes are spent.
+variance at the border; 6 epochs in batches of 32. Seeds follow each other until the minutes are spent.
 
 Shapes: R seeds, E epochs, L layers.
 """
@@ -54,7 +54,7 @@ INITS = {
     "Kaiming, fan-out": EncoderConfig(fan_mode="fan_out"),
     "Xavier": EncoderConfig(init="xavier"),
 }
-STACK_SCHEDULE = Schedule(epochs=10, batch=32, rate=0.003)
+STACK_SCHEDULE = Schedule(epochs=6, batch=32, rate=0.003)
 NOTABLE = 1.0
 """Points of error by which the deeper network is called worse."""
 LEARNT = 0.05
@@ -196,7 +196,7 @@ def _over_seeds(signals: list[list[float]]) -> NDArray[np.float64]:
 
 
 def _canvas(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(1.2 + 3.6 * count, 3.4), layout="constrained", dpi=110)
+    figure = Figure(figsize=(2.2 + 3.2 * count, 3.4), layout="constrained", dpi=110)
     every = list(figure.subplots(1, count, squeeze=False)[0])
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
