@@ -16,11 +16,33 @@ from hemoco.method_config import (
     OptimizerConfig,
     ViewsConfig,
 )
+from hemoco.stream_config import DataConfig, StreamConfig
+from hemoco.transfer_config import (
+    AnyTransferConfig,
+    ClassifierConfig,
+    DetectionConfig,
+    FasterRcnnConfig,
+    FineTuneConfig,
+    KnnConfig,
+    LinearClassifierConfig,
+    LinearProbeConfig,
+    LowShotConfig,
+    MaskRcnnConfig,
+    TrainedConfig,
+    TransferConfig,
+    init_label,
+)
 
 __all__ = [
+    "AnyTransferConfig",
+    "ClassifierConfig",
     "DataConfig",
+    "DetectionConfig",
     "EncoderConfig",
+    "FasterRcnnConfig",
+    "FineTuneConfig",
     "KnnConfig",
+    "LinearClassifierConfig",
     "LinearProbeConfig",
     "LowShotConfig",
     "MaskRcnnConfig",
@@ -31,11 +53,13 @@ __all__ = [
     "Recipe",
     "ResourcesConfig",
     "StreamConfig",
+    "TrainedConfig",
     "TransferConfig",
     "ViewsConfig",
     "config_difference",
     "config_digest",
     "flat_params",
+    "init_label",
     "world_sizes",
 ]
 
@@ -52,47 +76,6 @@ _FREE_SETTINGS = (
     ),
     "max_parallel_transfers",
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Shards and which of their splits serve for what."""
-
-    shards: str = ""
-    """URL of a folder written by `python -m jobs pack` (s3://bucket/prefix, file:///path or a path)."""
-    pretrain_split: str = "train"
-    """Split for pretraining; labels are not read."""
-    train_split: str = "train"
-    """Labelled split that fits probes and fills the kNN bank."""
-    test_split: str = "test"
-    """Labelled split that is evaluated."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """How shards become batches."""
-
-    workers: int = 2
-    """Loader processes per training worker; 0 loads in the training process."""
-    lanes: int = 16
-    """Parallel lanes of the two-level shuffle; must divide the global batch size."""
-    shards_per_block: int = 4
-    """Consecutive shards of a lane that are shuffled together."""
-    memory_bytes: int = 2_000_000_000
-    """Most shard bytes a loader process holds in memory: the open blocks and what is read ahead."""
-    disk_cache_bytes: int = 0
-    """Most bytes of shards kept in $HEMOCO_HOME/shards for all processes of a node and later epochs; 0 keeps none."""
-    retry_s: float = 600.0
-    """Seconds for which a read that fails is tried again."""
-    max_bad_share: float = 0.001
-    """Share of undecodable or damaged samples above which the run stops; ten are always allowed."""
-
-    def __post_init__(self) -> None:
-        require(self.workers >= 0, f"stream.workers is {self.workers}: it must not be negative")
-        require(self.lanes > 0, f"stream.lanes is {self.lanes}: it must be positive")
-        require(self.shards_per_block > 0, f"stream.shards_per_block is {self.shards_per_block}: it must be positive")
-        for name in ("memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share"):
-            require(getattr(self, name) >= 0, f"stream.{name} is {getattr(self, name)}: it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,100 +180,6 @@ def world_sizes(config: PretrainConfig) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferConfig:
-    """What all transfers share. A transfer covers every init and seed it names."""
-
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Its data; an empty `shards` means the recipe's."""
-    inits: tuple[str, ...] = ("pretrained", "random")
-    """Backbones compared: `pretrained`, `random` (Kaiming)."""
-    seeds: tuple[int, ...] = (0,)
-    """One repetition each."""
-    cpus: int = 1
-    """CPU cores reserved."""
-    gpus: int = 0
-    """GPUs reserved."""
-
-    def __post_init__(self) -> None:
-        allowed = {"pretrained", "random"}
-        require(bool(self.inits), "transfers.inits is empty: name at least one of pretrained, random")
-        require(set(self.inits) <= allowed, f"transfers.inits is {self.inits}: allowed are pretrained and random")
-        require(bool(self.seeds), "transfers.seeds is empty: name at least one")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KnnConfig(TransferConfig):
-    """Weighted nearest-neighbour vote on frozen features (Wu et al. 2018, section 3.4)."""
-
-    neighbours: int = 200
-    """k."""
-    temperature: float = 0.1
-    """T of the vote's weight exp(similarity / T)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig(TransferConfig):
-    """Linear classifier on frozen, cached centre-crop features (not the paper's augmented protocol)."""
-
-    epochs: int = 100
-    """Passes over the cached features."""
-    batch_size: int = 256
-    """Features per step."""
-    lrs: tuple[float, ...] = (0.3, 3.0, 30.0)
-    """Learning rates tried; the best on a held-out fifth of the training split is refitted on all of it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LowShotConfig(TransferConfig):
-    """Linear classifier on frozen features of n labelled images per class, mean over several draws."""
-
-    shots: int = 5
-    """Labelled images per class."""
-    draws: int = 10
-    """Random draws per seed."""
-    weight_decay: float = 1e-3
-    """L2 penalty of the logistic regression on standardised features."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskRcnnConfig(TransferConfig):
-    """Mask R-CNN with a ResNet-FPN, fine-tuned whole (torchvision)."""
-
-    steps: int = 90_000
-    """Optimiser steps."""
-    batch_size: int = 16
-    """Images per step."""
-    flip: float = 0.5
-    """Probability of a horizontal flip in training; 0 where mirrored objects are others, as digits."""
-    lr: float = 0.02
-    """Learning rate at this batch size."""
-    weight_decay: float = 1e-4
-    """Not on normalisation layers."""
-    warmup_steps: int = 1000
-    """Steps of linear warm-up."""
-    min_size: int = 800
-    """Shorter side images are scaled to, pixels."""
-    max_size: int = 1333
-    """Longer side at most, pixels."""
-    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Anchor side per pyramid level, pixels; the last level is the pooled one."""
-    fpn_channels: int = 256
-    """Channels of the pyramid."""
-    box_features: int = 1024
-    """Hidden size of the box head."""
-    rois_per_image: int = 512
-    """Proposals sampled per training image."""
-    proposals: int = 1000
-    """Proposals kept per image after RPN's NMS, in training twice as many."""
-    max_detections: int = 100
-    """Detections kept per image."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(len(self.anchor_sizes) == 5, f"mask_rcnn.anchor_sizes is {self.anchor_sizes}: five sizes are needed")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run: data, pretraining and the transfers that measure it."""
 
@@ -298,9 +187,7 @@ class Recipe:
     """Short name, part of the run's default name."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
-    transfers: dict[str, KnnConfig | LinearProbeConfig | LowShotConfig | MaskRcnnConfig] = dataclasses.field(
-        default_factory=dict
-    )
+    transfers: dict[str, AnyTransferConfig] = dataclasses.field(default_factory=dict)
     max_parallel_transfers: int = 8
     """Transfers that run at the same time, at most."""
 

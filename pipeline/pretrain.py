@@ -12,7 +12,7 @@ from hemoco.config import DataConfig, PretrainConfig, world_sizes
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.loader import StreamPosition
 from hemoco.data.shards import read_index
-from hemoco.data.stream import Batch, batches, load_images, steps_per_epoch
+from hemoco.data.stream import Batch, batches, load_images, pretraining_plan, steps_per_epoch
 from hemoco.distributed import broadcast_object, rank, world_size
 from hemoco.encoder import Backbone
 from hemoco.errors import HemocoError, TrainingError
@@ -60,7 +60,7 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
     """What every training process runs: resume, then the loop. All ranks return alike."""
     config, device = job.config, worker_device()
     index = read_index(job.data.shards, patience_s=config.stream.retry_s)
-    per_epoch = steps_per_epoch(index, job.data.pretrain_split, config)
+    per_epoch = steps_per_epoch(index, job.data.pretrain_split, pretraining_plan(config))
     state = build_state(config, device, data_digest=index.digest)
     folder = join_url(job.url, "checkpoints")
     attempt = _resume(state, folder)
@@ -120,11 +120,10 @@ def _batches(
     return batches(
         job.data.shards,
         job.data.pretrain_split,
-        config=job.config,
+        pretraining_plan(job.config),
         rank=rank(),
         world_size=world_size(),
         start=start,
-        epochs=job.config.epochs,
         device=device,
         bad_samples=bad_samples,
     )

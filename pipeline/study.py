@@ -17,7 +17,7 @@ from hemoco.config import (
     flat_params,
 )
 from hemoco.data.shards import ShardIndex, read_index
-from hemoco.data.stream import steps_per_epoch
+from hemoco.data.stream import pretraining_plan, steps_per_epoch
 from hemoco.errors import ConfigError, UsageError
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
 from hemoco.storage import absolute_url, join_url, remove
@@ -121,7 +121,8 @@ def check_pretraining(recipe: Recipe) -> None:
     recipe = _with_absolute_urls(recipe)
     data, index = recipe.data, read_index(recipe.data.shards)
     index.split(data.pretrain_split)
-    for doubt in doubtful_settings(recipe.pretrain, steps_per_epoch(index, data.pretrain_split, recipe.pretrain)):
+    steps = steps_per_epoch(index, data.pretrain_split, pretraining_plan(recipe.pretrain))
+    for doubt in doubtful_settings(recipe.pretrain, steps):
         logger.warning("%s", doubt)
     _say_checkpoints(recipe.pretrain)
     if not recipe.pretrain.knn_every_epochs:

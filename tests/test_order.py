@@ -88,7 +88,7 @@ def test_two_samples_of_a_shard_are_rarely_neighbours_in_storage_order() -> None
 
 
 def test_a_split_smaller_than_a_global_batch_is_refused_with_its_size() -> None:
-    with pytest.raises(ConfigError, match=r"pretrain\.global_batch_size is 24: the split has only 23 samples"):
+    with pytest.raises(ConfigError, match=r"global_batch_size is 24: the split has only 23 samples"):
         order([20, 3])
     assert order([20, 4]).steps == 1
 

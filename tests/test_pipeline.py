@@ -32,7 +32,7 @@ from hemoco.config import (
     ViewsConfig,
 )
 from hemoco.data.counts import BadSampleFile
-from hemoco.data.stream import batches
+from hemoco.data.stream import batches, pretraining_plan
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.storage import join_url, list_names
 from hemoco.tracking import connect, find_run, tracking_uri
@@ -214,14 +214,14 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
 
 def _fingerprints(recipe):
     """Those of all global batches, from the stream in this process alone."""
+    plan = pretraining_plan(recipe.pretrain)
     source = batches(
         recipe.data.shards,
         recipe.data.pretrain_split,
-        config=dataclasses.replace(recipe.pretrain, stream=dataclasses.replace(recipe.pretrain.stream, workers=0)),
+        dataclasses.replace(plan, epochs=1, stream=dataclasses.replace(plan.stream, workers=0)),
         rank=0,
         world_size=1,
         start=None,
-        epochs=1,
         device=torch.device("cpu"),
         bad_samples=BadSampleFile("memory://unwritten"),
     )

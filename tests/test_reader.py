@@ -32,7 +32,7 @@ def reader(url: str, portions: list[Portion], **settings: Any) -> SampleReader:
 
 def keys(made: SampleReader, slots: tuple[int, int], steps: range, epoch: int = 0) -> list[str]:
     pieces = list(order().slices(*slots))
-    return [key for step in steps for key, _ in made.images(epoch, step, pieces)]
+    return [read.key for step in steps for read, _ in made.images(epoch, step, pieces)]
 
 
 def expected(slots: tuple[int, int], steps: range, epoch: int = 0) -> list[str]:

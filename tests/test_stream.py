@@ -49,11 +49,10 @@ def run(
         stream.batches(
             url,
             "train",
-            config=made,
+            dataclasses.replace(stream.pretraining_plan(made), epochs=epochs),
             rank=rank,
             world_size=world_size,
             start=start,
-            epochs=epochs,
             device=CPU,
             bad_samples=listed,
         )
@@ -69,7 +68,7 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
 
 def test_every_epoch_delivers_its_steps_and_no_image_twice(shards: str) -> None:
     batches = run(shards, config())
-    steps = stream.steps_per_epoch(read_index(shards), "train", config())
+    steps = stream.steps_per_epoch(read_index(shards), "train", stream.pretraining_plan(config()))
     assert steps == sum(SIZES) // 16
     assert [batch.position for batch in batches] == [(epoch, step) for epoch in range(2) for step in range(steps)]
     for epoch in range(2):
@@ -119,11 +118,10 @@ def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
     source = stream.batches(
         shards,
         "train",
-        config=config(workers=2),
+        dataclasses.replace(stream.pretraining_plan(config(workers=2)), epochs=1000),
         rank=0,
         world_size=1,
         start=None,
-        epochs=1000,
         device=CPU,
         bad_samples=BadSampleFile("memory://unwritten"),
     )
@@ -172,7 +170,7 @@ def test_a_shard_without_any_good_image_is_an_error(tmp_path: Path) -> None:
 
 def test_a_memory_limit_smaller_than_the_open_blocks_is_refused(shards: str) -> None:
     needed = sum(shard.bytes for shard in read_index(shards).shards)
-    with pytest.raises(ConfigError, match=rf"pretrain\.stream\.memory_bytes .* at least {needed}"):
+    with pytest.raises(ConfigError, match=rf"stream\.memory_bytes .* at least {needed}"):
         run(shards, config(memory_bytes=needed - 1))
 
 

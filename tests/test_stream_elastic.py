@@ -3,6 +3,7 @@
 import itertools
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.loader import CropSource, StreamPosition
 from hemoco.data.order import EpochOrder
 from hemoco.data.shards import ShardColumns, read_index
+from hemoco.data.stream import pretraining_plan
 
 EPOCHS = 2
 Keys = dict[StreamPosition, list[str]]
@@ -44,7 +46,8 @@ def live(url: str, made: PretrainConfig, world_size: int, start: StreamPosition 
     found: Keys = {}
     for rank in range(world_size):
         slots = (size * rank // world_size, size * (rank + 1) // world_size)
-        source = CropSource(url, shards, slots, made, start, EPOCHS)
+        plan = replace(pretraining_plan(made), epochs=EPOCHS)
+        source = CropSource(url, shards, plan, slots=slots, start=start)
         for part in source._slots:
             for crops in itertools.islice(source._crop_batches(part), steps):
                 assert crops.slots == part

@@ -1,5 +1,6 @@
 """Batches over a storage that misbehaves: they are those of a sound one, or a named error ends the run."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,11 +48,10 @@ def batches(url: str, made: PretrainConfig, epochs: int = 1) -> Iterator[stream.
     return stream.batches(
         url,
         "train",
-        config=made,
+        dataclasses.replace(stream.pretraining_plan(made), epochs=epochs),
         rank=0,
         world_size=1,
         start=None,
-        epochs=epochs,
         device=torch.device("cpu"),
         bad_samples=BadSampleFile("memory://unwritten"),
     )

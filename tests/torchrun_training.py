@@ -3,6 +3,7 @@
 Writes the losses of all steps to OUT. The loop is the one that runs in Ray's workers.
 """
 
+import dataclasses
 import json
 import sys
 from contextlib import closing
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.shards import read_index
-from hemoco.data.stream import batches, steps_per_epoch
+from hemoco.data.stream import batches, pretraining_plan, steps_per_epoch
 from hemoco.distributed import rank, world_size
 from hemoco.train import build_state, train_steps
 
@@ -33,18 +34,18 @@ def train(shards: str) -> list[float]:
     """The losses of one epoch, on every rank the same."""
     index, device = read_index(shards), torch.device("cpu")
     state = build_state(CONFIG, device, data_digest=index.digest)
-    per_epoch = steps_per_epoch(index, "train", CONFIG)
+    plan = pretraining_plan(CONFIG)
+    per_epoch = steps_per_epoch(index, "train", plan)
     with (
         closing(BadSampleFile("memory://bad.jsonl")) as bad_samples,
         closing(
             batches(
                 shards,
                 "train",
-                config=CONFIG,
+                dataclasses.replace(plan, epochs=1),
                 rank=rank(),
                 world_size=world_size(),
                 start=state.position,
-                epochs=1,
                 device=device,
                 bad_samples=bad_samples,
             )

@@ -2,9 +2,10 @@
 
 A rank's slots of a global batch are split over its processes, each reading only the shards of its own lanes.
 
-Shapes: S x S a view.
+Shapes: V crops of an image, S x S pixels each.
 """
 
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hemoco.config import PretrainConfig
+from hemoco.config import StreamConfig, ViewsConfig
 from hemoco.data.counts import ReadCounts
 from hemoco.data.order import EpochOrder
 from hemoco.data.portions import plan_portions
@@ -42,12 +43,30 @@ class StreamPosition(NamedTuple):
     step: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropPlan:
+    """What a training asks of the stream: equal plans on equal shards give equal batches."""
+
+    seed: int
+    """Of order and crops."""
+    epochs: int
+    """Of the whole training."""
+    global_batch_size: int
+    views: ViewsConfig
+    """Of which size and crop_scale count here."""
+    crops: int
+    """V, of each image: two views for pretraining, one for a classifier."""
+    stream: StreamConfig
+
+
 class CropBatch(NamedTuple):
     """What one loader process makes of a global batch."""
 
     crops: Tensor
-    """uint8 (slots, 2, 3, S, S); to be copied before the next batch is asked for, for then it may be overwritten."""
+    """uint8 (slots, V, 3, S, S); to be copied before the next batch is asked for, for then it may be overwritten."""
     keys: list[str]
+    labels: list[int]
+    """-1 where there is none."""
     position: StreamPosition
     slots: tuple[int, int]
     """First and last (exclusive) slot in the global batch."""
@@ -57,27 +76,23 @@ class CropBatch(NamedTuple):
 class CropSource(IterableDataset[CropBatch | HemocoError]):
     """The parts of a rank's batches that one loader process makes, whichever process iterates it."""
 
-    views = 2
-    """Of each image; a benchmark makes one."""
-
     def __init__(
         self,
         data_url: str,
         shards: ShardColumns,
+        plan: CropPlan,
+        *,
         slots: tuple[int, int],
-        config: PretrainConfig,
         start: StreamPosition | None,
-        epochs: int,
     ) -> None:
-        self.data_url, self._shards, self._config = data_url, shards, config
+        self.data_url, self._shards, self._plan = data_url, shards, plan
         self._first = StreamPosition(0, 0) if start is None else start._replace(step=start.step + 1)
-        self._epochs = epochs
         first, last = slots
-        self.parts = max(1, min(config.stream.workers, last - first))
+        self.parts = max(1, min(plan.stream.workers, last - first))
         cuts = [first + (last - first) * part // self.parts for part in range(self.parts + 1)]
         self._slots = list(itertools.pairwise(cuts))
         for part_slots in self._slots:
-            _check_memory(shards, part_slots, config)
+            _check_memory(shards, part_slots, plan)
 
     def __iter__(self) -> Iterator[CropBatch | HemocoError]:
         info = get_worker_info()
@@ -87,20 +102,21 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
             yield error  # as a value: a loader process would bury its message in a traceback
 
     def _crop_batches(self, slots: tuple[int, int]) -> Iterator[CropBatch]:
-        views, seed = self._config.views, self._config.seed
-        buffers = _crop_buffers(slots[1] - slots[0], self.views, views.size)
+        views, seed = self._plan.views, self._plan.seed
+        buffers = _crop_buffers(slots[1] - slots[0], self._plan.crops, views.size)
         with closing(self._reader(slots)) as reader:
             for (position, pieces), crops in zip(self._steps(slots), buffers, strict=False):
                 epoch, step = position
                 draws = draw_crops(views, seed=seed, epoch=epoch, step=step, slots=slots)
-                keys = []
-                for row, (key, image) in enumerate(reader.images(epoch, step, pieces)):
+                keys, labels = [], []
+                for row, (read, image) in enumerate(reader.images(epoch, step, pieces)):
                     crop_into(crops[row], image, draws, row)
-                    keys.append(key)
-                yield CropBatch(crops, keys, position, slots, reader.take_counts())
+                    keys.append(read.key)
+                    labels.append(read.label)
+                yield CropBatch(crops, keys, labels, position, slots, reader.take_counts())
 
     def _reader(self, slots: tuple[int, int]) -> SampleReader:
-        stream = self._config.stream
+        stream = self._plan.stream
         cache = ShardCache(home() / "shards", stream.disk_cache_bytes) if stream.disk_cache_bytes else None
         portions = itertools.chain.from_iterable(
             plan_portions(order, epoch, slots, first) for epoch, order, first in self._orders()
@@ -115,9 +131,9 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
 
     def _orders(self) -> Iterator[tuple[int, EpochOrder, int]]:
         """Epoch, its order and its first step, from the start on."""
-        for epoch in range(self._first.epoch, self._epochs):
+        for epoch in range(self._first.epoch, self._plan.epochs):
             first = self._first.step if epoch == self._first.epoch else 0
-            yield epoch, epoch_order(self._shards.samples, self._config, epoch), first
+            yield epoch, epoch_order(self._shards.samples, self._plan, epoch), first
 
 
 def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBatch | HemocoError]:
@@ -140,15 +156,15 @@ def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBat
     )
 
 
-def epoch_order(sizes: NDArray[np.int64], config: PretrainConfig, epoch: int) -> EpochOrder:
+def epoch_order(sizes: NDArray[np.int64], plan: CropPlan, epoch: int) -> EpochOrder:
     """The order of an epoch of shards with so many samples each (shards,)."""
     return EpochOrder(
         sizes,
-        seed=config.seed,
+        seed=plan.seed,
         epoch=epoch,
-        lanes=config.stream.lanes,
-        shards_per_block=config.stream.shards_per_block,
-        global_batch_size=config.global_batch_size,
+        lanes=plan.stream.lanes,
+        shards_per_block=plan.stream.shards_per_block,
+        global_batch_size=plan.global_batch_size,
     )
 
 
@@ -161,32 +177,32 @@ def _enter_worker(environment: dict[str, str], _: int) -> None:
     torch.set_num_threads(1)
 
 
-def _crop_buffers(count: int, views: int, size: int) -> Iterator[Tensor]:
-    """Memory for crops (count, views, 3, S, S), the same few again and again, made as they are needed.
+def _crop_buffers(count: int, crops: int, size: int) -> Iterator[Tensor]:
+    """Memory for crops (count, V, 3, S, S), the same few again and again, made as they are needed.
 
     New memory for each batch would cost a page fault for every 4 KB, and a copy into what is shared: a tenth of the
     time an image takes.
     """
-    return itertools.cycle(_new_crops(count, views, size) for _ in range(_BUFFERS))
+    return itertools.cycle(_new_crops(count, crops, size) for _ in range(_BUFFERS))
 
 
-def _new_crops(count: int, views: int, size: int) -> Tensor:
+def _new_crops(count: int, crops: int, size: int) -> Tensor:
     """Shared with the training process where a loader process asks."""
     # channels last, as they are cropped: else each view is transposed, 6% of an image's time
-    memory = torch.empty((count, views, size, size, 3), dtype=torch.uint8)
+    memory = torch.empty((count, crops, size, size, 3), dtype=torch.uint8)
     memory = memory.share_memory_() if get_worker_info() else memory  # type: ignore[no-untyped-call]
     return memory.permute(0, 1, 4, 2, 3)
 
 
-def _check_memory(shards: ShardColumns, slots: tuple[int, int], config: PretrainConfig) -> None:
+def _check_memory(shards: ShardColumns, slots: tuple[int, int], plan: CropPlan) -> None:
     """Refuses a limit that cannot hold the open blocks."""
-    stream, width = config.stream, config.global_batch_size // config.stream.lanes
+    stream, width = plan.stream, plan.global_batch_size // plan.stream.lanes
     lanes = -(-slots[1] // width) - slots[0] // width
     largest = int(shards.bytes.max(initial=0))
     needed = min(lanes * stream.shards_per_block * largest, int(shards.bytes.sum()))
     if needed > stream.memory_bytes:
         raise ConfigError(
-            f"pretrain.stream.memory_bytes is {stream.memory_bytes}: a loader process reads {lanes} lanes, "
+            f"stream.memory_bytes is {stream.memory_bytes}: a loader process reads {lanes} lanes, "
             f"{stream.shards_per_block} shards of up to {largest} bytes at once in each; set it to at least {needed}, "
-            "or lower pretrain.stream.shards_per_block, or repack with smaller shards"
+            "or lower stream.shards_per_block, or repack with smaller shards"
         )

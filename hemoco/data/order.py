@@ -66,7 +66,7 @@ class EpochOrder:
         samples = int(counts.sum())
         if samples < global_batch_size:
             raise ConfigError(
-                f"pretrain.global_batch_size is {global_batch_size}: the split has only {samples} samples; "
+                f"global_batch_size is {global_batch_size}: the split has only {samples} samples; "
                 f"set it to at most {samples} or pack more data"
             )
         self._key = (seed, epoch)

@@ -112,8 +112,8 @@ class SampleReader:
         if self._pool is not None:
             self._pool.terminate()
 
-    def images(self, epoch: int, step: int, pieces: Pieces) -> Iterator[tuple[str, Tensor]]:
-        """Key and image (3, H, W) of each slot of a step; steps must be asked for in their order.
+    def images(self, epoch: int, step: int, pieces: Pieces) -> Iterator[tuple[ReadSample, Tensor]]:
+        """Sample and image (3, H, W) of each slot of a step; steps must be asked for in their order.
 
         Args:
             epoch: of the step.
@@ -124,8 +124,7 @@ class SampleReader:
             ShardError: a shard is not what the index says, or none of its images can be decoded.
             StorageError: the storage refuses, or did not answer in time.
         """
-        for read, image in self._usable(epoch, step, pieces, lambda encoded: decode_image(bytes(encoded))):
-            yield read.key, image
+        yield from self._usable(epoch, step, pieces, lambda encoded: decode_image(bytes(encoded)))
 
     def encoded(self, epoch: int, step: int, pieces: Pieces) -> Iterator[ReadSample]:
         """As `images`, but the samples as they were packed; only damaged ones are replaced.

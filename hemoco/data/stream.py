@@ -1,6 +1,6 @@
 """Batches of cropped views from shards, and labelled images for evaluation.
 
-Shapes: N images on this rank, S x S a view, M images of a split, B of an evaluation batch.
+Shapes: N images on this rank, V crops of each, S x S a crop, M images of a split.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch import Tensor
 from hemoco.config import PretrainConfig
 from hemoco.data.counts import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
 from hemoco.data.decode import decode_image
-from hemoco.data.loader import CropBatch, CropSource, StreamPosition, epoch_order, start_loader
+from hemoco.data.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
 from hemoco.data.shards import Shard, ShardColumns, ShardIndex, read_index, read_shard
 from hemoco.data.views import center_view
 from hemoco.errors import HemocoError, ShardError
@@ -29,45 +29,57 @@ class Batch(NamedTuple):
     """One rank's part of a global batch, on the device."""
 
     crops: Tensor
-    """uint8 (N, 2, 3, S, S): of each image the query's and the key's, not yet augmented."""
+    """uint8 (N, V, 3, S, S), not yet augmented; for pretraining those of query and key."""
     keys: list[str]
     """Of the images, in their order."""
     position: StreamPosition
     reading: ReadCounts = ReadCounts()
     """What was read since the batch before, on this rank."""
+    labels: tuple[int, ...] = ()
+    """Of the images, -1 where there is none."""
 
 
-def steps_per_epoch(index: ShardIndex, split: str, config: PretrainConfig) -> int:
+def pretraining_plan(config: PretrainConfig) -> CropPlan:
+    """What a pretraining asks of the stream."""
+    return CropPlan(
+        seed=config.seed,
+        epochs=config.epochs,
+        global_batch_size=config.global_batch_size,
+        views=config.views,
+        crops=2,
+        stream=config.stream,
+    )
+
+
+def steps_per_epoch(index: ShardIndex, split: str, plan: CropPlan) -> int:
     """Global batches in an epoch of a split, the same in every epoch and on every rank.
 
     Raises:
         ConfigError: the split has fewer samples than one global batch.
         ShardError: there is no such split.
     """
-    return epoch_order(ShardColumns(index.split(split)).samples, config, epoch=0).steps
+    return epoch_order(ShardColumns(index.split(split)).samples, plan, epoch=0).steps
 
 
 def batches(
     data_url: str,
     split: str,
+    plan: CropPlan,
     *,
-    config: PretrainConfig,
     rank: int,
     world_size: int,
     start: StreamPosition | None,
-    epochs: int,
     device: torch.device,
     bad_samples: BadSampleFile,
 ) -> Generator[Batch, None, None]:
     """This rank's batches after the position `start` to the end of the last epoch.
 
-    A batch is a function of data, config, position and rank; the global batch does not depend on the world size, nor on
+    A batch is a function of data, plan, position and rank; the global batch does not depend on the world size, nor on
     the loader processes. Bad samples are replaced by the next good one of their shard and reported in `Batch.reading`.
     Closing the generator ends the loader processes.
 
     Args:
         start: position of the last batch consumed; None starts at the beginning.
-        epochs: of the whole training, those before `start` included.
         bad_samples: receives those of this rank; the caller writes it.
 
     Raises:
@@ -75,19 +87,19 @@ def batches(
         ShardError: a shard is missing or another than was packed, or too many images are bad.
         StorageError: the storage refuses, or did not answer in time.
     """
-    size = config.global_batch_size
+    size, stream = plan.global_batch_size, plan.stream
     slots = (size * rank // world_size, size * (rank + 1) // world_size)
-    index = read_index(data_url, patience_s=config.stream.retry_s)
+    index = read_index(data_url, patience_s=stream.retry_s)
     shards = ShardColumns(index.split(split))
-    source = CropSource(data_url, shards, slots, config, start, epochs)
-    limit = BadSampleLimit(config.stream.max_bad_share)
-    if world_size * source.parts > config.stream.lanes:
+    source = CropSource(data_url, shards, plan, slots=slots, start=start)
+    limit = BadSampleLimit(stream.max_bad_share)
+    if world_size * source.parts > stream.lanes:
         processes = f"{world_size} x {source.parts}"
-        logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, config.stream.lanes)
-    left_out = epoch_order(shards.samples, config, epoch=0).left_out
+        logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, stream.lanes)
+    left_out = epoch_order(shards.samples, plan, epoch=0).left_out
     if rank == 0:
         logger.info("event=stream split=%s samples=%d left_out_per_epoch=%d", split, shards.samples.sum(), left_out)
-    loaded = iter(source) if config.stream.workers == 0 else iter(start_loader(source, device))
+    loaded = iter(source) if stream.workers == 0 else iter(start_loader(source, device))
     try:
         began = time.perf_counter()
         for first in loaded:
@@ -119,9 +131,11 @@ def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, l
 
 
 def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:
-    crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, 2, 3, S, S)
+    crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, V, 3, S, S)
     keys = [key for part in parts for key in part.keys]
-    return Batch(crops, keys, parts[0].position, sum_counts([waited, *(part.reading for part in parts)]))
+    labels = tuple(label for part in parts for label in part.labels)
+    reading = sum_counts([waited, *(part.reading for part in parts)])
+    return Batch(crops, keys, parts[0].position, reading, labels)
 
 
 def _raise_error(part: CropBatch | HemocoError) -> CropBatch:

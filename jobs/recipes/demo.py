@@ -44,11 +44,13 @@ recipe = Recipe(
     transfers={
         "mask_rcnn": MaskRcnnConfig(
             steps=120,
-            batch_size=8,
+            global_batch_size=8,
+            reference_batch_size=8,
             flip=0.0,
             lr=0.05,
             warmup_steps=10,
-            min_size=96,
+            train_sizes=(96,),
+            test_size=96,
             max_size=96,
             anchor_sizes=(16, 24, 32, 48, 64),
             fpn_channels=64,
@@ -56,6 +58,7 @@ recipe = Recipe(
             rois_per_image=64,
             proposals=100,
             max_detections=20,
+            precise_bn_steps=10,
         ),
         "knn": KnnConfig(),
         "linear_probe": LinearProbeConfig(epochs=30),

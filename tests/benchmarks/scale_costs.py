@@ -25,6 +25,7 @@ from hemoco.data.order import EpochOrder
 from hemoco.data.portions import Portion, plan_portions, plan_ranges
 from hemoco.data.sample_table import SampleTable, encode_table
 from hemoco.data.shards import INDEX_NAME, Shard, ShardColumns, ShardIndex, read_index, write_index
+from hemoco.data.stream import pretraining_plan
 
 PROCESSES_PER_RANK = 8
 IMAGES_PER_RANK = 32  # in a step, as MoCo's 256 on 8 GPUs
@@ -141,7 +142,7 @@ def process_slots(data: DataSet, cluster: Cluster, process: int) -> tuple[int, i
         resources=ResourcesConfig(workers=cluster.ranks),
     )
     slots = (cluster.batch * rank // cluster.ranks, cluster.batch * (rank + 1) // cluster.ranks)
-    source = CropSource("", ShardColumns(made_up_shards(data)[:1]), slots, config, None, 1)
+    source = CropSource("", ShardColumns(made_up_shards(data)[:1]), pretraining_plan(config), slots=slots, start=None)
     return source._slots[part]
 
 

@@ -3,6 +3,7 @@
 Shapes: B images of a batch, S x S a view.
 """
 
+import dataclasses
 import functools
 import io
 import multiprocessing
@@ -24,6 +25,7 @@ from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.decode import decode_image
 from hemoco.data.loader import CropSource, start_loader
 from hemoco.data.shards import ShardColumns, read_index
+from hemoco.data.stream import pretraining_plan
 from hemoco.data.views import crop_into, draw_crops, resize
 from hemoco.data.webdataset_stage import SampleSource
 from hemoco.errors import HemocoError
@@ -100,16 +102,11 @@ hemoco_one_view = HemocoViews(1)
 hemoco_two_views = HemocoViews(2)
 
 
-class OneView(CropSource):
-    """hemoco's stream with one view in place of two."""
-
-    views = 1
-
-
-def hemoco_batches(url: str, source: type[CropSource]) -> Iterator[Tensor]:
-    """hemoco's own loader processes, up to what they hand to the trainer."""
+def hemoco_batches(url: str, crops: int) -> Iterator[Tensor]:
+    """hemoco's own loader processes, up to what they hand to the trainer: one view of an image or two."""
     _start_fork_server()
-    parts = source(url, ShardColumns(read_index(url).split("train")), (0, GLOBAL_BATCH), PRETRAIN, None, 1)
+    plan = dataclasses.replace(pretraining_plan(PRETRAIN), crops=crops, epochs=1)
+    parts = CropSource(url, ShardColumns(read_index(url).split("train")), plan, slots=(0, GLOBAL_BATCH), start=None)
     for part in start_loader(parts, torch.device("cpu")):
         if isinstance(part, HemocoError):
             raise part
@@ -186,7 +183,8 @@ def litdata_batches(url: str, view: View) -> Iterator[Tensor]:
 def hemoco_bytes(url: str, passes: int) -> Iterator[int]:
     """Sizes of the images as hemoco's reader gives them, in one process, nothing decoded."""
     slots = (0, GLOBAL_BATCH)
-    source = CropSource(url, ShardColumns(read_index(url).split("train")), slots, PRETRAIN, None, passes)
+    plan = dataclasses.replace(pretraining_plan(PRETRAIN), epochs=passes)
+    source = CropSource(url, ShardColumns(read_index(url).split("train")), plan, slots=slots, start=None)
     with closing(source._reader(slots)) as reader:
         for position, pieces in source._steps(slots):
             yield from (len(read.image) for read in reader.encoded(*position, pieces))

@@ -42,8 +42,8 @@ IN_MEMORY: dict[str, Callable[[bytes], object]] = {
     "two views, hemoco": loaders.hemoco_two_views,
 }
 FROM_S3: dict[str, Callable[[str], Iterator[Tensor]]] = {
-    "hemoco, two views": functools.partial(loaders.hemoco_batches, source=loaders.CropSource),
-    "hemoco, one view": functools.partial(loaders.hemoco_batches, source=loaders.OneView),
+    "hemoco, two views": functools.partial(loaders.hemoco_batches, crops=2),
+    "hemoco, one view": functools.partial(loaders.hemoco_batches, crops=1),
     "hemoco, fast": functools.partial(loaders.hemoco_stage_batches, view=loaders.fast_view),
     "webdataset, fast": functools.partial(loaders.webdataset_batches, view=loaders.fast_view),
     "webdataset, PIL": functools.partial(loaders.webdataset_batches, view=loaders.pil_view),
