@@ -11,25 +11,41 @@ import json
 import logging
 import pickle
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import safetensors.torch
 import torch
 
-from hemoco.config import EncoderConfig, config_difference, flat_params
+from hemoco.config import EncoderConfig, config_difference
 from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.storage import join_url, list_names, read_bytes, remove, write_bytes
 from hemoco.tensor_file import parse_safetensors
-
-if TYPE_CHECKING:
-    from hemoco.train import TrainState
 
 logger = logging.getLogger(__name__)
 
 _STATE, _MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
 _CHECKPOINT_FORMAT, _BACKBONE_FORMAT = "hemoco-checkpoint-1", "hemoco-backbone-1"
+
+
+class Resumable(Protocol):
+    """A training that goes on from a checkpoint: all that its next step depends on."""
+
+    step: int
+    """Optimiser steps done."""
+    data_digest: str
+    """Of the shard index trained on."""
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Its config, flat and by the names one types."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, as `torch.load(weights_only=True)` accepts them."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; raises CheckpointError where it is of other data."""
 
 
 class SavedMethod(NamedTuple):
@@ -49,7 +65,7 @@ class _Place(NamedTuple):
     attempt: int
 
 
-def save_checkpoint(state: "TrainState", url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0) -> str:
+def save_checkpoint(state: Resumable, url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0) -> str:
     """Writes a checkpoint, then removes what it makes superfluous. On rank 0 only.
 
     Kept are the newest `keep_last` up to this step and those of every `keep_every_steps`. Removed with the others are
@@ -76,7 +92,7 @@ def save_checkpoint(state: "TrainState", url: str, *, attempt: int, keep_last: i
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "data_digest": state.data_digest,
-        "config": flat_params({"pretrain": state.config}),
+        "config": state.params,
     }
     place = _Place(state.step, attempt)
     checkpoint = join_url(url, _folder_name(place))
@@ -124,19 +140,32 @@ def attempt_of(url: str) -> int:
     return int(found[2])
 
 
-def load_checkpoint(url: str, state: "TrainState") -> None:
+def load_checkpoint(url: str, state: Resumable) -> None:
     """Takes a checkpoint over into a state built from the same config, on its device.
 
     Raises:
         CheckpointError: it does not verify, or is of another config or other data; the state is then unchanged.
     """
     manifest = _read_manifest(url)
-    difference = config_difference(manifest["config"], flat_params({"pretrain": state.config}))
+    difference = config_difference(manifest["config"], state.params)
     if difference:
         raise CheckpointError(
             f"{url}: is of another config ({'; '.join(difference)}); go back to its settings or start a fresh run"
         )
     state.load_state_dict(_load_state(url, manifest))
+
+
+def check_data_digest(saved: str, present: str) -> None:
+    """Refuses to go on with other data than a training was begun on.
+
+    Raises:
+        CheckpointError: the digests differ.
+    """
+    if saved != present:
+        raise CheckpointError(
+            f"the training was begun on shards with digest {saved}, these have {present}: give the old shards or start "
+            "anew with --fresh"
+        )
 
 
 def is_checkpoint(url: str) -> bool:

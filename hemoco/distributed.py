@@ -88,6 +88,14 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks in rank order, on every rank; they must pickle."""
+    gathered = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def wrap_for_gradients(model: torch.nn.Module) -> torch.nn.Module:
     """The module to call instead of `model` so that backward averages gradients over the ranks."""
     if world_size() == 1:

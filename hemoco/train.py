@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hemoco.config import MoCoConfig, PretrainConfig
+from hemoco.checkpoint import check_data_digest
+from hemoco.config import MoCoConfig, PretrainConfig, flat_params
 from hemoco.data.counts import BAD_REASONS, ReadCounts, sum_counts
 from hemoco.data.loader import StreamPosition
 from hemoco.data.stream import Batch
 from hemoco.data.views import augment, draw_augmentation
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
 from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, wrap_for_gradients
-from hemoco.errors import CheckpointError, TrainingError
+from hemoco.errors import TrainingError
 from hemoco.method import Method, build_method, trained_parameters
 from hemoco.moco import MoCoOutput
 from hemoco.optim import build_optimizer, key_momentum, learning_rate
@@ -55,6 +56,11 @@ class TrainState:
     position: StreamPosition | None = None
     """Of the last batch consumed; None before the first."""
 
+    @property
+    def params(self) -> dict[str, str]:
+        """Its config, flat and by the names one types."""
+        return flat_params({"pretrain": self.config})
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, as `torch.load(weights_only=True)` accepts them; tensors are not copied."""
         return {
@@ -72,11 +78,7 @@ class TrainState:
         Raises:
             CheckpointError: it was trained on other shards.
         """
-        if saved["data_digest"] != self.data_digest:
-            raise CheckpointError(
-                f"the training was begun on shards with digest {saved['data_digest']}, these have {self.data_digest}: "
-                "give the old shards or start anew with --fresh"
-            )
+        check_data_digest(saved["data_digest"], self.data_digest)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])

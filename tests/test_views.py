@@ -159,7 +159,7 @@ def test_blur_is_gaussian_with_each_sample_its_sigma() -> None:
 
 
 def test_blur_is_pillows_to_a_grey_level_and_a_half() -> None:
-    image = views.center_view(odd("pillow/flower.jpg"), 224)
+    image = views.center_view(odd("pillow/flower.jpg"), 224, 224)
     ours = views.gaussian_blur(image[None].float(), torch.tensor([1.0]))[0]
     blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(1.0))
     assert (ours - torch.from_numpy(np.array(blurred)).permute(2, 0, 1)).abs().mean() < 1.5
@@ -167,7 +167,7 @@ def test_blur_is_pillows_to_a_grey_level_and_a_half() -> None:
 
 def test_real_images_come_out_about_standardised() -> None:
     names = ("pillow/flower.jpg", "pillow/hopper.jpg")
-    crops = torch.stack([views.center_view(odd(name), 96) for name in names for _ in range(16)])
+    crops = torch.stack([views.center_view(odd(name), 96, 96) for name in names for _ in range(16)])
     draws = views.draw_augmentation(ViewsConfig(size=96), **AT, slots=(0, len(crops)), view=0)
     out = views.augment(crops, draws, ViewsConfig(size=96))
     assert out.mean().abs() < 0.6 and 0.6 < out.std() < 1.4  # two photos are not ImageNet
@@ -209,6 +209,6 @@ def test_normalisation_is_torchvisions_and_the_crops_stay_untouched() -> None:
 def test_center_view_equals_torchvisions_resize_and_crop() -> None:
     image = odd("pillow/flower.jpg")
     expected = functional.center_crop(functional.resize(image, 40, antialias=True), 40)
-    assert (views.center_view(image, 40).int() - expected.int()).abs().max() <= 2
-    assert views.center_view(odd("made/tall_1x2000.jpg"), 16).shape == (3, 16, 16)
-    assert torch.equal(views.center_view(image[:, :32, :32], 32), image[:, :32, :32])
+    assert (views.center_view(image, 40, 40).int() - expected.int()).abs().max() <= 2
+    assert views.center_view(odd("made/tall_1x2000.jpg"), 16, 16).shape == (3, 16, 16)
+    assert torch.equal(views.center_view(image[:, :32, :32], 32, 32), image[:, :32, :32])

@@ -6,7 +6,7 @@ Shapes: N images on this rank, V crops of each, S x S a crop, M images of a spli
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,15 @@ from hemoco.errors import HemocoError, ShardError
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 600.0  # of evaluation
+
+
+class LabelledView(NamedTuple):
+    """The centre of an image."""
+
+    image: Tensor
+    """uint8 (3, S, S)."""
+    label: int
+    key: str
 
 
 class Batch(NamedTuple):
@@ -123,11 +132,35 @@ def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, l
     shards = read_index(data_url, patience_s=_PATIENCE_S).split(split)
     images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
     labels, keys = [], []
-    for row, (image, label, key) in enumerate(_labelled(data_url, shards, size)):
-        images[row] = image
-        labels.append(label)
-        keys.append(key)
+    for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):
+        images[row] = view.image
+        labels.append(view.label)
+        keys.append(view.key)
     return images, torch.tensor(labels, dtype=torch.int64), keys
+
+
+def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter: int) -> Iterator[LabelledView]:
+    """The centre views of some shards, one after the other.
+
+    Args:
+        data_url: of the shard folder.
+        shards: some of its index.
+        size: S.
+        shorter: side in pixels to which the shorter one is scaled before the centre is cut out.
+
+    Raises:
+        ShardError: an image has no label or cannot be decoded.
+    """
+    for shard in shards:
+        for sample in read_shard(data_url, shard):
+            where = f"{data_url}/{shard.name}: sample {sample.key}"
+            if sample.label is None:
+                raise ShardError(f"{where} has no label; evaluate on a labelled split")
+            try:
+                image = decode_image(sample.image)
+            except ShardError as error:
+                raise ShardError(f"{where}: {error}") from error
+            yield LabelledView(center_view(image, size, shorter), sample.label, sample.key)
 
 
 def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:
@@ -142,16 +175,3 @@ def _raise_error(part: CropBatch | HemocoError) -> CropBatch:
     if isinstance(part, HemocoError):
         raise part
     return part
-
-
-def _labelled(data_url: str, shards: tuple[Shard, ...], size: int) -> Iterator[tuple[Tensor, int, str]]:
-    for shard in shards:
-        for sample in read_shard(data_url, shard):
-            where = f"{data_url}/{shard.name}: sample {sample.key}"
-            if sample.label is None:
-                raise ShardError(f"{where} has no label; evaluate on a labelled split")
-            try:
-                image = decode_image(sample.image)
-            except ShardError as error:
-                raise ShardError(f"{where}: {error}") from error
-            yield center_view(image, size), sample.label, sample.key

@@ -119,10 +119,10 @@ def crop_into(crops: Tensor, image: Tensor, draws: CropDraws, row: int) -> None:
         torch.ops.aten._upsample_bilinear2d_aa.out(batch, target.shape[2:], align_corners=False, out=target)
 
 
-def center_view(image: Tensor, size: int) -> Tensor:
-    """The middle of an image scaled so that its shorter side is S: uint8 (3, H, W) -> (3, S, S)."""
+def center_view(image: Tensor, size: int, shorter: int) -> Tensor:
+    """The middle of an image scaled so that its shorter side is `shorter`: uint8 (3, H, W) -> (3, S, S)."""
     height, width = image.shape[1:]
-    scale = size / min(height, width)
+    scale = shorter / min(height, width)
     high, wide = max(size, round(height * scale)), max(size, round(width * scale))
     top, left = (high - size) // 2, (wide - size) // 2
     return resize(image, (high, wide))[:, top : top + size, left : left + size]
