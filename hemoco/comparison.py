@@ -1,23 +1,17 @@
 """What a run came to: its pretraining and the results of its transfers, read from MLflow and nowhere else."""
 
-import csv
 import dataclasses
 import difflib
-import io
-import json
 import math
 import re
-import statistics
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from hemoco.errors import UsageError
+from hemoco.spread import Difference, Spread, paired_difference, spread_of
 from hemoco.tracking import RunFacts, connect, find_runs, metric_history, read_artifacts
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_INITS = ("pretrained", "random")
+PRETRAINED = "pretrained"
+"""The init that all others are baselines of."""
 _CURVES = ("loss", "embedding_std", "knn_top1")
 _VALUE = re.compile(r"(?P<init>[^/]+)/seed_(?P<seed>\d+)/(?P<metric>.+)")
 
@@ -75,18 +69,17 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One transfer: means over its seeds, nan where an init was not measured."""
+    """One transfer of the pretrained backbone against one baseline, over the seeds."""
 
     transfer: str
     metric: str
-    pretrained: float
-    random: float
-    seeds: int
-
-    @property
-    def difference(self) -> float:
-        """Pretrained minus random."""
-        return self.pretrained - self.random
+    pretrained: Spread
+    baseline: str
+    """Its init; empty where none was measured."""
+    other: Spread
+    """Of the baseline."""
+    difference: Difference
+    """Pretrained minus baseline."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,70 +143,25 @@ def collect_report(uri: str, run: str) -> ReportData:
 
 
 def summaries(found: Comparison) -> list[Summary]:
-    """One line per transfer, in the order of the rows."""
+    """One line per transfer and baseline, in the order of the rows."""
     lines = []
     for transfer, metric in dict.fromkeys((row.transfer, row.metric) for row in found.rows):
-        rows = [row for row in found.rows if row.transfer == transfer]
-        values = {init: [row.value for row in rows if row.init == init] for init in _INITS}
-        means = {init: statistics.fmean(values[init] or [math.nan]) for init in _INITS}
-        seeds = len({row.seed for row in rows})
-        lines.append(Summary(transfer=transfer, metric=metric, seeds=seeds, **means))
+        values: dict[str, dict[int, float]] = {}
+        for row in found.rows:
+            if row.transfer == transfer:
+                values.setdefault(row.init, {})[row.seed] = row.value
+        ours = values.pop(PRETRAINED, {})
+        for baseline, theirs in values.items() or [("", {})]:
+            line = Summary(
+                transfer=transfer,
+                metric=metric,
+                pretrained=spread_of(list(ours.values())),
+                baseline=baseline,
+                other=spread_of(list(theirs.values())),
+                difference=paired_difference(ours, theirs),
+            )
+            lines.append(line)
     return lines
-
-
-def to_json(found: Comparison) -> str:
-    """Keys `pretraining` and `rows`; numbers that are unknown or not finite are null."""
-
-    def known(facts: dict[str, Any]) -> dict[str, Any]:
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in facts.items()}
-
-    rows = [known(dataclasses.asdict(row)) for row in found.rows]
-    return json.dumps({"pretraining": known(dataclasses.asdict(found.pretraining)), "rows": rows}, indent=2) + "\n"
-
-
-def to_csv(found: Comparison) -> str:
-    """One line per row."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in found.rows)
-    return text.getvalue()
-
-
-def to_markdown(found: Comparison) -> str:
-    """One line per transfer: means over the seeds, and what failed."""
-    lines = [
-        "| transfer | metric | pretrained | random | difference | seeds |",
-        "|---|---|---:|---:|---:|---:|",
-        *("| " + " | ".join(cell.replace("|", r"\|") for cell in _cells(line)) + " |" for line in summaries(found)),
-    ]
-    failed = [f"- {item.transfer} failed: {item.reason}" for item in found.failed]
-    return "\n".join([*lines, *([""] if failed else []), *failed]) + "\n"
-
-
-def rich_table(found: Comparison) -> "Table":
-    """The summary for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    facts = found.pretraining
-    loss, chance, std, knn = map(_number, (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1))
-    caption = f"pretraining: loss {loss} (chance {chance}), embedding std {std} (1 is isotropic), kNN {knn}"
-    table = Table(title=Text(facts.run), caption=Text(caption))
-    for name in ("transfer", "metric", "pretrained", "random", "difference", "seeds"):
-        table.add_column(name, justify="left" if name in ("transfer", "metric") else "right")
-    for line in summaries(found):
-        table.add_row(*map(Text, _cells(line)), style="" if not line.difference < 0 else "yellow")
-    for item in found.failed:
-        table.add_row(Text(item.transfer), Text(f"failed: {item.reason}"), style="red")
-    return table
-
-
-def write_comparison(found: Comparison, folder: Path) -> None:
-    """Writes comparison.json, .csv and .md into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("json", to_json(found)), ("csv", to_csv(found)), ("md", to_markdown(found))):
-        (folder / f"comparison.{suffix}").write_text(text, encoding="utf-8")
 
 
 def _read_records(uri: str, run: str) -> _Records:
@@ -289,12 +237,3 @@ def _unknown(run: str, parents: list[RunFacts]) -> str:
         return f"run {run!r} is not in MLflow, which has none: begin one with `python -m jobs run RECIPE`"
     shown = difflib.get_close_matches(run, names, n=3) or names[:10]
     return f"run {run!r} is not in MLflow; there are {len(names)}, among them {', '.join(shown)}"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _cells(line: Summary) -> list[str]:
-    difference = "-" if math.isnan(line.difference) else f"{line.difference:+.3f}"
-    return [line.transfer, line.metric, _number(line.pretrained), _number(line.random), difference, str(line.seeds)]

@@ -1,16 +1,18 @@
 """The plots of a report, as SVG. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
 import io
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hemoco.comparison import Comparison, summaries
+from hemoco.comparison import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PRETRAINED, RANDOM, LIMIT = "#0072B2", "#E69F00", "#D55E00"
+PRETRAINED, LIMIT = "#0072B2", "#D55E00"
+_COLOURS = (PRETRAINED, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")  # by init
 _INK = "#333333"
 _MOST_POINTS = 1000
 
@@ -43,20 +45,22 @@ def line_plot(
 
 
 def transfer_bars(found: Comparison) -> bytes:
-    """Two horizontal bars per transfer, the means over the seeds; a dot for each seed where there are several."""
-    lines = summaries(found)
-    figure, axes = _canvas(height=0.9 + 0.75 * len(lines))
-    for place, line in enumerate(lines):
-        for offset, init, colour in ((-0.19, "pretrained", PRETRAINED), (0.19, "random", RANDOM)):
-            mean = getattr(line, init)
-            if mean != mean:  # nan: not measured
+    """A horizontal bar per transfer and init, the mean over the seeds; a dot for each seed where there are several."""
+    transfers = list(dict.fromkeys((row.transfer, row.metric) for row in found.rows))
+    inits = list(dict.fromkeys(row.init for row in found.rows))
+    height = 0.74 / max(len(inits), 1)
+    figure, axes = _canvas(height=0.9 + (0.25 + 0.25 * len(inits)) * len(transfers))
+    for place, (transfer, _) in enumerate(transfers):
+        for number, init in enumerate(inits):
+            values = [row.value for row in found.rows if (row.transfer, row.init) == (transfer, init)]
+            if not values:
                 continue
-            axes.barh(place + offset, mean, height=0.36, color=colour, label=init)
-            values = [row.value for row in found.rows if (row.transfer, row.init) == (line.transfer, init)]
-            axes.text(max(values) + 0.02, place + offset, f"{mean:.3f}", va="center", fontsize=9, color=_INK)
+            mean, middle = statistics.fmean(values), place + (number - (len(inits) - 1) / 2) * height
+            axes.barh(middle, mean, height=0.95 * height, color=_COLOURS[number % len(_COLOURS)], label=init)
+            axes.text(max(values) + 0.02, middle, f"{mean:.3f}", va="center", fontsize=9, color=_INK)
             if len(values) > 1:
-                axes.plot(values, [place + offset] * len(values), "o", color="black", markersize=3.5, alpha=0.7)
-    axes.set_yticks(range(len(lines)), [f"{line.transfer}\n{line.metric}" for line in lines])
+                axes.plot(values, [middle] * len(values), "o", color="black", markersize=3.5, alpha=0.7)
+    axes.set_yticks(range(len(transfers)), [f"{transfer}\n{metric}" for transfer, metric in transfers])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])

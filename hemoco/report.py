@@ -5,7 +5,8 @@ import dataclasses
 import math
 from html import escape
 
-from hemoco.comparison import Pretraining, ReportData, TransferImage, summaries
+from hemoco.comparison import Pretraining, ReportData, Summary, TransferImage, summaries
+from hemoco.comparison_table import COLUMNS, summary_cells
 from hemoco.plots import line_plot, transfer_bars
 
 HEALTHY_LOSS = 0.85
@@ -114,37 +115,51 @@ def render_report(data: ReportData) -> str:
 
 
 def _verdict(data: ReportData) -> str:
-    both = [line for line in summaries(data.comparison) if not math.isnan(line.difference)]
+    known = (line for line in summaries(data.comparison) if not math.isnan(line.difference.mean))
+    both = [line for line in known if line.baseline == "random"]
     if not both:
         return "No transfer has been measured from both the pretrained and a random backbone yet."
-    better = sum(line.difference > 0 for line in both)
+    better = sum(line.difference.mean > 0 for line in both)
+    clear = sum(line.difference.mean > 0 and line.difference.stands_out is True for line in both)
     failed = len(data.comparison.failed)
     more = f" {failed} failed." if failed else ""
     if any(check.passed is False for check in health_checks(data.comparison.pretraining)):
         more += " But the pretraining is not healthy."
     noun = "transfer" if len(both) == 1 else "transfers"
-    return f"Pretraining beats random initialisation in {better} of {len(both)} {noun}.{more}"
+    beyond = f", {clear} beyond the noise of seeds" if any(line.difference.pairs > 1 for line in both) else ""
+    return f"Pretraining beats random initialisation in {better} of {len(both)} {noun}{beyond}.{more}"
 
 
 def _results(data: ReportData) -> str:
     rows = [
         f'<tr><th scope="row">{escape(line.transfer)}<span class="metric">{escape(line.metric)}</span></th>'
-        f'<td class="number">{_number(line.pretrained)}</td><td class="number">{_number(line.random)}</td>'
-        f'<td class="number">{_signed(line.difference)}</td><td class="number">{line.seeds}</td></tr>'
+        f"{''.join(_cell(name, text) for name, text in _cells_of(line))}</tr>"
         for line in summaries(data.comparison)
     ] + [
-        f'<tr><th scope="row">{escape(item.transfer)}</th><td colspan="4"><span class="mark fail">FAILED</span>'
+        f'<tr><th scope="row">{escape(item.transfer)}</th><td colspan="6"><span class="mark fail">FAILED</span>'
         f"{escape(item.reason)}</td></tr>"
         for item in data.comparison.failed
     ]
-    numbers = "".join(
-        f'<th scope="col" class="number">{name}</th>' for name in ("pretrained", "random", "diff.", "seeds")
+    heads = "".join(f'<th scope="col"{_alignment(name)}>{name}</th>' for name in COLUMNS[2:])
+    table = f'<table><thead><tr><th scope="col">transfer</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    note = (
+        '<p class="note">Means ± deviation over seeds; higher is better, 1 is perfect. Differences are paired by seed, '
+        "± their 95% interval; beyond noise: the interval leaves out 0.</p>"
     )
-    table = (
-        f'<table><thead><tr><th scope="col">transfer</th>{numbers}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
-    note = '<p class="note">Means over seeds; higher is better, 1 is perfect.</p>'
     return _section("Results", f'<div class="scroll">{table}</div>{note}' if rows else "<p>No transfer yet.</p>")
+
+
+def _cells_of(line: Summary) -> list[tuple[str, str]]:
+    """Column and text of what stands right of the transfer's name."""
+    return list(zip(COLUMNS, summary_cells(line), strict=True))[2:]
+
+
+def _cell(name: str, text: str) -> str:
+    return f"<td{_alignment(name)}>{escape(text)}</td>"
+
+
+def _alignment(name: str) -> str:
+    return "" if name in ("against", "beyond noise") else ' class="number"'
 
 
 def _health(pretraining: Pretraining) -> str:
@@ -167,10 +182,12 @@ def _bars(data: ReportData) -> str:
     if not data.comparison.rows:
         return ""
     words = "; ".join(
-        f"{line.transfer} {line.metric}: pretrained {_number(line.pretrained)}, random {_number(line.random)}"
+        f"{line.transfer} {line.metric}: pretrained {_number(line.pretrained.mean)}, {line.baseline or 'no baseline'} "
+        f"{_number(line.other.mean)}"
         for line in summaries(data.comparison)
     )
-    return _plot("Pretrained against random", transfer_bars(data.comparison), f"Bars. {words}", "Dots: single seeds.")
+    bars = transfer_bars(data.comparison)
+    return _plot("Pretrained against baselines", bars, f"Bars. {words}", "Dots: single seeds.")
 
 
 def _loss(data: ReportData) -> str:
@@ -212,10 +229,11 @@ def _images(images: tuple[TransferImage, ...]) -> str:
     figures = []
     for image in images:
         name = escape(f"{image.transfer}: {image.name.replace('_', ' ')}")
-        picture = f'<img src="{_uri(image.png, "image/png")}" alt="{name}, ground truth left, predictions right"/>'
+        picture = f'<img src="{_uri(image.png, "image/png")}" alt="{name}"/>'
         figures.append(f"<figure><h3>{name}</h3>{picture}</figure>")
     note = (
-        '<p class="note">Left: ground truth. Right: the highest-scored predictions, as many as there are objects.</p>'
+        '<p class="note">Detections: left the ground truth, right the highest-scored predictions, as many as there are '
+        "objects.</p>"
     )
     return _section("Examples", f'{note}<div class="columns">{"".join(figures)}</div>') if images else ""
 
@@ -260,7 +278,3 @@ def _uri(data: bytes, kind: str) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:+.3f}"

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.local import local_ray
-from hemoco.comparison import collect_report, comparison, rich_table, write_comparison
+from hemoco.comparison import collect_report, comparison
+from hemoco.comparison_table import rich_table, write_comparison
 from hemoco.config import config_digest
 from hemoco.report import render_report
 from hemoco.storage import absolute_url, check_writable, home

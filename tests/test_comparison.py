@@ -11,17 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hemoco.comparison import (
-    Row,
-    collect_report,
-    comparison,
-    rich_table,
-    summaries,
-    to_csv,
-    to_json,
-    to_markdown,
-    write_comparison,
-)
+from hemoco.comparison import Row, collect_report, comparison, summaries
+from hemoco.comparison_table import rich_table, to_csv, to_json, to_markdown, write_comparison
 from hemoco.errors import UsageError
 from hemoco.tracking import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
 
@@ -104,8 +95,12 @@ def test_comparison_is_what_was_written(tracking: str, written: Written) -> None
 
 def test_summary_is_the_mean_over_seeds(tracking: str, written: Written) -> None:
     line = summaries(comparison(tracking, written.name))[0]
-    assert (line.transfer, line.pretrained, line.random, line.seeds) == ("knn", 0.625, 0.1875, 2)
-    assert line.difference == 0.4375
+    assert (line.transfer, line.baseline) == ("knn", "random")
+    assert line.pretrained == (0.625, pytest.approx(0.25 / math.sqrt(2)), 2)
+    assert line.other == (0.1875, pytest.approx(0.125 / math.sqrt(2)), 2)
+    # Student's t with one degree of freedom: 12.706; the paired differences are 0.5 and 0.375
+    assert line.difference == (0.4375, pytest.approx(12.7062 * 0.0625, rel=1e-4), 2)
+    assert line.difference.stands_out is False
 
 
 def test_json_has_the_keys_other_tools_rely_on(tracking: str, written: Written) -> None:
@@ -130,7 +125,7 @@ def test_csv_has_one_line_per_row(tracking: str, written: Written) -> None:
 
 def test_markdown_has_one_line_per_transfer_and_names_what_failed(tracking: str, written: Written) -> None:
     lines = to_markdown(comparison(tracking, written.name)).splitlines()
-    assert lines[2] == "| knn | top1 | 0.625 | 0.188 | +0.438 | 2 |"
+    assert lines[2] == "| knn | top1 | 0.625 ± 0.177 | random | 0.188 ± 0.088 | +0.438 ± 0.794 | 2 | no |"
     assert lines[3].startswith(r"| mask\|rcnn | mask_ap |")
     assert lines[-1] == "- probe failed: out of memory"
 

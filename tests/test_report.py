@@ -135,7 +135,7 @@ def test_results_health_settings_and_lineage_are_shown(data: ReportData) -> None
         "r" * 32,
     ):
         assert text in page
-    assert "Pretraining beats random initialisation in 1 of 1 transfer. 1 failed." in page
+    assert "Pretraining beats random initialisation in 1 of 1 transfer, 0 beyond the noise of seeds. 1 failed." in page
 
 
 def svg_of(page: str, title: str) -> str:

@@ -1,0 +1,99 @@
+"""A comparison as terminal table, Markdown, CSV and JSON."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hemoco.comparison import Comparison, Row, Summary, summaries
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("transfer", "metric", "pretrained", "against", "its value", "difference", "seeds", "beyond noise")
+"""Of the table of summaries, as `summary_cells` fills it."""
+_NUMBERS = ("pretrained", "its value", "difference", "seeds")
+
+
+def to_json(found: Comparison) -> str:
+    """Keys `pretraining` and `rows`; numbers that are unknown or not finite are null."""
+
+    def known(facts: dict[str, Any]) -> dict[str, Any]:
+        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in facts.items()}
+
+    rows = [known(dataclasses.asdict(row)) for row in found.rows]
+    return json.dumps({"pretraining": known(dataclasses.asdict(found.pretraining)), "rows": rows}, indent=2) + "\n"
+
+
+def to_csv(found: Comparison) -> str:
+    """One line per row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in found.rows)
+    return text.getvalue()
+
+
+def to_markdown(found: Comparison) -> str:
+    """One line per transfer and baseline: means over the seeds with their deviation, and what failed."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        "|---|---|---:|---|---:|---:|---:|---|",
+        *(
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in summary_cells(line)) + " |"
+            for line in summaries(found)
+        ),
+    ]
+    failed = [f"- {item.transfer} failed: {item.reason}" for item in found.failed]
+    return "\n".join([*lines, *([""] if failed else []), *failed]) + "\n"
+
+
+def rich_table(found: Comparison) -> "Table":
+    """The summary for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = found.pretraining
+    loss, chance, std, knn = map(_number, (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1))
+    caption = f"pretraining: loss {loss} (chance {chance}), embedding std {std} (1 is isotropic), kNN {knn}"
+    table = Table(title=Text(facts.run), caption=Text(caption))
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+    for line in summaries(found):
+        table.add_row(*map(Text, summary_cells(line)), style="" if not line.difference.mean < 0 else "yellow")
+    for item in found.failed:
+        table.add_row(Text(item.transfer), Text(f"failed: {item.reason}"), style="red")
+    return table
+
+
+def write_comparison(found: Comparison, folder: Path) -> None:
+    """Writes comparison.json, .csv and .md into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (("json", to_json(found)), ("csv", to_csv(found)), ("md", to_markdown(found))):
+        (folder / f"comparison.{suffix}").write_text(text, encoding="utf-8")
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def summary_cells(line: Summary) -> list[str]:
+    """The line as text, one cell for each of `COLUMNS`: means +- deviation, the difference +- its 95% interval."""
+    difference = line.difference
+    shown = "-" if math.isnan(difference.mean) else f"{difference.mean:+.3f}{_margin(difference.half_width)}"
+    noise = {True: "yes", False: "no", None: "one seed" if difference.pairs == 1 else "-"}[difference.stands_out]
+    seeds = str(max(line.pretrained.values, line.other.values))
+    values = (f"{_number(spread.mean)}{_margin(spread.sd)}" for spread in (line.pretrained, line.other))
+    ours, theirs = values
+    return [line.transfer, line.metric, ours, line.baseline or "-", theirs, shown, seeds, noise]
+
+
+def _margin(value: float) -> str:
+    return "" if math.isnan(value) else f" ± {value:.3f}"
