@@ -232,14 +232,15 @@ class SampleReader:
         if self._cache is not None or (whole and number not in self._proved):
             data, proved = self._whole(shard, table, piece)
             images = _cut_out([(0, data)], table, wanted)
+            doubtful = set() if proved else set(wanted.tolist())
             if proved:
                 self._proved.add(number)
         else:
-            images, proved = self._ranges(shard, table, wanted, ranges, piece), False
+            images, doubtful = self._ranges(shard, table, wanted, ranges, piece)
         for place, image in images:
             # a copy lets go of the rest of the shard, which others use
             kept = memoryview(bytes(image)) if few else image
-            yield place, self._checked(shard, table, place, kept, proved=proved)
+            yield place, self._checked(shard, table, place, kept, proved=place not in doubtful)
         if piece is not None:
             (self._idle if few else memory).append(piece)
 
@@ -259,17 +260,20 @@ class SampleReader:
         wanted: NDArray[np.int32],
         ranges: list[tuple[int, int]],
         piece: NDArray[np.uint8] | None,
-    ) -> list[tuple[int, memoryview]]:
-        """Samples of a shard by ranges; ShardError where so many are others that the shard must be another."""
-        bad = 0
+    ) -> tuple[list[tuple[int, memoryview]], set[int]]:
+        """Samples of a shard by ranges, and which of them are not what was packed.
+
+        ShardError where so many are others that the shard must be another.
+        """
+        bad: set[int] = set()
         for _ in range(2):  # once more: it may have been replaced while it was read
             parts = [(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges]
             images = _cut_out(parts, table, wanted)
-            bad = sum(_crc(image) != table.crcs[place] for place, image in images)
-            if bad <= max(len(images) // 2, _FEW):
-                return images
+            bad = {place for place, image in images if _crc(image) != table.crcs[place]}
+            if len(bad) <= max(len(images) // 2, _FEW):
+                return images, bad
         raise ShardError(
-            f"{shard_url(self._url, shard)}: {bad} of {len(wanted)} samples are others than were packed: it was "
+            f"{shard_url(self._url, shard)}: {len(bad)} of {len(wanted)} samples are others than were packed: it was "
             "replaced or damaged; restore it or pack the data again"
         )
 
