@@ -64,6 +64,14 @@ def test_samples_come_back_as_they_were_written(folder: Path) -> None:
     assert index.categories == ({"id": 1, "name": "cat"},)
 
 
+def test_splits_can_be_joined() -> None:
+    shards = tuple(Shard(f"{name}-0.tar", name, 1, 1, "00" * 32) for name in ("train", "test", "val", "train"))
+    index = ShardIndex(shards, (), ())
+    assert index.split("train+val") == (shards[0], shards[2], shards[3])
+    with pytest.raises(ShardError, match="no split 'trainval' among the shards; they have test, train, val"):
+        index.split("test+trainval")
+
+
 # webdataset leaves its file to the garbage collector
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_stock_webdataset_reads_the_same_samples(folder: Path) -> None:

@@ -67,18 +67,19 @@ class ShardIndex:
         return tuple(sorted({shard.split for shard in self.shards}))
 
     def split(self, name: str) -> tuple[Shard, ...]:
-        """The shards of one split, in index order.
+        """The shards of one split, or of several joined by `+` (`train+val`), in index order.
 
         Raises:
             ShardError: there is no such split.
         """
-        found = tuple(shard for shard in self.shards if shard.split == name)
-        if not found:
+        names = name.split("+")
+        if missing := [each for each in names if each not in self.splits]:
+            known = ", ".join(self.splits) or "no splits"
             raise ShardError(
-                f"no split {name!r} among the shards; they have {', '.join(self.splits) or 'no splits'}: name one with "
-                "--data.pretrain_split, --data.train_split or --data.test_split"
+                f"no split {missing[0]!r} among the shards; they have {known}: name one with --data.pretrain_split, "
+                "--data.train_split or --data.test_split"
             )
-        return found
+        return tuple(shard for shard in self.shards if shard.split in names)
 
 
 class ShardColumns:
