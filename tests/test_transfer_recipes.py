@@ -1,4 +1,4 @@
-"""The recipes of transfers against the tables of the official ones (../shared/reference/ssl.md, sections 2.2 and 2.3)."""
+"""Recipes of transfers against the tables of the official ones (../shared/reference/ssl.md, sections 2.2 and 2.3)."""
 
 import pytest
 
