@@ -84,11 +84,16 @@ def export_method(checkpoint_url: str, dest: str) -> None:
         dest: URL or path of the file to write.
 
     Raises:
-        CheckpointError: the checkpoint does not verify, or the official code has no such architecture or stem.
+        CheckpointError: the checkpoint does not verify, or the official code has no such architecture, stem or head.
     """
     saved = load_method(checkpoint_url)
     config = saved.encoder
     _check_exportable(checkpoint_url, config, "moco")
+    if "queue" in saved.tensors and any(name.endswith("head.1.running_mean") for name in saved.tensors):
+        raise CheckpointError(
+            f"{checkpoint_url}: its head has batch normalisation (moco.head mlp_bn), which no official v1 or v2 has; "
+            "export the backbone alone"
+        )
     content = {"epoch": saved.epoch, "arch": config.architecture, "state_dict": _official_names(saved.tensors)}
     write_bytes(dest, _torch_bytes(content))
 
