@@ -42,7 +42,7 @@ def confidence_half_width(values: Sequence[float]) -> float:
     """Half the width of the mean's 95% confidence interval by Student's t; nan for fewer than two values."""
     if len(values) < 2:
         return math.nan
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     quantile = float(stdtrit(len(values) - 1, 0.975))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from faster_coco_eval import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 Floats = NDArray[np.floating[Any]]

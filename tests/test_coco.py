@@ -1,28 +1,40 @@
-"""COCO AP: ground truth given as predictions scores 1, wrong labels score nearly 0."""
+"""COCO metrics: as pycocotools has them on random scenes, 1 for real ground truth, and as counted by hand."""
 
+import contextlib
+import gc
+import io
 import json
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as rle
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as stock_rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from hemoco.transfer.coco import decode_mask, encode_mask, ground_truth_of, mask_ap
+from hemoco.data.sources import open_source
+from hemoco.errors import ShardError
+from hemoco.transfer.coco import coco_metrics, decode_mask, encode_mask, ground_truth_of, metric_names
+from hemoco.transfer.drawing import draw_scenes
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-METRICS = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "mask_ap75")
+REAL = {
+    "coco_tiny": "coco_tiny/instances_val.json",
+    "dsb2018": "dsb2018/instances_val.json",
+    "fruits_nuts": "fruits_nuts/instances_all.json",
+}
+FAMILY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
+HEIGHT, WIDTH = 240, 320  # of random scenes: room for large objects
 
 
-def truth_of(name: str, images: int) -> dict[str, Any]:
-    """The first images of a real data set."""
-    path = DATA / name / "instances_val.json"
-    if not path.exists():
-        pytest.fail(f"{path} is missing")
-    content: dict[str, Any] = json.loads(path.read_text())
-    content["images"] = content["images"][:images]
-    known = {image["id"] for image in content["images"]}
-    content["annotations"] = [item for item in content["annotations"] if item["image_id"] in known]
+def truth_of(shared_data: Path, name: str) -> dict[str, Any]:
+    """A real data set."""
+    content: dict[str, Any] = json.loads((shared_data / REAL[name]).read_text())
     return content
 
 
@@ -42,28 +54,147 @@ def as_predictions(truth: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "images"), [("coco_tiny", 20), ("dsb2018", 4)])
-def test_ground_truth_as_predictions_scores_one(name: str, images: int) -> None:
-    truth = truth_of(name, images)
-    assert mask_ap(truth, as_predictions(truth), 400) == dict.fromkeys(METRICS, pytest.approx(1.0))
+def ellipse(box: NDArray[np.float64]) -> NDArray[np.bool_]:
+    left, top, wide, high = box
+    rows, columns = np.ogrid[:HEIGHT, :WIDTH]
+    across, down = (columns + 0.5 - left) * 2 / wide - 1, (rows + 0.5 - top) * 2 / high - 1
+    inside: NDArray[np.bool_] = across**2 + down**2 <= 1
+    return inside
 
 
-def test_wrong_labels_score_nearly_zero() -> None:
-    truth = truth_of("coco_tiny", 20)
+def three_forms(box: NDArray[np.float64], form: int) -> Any:
+    """An ellipse as compressed RLE, as runs, or the box as a polygon."""
+    left, top, wide, high = box.tolist()
+    if form == 0:
+        return [[left, top, left + wide, top, left + wide, top + high, left, top + high]]
+    mask = ellipse(box)
+    if form == 1:
+        return encode_mask(mask)
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=False, append=flat[-1])).tolist()
+    return {"size": [HEIGHT, WIDTH], "counts": np.diff([0, *edges, flat.size]).tolist()}
+
+
+def random_scenes(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ground truth with crowds and small to large objects; predictions near them and anywhere, with equal scores."""
+    rng = np.random.default_rng(seed)
+    categories = [{"id": number, "name": f"class {number}"} for number in (1, 4, 9)]
+    images, predictions = [], []
+    for image_id in range(8):
+        sides = np.exp(rng.uniform(np.log(6), np.log(200), (12, 2)))
+        boxes = np.concatenate([rng.uniform(0, (WIDTH - sides[:, 0], HEIGHT - sides[:, 1])).T, sides], axis=1).round(1)
+        labels, crowds = rng.choice([1, 4], 12), rng.random(12) < 0.2
+        objects = [
+            {"category_id": int(label), "bbox": box.tolist(), "area": float(box[2] * box[3]), "iscrowd": int(crowd)}
+            | {"segmentation": three_forms(box, int(rng.integers(3)))}
+            for box, label, crowd in zip(boxes, labels, crowds, strict=True)
+        ]
+        images.append((image_id, HEIGHT, WIDTH, objects))
+        for place in rng.integers(0, 12, 40):
+            box = boxes[place] + rng.normal(0, 0.06, 4) * boxes[place][[2, 3, 2, 3]]
+            found = {"image_id": image_id, "category_id": int(labels[place] if rng.random() < 0.8 else 9)}
+            found |= {"bbox": box.tolist(), "score": float(rng.integers(20)) / 20, "segmentation": three_forms(box, 1)}
+            predictions.append(found)
+    return ground_truth_of(images, categories), predictions
+
+
+def stock_evaluation(
+    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str, max_detections: list[int]
+) -> COCOeval:
+    """pycocotools' evaluation, of masks by the area of masks."""
+    other = "segmentation" if kind == "bbox" else "bbox"
+    with contextlib.redirect_stdout(io.StringIO()):
+        stock = COCO()
+        stock.dataset = deepcopy(truth)
+        stock.createIndex()
+        found = [{key: value for key, value in item.items() if key != other} for item in predictions]
+        evaluation = COCOeval(stock, stock.loadRes(found), kind)
+        evaluation.params.maxDets = max_detections
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def stock_metrics(evaluation: COCOeval, prefix: str) -> Iterator[tuple[str, float]]:
+    """What occurs, from pycocotools' curves at its last maxDets."""
+    precision, recall = evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
+    curves = {"ap": precision[..., 0], "ap50": precision[0, ..., 0], "ap75": precision[5, ..., 0], "ar": recall[..., 0]}
+    for place, name in enumerate(("small", "medium", "large"), 1):
+        curves[f"ap_{name}"] = precision[..., place]
+    for place, category_id in enumerate(evaluation.params.catIds):
+        curves[f"ap/{evaluation.cocoGt.cats[category_id]['name']}"] = precision[:, :, place, 0]
+    for name, curve in curves.items():
+        if (curve > -1).any():
+            yield f"{prefix}_{name}", float(curve[curve > -1].mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("max_detections", [1, 7, 100])
+def test_random_predictions_score_as_with_stock_pycocotools(seed: int, max_detections: int) -> None:
+    truth, predictions = random_scenes(seed)
+    expected: dict[str, float] = {}
+    for kind, prefix in (("bbox", "box"), ("segm", "mask")):
+        evaluation = stock_evaluation(truth, predictions, kind, [max_detections])
+        expected |= dict(stock_metrics(evaluation, prefix))
+    found = coco_metrics(truth, predictions, masks=True, max_detections=max_detections)
+    assert found == pytest.approx(expected, abs=1e-6)
+    # the third category has predictions only
+    assert len(found) == 2 * (len(FAMILY) + 2)
+
+
+def test_box_metrics_are_those_that_pycocotools_prints() -> None:
+    truth, predictions = random_scenes(5)
+    evaluation = stock_evaluation(truth, predictions, "bbox", [1, 10, 100])
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    found = coco_metrics(truth, predictions, masks=False, max_detections=100)
+    # AR at 1 and at 10 come between
+    printed = [*evaluation.stats[:6], evaluation.stats[8]]
+    assert [found[f"box_{name}"] for name in FAMILY] == pytest.approx(printed, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_ground_truth_as_predictions_scores_one_in_all_metrics(name: str, shared_data: Path) -> None:
+    truth = truth_of(shared_data, name)
+    metrics = coco_metrics(truth, as_predictions(truth), masks=True, max_detections=400)
+    assert {"box_ap", "mask_ap", "box_ar", "mask_ar"} < metrics.keys()
+    assert metrics == dict.fromkeys(metrics, pytest.approx(1.0))
+
+
+def test_boxes_of_voc_xml_as_predictions_score_one(shared_data: Path) -> None:
+    source = open_source([str(shared_data / "bccd")], "train")
+    images = ((place, 480, 640, image.annotations or []) for place, image in enumerate(source.items))
+    truth = ground_truth_of(images, source.categories)
+    found = [item | {"score": 0.9} for item in truth["annotations"]]
+    metrics = coco_metrics(truth, found, masks=False, max_detections=100)
+    assert {"box_ap/RBC", "box_ap/WBC", "box_ap/Platelets"} < metrics.keys()
+    assert metrics == dict.fromkeys(metrics, pytest.approx(1.0))
+
+
+def test_shuffled_labels_score_nearly_zero(shared_data: Path) -> None:
+    truth = truth_of(shared_data, "coco_tiny")
     predictions = as_predictions(truth)
-    labels = np.random.default_rng(0).permutation([category["id"] for category in truth["categories"]])
-    for item in predictions:
-        item["category_id"] = int(labels[item["category_id"] % len(labels)])
-    assert mask_ap(truth, predictions, 100)["mask_ap"] < 0.05
+    labels = np.random.default_rng(0).permutation([item["category_id"] for item in predictions]).tolist()
+    shuffled = [item | {"category_id": label} for item, label in zip(predictions, labels, strict=True)]
+    metrics = coco_metrics(truth, shuffled, masks=True, max_detections=100)
+    assert metrics["box_ap"] < 0.05 and metrics["mask_ap"] < 0.05
 
 
-def test_the_cap_of_detections_counts() -> None:
-    truth = truth_of("dsb2018", 4)
-    assert mask_ap(truth, as_predictions(truth), 5)["mask_ap"] < 0.5
+def test_more_objects_than_max_detections_cannot_all_be_found(shared_data: Path) -> None:
+    truth = truth_of(shared_data, "dsb2018")
+    found = [item | {"score": 0.9} for item in truth["annotations"]]
+    counts = np.unique([item["image_id"] for item in truth["annotations"]], return_counts=True)[1]
+    for cap in (5, 100, 400):
+        recall = np.minimum(counts, cap).sum() / counts.sum()
+        metrics = coco_metrics(truth, found, masks=False, max_detections=cap)
+        assert metrics["box_ar"] == pytest.approx(recall)
 
 
-def test_no_predictions_score_zero() -> None:
-    assert mask_ap(truth_of("coco_tiny", 2), [], 100) == dict.fromkeys(METRICS, 0.0)
+def test_what_is_not_predicted_scores_zero(shared_data: Path) -> None:
+    truth = truth_of(shared_data, "fruits_nuts")
+    names = [*(f"{kind}_{name}" for kind in ("box", "mask") for name in FAMILY if name != "ap_small")]
+    names += [f"{kind}_ap/{category['name']}" for kind in ("box", "mask") for category in truth["categories"]]
+    assert coco_metrics(truth, [], masks=True, max_detections=100) == dict.fromkeys(names, 0.0)
 
 
 def square(side: int) -> dict[str, Any]:
@@ -72,23 +203,81 @@ def square(side: int) -> dict[str, Any]:
     return encode_mask(mask)
 
 
+ITEM = {"category_id": 90, "bbox": [0, 0, 20, 20], "area": 400, "iscrowd": 0, "segmentation": square(20)}
+FOUND = {"image_id": 7, "category_id": 90, "bbox": [0, 0, 20, 20], "score": 0.3, "segmentation": square(16)}
+CATEGORIES = [{"id": 3, "name": "absent"}, {"id": 90, "name": "square"}]
+
+
 def test_a_mask_of_iou_0_8_and_a_perfect_box_score_as_counted_by_hand() -> None:
-    item = {"category_id": 90, "bbox": [0, 0, 20, 20], "area": 400, "iscrowd": 0, "segmentation": square(20)}
-    truth = ground_truth_of([(7, 40, 40, [item])], [{"id": 3, "name": "absent"}, {"id": 90, "name": "square"}])
-    found = [{"image_id": 7, "category_id": 90, "bbox": [0, 0, 20, 20], "score": 0.3, "segmentation": square(16)}]
-    scores = mask_ap(truth, found, 10)
-    assert scores["box_ap"] == pytest.approx(1.0)
+    truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES)
+    scores = coco_metrics(truth, [FOUND], masks=True, max_detections=10)
+    names = ("ap", "ap50", "ap75", "ap_small", "ar", "ap/square")
     # thresholds 0.50 to 0.80 are met, 0.85 to 0.95 are not
-    assert scores["mask_ap"] == pytest.approx(0.7)
-    assert (scores["mask_ap50"], scores["mask_ap75"]) == (pytest.approx(1.0), pytest.approx(1.0))
+    masks = dict(zip(names, (0.7, 1.0, 1.0, 0.7, 0.7, 0.7), strict=True))
+    expected = {f"box_{name}": 1.0 for name in names} | {f"mask_{name}": value for name, value in masks.items()}
+    assert scores == pytest.approx(expected)
 
 
-def test_scoring_leaves_its_arguments_as_they_were() -> None:
-    truth = truth_of("coco_tiny", 3)
-    predictions = as_predictions(truth)
-    before = json.dumps([truth, predictions])
-    mask_ap(truth, predictions, 100)
-    assert json.dumps([truth, predictions]) == before
+def test_a_crowd_neither_counts_nor_hurts() -> None:
+    crowd = ITEM | {"iscrowd": 1, "bbox": [20, 0, 20, 40]}
+    truth = ground_truth_of([(7, 40, 40, [ITEM, crowd])], CATEGORIES)
+    inside = FOUND | {"score": 0.9, "bbox": [25, 5, 5, 5]}
+    assert coco_metrics(truth, [FOUND, inside], masks=False, max_detections=10)["box_ap"] == pytest.approx(1.0)
+
+
+def test_scoring_is_silent_and_leaves_its_arguments_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+    truth, predictions = random_scenes(0)
+    before = deepcopy([truth, predictions])
+    coco_metrics(truth, predictions, masks=True, max_detections=100)
+    assert [truth, predictions] == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_garbage_is_collected_again_after_scoring_and_after_failing() -> None:
+    truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES)
+    coco_metrics(truth, [FOUND], masks=True, max_detections=10)
+    assert gc.isenabled()
+    with pytest.raises(KeyError, match="segmentation"):
+        coco_metrics(truth, [{key: FOUND[key] for key in FOUND if key != "segmentation"}], masks=True, max_detections=1)
+    assert gc.isenabled()
+
+
+def test_ids_of_annotations_play_no_part() -> None:
+    truth, predictions = random_scenes(0)
+    expected = coco_metrics(truth, predictions, masks=False, max_detections=100)
+    for item in truth["annotations"]:
+        item["id"] = 0
+    assert coco_metrics(truth, predictions, masks=False, max_detections=100) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [{"id": 7, "height": 40, "width": 40}] * 2}, r"images have the ids \[7\] more than once"),
+        ({"categories": [*CATEGORIES, CATEGORIES[0]]}, r"categories have the ids \[3\] more than once"),
+        ({"images": []}, r"annotations have image_id \[7\]"),
+        ({"categories": CATEGORIES[:1]}, r"annotations have category_id \[90\]"),
+        ({"annotations": []}, "none of the 1 images has an object"),
+    ],
+)
+def test_ground_truth_that_evaluators_would_misread_is_refused(change: dict[str, Any], message: str) -> None:
+    truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES) | change
+    with pytest.raises(ShardError, match=message):
+        coco_metrics(truth, [], masks=False, max_detections=10)
+
+
+@pytest.mark.parametrize("change", [{"image_id": 8}, {"category_id": 4}])
+def test_predictions_of_what_the_ground_truth_has_not_are_refused(change: dict[str, Any]) -> None:
+    truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES)
+    with pytest.raises(ShardError, match=f"predictions have {next(iter(change))}"):
+        coco_metrics(truth, [FOUND | change], masks=False, max_detections=10)
+
+
+def test_names_of_categories_become_parts_of_metric_keys_that_differ() -> None:
+    names = ["hair drier", "a/b", "a:b", "a_b", "..", "", "Ähre-2.0", "a_b_2"]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    safe = ["hair drier", "a_b", "a_b_2", "a_b_3", "4", "5", "Ähre-2.0", "a_b_2_7"]
+    assert list(metric_names(reversed(categories)).items()) == list(enumerate(safe))
 
 
 def test_masks_of_all_three_forms_decode_alike() -> None:
@@ -99,4 +288,44 @@ def test_masks_of_all_three_forms_decode_alike() -> None:
     assert (decode_mask(polygon, 40, 50) == expected).all()
     assert (decode_mask({"size": [40, 50], "counts": runs}, 40, 50) == expected).all()
     assert (decode_mask(encode_mask(expected.astype(bool)), 40, 50) == expected).all()
-    assert rle.area(encode_mask(expected.astype(bool))) == 400
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
+@pytest.mark.parametrize("name", REAL)
+def test_real_masks_decode_as_with_stock_pycocotools(name: str, shared_data: Path) -> None:
+    truth = truth_of(shared_data, name)
+    stock = COCO()
+    stock.dataset = deepcopy(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        stock.createIndex()
+    for item in truth["annotations"]:
+        image = stock.imgs[item["image_id"]]
+        mask = decode_mask(item["segmentation"], image["height"], image["width"])
+        expected = stock_rle.decode(stock.annToRLE(item))
+        assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
+        assert encode_mask(mask.astype(bool))["counts"].encode() == stock_rle.encode(expected)["counts"]
+
+
+def test_a_polygon_of_two_points_is_refused() -> None:
+    with pytest.raises(ShardError, match="a polygon has 4 numbers"):
+        decode_mask([[1.0, 2.0, 3.0, 4.0]], 40, 50)
+
+
+def drawn(*scenes: tuple[torch.Tensor, list[dict[str, Any]], int], predictions: list[dict[str, Any]]) -> Image.Image:
+    return Image.open(io.BytesIO(draw_scenes(list(scenes), predictions, {90: "square"})))
+
+
+def test_predictions_without_masks_are_drawn_as_boxes() -> None:
+    grey = torch.full((3, 40, 40), 128, dtype=torch.uint8)
+    without = {key: value for key, value in FOUND.items() if key != "segmentation"}
+    pixels = np.asarray(drawn((grey, [ITEM], 7), predictions=[without]))
+    truth, predicted = pixels[:, :288], pixels[:, 292:]
+    inside = (slice(110, 130), slice(110, 130))
+    assert (predicted[inside] == 128).all() and (truth[inside] != 128).any()
+    assert (predicted[70, 0] == truth[70, 0]).all() and (predicted[70, 0] != 128).any()
+
+
+def test_images_without_objects_and_no_images_are_drawn() -> None:
+    grey = torch.full((3, 40, 60), 128, dtype=torch.uint8)
+    assert drawn((grey, [], 7), predictions=[]).size == (2 * 432 + 4, 288)
+    assert drawn(predictions=[]).size == (1, 1)

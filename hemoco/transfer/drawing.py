@@ -20,7 +20,7 @@ _GAP = 4
 def draw_scenes(
     scenes: list[tuple[Tensor, list[dict[str, Any]], int]], predictions: list[dict[str, Any]], names: dict[int, str]
 ) -> bytes:
-    """A PNG, one row per scene.
+    """A PNG, one row per scene; a white pixel if there is none. Objects without a mask are drawn as boxes alone.
 
     Args:
         scenes: uint8 image (3, H, W), COCO annotations and image id of each.
@@ -31,8 +31,9 @@ def draw_scenes(
     for image, annotations, image_id in scenes:
         found = [item for item in predictions if item["image_id"] == image_id]
         rows.append((_draw(image, annotations, names), _draw(image, found, names)))
-    width = max(2 * truth.width + _GAP for truth, _ in rows)
-    sheet = Image.new("RGB", (width, sum(truth.height + _GAP for truth, _ in rows) - _GAP), "white")
+    width = max((2 * truth.width + _GAP for truth, _ in rows), default=1)
+    height = max(sum(truth.height + _GAP for truth, _ in rows) - _GAP, 1)
+    sheet = Image.new("RGB", (width, height), "white")
     top = 0
     for truth, predicted in rows:
         sheet.paste(truth, (0, top))
@@ -48,7 +49,8 @@ def _draw(image: Tensor, objects: list[dict[str, Any]], names: dict[int, str]) -
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).numpy().astype(np.float32)  # (H, W, 3)
     colours = [_colour(place, len(objects)) for place in range(len(objects))]
-    for item, colour in zip(objects, colours, strict=True):
+    masked = [(item, colour) for item, colour in zip(objects, colours, strict=True) if item.get("segmentation")]
+    for item, colour in masked:
         mask = decode_mask(item["segmentation"], height, width).astype(bool)
         pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour)
     scale = _SHORTER_SIDE / min(height, width)
