@@ -1,13 +1,15 @@
+import hashlib
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from hemoco.checkpoint import random_backbone
 from hemoco.config import EncoderConfig, KnnConfig
-from hemoco.errors import ConfigError
-from hemoco.knn import extract_features, knn_accuracy, knn_predict, run_knn
-from hemoco.transfer.frozen import accuracies, calibrate_batch_norm
+from hemoco.encoder import Backbone
+from hemoco.errors import ConfigError, ShardError
+from hemoco.knn import knn_accuracy, knn_votes, make_bank, run_knn
 from hemoco.transfer.result import LabelledImages
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
@@ -18,7 +20,22 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_vote(bank: list, labels: list, query: list, k: int, temperature: float) -> int:  # type: ignore[type-arg]
+def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise around the means of ten classes, of which some images are taken for others."""
+    labels = torch.arange(count) % 10
+    return draw(10, 64, seed=9)[labels] * 0.5 + draw(count, 64, seed=seed) * 1.5, labels
+
+
+def noise_images(count: int) -> torch.Tensor:
+    return torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return random_backbone(TINY, 0, MEAN, STD)
+
+
+def slow_votes(bank: list, labels: list, query: list, k: int, temperature: float) -> dict:  # type: ignore[type-arg]
     def dot(a: list[float], b: list[float]) -> float:
         return sum(x * y for x, y in zip(a, b, strict=True))
 
@@ -29,15 +46,58 @@ def slow_vote(bank: list, labels: list, query: list, k: int, temperature: float)
     votes: dict[int, float] = {}
     for similarity, label in ranked[:k]:
         votes[label] = votes.get(label, 0.0) + math.exp(similarity / temperature)
-    return max(votes, key=lambda label: votes[label])
+    return votes
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_vote_equals_a_slow_loop(k: int) -> None:
+def test_votes_equal_a_slow_loop(k: int) -> None:
     bank, queries, labels = draw(60, 5), draw(300, 5, seed=1) * 7, torch.arange(60) % 4
-    ours = knn_predict(bank, labels, queries, neighbours=k, temperature=0.1, classes=4)
-    theirs = [slow_vote(bank.tolist(), labels.tolist(), query, k, 0.1) for query in queries.tolist()]
-    assert ours.tolist() == theirs
+    ours = torch.cat(list(knn_votes(make_bank(bank, labels, 4), queries, neighbours=k, temperature=0.1)))
+    theirs = torch.zeros(300, 4)
+    for row, query in enumerate(queries.tolist()):
+        for label, vote in slow_votes(bank.tolist(), labels.tolist(), query, k, 0.1).items():
+            theirs[row, label] = vote
+    torch.testing.assert_close(ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("k", [3, 2000, 69_000])
+@pytest.mark.parametrize("images", [70_003, 131_072])
+def test_bank_that_is_searched_in_parts_gives_the_votes_of_a_whole_sort(images: int, k: int) -> None:
+    bank, queries, labels = draw(images, 6), draw(5, 6, seed=1), torch.arange(images) % 7
+    (ours,) = knn_votes(make_bank(bank, labels, 7), queries, neighbours=k, temperature=0.3)
+    wide, narrow = bank.double().numpy(), queries.double().numpy()
+    norms = np.linalg.norm(narrow, axis=1)[:, None] * np.linalg.norm(wide, axis=1)
+    similarities = narrow @ wide.T / norms
+    for row, ranked in enumerate(np.argsort(-similarities, axis=1)[:, :k]):
+        votes = np.bincount(ranked % 7, np.exp((similarities[row, ranked] - similarities[row].max()) / 0.3), 7)
+        np.testing.assert_allclose(ours[row], votes, rtol=1e-4)  # two images may change places at the border
+
+
+def test_bfloat16_moves_few_votes() -> None:
+    (bank, labels), (queries, own) = clusters(5000, 0), clusters(3000, 1)
+    exact, rounded = (
+        torch.cat(
+            [
+                part.argmax(1)
+                for part in knn_votes(make_bank(bank, labels, 10, dtype), queries, neighbours=100, temperature=0.1)
+            ]
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert 0.7 < (exact == own).float().mean() < 0.99
+    assert (exact == rounded).float().mean() > 0.985
+    assert (exact == own).float().mean().item() == pytest.approx((rounded == own).float().mean().item(), abs=0.003)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_length_of_features_does_not_count(dtype: torch.dtype) -> None:
+    (bank, labels), (queries, _) = clusters(300, 0), clusters(20, 1)
+    lengths = torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) + 1e-4
+    first, second = (
+        next(knn_votes(make_bank(features, labels, 10, dtype), queries, neighbours=9, temperature=0.1))
+        for features in (bank, bank * lengths)
+    )
+    torch.testing.assert_close(first, second, atol=0.3 if dtype == torch.bfloat16 else 1e-3, rtol=0)
 
 
 def test_nearest_neighbour_of_an_image_is_itself() -> None:
@@ -47,60 +107,47 @@ def test_nearest_neighbour_of_an_image_is_itself() -> None:
 
 def test_low_temperature_does_not_overflow() -> None:
     bank, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1, 1])
-    predicted = knn_predict(bank, labels, bank[:1], neighbours=3, temperature=1e-3, classes=2)
-    assert predicted.tolist() == [0]
+    (votes,) = knn_votes(make_bank(bank, labels, 2), bank[:1], neighbours=3, temperature=1e-3)
+    assert votes.argmax(dim=1).tolist() == [0]
+    assert votes.isfinite().all()
 
 
 @pytest.mark.parametrize("k", [0, 11])
 def test_neighbours_must_be_in_the_bank(k: int) -> None:
-    bank, labels = draw(10, 3), torch.zeros(10, dtype=torch.int64)
+    bank = make_bank(draw(10, 3), torch.zeros(10, dtype=torch.int64), 1)
     with pytest.raises(ConfigError, match=rf"knn.neighbours is {k}: it must be between 1 and the 10 images"):
-        knn_predict(bank, labels, bank, neighbours=k, temperature=0.1, classes=1)
+        next(knn_votes(bank, draw(2, 3), neighbours=k, temperature=0.1))
 
 
 def test_temperature_must_be_positive() -> None:
-    bank, labels = draw(10, 3), torch.zeros(10, dtype=torch.int64)
+    bank = make_bank(draw(10, 3), torch.zeros(10, dtype=torch.int64), 1)
     with pytest.raises(ConfigError, match=r"knn.temperature is 0"):
-        knn_predict(bank, labels, bank, neighbours=1, temperature=0.0, classes=1)
+        next(knn_votes(bank, draw(2, 3), neighbours=1, temperature=0.0))
 
 
-def test_features_do_not_depend_on_batch_or_mode_and_leave_the_backbone_alone() -> None:
-    backbone = random_backbone(TINY, 0, MEAN, STD)
-    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    expected = torch.cat([backbone((image[None] / 255 - 0.5) / 0.25) for image in images])
-    backbone.train()
-    features = extract_features(backbone, images, batch_size=2)
-    torch.testing.assert_close(features, expected)
-    assert backbone.training
-    assert not features.requires_grad
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_images_find_themselves_and_the_backbone_stays_as_it_is(backbone: Backbone, precision: str) -> None:
+    def digest() -> str:
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in backbone.state_dict().values())).hexdigest()
+
+    before = digest()
+    split = LabelledImages(noise_images(300), torch.arange(300) % 6, tuple("abcdef"))
+    result = run_knn(KnnConfig(neighbours=1, precision=precision), backbone, split, split, 0)
+    assert (result.metric, result.value) == ("top1", 1.0)
+    assert result.metrics == {"top1": 1.0, "per_class_accuracy": 1.0, "top5": 1.0}
+    assert result.files["confusion.csv"].startswith(b"class / predicted,a,b,c,d,e,f\na,50,0,0,0,0,0\nb,0,50")
+    assert digest() == before
 
 
-def test_unseen_test_classes_count_as_wrong() -> None:
-    images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    train = LabelledImages(images, torch.tensor([0, 1, 0, 1, 0, 1]))
-    test = LabelledImages(images[:4], torch.tensor([0, 1, 0, 2]))
-    backbone = random_backbone(TINY, 0, MEAN, STD)
-    result = run_knn(KnnConfig(neighbours=1), backbone, train, test, 0)
-    assert (result.metric, result.value) == ("top1", 0.75)
-    assert result.metrics == {"top1": 0.75, "per_class_accuracy": pytest.approx(2 / 3)}
+def test_classes_without_votes_are_not_among_the_five(backbone: Backbone) -> None:
+    train = LabelledImages(noise_images(12), torch.arange(12) % 6)
+    wrong = LabelledImages(train.images, (train.labels + 1) % 6)
+    result = run_knn(KnnConfig(neighbours=1), backbone, train, wrong, 0)
+    assert result.metrics == {"top1": 0.0, "per_class_accuracy": 0.0, "top5": 0.0}
 
 
-def test_accuracies_weigh_images_or_classes() -> None:
-    labels = torch.tensor([0, 0, 0, 2])
-    measured = accuracies(torch.tensor([0, 0, 1, 0]), labels)
-    assert measured == {"top1": 0.5, "per_class_accuracy": pytest.approx((2 / 3 + 0) / 2)}
-
-
-def test_calibration_gives_the_first_norm_the_statistics_of_the_images() -> None:
-    backbone = random_backbone(TINY, 0, MEAN, STD)
-    images = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8)
-    weights = [parameter.clone() for parameter in backbone.parameters()]
-    calibrate_batch_norm(backbone, images)
-    norm, convolution = backbone.encoder.bn1, backbone.encoder.conv1
-    outputs = [convolution(backbone.normalise(half)) for half in (images[::2], images[1::2])]  # 2 batches
-    torch.testing.assert_close(norm.running_mean, sum(o.mean((0, 2, 3)) for o in outputs) / 2)
-    torch.testing.assert_close(norm.running_var, sum(o.var((0, 2, 3)) for o in outputs) / 2)
-    assert (norm.momentum, norm.num_batches_tracked, backbone.training) == (0.1, 2, False)
-    assert all(torch.equal(a, b) for a, b in zip(weights, backbone.parameters(), strict=True))
+def test_test_classes_that_the_bank_lacks_are_refused(backbone: Backbone) -> None:
+    train = LabelledImages(noise_images(6), torch.tensor([0, 1, 0, 1, 0, 1]))
+    test = LabelledImages(train.images[:4], torch.tensor([0, 1, 0, 2]), ("ant", "bee", "cat"))
+    with pytest.raises(ShardError, match=r"test_split has 1 images of classes that .*lacks: 2 \(cat\): 1 images; pack"):
+        run_knn(KnnConfig(neighbours=1), backbone, train, test, 0)

@@ -1,5 +1,6 @@
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -8,15 +9,21 @@ from test_linear_probe import TINY, coloured, digest
 from hemoco.checkpoint import random_backbone
 from hemoco.config import LowShotConfig
 from hemoco.encoder import Backbone
-from hemoco.errors import ConfigError
-from hemoco.knn import extract_features
-from hemoco.transfer.low_shot import draw_shots, fit_logistic_regression, run_low_shot
+from hemoco.errors import ConfigError, ShardError
+from hemoco.transfer.frozen import extract_features
+from hemoco.transfer.low_shot import Standardisation, count_shots, draw_shots, fit_logistic_regression, run_low_shot
 from hemoco.transfer.result import LabelledImages
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return random_backbone(TINY, 0, (0.45, 0.45, 0.45), (0.05, 0.05, 0.05))
+
+
+def labelled(counts: list[int]) -> LabelledImages:
+    """So many images of each class."""
+    labels = torch.repeat_interleave(torch.tensor(counts))
+    return LabelledImages(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -43,22 +50,42 @@ def test_separable_classes_converge() -> None:
 def test_each_class_is_drawn_alike_without_repeats() -> None:
     labels = torch.tensor([0, 1, 2] * 10)
     generator = torch.Generator().manual_seed(0)
-    first, second = (draw_shots(labels, 3, 4, generator) for _ in range(2))
+    first, second = (draw_shots(labels, [4, 4, 4], generator) for _ in range(2))
     assert labels[first].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert len(set(first.tolist())) == 12
     assert not torch.equal(first, second)
-    assert sorted(draw_shots(labels, 3, 10, generator).tolist()) == list(range(30))
+    assert sorted(draw_shots(labels, [10, 10, 10], generator).tolist()) == list(range(30))
 
 
-def test_class_with_too_few_images_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"low_shot.shots is 3: class 1 has 2 images.*at most 2"):
-        draw_shots(torch.tensor([0, 0, 0, 1, 1]), 2, 3, torch.Generator())
+@pytest.mark.parametrize(
+    ("fraction", "expected"), [(0.01, [3, 1, 0, 1]), (0.1, [30, 5, 0, 1]), (0.99, [297, 50, 0, 1])]
+)
+def test_fraction_is_of_each_class_and_at_least_one(fraction: float, expected: list[int]) -> None:
+    assert count_shots(labelled([300, 50, 0, 1]), LowShotConfig(fraction=fraction)) == expected
+
+
+def test_shots_are_of_each_class_that_has_images() -> None:
+    assert count_shots(labelled([3, 0, 5]), LowShotConfig(shots=3)) == [3, 0, 3]
+
+
+@pytest.mark.parametrize(("second", "others"), [(9, ""), (4, ", and 1 more classes have too few")])
+def test_class_with_too_few_images_is_named(second: int, others: str) -> None:
+    message = rf"low_shot.shots is 5: class 1 \(bee\) has 2 images in train_split{others}; .* at most 2"
+    with pytest.raises(ConfigError, match=message):
+        count_shots(labelled([9, 2, second])._replace(classes=("ant", "bee", "cow")), LowShotConfig(shots=5))
 
 
 def test_class_that_only_the_test_split_has_is_named(backbone: Backbone) -> None:
     train, test = coloured(40, 0), coloured(8, 1)
-    with pytest.raises(ConfigError, match="class 4 has 0 images"):
+    with pytest.raises(ShardError, match="lacks: 4: 2 images"):
         run_low_shot(LowShotConfig(), backbone, train, LabelledImages(test.images, test.labels + 1), 0)
+
+
+def test_standardisation_is_that_of_numpy() -> None:
+    features = torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100  # more than one part
+    wide = features.double().numpy()
+    expected = (wide[:9] - wide.mean(axis=0)) / wide.std(axis=0)
+    np.testing.assert_allclose(Standardisation.of(features)(features[:9]), expected, rtol=1e-9)
 
 
 def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) -> None:
@@ -69,13 +96,15 @@ def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) 
     deviation[deviation <= 1e-6] = 1
     generator, scores = torch.Generator().manual_seed(7), []
     for _ in range(3):
-        rows = draw_shots(train.labels, 4, 5, generator).numpy()
+        rows = draw_shots(train.labels, [5] * 4, generator).numpy()
         peer = LogisticRegression(C=1 / (1e-2 * 20), tol=1e-8, max_iter=10_000)
         peer.fit((features[rows] - mean) / deviation, train.labels.numpy()[rows])
         scores.append(peer.score((test_features - mean) / deviation, test.labels.numpy()))
     assert result.value == pytest.approx(statistics.fmean(scores), abs=0.005)  # one image of 200 on a border
     assert result.metrics["std"] == pytest.approx(statistics.stdev(scores), abs=0.005)
-    assert result.metrics["ci95"] == pytest.approx(1.96 * result.metrics["std"] / 3**0.5)
+    assert result.metrics["ci95"] == pytest.approx(4.303 * result.metrics["std"] / 3**0.5, rel=1e-4)  # t, 2 degrees
+    assert result.metrics["labelled_images"] == 20
+    assert sum(int(line.split(b",")[2]) for line in result.files["classes.csv"].splitlines()[1:]) == 3 * 200
 
 
 def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(backbone: Backbone) -> None:
@@ -87,9 +116,16 @@ def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(backbon
     assert digest(backbone) == before
 
 
+def test_backbones_see_the_same_draws_of_a_fraction(backbone: Backbone) -> None:
+    train, test = coloured(80, 0), coloured(40, 1)
+    first, again = (run_low_shot(LowShotConfig(fraction=0.1, draws=2), backbone, train, test, 3) for _ in range(2))
+    assert first == again
+    assert first.metrics["labelled_images"] == 8
+
+
 def test_one_draw_has_no_deviation(backbone: Backbone) -> None:
     result = run_low_shot(LowShotConfig(shots=2, draws=1), backbone, coloured(40, 0), coloured(40, 1), 0)
-    assert result.metrics.keys() == {"top1", "per_class_accuracy"}
+    assert result.metrics.keys() == {"top1", "per_class_accuracy", "labelled_images"}
     assert (result.metric, result.history) == ("top1", [])
 
 

@@ -1,6 +1,6 @@
-"""What the transfers from a frozen backbone share.
+"""What is done to a backbone that stays frozen: its BN statistics, once, and its features.
 
-Shapes: M images, S x S pixels each, C classes.
+Shapes: M images, S x S pixels each, F features.
 """
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hemoco.encoder import Backbone
-from hemoco.transfer.result import LabelledImages
 
-_BATCH, _MAX_BATCHES = 256, 16  # 4096 images fix a channel's mean and variance to about 2%
+CALIBRATION_IMAGES = 4096
+"""Fix a channel's mean and variance to about 2%."""
+_BATCH = 256
+_MAX_BATCHES = CALIBRATION_IMAGES // _BATCH
 
 
 @torch.no_grad()
@@ -39,19 +41,20 @@ def calibrate_batch_norm(backbone: Backbone, images: Tensor) -> None:
     backbone.eval()
 
 
-def count_classes(train: LabelledImages, test: LabelledImages) -> int:
-    """C, the classes that the labels of both splits name."""
-    return int(torch.cat([train.labels, test.labels]).max()) + 1
+@torch.no_grad()
+def extract_features(backbone: Backbone, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Features (M, F) in float32, computed in evaluation mode on the backbone's device, where they stay.
 
-
-def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy over images (`top1`) and its mean over the classes that occur (`per_class_accuracy`).
+    The backbone's tensors and its mode are left as they were.
 
     Args:
-        predictions: classes (M,).
-        labels: classes (M,), on the same device.
+        backbone: all of it on one device.
+        images: uint8 RGB (M, 3, S, S).
+        batch_size: images computed at a time; does not change the features.
     """
-    right = (predictions == labels).cpu().double()
-    counts = labels.cpu().bincount()  # (C,)
-    per_class = labels.cpu().bincount(weights=right)[counts > 0] / counts[counts > 0]
-    return {"top1": right.mean().item(), "per_class_accuracy": per_class.mean().item()}
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        return torch.cat([backbone(backbone.normalise(part)).float() for part in torch.split(images, batch_size)])
+    finally:
+        backbone.train(was_training)

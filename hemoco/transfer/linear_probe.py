@@ -1,16 +1,17 @@
 """Linear probe on cached features (after He et al. 2020, section 4.1).
 
 From the paper: frozen backbone in evaluation mode, pooled features as they are (not normalised, so the learning rate
-is large), SGD with momentum 0.9, no weight decay, classifier N(0, 0.01) with zero bias. Departures: features of the
-centre view are cached, so there is no augmentation; cosine instead of step decay; the learning rate is chosen on a
+is large), SGD with momentum 0.9, classifier N(0, 0.01) with zero bias. Departures: features of the centre view are
+cached, so there is no augmentation; cosine instead of step decay; learning rate and weight decay are chosen on a
 held-out fifth of the training split, never on the test split.
 
-Shapes: M images, F features, C classes, H heads trained side by side, one per learning rate, B features of a step.
+Shapes: M images, F features, C classes, H heads trained side by side, one per setting, B features of a step.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,89 +20,182 @@ from torch.nn import functional
 from hemoco.config import LinearProbeConfig
 from hemoco.encoder import Backbone
 from hemoco.errors import ConfigError, TrainingError
-from hemoco.knn import extract_features
-from hemoco.transfer.frozen import accuracies, count_classes
-from hemoco.transfer.result import LabelledImages, TransferResult
+from hemoco.transfer.classification import check_labels, classification_result, count_predictions
+from hemoco.transfer.features import FeatureCache, split_features
+from hemoco.transfer.low_shot import Standardisation, fit_logistic_regression
+from hemoco.transfer.result import TransferResult
+from hemoco.transfer.splits import LabelledSplit
 
 logger = logging.getLogger(__name__)
 
 _MOMENTUM = 0.9
+_FLOOR = -60.0  # of a log-likelihood in the gradient: 1e-26, which no float32 sum beside it notices
 _HELD_OUT = 5  # every fifth image
+_LOGITS_AT_ONCE = 2**24  # 67 MB; those of a grid on ImageNet's held-out fifth would take 33 TB
+
+
+class Setting(NamedTuple):
+    """What tells a head from the others."""
+
+    lr: float
+    weight_decay: float
 
 
 class Heads:
-    """H independent linear classifiers (H, C, F) and (H, C) that see the same batches, each with its own lr."""
+    """H independent linear classifiers that see the same batches, each trained with its own setting.
 
-    def __init__(self, lrs: tuple[float, ...], classes: int, features: int, generator: torch.Generator) -> None:
-        weight = torch.randn(classes, features, generator=generator) * 0.01
-        self.lrs = torch.tensor(lrs)
-        self.weight = weight.repeat(len(lrs), 1, 1)  # (H, C, F), all start alike
-        self.bias = torch.zeros(len(lrs), classes)
-        self.velocities = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+    Args:
+        settings: one per head.
+        classes: C.
+        features: F.
+        generator: of the initial weights, on the CPU; all heads start alike.
+    """
+
+    def __init__(self, settings: Sequence[Setting], classes: int, features: int, generator: torch.Generator) -> None:
+        weight = torch.randn(classes, 1, features, generator=generator) * 0.01
+        self.settings = tuple(settings)
+        self.weight = weight.repeat(1, len(settings), 1)  # (C, H, F)
+        self.bias = torch.zeros(classes, len(settings))  # (C, H)
+        self._velocities = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self._lrs, self._decays = torch.tensor(self.settings).T.contiguous()  # (H,)
 
     def to(self, device: torch.device) -> "Heads":
         """Moves everything to a device; itself."""
-        self.lrs, self.weight, self.bias = (t.to(device) for t in (self.lrs, self.weight, self.bias))
-        self.velocities = [velocity.to(device) for velocity in self.velocities]
+        self.weight, self.bias = self.weight.to(device), self.bias.to(device)
+        self._velocities = [velocity.to(device) for velocity in self._velocities]
+        self._lrs, self._decays = self._lrs.to(device), self._decays.to(device)
         return self
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, F) -> (H, B, C)."""
-        return torch.baddbmm(self.bias[:, None], features.expand(len(self.lrs), -1, -1), self.weight.mT)
+        """(B, F) -> (B, C, H); one product of matrices for all heads."""
+        flat = torch.addmm(self.bias.flatten(), features, self.weight.flatten(0, 1).T)  # (B, C H)
+        # the classes not last: softmax over ten numbers that lie side by side would take longer than the product
+        return flat.view(len(features), *self.bias.shape)
 
-    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of each head (H,)."""
-        logits = self.logits(features)  # (H, B, C)
-        every = functional.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-        return every.view(len(logits), -1).mean(dim=1)
+    def step(self, features: Tensor, labels: Tensor, factor: float) -> Tensor:
+        """One step of torch's SGD for each head, at `factor` times its learning rate; the losses before it (H,)."""
+        likelihoods = self.logits(features).log_softmax(dim=1)  # (B, C, H), logarithms
+        own = labels.view(-1, 1, 1).expand(-1, 1, len(self.settings))  # (B, 1, H)
+        losses = -likelihoods.gather(1, own).mean(dim=0).squeeze(0)
+        # the gradient of cross-entropy in closed form, which is faster than autograd's; without the floor, denormal
+        # numbers would make the product below take several times as long
+        slopes = likelihoods.clamp_(min=_FLOOR).exp_()
+        slopes.scatter_add_(1, own, slopes.new_full(own.shape, -1.0))
+        slopes = slopes.div_(len(features)).flatten(1)  # (B, C H)
+        gradients = [(slopes.T @ features).view_as(self.weight), slopes.sum(dim=0).view_as(self.bias)]
+        for parameter, gradient, velocity in zip([self.weight, self.bias], gradients, self._velocities, strict=True):
+            shape = [-1, *[1] * (parameter.ndim - 2)]  # of a number for each head
+            gradient.addcmul_(parameter, self._decays.view(shape))
+            velocity.mul_(_MOMENTUM).add_(gradient)
+            parameter.addcmul_(velocity, (self._lrs * -factor).view(shape))
+        return losses
 
-    def step(self, features: Tensor, labels: Tensor, decay: float) -> Tensor:
-        """One SGD step of each head at `decay` times its learning rate; the losses before it (H,)."""
-        parameters = [self.weight.requires_grad_(), self.bias.requires_grad_()]
-        losses = self.losses(features, labels)
-        gradients = torch.autograd.grad(losses.sum(), parameters)  # the sum: no head sees another's loss
-        with torch.no_grad():
-            for parameter, gradient, velocity in zip(parameters, gradients, self.velocities, strict=True):
-                velocity.mul_(_MOMENTUM).add_(gradient)
-                parameter.sub_(velocity * (self.lrs * decay).view(-1, *[1] * (parameter.ndim - 1)))
-        return losses.detach()
+
+class Evaluation(NamedTuple):
+    """Of each head."""
+
+    losses: Tensor
+    """Mean cross-entropy (H,)."""
+    accuracies: Tensor
+    """(H,)."""
 
 
 def run_linear_probe(
-    config: LinearProbeConfig, backbone: Backbone, train: LabelledImages, test: LabelledImages, seed: int
+    config: LinearProbeConfig,
+    backbone: Backbone,
+    train: LabelledSplit,
+    test: LabelledSplit,
+    seed: int,
+    cache: FeatureCache | None = None,
 ) -> TransferResult:
     """Test accuracy after the last epoch of a linear classifier trained on the backbone's features.
 
-    The history has train_loss, test_loss and top1 after each epoch, counted from 1.
+    The history has train_loss, test_loss and top1 after each epoch, counted from 1. Further metrics: the setting chosen
+    (`lr`, `weight_decay`), its `held_out_top1`, and `lbfgs_top1` where the check is wanted.
 
     Args:
-        config: epochs, batch size and the learning rates tried.
+        config: epochs, batch size and the settings tried.
         backbone: stays bit for bit as it is.
-        train: fits the classifier; every fifth image of a class chooses the learning rate first.
+        train: fits the classifier; every fifth image of a class chooses the setting first.
         test: evaluated, nothing is chosen on it.
         seed: of the split, the initial weights and the order.
+        cache: of features; None: they are computed.
 
     Raises:
+        ShardError: as `check_labels`.
         ConfigError: fewer than 5 training images.
-        TrainingError: the classifier diverges with every learning rate.
+        TrainingError: the classifier diverges with every setting.
     """
-    features, test_features = (extract_features(backbone, split.images) for split in (train, test))
-    labels, test_labels = train.labels.to(features.device), test.labels.to(features.device)
-    classes = count_classes(train, test)
-    fit, held_out = stratified_split(train.labels, seed)
-    heads = _new_heads(config.lrs, classes, features, seed)
-    for _ in _epochs(heads, features[fit], labels[fit], config, seed):
-        pass
-    chosen, held_out_top1 = _best_head(heads, features[held_out], labels[held_out])
+    classes = check_labels(train, test)
+    features, test_features = (split_features(backbone, split, cache) for split in (train, test))
+    labels, test_labels = (split.labels.to(features.device) for split in (train, test))
+    chosen, held_out_top1 = search_grid(config, classes, features, labels, seed)
+    head, history = new_heads([chosen], classes, features, seed), []
+    for epoch, train_loss in train_heads(head, features, labels, config, seed):
+        losses, accuracies = evaluate_heads(head, test_features, test_labels)
+        values = {"train_loss": train_loss, "test_loss": losses.item(), "top1": accuracies.item()}
+        history.append((epoch, values))
+    counts = count_predictions(head.logits(test_features).squeeze(2), test_labels)
+    also = {**chosen._asdict(), "held_out_top1": held_out_top1}
+    if config.lbfgs_check:
+        also["lbfgs_top1"] = _lbfgs_top1(features, labels, test_features, test_labels)
+    return classification_result(counts, train.classes, also=also, history=history)
 
-    head = _new_heads((config.lrs[chosen],), classes, features, seed)
-    history = [
-        (epoch, {"train_loss": loss, **_evaluate(head, test_features, test_labels)})
-        for epoch, loss in _epochs(head, features, labels, config, seed)
-    ]
-    metrics = accuracies(_predict(head, test_features), test_labels)
-    metrics |= {"lr": config.lrs[chosen], "held_out_top1": held_out_top1}
-    return TransferResult(metric="top1", value=metrics["top1"], metrics=metrics, history=history)
+
+def search_grid(
+    config: LinearProbeConfig, classes: int, features: Tensor, labels: Tensor, seed: int
+) -> tuple[Setting, float]:
+    """The best setting on a held-out fifth of features (M, F) with labels (M,), and its accuracy there.
+
+    Raises:
+        ConfigError: fewer than 5 features.
+        TrainingError: the classifier diverges with every setting.
+    """
+    fit, held_out = stratified_split(labels, seed)
+    settings = [Setting(lr, decay) for lr in config.lrs for decay in config.weight_decays]
+    heads = new_heads(settings, classes, features, seed)
+    for _ in train_heads(heads, features[fit], labels[fit], config, seed):
+        pass
+    return _best_setting(heads, features[held_out], labels[held_out])
+
+
+def new_heads(settings: Sequence[Setting], classes: int, features: Tensor, seed: int) -> Heads:
+    """Untrained heads for features (M, F), on their device."""
+    return Heads(settings, classes, features.shape[1], torch.Generator().manual_seed(seed)).to(features.device)
+
+
+def train_heads(
+    heads: Heads, features: Tensor, labels: Tensor, config: LinearProbeConfig, seed: int
+) -> Iterator[tuple[int, float]]:
+    """Trains in `config.epochs` passes, and yields after each its number, from 1, and the first head's mean loss.
+
+    Args:
+        heads: changed in place.
+        features: (M, F), on the device of the heads.
+        labels: (M,), there too.
+        config: epochs and batch size; the settings are those of the heads.
+        seed: of the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(config.epochs):
+        factor = 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+        total = torch.zeros(len(heads.settings), device=features.device)
+        order = torch.randperm(len(labels), generator=generator).to(features.device)
+        for rows in torch.split(order, config.batch_size):
+            total += heads.step(features[rows], labels[rows], factor) * len(rows)
+        yield epoch + 1, (total[0] / len(labels)).item()
+
+
+def evaluate_heads(heads: Heads, features: Tensor, labels: Tensor) -> Evaluation:
+    """All heads on features (M, F) with labels (M,), of any number: the logits of some at a time are held."""
+    losses, right = torch.zeros(2, len(heads.settings), dtype=torch.float64, device=features.device)
+    rows = max(1, _LOGITS_AT_ONCE // heads.bias.numel())
+    for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
+        logits = heads.logits(part)  # (B, C, H)
+        every = own[:, None].expand(-1, len(heads.settings))  # (B, H)
+        losses += functional.cross_entropy(logits, every, reduction="none").sum(dim=0)
+        right += (logits.argmax(dim=1) == every).sum(dim=0)
+    return Evaluation(losses / len(labels), right / len(labels))
 
 
 def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -121,44 +215,27 @@ def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return by_class[~held_out], by_class[held_out]
 
 
-def _new_heads(lrs: tuple[float, ...], classes: int, features: Tensor, seed: int) -> Heads:
-    return Heads(lrs, classes, features.shape[1], torch.Generator().manual_seed(seed)).to(features.device)
+def _best_setting(heads: Heads, features: Tensor, labels: Tensor) -> tuple[Setting, float]:
+    """The most accurate setting that did not diverge, of equals that of lower loss; and its accuracy."""
+    found = []
+    losses, accuracies = evaluate_heads(heads, features, labels)
+    for setting, loss, top1 in zip(heads.settings, losses.tolist(), accuracies.tolist(), strict=True):
+        logger.info(
+            "event=linear_probe_setting lr=%g weight_decay=%g held_out_top1=%.4f loss=%.4f", *setting, top1, loss
+        )
+        if math.isfinite(loss):
+            found.append((top1, -loss, setting))
+    if not found:
+        tried = sorted({setting.lr for setting in heads.settings})
+        raise TrainingError(f"linear_probe.lrs {tried}: all diverge; add lower learning rates")
+    top1, _, setting = max(found)
+    return setting, top1
 
 
-def _epochs(
-    heads: Heads, features: Tensor, labels: Tensor, config: LinearProbeConfig, seed: int
-) -> Iterator[tuple[int, float]]:
-    """Trains, and yields after each epoch its number, from 1, and the mean training loss of the first head."""
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(config.epochs):
-        decay = 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-        total = torch.zeros(len(heads.lrs), device=features.device)
-        order = torch.randperm(len(labels), generator=generator).to(features.device)
-        for rows in torch.split(order, config.batch_size):
-            total += heads.step(features[rows], labels[rows], decay) * len(rows)
-        yield epoch + 1, (total[0] / len(labels)).item()
-
-
-@torch.no_grad()
-def _evaluate(head: Heads, features: Tensor, labels: Tensor) -> dict[str, float]:
-    top1 = accuracies(_predict(head, features), labels)["top1"]
-    return {"test_loss": head.losses(features, labels)[0].item(), "top1": top1}
-
-
-@torch.no_grad()
-def _predict(head: Heads, features: Tensor) -> Tensor:
-    return head.logits(features)[0].argmax(dim=1)
-
-
-@torch.no_grad()
-def _best_head(heads: Heads, features: Tensor, labels: Tensor) -> tuple[int, float]:
-    """The most accurate head that did not diverge, between equals the one of lower loss; and its accuracy."""
-    losses = heads.losses(features, labels)  # (H,)
-    right = (heads.logits(features).argmax(dim=2) == labels).float().mean(dim=1)  # (H,)
-    for lr, accuracy, loss in zip(heads.lrs.tolist(), right.tolist(), losses.tolist(), strict=True):
-        logger.info("event=linear_probe_lr lr=%g held_out_top1=%.4f loss=%.4f", lr, accuracy, loss)
-    usable = [head for head in range(len(losses)) if losses[head].isfinite()]
-    if not usable:
-        raise TrainingError(f"linear_probe.lrs {tuple(heads.lrs.tolist())}: all diverge; add lower learning rates")
-    best = max(usable, key=lambda head: (right[head].item(), -losses[head].item()))
-    return best, right[best].item()
+def _lbfgs_top1(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+    """Accuracy of a logistic regression on standardised features, with the penalty of scikit-learn's default C = 1."""
+    scale = Standardisation.of(features)
+    classes = int(labels.max()) + 1
+    weight, bias = fit_logistic_regression(scale(features), labels, classes, weight_decay=1 / len(labels))
+    predictions = (scale(test_features) @ weight.T + bias).argmax(dim=1)
+    return (predictions == test_labels).double().mean().item()

@@ -3,11 +3,12 @@
 Features are standardised by the mean and deviation of all training images, which takes no labels, so that one penalty
 suits backbones of different feature scales.
 
-Shapes: M images, F features, C classes, n images drawn per class.
+Shapes: M images, F features, C classes, n images drawn.
 """
 
-import math
 import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,62 +17,115 @@ from torch.nn import functional
 from hemoco.config import LowShotConfig
 from hemoco.encoder import Backbone
 from hemoco.errors import ConfigError
-from hemoco.knn import extract_features
-from hemoco.transfer.frozen import accuracies, count_classes
-from hemoco.transfer.result import LabelledImages, TransferResult
+from hemoco.spread import confidence_half_width
+from hemoco.transfer.classification import (
+    check_labels,
+    class_metrics,
+    classification_result,
+    count_predictions,
+    sum_counts,
+)
+from hemoco.transfer.features import FeatureCache, split_features
+from hemoco.transfer.result import TransferResult
+from hemoco.transfer.splits import LabelledSplit
 
 _MAX_ITERATIONS = 500
+_ROWS = 65536  # standardised at a time where all are needed only for their mean
+
+
+class Standardisation(NamedTuple):
+    """Shifts and scales each feature; calling it does so, in float64."""
+
+    mean: Tensor
+    """float64 (F,)."""
+    deviation: Tensor
+    """float64 (F,), > 0."""
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Standardisation":
+        """That which gives features (M, F) mean 0 and deviation 1."""
+        parts = torch.split(features, _ROWS)
+        mean = sum((part.double().sum(dim=0) for part in parts), start=torch.zeros_like(features[0]).double())
+        mean /= len(features)
+        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
+        deviation = (squares / len(features)).sqrt()
+        # a unit that is dead in training would otherwise rule wherever it is alive in test
+        return cls(mean, torch.where(deviation > 1e-6, deviation, 1.0))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(M, F) -> (M, F)."""
+        return (features.double() - self.mean) / self.deviation
 
 
 def run_low_shot(
-    config: LowShotConfig, backbone: Backbone, train: LabelledImages, test: LabelledImages, seed: int
+    config: LowShotConfig,
+    backbone: Backbone,
+    train: LabelledSplit,
+    test: LabelledSplit,
+    seed: int,
+    cache: FeatureCache | None = None,
 ) -> TransferResult:
-    """Mean test accuracy over several draws of n training images per class.
+    """Mean test accuracy over several draws of a few training images per class.
 
-    Metrics: `top1` and `per_class_accuracy` are means over the draws; with two draws or more, `std` is the deviation
-    of top1 between draws and `ci95` half the width of its mean's normal 95% confidence interval.
+    Accuracies are means over the draws, files count the predictions of all. With two draws or more, `std` is the
+    deviation of top1 and `ci95` half of its mean's 95% confidence interval by Student's t; `labelled_images` is n.
 
     Args:
         config: images per class, draws and penalty.
         backbone: stays bit for bit as it is.
         train: images are drawn from it.
-        test: evaluated whole at each draw.
+        test: evaluated whole, each time.
         seed: of the draws; backbones compared at the same seed see the same images.
+        cache: of features; None: they are computed.
 
     Raises:
+        ShardError: as `check_labels`.
         ConfigError: a class has fewer images than are to be drawn.
     """
-    features, test_features = _standardised(*(extract_features(backbone, s.images) for s in (train, test)))
-    labels, test_labels = train.labels.to(features.device), test.labels.to(features.device)
-    classes = count_classes(train, test)
+    classes = check_labels(train, test)
+    counts_by_class = count_shots(train, config)
+    features, test_features = (split_features(backbone, split, cache) for split in (train, test))
+    scale = Standardisation.of(features)
+    labels, test_labels = (split.labels.to(features.device) for split in (train, test))
+    test_features = scale(test_features)
     generator = torch.Generator().manual_seed(seed)
     measured = []
     for _ in range(config.draws):
-        rows = draw_shots(train.labels, classes, config.shots, generator).to(features.device)
-        weight, bias = fit_logistic_regression(features[rows], labels[rows], classes, config.weight_decay)
-        measured.append(accuracies((test_features @ weight.T + bias).argmax(dim=1), test_labels))
-    metrics = {name: statistics.fmean(values[name] for values in measured) for name in measured[0]}
-    if config.draws > 1:
-        metrics["std"] = statistics.stdev(values["top1"] for values in measured)
-        metrics["ci95"] = 1.96 * metrics["std"] / math.sqrt(config.draws)
-    return TransferResult(metric="top1", value=metrics["top1"], metrics=metrics)
+        rows = draw_shots(train.labels, counts_by_class, generator).to(features.device)
+        weight, bias = fit_logistic_regression(scale(features[rows]), labels[rows], classes, config.weight_decay)
+        measured.append(count_predictions(test_features @ weight.T + bias, test_labels))
+    spread = _spread([class_metrics(counts)["top1"] for counts in measured])
+    also = {"labelled_images": float(sum(counts_by_class)), **spread}
+    return classification_result(sum_counts(measured), train.classes, also=also)
 
 
-def draw_shots(labels: Tensor, classes: int, shots: int, generator: torch.Generator) -> Tensor:
-    """Rows (C * n,) of `shots` different images of each class, class 0 first.
+def count_shots(train: LabelledSplit, config: LowShotConfig) -> list[int]:
+    """Images drawn of each class (C,): `fraction` of its images but at least one, or `shots`; none where it has none.
 
     Raises:
-        ConfigError: a class has fewer images.
+        ConfigError: a class has fewer images than `shots`.
     """
+    counts: list[int] = train.labels.cpu().bincount().tolist()
+    if config.fraction:
+        return [max(1, round(config.fraction * count)) if count else 0 for count in counts]
+    few = [label for label, count in enumerate(counts) if 0 < count < config.shots]
+    if few:
+        least = min(few, key=lambda label: counts[label])
+        name = f" ({train.classes[least]})" if least < len(train.classes) else ""
+        raise ConfigError(
+            f"low_shot.shots is {config.shots}: class {least}{name} has {counts[least]} images in train_split"
+            f"{f', and {len(few) - 1} more classes have too few' if few[1:] else ''}; set low_shot.shots to at most "
+            f"{counts[least]} or give the class more images"
+        )
+    return [config.shots if count else 0 for count in counts]
+
+
+def draw_shots(labels: Tensor, counts_by_class: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Rows (n,) of different images, so many of each class, class 0 first."""
     drawn = []
-    for label in range(classes):
+    for label, count in enumerate(counts_by_class):
         rows = (labels.cpu() == label).nonzero().squeeze(1)
-        if len(rows) < shots:
-            raise ConfigError(
-                f"low_shot.shots is {shots}: class {label} has {len(rows)} images in train_split; "
-                f"set low_shot.shots to at most {len(rows)} or give the class more images"
-            )
-        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:shots]])
+        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
     return torch.cat(drawn)
 
 
@@ -106,11 +160,8 @@ def fit_logistic_regression(
     return weight.detach(), bias.detach()
 
 
-def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64, by the training features' mean and deviation."""
-    train, test = train.double(), test.double()
-    deviation = train.std(dim=0, correction=0)
-    # a unit that is dead in training would otherwise rule wherever it is alive in test
-    deviation = torch.where(deviation > 1e-6, deviation, 1.0)
-    mean = train.mean(dim=0)
-    return (train - mean) / deviation, (test - mean) / deviation
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Deviation of the draws, and half the confidence interval of their mean; nothing of a single draw."""
+    if len(values) < 2:
+        return {}
+    return {"std": statistics.stdev(values), "ci95": confidence_half_width(values)}

@@ -16,6 +16,8 @@ class LabelledImages(NamedTuple):
     """uint8 RGB (M, 3, S, S)."""
     labels: Tensor
     """int64 (M,), classes counted from 0."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, by label; empty where they are not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,3 +34,5 @@ class TransferResult:
     """Values by step or epoch; empty where nothing is trained stepwise."""
     images: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """PNG files by name."""
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """Further files by name, for example predictions."""
