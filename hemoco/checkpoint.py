@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from hemoco.config import EncoderConfig, config_difference
+from hemoco.distributed import broadcast_object, rank
 from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.storage import join_url, list_names, read_bytes, remove, write_bytes
@@ -138,6 +139,22 @@ def attempt_of(url: str) -> int:
     if found is None:
         raise CheckpointError(f"{url}: not a checkpoint; its folder would be named like step_00000100_a0")
     return int(found[2])
+
+
+def resume_newest(url: str, state: Resumable) -> int:
+    """Loads the newest checkpoint below a URL on all ranks, the same one, and returns this attempt's number.
+
+    Without one the state stays as it is, and the attempt is 0. Every rank must call it.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none verifies, or it is of another config or other data.
+    """
+    found = broadcast_object(newest_checkpoint(url) if rank() == 0 else None)
+    if found is None:
+        return 0
+    load_checkpoint(found, state)
+    logger.info("resumed from step %d (%s)", state.step, found)
+    return attempt_of(found) + 1
 
 
 def load_checkpoint(url: str, state: Resumable) -> None:

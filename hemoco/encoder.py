@@ -123,6 +123,30 @@ class Backbone(nn.Module):
         return (scaled - self.pixel_mean) / self.pixel_std
 
 
+def supervised_backbone(config: EncoderConfig) -> Backbone:
+    """The architecture with the supervised weights that timm has for it, in evaluation mode; they are downloaded.
+
+    Raises:
+        ConfigError: there are none, they do not fit the stem, or they cannot be reached.
+    """
+    _check_architecture(config.architecture)
+    if config.stem != "imagenet" or not config.shortcuts:
+        raise ConfigError(
+            f"timm's supervised weights are of the plain {config.architecture}: not of the small stem, and not without "
+            "shortcuts; leave `supervised` out of transfers.inits"
+        )
+    try:
+        encoder: nn.Module = timm.create_model(config.architecture, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"timm's supervised weights of {config.architecture} cannot be had ({' '.join(str(error).split())[:200]}); "
+            "where there is no way to them, `python -m jobs import FILE DEST` a file of them and name it in "
+            "transfers.inits as supervised_file=DEST"
+        ) from error
+    described: dict[str, tuple[float, float, float]] = encoder.pretrained_cfg  # type: ignore[assignment]
+    return Backbone(encoder, config, described["mean"], described["std"]).eval()
+
+
 def _check_architecture(name: str) -> None:
     resnets = timm.list_models(module="resnet")
     if name not in resnets:

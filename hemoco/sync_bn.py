@@ -1,4 +1,4 @@
-"""Batch normalisation by the statistics of all ranks' images, which MoCo v3 needs.
+"""Batch normalisation by the statistics of all ranks' images, which MoCo v3, fine-tuning and detectors need.
 
 On GPUs it is torch's SyncBatchNorm. That refuses the CPU, where `AllReduceBatchNorm` does the same with two plain
 collectives.
@@ -14,7 +14,7 @@ from hemoco.distributed import sum_with_gradient, world_size
 
 
 class AllReduceBatchNorm(_BatchNorm):
-    """Batch normalisation over the images of all ranks, (N, C) or (N, C, H, W); N is the same on every rank."""
+    """Batch normalisation over the images of all ranks, (N, C) or (N, C, H, W); ranks may differ in N, H and W."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -28,8 +28,10 @@ class AllReduceBatchNorm(_BatchNorm):
         over = [axis for axis in range(images.ndim) if axis != 1]
         shape = [1, -1, *[1] * (images.ndim - 2)]
         values = images.float()
-        count = world_size() * values.numel() // values.shape[1]
-        mean = sum_with_gradient(values.sum(over)) / count  # (C,)
+        mine = values.new_full((1,), values.numel() / values.shape[1])
+        sums = sum_with_gradient(torch.cat([values.sum(over), mine]))  # (C + 1,)
+        count = sums[-1].detach()
+        mean = sums[:-1] / count  # (C,)
         centred = values - mean.view(shape)
         # from the mean, not from the sum of squares: float32 would lose a small variance beside a large mean
         variance = sum_with_gradient(centred.square().sum(over)) / count  # (C,)

@@ -13,6 +13,7 @@ from hemoco.config import Recipe, TransferConfig
 from hemoco.data.shards import read_index
 from hemoco.errors import TrainingError
 from hemoco.storage import absolute_url, join_url
+from pipeline.backbones import check_architecture
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
 from pipeline.study import (
     Study,
@@ -22,7 +23,8 @@ from pipeline.study import (
     open_study,
     transfer_data,
 )
-from pipeline.transfer import TransferJob, headline_metric, measure_transfer
+from pipeline.transfer import headline_metric, measure_transfer
+from pipeline.transfer_job import TransferJob
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +61,18 @@ def transfer_only(recipe: Recipe, *, backbone_url: str, run: str, storage: str, 
     """The second half of `pretrain_then_transfer`, from any backbone.
 
     Raises:
-        CheckpointError: the backbone cannot be read.
+        CheckpointError: a backbone cannot be read.
+        ConfigError: one is of another architecture than the recipe's.
     """
     backbone_url = absolute_url(backbone_url)
+    check_architecture(backbone_url, recipe.pretrain.encoder)
     metadata = backbone_metadata(backbone_url)
     study = open_study(recipe, run=run, storage=storage, fresh=fresh)
     origin = {
         "hemoco.backbone_url": backbone_url,
         "hemoco.pretrain_run_id": metadata["run_id"],
         "hemoco.data_digest": metadata["data_digest"],
+        **{f"hemoco.backbone_{name}": metadata[name] for name in ("source", "source_sha256") if name in metadata},
     }
     tracking.set_tags(study.uri, study.parent_id, origin)
     _transfer_all(study, backbone_url, metadata["run_id"])
@@ -149,6 +154,7 @@ def _transfer(study: Study, name: str, config: TransferConfig, backbone_url: str
         backbone_url=backbone_url,
         encoder=study.recipe.pretrain.encoder,
         views=study.recipe.pretrain.views,
+        url=join_url(study.url, name),
         tracking_uri=study.uri,
         run_id=run_id,
     )

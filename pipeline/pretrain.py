@@ -13,13 +13,14 @@ from hemoco.data.counts import BadSampleFile
 from hemoco.data.loader import StreamPosition
 from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, batches, load_images, pretraining_plan, steps_per_epoch
-from hemoco.distributed import broadcast_object, rank, world_size
+from hemoco.distributed import rank, world_size
 from hemoco.encoder import Backbone
 from hemoco.errors import HemocoError, TrainingError
-from hemoco.knn import extract_features, knn_accuracy
+from hemoco.knn import knn_accuracy
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
 from hemoco.train import StepMetrics, TrainState, build_state, train_steps
+from hemoco.transfer.frozen import extract_features
 from pipeline.workers import run_workers, worker_device
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
     per_epoch = steps_per_epoch(index, job.data.pretrain_split, pretraining_plan(config))
     state = build_state(config, device, data_digest=index.digest)
     folder = join_url(job.url, "checkpoints")
-    attempt = _resume(state, folder)
+    attempt = checkpoint.resume_newest(folder, state)
     knn = _OnlineKnn(job, device) if rank() == 0 and config.knn_every_epochs else None
     last: dict[str, float] = {}
     with (
@@ -102,16 +103,6 @@ def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[St
         except HemocoError as other:
             left = f"unknown ({other})"
         raise TrainingError(f"{error}; the last good checkpoint: {left}") from error
-
-
-def _resume(state: TrainState, folder: str) -> int:
-    """Loads the newest checkpoint on all ranks, the same one; returns this attempt's number."""
-    found = broadcast_object(checkpoint.newest_checkpoint(folder) if rank() == 0 else None)
-    if found is None:
-        return 0
-    checkpoint.load_checkpoint(found, state)
-    logger.info("resumed from step %d (%s)", state.step, found)
-    return checkpoint.attempt_of(found) + 1
 
 
 def _batches(

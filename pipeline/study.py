@@ -9,18 +9,20 @@ from typing import Any
 from hemoco import tracking
 from hemoco.config import (
     DataConfig,
-    MaskRcnnConfig,
+    DetectionConfig,
     PretrainConfig,
     Recipe,
     TransferConfig,
     config_difference,
     flat_params,
+    init_label,
 )
 from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import pretraining_plan, steps_per_epoch
 from hemoco.errors import ConfigError, UsageError
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
 from hemoco.storage import absolute_url, join_url, remove
+from pipeline.backbones import check_architecture, url_of_init
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +142,15 @@ def check_transfers(recipe: Recipe) -> None:
     """As `check_pretraining`, of the transfers."""
     recipe = _with_absolute_urls(recipe)
     for name, config in recipe.transfers.items():
+        for url in filter(None, map(url_of_init, config.inits)):
+            check_architecture(url, recipe.pretrain.encoder)
         used = transfer_data(recipe, config)
         found = read_index(used.shards)
         for split in (used.train_split, used.test_split):
             found.split(split)
-        if isinstance(config, MaskRcnnConfig) and not found.categories:
-            raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO folder")
-        if not isinstance(config, MaskRcnnConfig) and not found.classes:
+        if isinstance(config, DetectionConfig) and not found.categories:
+            raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO or VOC folder")
+        if not isinstance(config, DetectionConfig) and not found.classes:
             raise ConfigError(f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders")
 
 
@@ -162,13 +166,19 @@ def _with_absolute_urls(recipe: Recipe) -> Recipe:
     if not recipe.data.shards:
         raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
     transfers = {
-        name: dataclasses.replace(config, data=_absolute(config.data)) for name, config in recipe.transfers.items()
+        name: dataclasses.replace(config, data=_absolute(config.data), inits=tuple(map(_absolute_init, config.inits)))
+        for name, config in recipe.transfers.items()
     }
     return dataclasses.replace(recipe, data=_absolute(recipe.data), transfers=transfers)
 
 
 def _absolute(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, shards=absolute_url(data.shards)) if data.shards else data
+
+
+def _absolute_init(init: str) -> str:
+    url = url_of_init(init)
+    return f"{init_label(init)}={absolute_url(url)}" if url else init
 
 
 def _forget(uri: str, experiment_id: str, run: str) -> None:

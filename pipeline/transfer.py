@@ -1,127 +1,91 @@
-"""The transfer stage: one transfer, as one Ray task for each of its inits; it fails as a whole."""
-
-import dataclasses
+"""The transfer stage: the units of one transfer, side by side where one process does for each; it fails as a whole."""
 
 import torch
 
-from hemoco.checkpoint import load_backbone, random_backbone
 from hemoco.config import (
-    DataConfig,
-    EncoderConfig,
+    DetectionConfig,
     KnnConfig,
     LinearProbeConfig,
     LowShotConfig,
     MaskRcnnConfig,
+    ResourcesConfig,
+    TrainedConfig,
     TransferConfig,
-    ViewsConfig,
 )
-from hemoco.data.shards import read_index
-from hemoco.data.stream import load_images
-from hemoco.encoder import Backbone
 from hemoco.knn import run_knn
-from hemoco.tracking import Tracker, log_artifact_bytes
-from hemoco.transfer.detection import load_detection_samples, run_mask_rcnn
-from hemoco.transfer.frozen import calibrate_batch_norm
+from hemoco.storage import home
+from hemoco.transfer.features import FeatureCache
+from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
 from hemoco.transfer.linear_probe import run_linear_probe
 from hemoco.transfer.low_shot import run_low_shot
-from hemoco.transfer.result import LabelledImages, TransferResult
+from hemoco.transfer.result import TransferResult
+from hemoco.transfer.splits import LabelledShards, open_split, some_images
 from pipeline.tasks import run_tasks
-
-_PATIENCE_S = 600.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferJob:
-    """All that one transfer needs; pickles."""
-
-    name: str
-    config: TransferConfig
-    data: DataConfig
-    """With `shards` filled in."""
-    backbone_url: str
-    encoder: EncoderConfig
-    views: ViewsConfig
-    """Of the pretraining: image size and normalisation."""
-    tracking_uri: str
-    run_id: str
+from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result
+from pipeline.transfer_training import train_alone, train_as_rank
+from pipeline.workers import run_workers
 
 
 def measure_transfer(job: TransferJob) -> None:
-    """Measures all inits and seeds of a transfer on Ray, the inits side by side; ends when all are done.
+    """Measures all units of a transfer that are not yet recorded, on Ray; ends when all are done.
 
     Raises:
-        HemocoError: as the first init that failed raised it; the others are cancelled.
+        HemocoError: as the first unit that failed raised it; the others are cancelled.
     """
-    calls = [(job, init) for init in job.config.inits]
-    for _ in run_tasks(measure_init, calls, cpus=job.config.cpus, gpus=job.config.gpus):
-        pass
-
-
-def measure_init(job: TransferJob, init: str) -> None:
-    """One transfer from one init with all its seeds; its metrics go to the MLflow run `job.run_id`."""
-    torch.set_num_threads(job.config.cpus)
-    measure = _measurement(job)
-    with Tracker(job.tracking_uri, job.run_id) as tracker:
-        for seed in job.config.seeds:
-            prefix = f"{init}/seed_{seed}"
-            result = measure(init, seed)
-            for step, values in result.history:
-                tracker.log(step, {f"{prefix}/{name}": value for name, value in values.items()})
-            last = result.history[-1][0] if result.history else 0
-            tracker.log(last, {f"{prefix}/{name}": value for name, value in result.metrics.items()})
-            for name, png in result.images.items():
-                log_artifact_bytes(job.tracking_uri, job.run_id, f"{init}_seed_{seed}_{name}.png", png)
+    units, config = open_units(job), job.config
+    if not isinstance(config, TrainedConfig):
+        by_init = [[unit for unit in units if unit.init == init] for init in config.inits]
+        for _ in run_tasks(measure_frozen, [(some,) for some in by_init if some], cpus=config.cpus, gpus=config.gpus):
+            pass
+    elif config.workers == 1:
+        for _ in run_tasks(train_alone, [(unit,) for unit in units], cpus=config.cpus, gpus=config.gpus):
+            pass
+    else:
+        for unit in units:  # each takes as many processes as were wished for
+            _train_together(unit, config)
 
 
 def headline_metric(config: TransferConfig) -> str:
     """The metric a comparison shows for this kind of transfer."""
-    return "mask_ap" if isinstance(config, MaskRcnnConfig) else "top1"
+    if isinstance(config, MaskRcnnConfig):
+        return "mask_ap"
+    if isinstance(config, DetectionConfig):
+        return "box_ap50" if config.metric == "voc" else "box_ap"
+    return "top1"
 
 
-class _Frozen:
-    """kNN, linear probe, low-shot: the images are read once, for all seeds."""
-
-    def __init__(self, job: TransferJob) -> None:
-        size = job.views.size
-        self.job = job
-        self.train = LabelledImages(*load_images(job.data.shards, job.data.train_split, size)[:2])
-        self.test = LabelledImages(*load_images(job.data.shards, job.data.test_split, size)[:2])
-
-    def __call__(self, init: str, seed: int) -> TransferResult:
-        backbone = _backbone(self.job, init, seed)
-        if init == "random":
-            calibrate_batch_norm(backbone, self.train.images)
-        config = self.job.config
-        if isinstance(config, KnnConfig):
-            return run_knn(config, backbone, self.train, self.test, seed)
-        if isinstance(config, LinearProbeConfig):
-            return run_linear_probe(config, backbone, self.train, self.test, seed)
-        assert isinstance(config, LowShotConfig)
-        return run_low_shot(config, backbone, self.train, self.test, seed)
+def measure_frozen(units: list[TransferUnit]) -> None:
+    """Units of one transfer from one frozen backbone: what a Ray task runs."""
+    job = units[0].job
+    torch.set_num_threads(job.config.cpus)
+    train, test = (
+        open_split(job.data.shards, split, job.views.size) for split in (job.data.train_split, job.data.test_split)
+    )
+    for unit in units:
+        result = _measure(unit, train, test)
+        record_result(unit, result, result.history[-1][0] if result.history else 0)
 
 
-class _MaskRcnn:
-    """Mask R-CNN fine-tuning: the scenes are read once, for all seeds."""
-
-    def __init__(self, job: TransferJob, config: MaskRcnnConfig) -> None:
-        self.job = job
-        self.config = config
-        self.categories = read_index(job.data.shards, patience_s=_PATIENCE_S).categories
-        self.train = load_detection_samples(job.data.shards, job.data.train_split)
-        self.test = load_detection_samples(job.data.shards, job.data.test_split)
-
-    def __call__(self, init: str, seed: int) -> TransferResult:
-        backbone = _backbone(self.job, init, seed)
-        return run_mask_rcnn(self.config, backbone, self.train, self.test, self.categories, seed)
+def _train_together(unit: TransferUnit, config: TrainedConfig) -> None:
+    size = config.global_batch_size
+    run_workers(
+        train_as_rank,
+        unit,
+        name=f"{unit.job.name}-{unit.prefix.replace('/', '-')}",
+        resources=ResourcesConfig(workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus),
+        sizes=[workers for workers in range(1, config.workers + 1) if size % workers == 0],
+        storage=unit.url,
+    )
 
 
-def _measurement(job: TransferJob) -> _Frozen | _MaskRcnn:
-    return _MaskRcnn(job, job.config) if isinstance(job.config, MaskRcnnConfig) else _Frozen(job)
-
-
-def _backbone(job: TransferJob, init: str, seed: int) -> Backbone:
-    if init == "pretrained":
-        backbone = load_backbone(job.backbone_url)
-    else:
-        backbone = random_backbone(job.encoder, seed, job.views.mean, job.views.std)
-    return backbone.to("cuda" if job.config.gpus else "cpu")
+def _measure(unit: TransferUnit, train: LabelledShards, test: LabelledShards) -> TransferResult:
+    config, backbone = unit.job.config, unit.backbone().to("cuda" if unit.job.config.gpus else "cpu")
+    if unit.init == "random":
+        calibrate_batch_norm(backbone, some_images(train, CALIBRATION_IMAGES))
+    cache = FeatureCache(home() / "features")
+    if isinstance(config, KnnConfig):
+        return run_knn(config, backbone, train, test, unit.seed, cache)
+    if isinstance(config, LinearProbeConfig):
+        return run_linear_probe(config, backbone, train, test, unit.seed, cache)
+    assert isinstance(config, LowShotConfig)
+    return run_low_shot(config, backbone, train, test, unit.seed, cache)

@@ -200,9 +200,7 @@ def test_a_checkpoint_has_no_other_format_and_no_small_stem(tmp_path: Path, caps
     assert "stem is 'small', which moco does not have" in capsys.readouterr().err
 
 
-def test_a_head_that_no_official_version_has_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_head_that_no_official_version_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moco = dataclasses.replace(SMALL["v2"], head="mlp_bn")
     state = build_state(pretraining(moco, "resnet18"), torch.device("cpu"), data_digest="d")
     url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)

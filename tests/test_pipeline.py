@@ -20,7 +20,9 @@ from hemoco.comparison import comparison
 from hemoco.config import (
     DataConfig,
     EncoderConfig,
+    FineTuneConfig,
     KnnConfig,
+    LinearClassifierConfig,
     LinearProbeConfig,
     LowShotConfig,
     MoCoConfig,
@@ -70,10 +72,19 @@ def small_recipe(shards):
         stream=StreamConfig(workers=1, lanes=8),
         resources=ResourcesConfig(workers=2),
     )
+    trained = {
+        "epochs": 1,
+        "global_batch_size": 64,
+        "size": 32,
+        "resize": 32,
+        "stream": StreamConfig(workers=0, lanes=8),
+    }
     transfers = {
         "knn": KnnConfig(neighbours=20),
         "linear_probe": LinearProbeConfig(epochs=5),
         "low_shot": LowShotConfig(draws=2),
+        "linear": LinearClassifierConfig(lr=1.0, **trained),
+        "fine_tune": FineTuneConfig(workers=2, inits=("pretrained",), **trained),
     }
     return Recipe(name="small", data=DataConfig(shards=shards), pretrain=pretrain, transfers=transfers)
 
@@ -99,7 +110,7 @@ def losses(run):
 
 def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
     rows = comparison(tracking, unbroken).rows
-    expected = {(name, init) for name in recipe.transfers for init in ("pretrained", "random")}
+    expected = {(name, init) for name, config in recipe.transfers.items() for init in config.inits}
     assert {(row.transfer, row.init) for row in rows} == expected
     assert all(0 < row.value <= 1 for row in rows)
 
@@ -135,7 +146,8 @@ def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbrok
 
 def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroken, recipe, s3, tracking):
     pretraining = child(unbroken, "pretrain")
-    broken = dataclasses.replace(recipe, transfers=recipe.transfers | {"low_shot": LowShotConfig(shots=10_000)})
+    frozen = {name: recipe.transfers[name] for name in ("knn", "linear_probe")}
+    broken = dataclasses.replace(recipe, transfers=frozen | {"low_shot": LowShotConfig(shots=10_000)})
     for _ in range(2):  # the second time only the failed one is run
         with pytest.raises(TrainingError, match=r"1 of 3 transfers failed.*low_shot"):
             transfer_only(

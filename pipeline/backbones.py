@@ -1,0 +1,52 @@
+"""The backbone that a transfer starts from, by the name of its init."""
+
+from hemoco.checkpoint import backbone_metadata, load_backbone, random_backbone
+from hemoco.config import EncoderConfig, ViewsConfig
+from hemoco.encoder import Backbone, supervised_backbone
+from hemoco.errors import ConfigError
+
+
+def init_backbone(init: str, backbone_url: str, encoder: EncoderConfig, views: ViewsConfig, seed: int) -> Backbone:
+    """A backbone in evaluation mode on the CPU.
+
+    Args:
+        init: `pretrained`, `random`, `supervised`, or `NAME=URL`.
+        backbone_url: of the pretrained one.
+        encoder: of the random and the supervised one.
+        views: of the pretraining, for the normalisation of the random one.
+        seed: of the random one.
+
+    Raises:
+        CheckpointError: a file is no backbone.
+        ConfigError: timm's weights cannot be had.
+    """
+    if init == "random":
+        return random_backbone(encoder, seed, views.mean, views.std)
+    if init == "supervised":
+        return supervised_backbone(encoder)
+    return load_backbone(backbone_url if init == "pretrained" else url_of_init(init))
+
+
+def check_architecture(url: str, encoder: EncoderConfig) -> None:
+    """Refuses to compare backbones of different architectures: a larger network is no better pretraining.
+
+    Args:
+        url: of a backbone.
+        encoder: the recipe's, which the random and the supervised baseline have.
+
+    Raises:
+        ConfigError: it has another architecture.
+        CheckpointError: the file is no backbone.
+    """
+    metadata = backbone_metadata(url)
+    for name, wanted in (("architecture", encoder.architecture), ("stem", encoder.stem)):
+        if metadata[name] != wanted:
+            raise ConfigError(
+                f"{url}: its {name} is {metadata[name]}, the recipe's pretrain.encoder.{name} is {wanted}: backbones "
+                f"are compared at equal size; set --pretrain.encoder.{name} {metadata[name]} or give another one"
+            )
+
+
+def url_of_init(init: str) -> str:
+    """URL of an init `NAME=URL`; empty for the others."""
+    return init.partition("=")[2]

@@ -1,0 +1,90 @@
+"""What one transfer needs, and the recording of what it measured."""
+
+import dataclasses
+
+from hemoco.config import DataConfig, EncoderConfig, TransferConfig, ViewsConfig, init_label
+from hemoco.encoder import Backbone
+from hemoco.storage import join_url
+from hemoco.tracking import Tracker, log_artifact_bytes, run_facts, set_tags
+from hemoco.transfer.result import TransferResult
+from pipeline.backbones import init_backbone
+
+PATIENCE_S = 600.0
+"""For which a transfer waits out faults of the storage."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferJob:
+    """All that one transfer needs; pickles."""
+
+    name: str
+    config: TransferConfig
+    data: DataConfig
+    """With `shards` filled in."""
+    backbone_url: str
+    encoder: EncoderConfig
+    views: ViewsConfig
+    """Of the pretraining: image size and normalisation."""
+    url: str
+    """Folder of this transfer, for checkpoints."""
+    tracking_uri: str
+    run_id: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferUnit:
+    """One init and one seed of a transfer: what is measured, done or not done, as a whole."""
+
+    job: TransferJob
+    init: str
+    seed: int
+
+    @property
+    def prefix(self) -> str:
+        """Of its metrics' names."""
+        return f"{init_label(self.init)}/seed_{self.seed}"
+
+    @property
+    def url(self) -> str:
+        """Its folder."""
+        return join_url(self.job.url, f"{init_label(self.init)}_seed_{self.seed}")
+
+    def backbone(self) -> Backbone:
+        """What it starts from, on the CPU."""
+        return init_backbone(self.init, self.job.backbone_url, self.job.encoder, self.job.views, self.seed)
+
+
+def open_units(job: TransferJob) -> list[TransferUnit]:
+    """The inits and seeds that are not yet recorded."""
+    done = run_facts(job.tracking_uri, job.run_id).tags
+    every = [TransferUnit(job=job, init=init, seed=seed) for init in job.config.inits for seed in job.config.seeds]
+    return [unit for unit in every if _done_tag(unit) not in done]
+
+
+def log_values(tracker: Tracker, unit: TransferUnit, step: int, values: dict[str, float]) -> None:
+    """Sends a unit's values to MLflow under its prefix."""
+    tracker.log(step, {f"{unit.prefix}/{name}": value for name, value in values.items()})
+
+
+def record_result(unit: TransferUnit, result: TransferResult, last_step: int) -> None:
+    """Sends what a unit measured to MLflow, metrics and files, and then marks it as done.
+
+    Args:
+        unit: that was measured.
+        result: its history included.
+        last_step: at which the final metrics are recorded.
+    """
+    job = unit.job
+    with Tracker(job.tracking_uri, job.run_id) as tracker:
+        for step, values in result.history:
+            log_values(tracker, unit, step, values)
+        log_values(tracker, unit, last_step, result.metrics)
+    flat = unit.prefix.replace("/", "_")
+    files = {f"{name}.png": png for name, png in result.images.items()} | result.files
+    for name, content in files.items():
+        log_artifact_bytes(job.tracking_uri, job.run_id, f"{flat}_{name}", content)
+    set_tags(job.tracking_uri, job.run_id, {_done_tag(unit): "true"})
+
+
+def _done_tag(unit: TransferUnit) -> str:
+    return f"hemoco.done/{unit.prefix}"

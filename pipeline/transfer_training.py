@@ -1,0 +1,173 @@
+"""A trained transfer of one init and seed: what every training process runs, in one Ray task or as ranks of Ray Train.
+
+It goes on from its newest checkpoint by itself.
+
+Shapes: N images of a batch, S x S pixels each.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+
+import torch
+from torch import Tensor
+
+from hemoco.checkpoint import Resumable, resume_newest, save_checkpoint
+from hemoco.config import ClassifierConfig, DetectionConfig, LinearClassifierConfig, MaskRcnnConfig, TrainedConfig
+from hemoco.data.counts import BadSampleFile
+from hemoco.data.loader import StreamPosition
+from hemoco.data.shards import read_index
+from hemoco.data.stream import Batch, batches, steps_per_epoch
+from hemoco.distributed import rank, world_size
+from hemoco.storage import join_url
+from hemoco.tracking import Tracker
+from hemoco.transfer.classification import classification_result, count_predictions
+from hemoco.transfer.classifier import build_classifier_state, classifier_plan
+from hemoco.transfer.classifier_steps import classifier_steps, classify
+from hemoco.transfer.detection import (
+    build_detection_state,
+    detection_steps,
+    evaluate_detector,
+    sorted_category_ids,
+)
+from hemoco.transfer.detection_data import load_detection_samples
+from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
+from hemoco.transfer.result import TransferResult
+from pipeline.transfer_job import PATIENCE_S, TransferUnit, log_values, record_result
+from pipeline.workers import worker_device
+
+
+def train_as_rank(unit: TransferUnit) -> None:
+    """What each of several processes of Ray Train runs."""
+    _train(unit, worker_device())
+
+
+def train_alone(unit: TransferUnit) -> None:
+    """What a Ray task runs."""
+    torch.set_num_threads(unit.job.config.cpus)
+    _train(unit, torch.device("cuda" if unit.job.config.gpus else "cpu"))
+
+
+def _train(unit: TransferUnit, device: torch.device) -> None:
+    config, job = unit.job.config, unit.job
+    assert isinstance(config, TrainedConfig)
+    with Tracker(job.tracking_uri, job.run_id) if rank() == 0 else nullcontext() as tracker:
+        log = _Log(unit, tracker)
+        train = train_classifier if isinstance(config, ClassifierConfig) else train_detector
+        result = train(unit, device, log)
+    if rank() == 0:
+        record_result(unit, result, log.last_step)
+
+
+class _Log:
+    """Takes the values of steps; only rank 0 has a tracker."""
+
+    def __init__(self, unit: TransferUnit, tracker: Tracker | None) -> None:
+        self._unit, self._tracker = unit, tracker
+        self.last_step = 0
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.last_step = step
+        if values and self._tracker is not None:
+            log_values(self._tracker, self._unit, step, values)
+
+
+class _Checkpoints:
+    """Saves a training every few steps and at its end, on rank 0."""
+
+    def __init__(self, unit: TransferUnit, config: TrainedConfig, state: Resumable) -> None:
+        self._url, self._every, self._state = join_url(unit.url, "checkpoints"), config.checkpoint_every_steps, state
+        self._attempt = resume_newest(self._url, state)
+
+    def after_step(self) -> None:
+        if self._state.step % self._every == 0:
+            self.save()
+
+    def save(self) -> None:
+        if rank() == 0:
+            save_checkpoint(self._state, self._url, attempt=self._attempt, keep_last=1)
+
+
+def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> TransferResult:
+    """Trains a classifier to the end, and measures it on the test split."""
+    config, data = unit.job.config, unit.job.data
+    assert isinstance(config, ClassifierConfig)
+    index = read_index(data.shards, patience_s=PATIENCE_S)
+    backbone = unit.backbone().to(device)
+    if unit.init == "random" and isinstance(config, LinearClassifierConfig):
+        calibrate_batch_norm(backbone, _calibration_images(unit, config))
+    state = build_classifier_state(config, backbone, len(index.classes), seed=unit.seed, data_digest=index.digest)
+    checkpoints = _Checkpoints(unit, config, state)
+    plan = classifier_plan(config, unit.seed)
+    per_epoch = steps_per_epoch(index, data.train_split, plan)
+    with (
+        closing(BadSampleFile(join_url(unit.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
+        closing(_training_batches(unit, config, state.position, bad_samples, device)) as source,
+    ):
+        for step in classifier_steps(state, source, per_epoch):
+            log(step.step, step.values)
+            checkpoints.after_step()
+    checkpoints.save()
+    scores = classify(state, data.shards, index.split(data.test_split))
+    return classification_result(count_predictions(scores.logits, scores.labels), index.classes, also={})
+
+
+def _training_batches(
+    unit: TransferUnit,
+    config: ClassifierConfig,
+    start: StreamPosition | None,
+    bad_samples: BadSampleFile,
+    device: torch.device,
+) -> Generator[Batch, None, None]:
+    return batches(
+        unit.job.data.shards,
+        unit.job.data.train_split,
+        classifier_plan(config, unit.seed),
+        rank=rank(),
+        world_size=world_size(),
+        start=start,
+        device=device,
+        bad_samples=bad_samples,
+    )
+
+
+def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> TransferResult:
+    """Trains a detector to the end, and measures it on the test split."""
+    config, data = unit.job.config, unit.job.data
+    assert isinstance(config, DetectionConfig)
+    index, masks = read_index(data.shards, patience_s=PATIENCE_S), isinstance(config, MaskRcnnConfig)
+    train, test = (load_detection_samples(data.shards, s, masks=masks) for s in (data.train_split, data.test_split))
+    state = build_detection_state(
+        config, unit.backbone(), index.categories, device, seed=unit.seed, data_digest=index.digest
+    )
+    checkpoints = _Checkpoints(unit, config, state)
+    for step in detection_steps(state, train.samples, sorted_category_ids(index.categories), seed=unit.seed):
+        log(step.step, step.values)
+        checkpoints.after_step()
+    checkpoints.save()
+    result = evaluate_detector(state, train.samples, test.samples, index.categories, seed=unit.seed)
+    counts = {
+        f"{split}/{name}": count
+        for split, found in (("train", train), ("test", test))
+        for name, count in found.counts.items()
+    }
+    return dataclasses.replace(result, metrics=result.metrics | counts)
+
+
+def _calibration_images(unit: TransferUnit, config: ClassifierConfig) -> Tensor:
+    """Crops of the first training batches, uint8 (M, 3, S, S); on every rank, and for any number of them, the same."""
+    plan = classifier_plan(config, unit.seed)
+    source = batches(
+        unit.job.data.shards,
+        unit.job.data.train_split,
+        dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, workers=0)),
+        rank=0,
+        world_size=1,
+        start=None,
+        device=torch.device("cpu"),
+        bad_samples=BadSampleFile(join_url(unit.url, "bad_samples", "calibration.jsonl")),
+    )
+    with closing(source):
+        some = itertools.islice(source, -(-CALIBRATION_IMAGES // config.global_batch_size))
+        return torch.cat([batch.crops[:, 0].clone() for batch in some])

@@ -1,0 +1,68 @@
+"""Detectors learn from real images within some minutes on two cores, from shards to the record in MLflow."""
+
+import pytest
+
+from hemoco.checkpoint import export_backbone, random_backbone
+from hemoco.comparison import comparison
+from hemoco.config import DataConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig, PretrainConfig, Recipe
+from hemoco.storage import join_url
+from hemoco.tracking import connect, find_run, read_artifacts
+from pipeline.graph import transfer_only
+from pipeline.pack import pack
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")]
+ENCODER = EncoderConfig(architecture="resnet18")
+SMALL = {
+    "inits": ("pretrained",),
+    "precision": "bfloat16",
+    "steps": 150,
+    "global_batch_size": 4,
+    "reference_batch_size": 4,
+    "warmup_steps": 20,
+    "train_sizes": (192, 224, 256),
+    "test_size": 224,
+    "max_size": 340,
+    "anchor_sizes": (8, 16, 32, 64, 128),
+    "fpn_channels": 64,
+    "box_features": 256,
+    "rois_per_image": 64,
+    "proposals": 200,
+    "precise_bn_steps": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(ray_cluster, s3, shared_data):
+    urls = {name: join_url(s3, "detection-learning", name) for name in ("bccd", "fruits_nuts")}
+    for name, url in urls.items():
+        pack((str(shared_data / name),), url, split="train", samples_per_shard=50, seed=0)
+    cells = DataConfig(shards=urls["bccd"], test_split="val")
+    fruits = DataConfig(shards=urls["fruits_nuts"], test_split="train")
+    return Recipe(
+        name="detection_learning",
+        data=cells,
+        pretrain=PretrainConfig(encoder=ENCODER),
+        transfers={
+            "cells": FasterRcnnConfig(data=cells, metric="voc", **SMALL),
+            "fruits": MaskRcnnConfig(data=fruits, **SMALL),
+        },
+    )
+
+
+def test_detectors_find_cells_and_fruits(recipe, s3, tracking):
+    url = join_url(s3, "detection-learning", "random.safetensors")
+    backbone = random_backbone(ENCODER, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    export_backbone(backbone, url, {"data_digest": "", "run_id": ""})
+    storage = join_url(s3, "detection-learning", "runs")
+    transfer_only(recipe, backbone_url=url, run="detection-learning", storage=storage, fresh=False)
+    rows = {row.transfer: row for row in comparison(tracking, "detection-learning").rows}
+    assert (rows["cells"].metric, rows["fruits"].metric) == ("box_ap50", "mask_ap")
+    assert rows["cells"].value > 0.2
+    facts = {
+        name: find_run(tracking, connect(tracking), {"hemoco.run": "detection-learning", "hemoco.transfer": name})
+        for name in rows
+    }
+    assert facts["fruits"].metrics["pretrained/seed_0/mask_ap50"] > 0.2
+    for name in rows:
+        files = read_artifacts(tracking, facts[name].run_id, "")
+        assert {"pretrained_seed_0_detections.png", "pretrained_seed_0_predictions.json"} <= files.keys()
