@@ -3,7 +3,7 @@ import hashlib
 import math
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ SIZES = (9, 8, 11, 12)
 SMALL: dict[str, Any] = {
     "epochs": 2,
     "global_batch_size": 8,
-    "size": 32,
-    "resize": 32,
+    "size": 16,
+    "resize": 16,
     "log_every_steps": 1,
     "stream": StreamConfig(workers=0, lanes=2, shards_per_block=2),
 }
@@ -86,7 +86,7 @@ def digest_of(module: nn.Module) -> str:
 
 
 def made_batch(step: int, labels: tuple[int, ...] = (0, 1, 2, 0, 1, 2, 0, 1)) -> Batch:
-    crops = torch.randint(256, (8, 1, 3, 32, 32), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
+    crops = torch.randint(256, (8, 1, 3, 16, 16), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
     return Batch(crops, [str(row) for row in range(8)], StreamPosition(0, step), labels=labels)
 
 
@@ -173,25 +173,37 @@ def test_stages_learn_at_decaying_rates_and_every_parameter_is_in_one_group() ->
     assert {id(parameter) for parameter in groups[-1]["params"]} == layer4
 
 
-def outcome(config: ClassifierConfig, url: str) -> tuple[list[float], dict[str, Tensor], Tensor, Tensor]:
+class Outcome(NamedTuple):
+    losses: list[float]
+    tensors: dict[str, Tensor]
+    logits: Tensor
+    labels: Tensor
+
+
+def outcomes(configs: list[ClassifierConfig], url: str) -> list[Outcome]:
+    return [outcome(config, url) for config in configs]
+
+
+def outcome(config: ClassifierConfig, url: str) -> Outcome:
     state = fresh(config)
     losses = [step.values["train_loss"] for step in train(state, url, steps=4)]
     scores = classify(state, url, read_index(url).split("train"))
-    return losses, state.model.state_dict(), scores.logits, scores.labels
+    return Outcome(losses, state.model.state_dict(), scores.logits, scores.labels)
 
 
-# small steps: on images of one colour rounding grows fast
-@pytest.mark.parametrize("config", [LINEAR, dataclasses.replace(WHOLE, lr=0.01, backbone_lr=0.005)])
-def test_two_ranks_train_and_classify_as_one_process(config: ClassifierConfig, shards: str) -> None:
-    losses, tensors, logits, labels = outcome(config, shards)
-    for other_losses, other_tensors, other_logits, other_labels in run_ranks(outcome, 2, config, shards):
-        assert other_losses == pytest.approx(losses, rel=1e-4)
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(other_tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-        # rank 0 has the first and third shard
-        order = torch.cat([torch.arange(0, 9), torch.arange(17, 28), torch.arange(9, 17), torch.arange(28, 40)])
-        assert torch.equal(other_labels, labels[order])
-        torch.testing.assert_close(other_logits, logits[order], rtol=1e-3, atol=1e-3)
+def test_two_ranks_train_and_classify_as_one_process(shards: str) -> None:
+    # small steps: on images of one colour rounding grows fast
+    configs = [LINEAR, dataclasses.replace(WHOLE, lr=0.01, backbone_lr=0.005)]
+    expected = outcomes(configs, shards)
+    # rank 0 has the first and third shard
+    order = torch.cat([torch.arange(0, 9), torch.arange(17, 28), torch.arange(9, 17), torch.arange(28, 40)])
+    for of_rank in run_ranks(outcomes, 2, configs, shards):
+        for found, alone in zip(of_rank, expected, strict=True):
+            assert found.losses == pytest.approx(alone.losses, rel=1e-4)
+            for name, tensor in alone.tensors.items():
+                torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+            assert torch.equal(found.labels, alone.labels[order])
+            torch.testing.assert_close(found.logits, alone.logits[order], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("config", [LINEAR, WHOLE])
@@ -220,11 +232,11 @@ def test_a_checkpoint_of_other_settings_seed_or_data_is_refused(tmp_path: Path) 
 
 
 def test_scores_are_of_the_centre_view(shards: str) -> None:
-    state = fresh(dataclasses.replace(LINEAR, resize=40))
+    state = fresh(dataclasses.replace(LINEAR, resize=20))
     scores = classify(state, shards, read_index(shards).split("train"), batch_size=7)
-    images, labels, _ = load_images(shards, "train", 40)
+    images, labels, _ = load_images(shards, "train", 20)
     with torch.no_grad():
-        expected = state.model(state.model.backbone.normalise(torch.stack([center_view(i, 32, 40) for i in images])))
+        expected = state.model(state.model.backbone.normalise(torch.stack([center_view(i, 16, 20) for i in images])))
     assert torch.equal(scores.labels, labels)
     torch.testing.assert_close(scores.logits, expected)
 

@@ -32,8 +32,8 @@ VIEWS = ViewsConfig(size=32)
 SMALL: dict[str, Any] = {
     "epochs": 2,
     "global_batch_size": 8,
-    "size": 32,
-    "resize": 32,
+    "size": 16,
+    "resize": 16,
     "lr": 0.05,
     "log_every_steps": 1,
     "checkpoint_every_steps": 3,
