@@ -6,6 +6,7 @@ The names here are the names of the command line (`--pretrain.optimizer.lr`) and
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any, Literal
 
 from hemoco.errors import require
@@ -63,6 +64,7 @@ __all__ = [
     "world_sizes",
 ]
 
+_FREE_OF_STREAM = ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
 _FREE_SETTINGS = (
     "pretrain.resources.",
     "pretrain.log_every_steps",
@@ -70,12 +72,14 @@ _FREE_SETTINGS = (
     "pretrain.keep_last",
     "pretrain.keep_every_steps",
     "pretrain.compile",
-    *(
-        f"pretrain.stream.{name}"
-        for name in ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
-    ),
+    *(f"pretrain.stream.{name}" for name in _FREE_OF_STREAM),
     "max_parallel_transfers",
 )
+_FREE_OF_TRANSFERS = (
+    *("workers", "cpus", "gpus", "log_every_steps", "checkpoint_every_steps"),
+    *(f"stream.{name}" for name in _FREE_OF_STREAM),
+)
+_OF_TRANSFER = re.compile(r"(transfer|transfers\.[^.]+)\.")  # in a checkpoint, and in a recipe by its name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,4 +227,8 @@ def config_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 def _is_free(name: str) -> bool:
     """Whether a setting says where and how fast something is computed, not what: a run may go on with another."""
-    return name.startswith(_FREE_SETTINGS) or name.removeprefix("recipe.").startswith(_FREE_SETTINGS)
+    name = name.removeprefix("recipe.")
+    transfer = _OF_TRANSFER.match(name)
+    if transfer:
+        return name[transfer.end() :] in _FREE_OF_TRANSFERS
+    return name.startswith(_FREE_SETTINGS)

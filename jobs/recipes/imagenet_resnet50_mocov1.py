@@ -17,6 +17,7 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
+from jobs.recipes.transfer_imagenet import recipe as measured
 
 recipe = Recipe(
     name="imagenet_resnet50_mocov1",
@@ -32,4 +33,5 @@ recipe = Recipe(
         stream=StreamConfig(workers=8, lanes=64),  # one lane for each of the 64 loader processes
         resources=ResourcesConfig(workers=8, cpus_per_worker=10, gpus_per_worker=1),
     ),
+    transfers={name: measured.transfers[name] for name in ("linear", "knn")},
 )

@@ -16,6 +16,7 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
+from jobs.recipes.transfer_imagenet import recipe as measured
 
 recipe = Recipe(
     name="imagenet_resnet50_mocov3_100ep",
@@ -38,4 +39,5 @@ recipe = Recipe(
         stream=StreamConfig(workers=8, lanes=128),  # one lane for each of the 128 loader processes
         resources=ResourcesConfig(workers=16, cpus_per_worker=10, gpus_per_worker=1),
     ),
+    transfers={name: measured.transfers[name] for name in ("linear_v3", "knn")},
 )
