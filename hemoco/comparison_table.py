@@ -47,7 +47,7 @@ def to_markdown(found: Comparison) -> str:
             for line in summaries(found)
         ),
     ]
-    failed = [f"- {item.transfer} failed: {item.reason}" for item in found.failed]
+    failed = [f"- {item.transfer} failed: {_escaped(item.reason)}" for item in found.failed]
     return "\n".join([*lines, *([""] if failed else []), *failed]) + "\n"
 
 
@@ -88,8 +88,9 @@ def summary_cells(line: Summary) -> list[str]:
     """The line as text, one cell for each of `COLUMNS`: means +- deviation, the difference +- its 95% interval."""
     difference = line.difference
     shown = "-" if math.isnan(difference.mean) else f"{difference.mean:+.3f}{_margin(difference.half_width)}"
-    noise = {True: "yes", False: "no", None: "one seed" if difference.pairs == 1 else "-"}[difference.stands_out]
-    seeds = str(max(line.pretrained.values, line.other.values))
+    unknown = {0: "-", 1: "one seed"}.get(difference.pairs, "no noise")
+    noise = {True: "yes", False: "no", None: unknown}[difference.stands_out]
+    seeds = str(difference.pairs or max(line.pretrained.values, line.other.values))
     values = (f"{_number(spread.mean)}{_margin(spread.sd)}" for spread in (line.pretrained, line.other))
     ours, theirs = values
     return [line.transfer, line.metric, ours, line.baseline or "-", theirs, shown, seeds, noise]

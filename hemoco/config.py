@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any, Literal
 
+from hemoco.detection_config import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig
 from hemoco.errors import require
 from hemoco.method_config import (
     EncoderConfig,
@@ -19,16 +20,12 @@ from hemoco.method_config import (
 )
 from hemoco.stream_config import DataConfig, StreamConfig
 from hemoco.transfer_config import (
-    AnyTransferConfig,
     ClassifierConfig,
-    DetectionConfig,
-    FasterRcnnConfig,
     FineTuneConfig,
     KnnConfig,
     LinearClassifierConfig,
     LinearProbeConfig,
     LowShotConfig,
-    MaskRcnnConfig,
     TrainedConfig,
     TransferConfig,
     init_label,
@@ -181,6 +178,17 @@ def world_sizes(config: PretrainConfig) -> list[int]:
     # v3 takes its batch statistics over all workers
     group = config.moco.bn_group_size * config.accumulation_steps if isinstance(config.moco, MoCoConfig) else 1
     return [size for size in sizes if batch % size == 0 and (batch // size) % group == 0]
+
+
+AnyTransferConfig = (
+    KnnConfig
+    | LinearProbeConfig
+    | LowShotConfig
+    | LinearClassifierConfig
+    | FineTuneConfig
+    | FasterRcnnConfig
+    | MaskRcnnConfig
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,15 @@ Shapes: N rows on this rank, G on all ranks.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hemoco.errors import HemocoError
 
 T = TypeVar("T")
 
@@ -94,6 +97,25 @@ def gather_objects(value: T) -> list[T]:
     if world_size() > 1:
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+def compute_on_all(compute: Callable[[], T]) -> list[T]:
+    """What each rank computes, in rank order, on every rank.
+
+    Raises:
+        HemocoError: as the first rank that failed raised it, on all of them: none waits for one that is gone.
+    """
+    mine: T | HemocoError
+    try:
+        mine = compute()
+    except HemocoError as error:
+        mine = error
+    results = []
+    for result in gather_objects(mine):
+        if isinstance(result, HemocoError):
+            raise result
+        results.append(result)
+    return results
 
 
 def wrap_for_gradients(model: torch.nn.Module) -> torch.nn.Module:

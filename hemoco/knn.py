@@ -58,12 +58,7 @@ def knn_votes(bank: Bank, queries: Tensor, *, neighbours: int, temperature: floa
     Raises:
         ConfigError: the bank has fewer images than neighbours, or the temperature is not positive.
     """
-    images = len(bank.features)
-    if not 1 <= neighbours <= images:
-        raise ConfigError(
-            f"knn.neighbours is {neighbours}: it must be between 1 and the {images} images of the bank; "
-            f"set knn.neighbours to at most {images} or use a larger train_split"
-        )
+    check_neighbours(neighbours, len(bank.features))
     if temperature <= 0:
         raise ConfigError(f"knn.temperature is {temperature}: it must be positive")
     for part in torch.split(queries, _QUERIES_AT_ONCE):
@@ -73,6 +68,19 @@ def knn_votes(bank: Bank, queries: Tensor, *, neighbours: int, temperature: floa
         weights = ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp().cpu()
         # on the CPU, where the sum has one order
         yield torch.zeros(len(part), bank.classes).scatter_add_(1, bank.labels[nearest.cpu()], weights)
+
+
+def check_neighbours(neighbours: int, images: int) -> None:
+    """Refuses k where the bank has not so many images.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if not 1 <= neighbours <= images:
+        raise ConfigError(
+            f"knn.neighbours is {neighbours}: it must be between 1 and the {images} images of the bank; "
+            f"set knn.neighbours to at most {images} or use a larger train_split"
+        )
 
 
 def knn_accuracy(

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hemoco.comparison import PRETRAINED as PRETRAINED_INIT
 from hemoco.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def line_plot(
 def transfer_bars(found: Comparison) -> bytes:
     """A horizontal bar per transfer and init, the mean over the seeds; a dot for each seed where there are several."""
     transfers = list(dict.fromkeys((row.transfer, row.metric) for row in found.rows))
-    inits = list(dict.fromkeys(row.init for row in found.rows))
+    # the pretrained first: it has a colour of its own in all plots
+    inits = sorted(dict.fromkeys(row.init for row in found.rows), key=lambda init: init != PRETRAINED_INIT)
     height = 0.74 / max(len(inits), 1)
     figure, axes = _canvas(height=0.9 + (0.25 + 0.25 * len(inits)) * len(transfers))
     for place, (transfer, _) in enumerate(transfers):

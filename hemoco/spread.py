@@ -26,8 +26,12 @@ class Difference(NamedTuple):
 
     @property
     def stands_out(self) -> bool | None:
-        """Whether the interval leaves out 0; None where it is not known."""
-        return None if math.isnan(self.half_width) else abs(self.mean) > self.half_width
+        """Whether the interval leaves out 0; None where no noise was seen: of fewer than two pairs, or of equal ones.
+
+        It is the noise of what the seeds draw in a transfer; that of the pretraining's own seed is not in it.
+        """
+        # nan, or what is nothing drawn
+        return abs(self.mean) > self.half_width if self.half_width > 0 else None
 
 
 def spread_of(values: Sequence[float]) -> Spread:

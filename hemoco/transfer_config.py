@@ -40,6 +40,12 @@ class TransferConfig:
         require(len(set(labels)) == len(labels), f"transfers.inits is {self.inits}: a name comes twice")
         require(bool(self.seeds), "transfers.seeds is empty: name at least one")
         require(len(set(self.seeds)) == len(self.seeds), f"transfers.seeds is {self.seeds}: a seed comes twice")
+        require(min(self.seeds) >= 0, f"transfers.seeds is {self.seeds}: a seed must not be negative")
+        require(
+            bool(self.data.shards) or self.data == DataConfig(),
+            f"transfers.data is {self.data} without shards: a transfer's own data need --transfers.NAME.data.shards, "
+            "splits of the recipe's data are set by --data",
+        )
         require(self.cpus > 0, f"transfers.cpus is {self.cpus}: it must be positive")
         require(self.gpus in (0, 1), f"transfers.gpus is {self.gpus}: 0 or 1")
 
@@ -59,6 +65,11 @@ class KnnConfig(TransferConfig):
     """T of the vote's weight exp(similarity / T)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the similarities; bfloat16 is faster and moves the accuracy by up to 0.1 point."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("neighbours", "temperature"):
+            require(getattr(self, name) > 0, f"knn.{name} is {getattr(self, name)}: it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +180,11 @@ class ClassifierConfig(TrainedConfig):
         super().__post_init__()
         for name in ("epochs", "lr", "size"):
             require(getattr(self, name) > 0, f"transfers.{name} is {getattr(self, name)}: it must be positive")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"transfers.crop_scale is {self.crop_scale}: shares of an image, in order")
+        require(0 <= self.flip <= 1, f"transfers.flip is {self.flip}: it must be in [0, 1]")
+        for name in ("warmup_epochs", "weight_decay"):
+            require(getattr(self, name) >= 0, f"transfers.{name} is {getattr(self, name)}: it must not be negative")
         require(self.resize >= self.size, f"transfers.resize is {self.resize}: it must be at least size ({self.size})")
         require(
             self.global_batch_size % self.stream.lanes == 0,
@@ -203,89 +219,3 @@ class FineTuneConfig(ClassifierConfig):
         super().__post_init__()
         require(self.backbone_lr >= 0, f"fine_tune.backbone_lr is {self.backbone_lr}: it must not be negative")
         require(0 < self.layer_decay <= 1, f"fine_tune.layer_decay is {self.layer_decay}: it must be in (0, 1]")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectionConfig(TrainedConfig):
-    """A ResNet detector of torchvision, fine-tuned whole; BN is trained and synchronised, nothing is frozen.
-
-    The defaults are the 1x schedule of COCO with a feature pyramid. `steps`, `lr` and `warmup_steps` are meant for
-    `reference_batch_size` images; another `global_batch_size` scales them by the linear rule (Goyal et al. 2017).
-    """
-
-    architecture: Literal["fpn", "c4"] = "fpn"
-    """Feature pyramid, or the last stage as the head of the regions, with the extra BN after it that MoCo's protocol
-    has (He et al. 2020, appendix)."""
-    global_batch_size: int = 16
-    reference_batch_size: int = 16
-    """Images per step that `steps`, `lr` and `warmup_steps` are meant for."""
-    steps: int = 90_000
-    """Optimiser steps."""
-    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
-    """Shares of the steps after which the learning rate falls to a tenth."""
-    lr: float = 0.02
-    """Learning rate."""
-    warmup_steps: int = 1000
-    """Steps of linear warm-up."""
-    weight_decay: float = 1e-4
-    """Not on normalisation layers."""
-    flip: float = 0.5
-    """Probability of a horizontal flip in training; 0 where mirrored objects are others, as digits."""
-    train_sizes: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    """Shorter sides, in pixels, one of which each training image is scaled to."""
-    test_size: int = 800
-    """Shorter side of test images, pixels."""
-    max_size: int = 1333
-    """Longer side at most, pixels."""
-    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Anchor sides, pixels; of the pyramid one per level, the last the pooled one."""
-    fpn_channels: int = 256
-    """Channels of the pyramid."""
-    box_features: int = 1024
-    """Hidden size of the pyramid's box head."""
-    rois_per_image: int = 512
-    """Proposals sampled per training image."""
-    proposals: int = 1000
-    """Proposals kept per image after RPN's NMS, in training twice as many."""
-    max_detections: int = 100
-    """Detections kept per image, and counted by the metric."""
-    precise_bn_steps: int = 200
-    """Training batches over which BN statistics are averaged before the evaluation; 0: running averages."""
-    metric: Literal["coco", "voc"] = "coco"
-    """COCO's average precision (headline: over IoU 0.50 to 0.95), or VOC's (headline: at IoU 0.50)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(len(self.anchor_sizes) == 5, f"detection.anchor_sizes is {self.anchor_sizes}: five sizes are needed")
-        require(bool(self.train_sizes), "detection.train_sizes is empty: name at least one")
-        for name in ("reference_batch_size", "steps", "lr", "test_size", "max_size", "max_detections"):
-            require(getattr(self, name) > 0, f"detection.{name} is {getattr(self, name)}: it must be positive")
-        require(
-            all(0 < share < 1 for share in self.milestones),
-            f"detection.milestones is {self.milestones}: shares of the steps, between 0 and 1",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FasterRcnnConfig(DetectionConfig):
-    """Faster R-CNN (Ren et al. 2015): boxes."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskRcnnConfig(DetectionConfig):
-    """Mask R-CNN (He et al. 2017): boxes and masks."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.metric == "coco", "mask_rcnn.metric is 'voc': VOC has no masks; use Faster R-CNN for it")
-
-
-AnyTransferConfig = (
-    KnnConfig
-    | LinearProbeConfig
-    | LowShotConfig
-    | LinearClassifierConfig
-    | FineTuneConfig
-    | FasterRcnnConfig
-    | MaskRcnnConfig
-)

@@ -1,5 +1,7 @@
 """The backbone that a transfer starts from, by the name of its init."""
 
+import json
+
 from hemoco.checkpoint import backbone_metadata, load_backbone, random_backbone
 from hemoco.config import EncoderConfig, ViewsConfig
 from hemoco.encoder import Backbone, supervised_backbone
@@ -39,11 +41,14 @@ def check_architecture(url: str, encoder: EncoderConfig) -> None:
         CheckpointError: the file is no backbone.
     """
     metadata = backbone_metadata(url)
-    for name, wanted in (("architecture", encoder.architecture), ("stem", encoder.stem)):
-        if metadata[name] != wanted:
+    shortcuts = str(json.loads(metadata.get("shortcuts", "true")))  # older files do not say so
+    found = {"architecture": metadata["architecture"], "stem": metadata["stem"], "shortcuts": shortcuts}
+    for name, value in found.items():
+        wanted = str(getattr(encoder, name))
+        if value != wanted:
             raise ConfigError(
-                f"{url}: its {name} is {metadata[name]}, the recipe's pretrain.encoder.{name} is {wanted}: backbones "
-                f"are compared at equal size; set --pretrain.encoder.{name} {metadata[name]} or give another one"
+                f"{url}: its {name} is {value}, the recipe's pretrain.encoder.{name} is {wanted}: backbones "
+                f"are compared at equal size; set --pretrain.encoder.{name} {value} or give another one"
             )
 
 

@@ -11,7 +11,7 @@ from hemoco import tracking
 from hemoco.checkpoint import backbone_metadata
 from hemoco.config import Recipe, TransferConfig
 from hemoco.data.shards import read_index
-from hemoco.errors import TrainingError
+from hemoco.errors import TrainingError, UsageError
 from hemoco.storage import absolute_url, join_url
 from pipeline.backbones import check_architecture
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
@@ -61,6 +61,7 @@ def transfer_only(recipe: Recipe, *, backbone_url: str, run: str, storage: str, 
     """The second half of `pretrain_then_transfer`, from any backbone.
 
     Raises:
+        UsageError: the run measures another backbone, or has other settings.
         CheckpointError: a backbone cannot be read.
         ConfigError: one is of another architecture than the recipe's.
     """
@@ -74,6 +75,11 @@ def transfer_only(recipe: Recipe, *, backbone_url: str, run: str, storage: str, 
         "hemoco.data_digest": metadata["data_digest"],
         **{f"hemoco.backbone_{name}": metadata[name] for name in ("source", "source_sha256") if name in metadata},
     }
+    before = tracking.run_facts(study.uri, study.parent_id).tags.get("hemoco.backbone_url", backbone_url)
+    if before != backbone_url:
+        raise UsageError(
+            f"run {run!r} measures another backbone ({before}): choose another --run name, or --fresh to start it anew"
+        )
     tracking.set_tags(study.uri, study.parent_id, origin)
     _transfer_all(study, backbone_url, metadata["run_id"])
     tracking.close_run(study.uri, study.parent_id, "FINISHED")

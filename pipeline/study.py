@@ -8,8 +8,10 @@ from typing import Any
 
 from hemoco import tracking
 from hemoco.config import (
+    ClassifierConfig,
     DataConfig,
     DetectionConfig,
+    KnnConfig,
     PretrainConfig,
     Recipe,
     TransferConfig,
@@ -19,9 +21,12 @@ from hemoco.config import (
 )
 from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import pretraining_plan, steps_per_epoch
+from hemoco.encoder import check_supervised
 from hemoco.errors import ConfigError, UsageError
+from hemoco.knn import check_neighbours
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
 from hemoco.storage import absolute_url, join_url, remove
+from hemoco.transfer.classifier import classifier_plan
 from pipeline.backbones import check_architecture, url_of_init
 
 logger = logging.getLogger(__name__)
@@ -144,10 +149,16 @@ def check_transfers(recipe: Recipe) -> None:
     for name, config in recipe.transfers.items():
         for url in filter(None, map(url_of_init, config.inits)):
             check_architecture(url, recipe.pretrain.encoder)
+        if "supervised" in config.inits:
+            check_supervised(recipe.pretrain.encoder)
         used = transfer_data(recipe, config)
         found = read_index(used.shards)
         for split in (used.train_split, used.test_split):
             found.split(split)
+        if isinstance(config, ClassifierConfig):
+            steps_per_epoch(found, used.train_split, classifier_plan(config, 0))
+        if isinstance(config, KnnConfig):
+            check_neighbours(config.neighbours, sum(shard.samples for shard in found.split(used.train_split)))
         if isinstance(config, DetectionConfig) and not found.categories:
             raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO or VOC folder")
         if not isinstance(config, DetectionConfig) and not found.classes:

@@ -14,6 +14,7 @@ from hemoco.config import (
 )
 from hemoco.knn import run_knn
 from hemoco.storage import home
+from hemoco.transfer.detections import BOX_METRICS
 from hemoco.transfer.features import FeatureCache
 from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
 from hemoco.transfer.linear_probe import run_linear_probe
@@ -29,8 +30,10 @@ from pipeline.workers import run_workers
 def measure_transfer(job: TransferJob) -> None:
     """Measures all units of a transfer that are not yet recorded, on Ray; ends when all are done.
 
+    After a failure no more units are begun, and those that run come to their end.
+
     Raises:
-        HemocoError: as the first unit that failed raised it; the others are cancelled.
+        HemocoError: as the first unit that failed raised it.
     """
     units, config = open_units(job), job.config
     if not isinstance(config, TrainedConfig):
@@ -50,7 +53,7 @@ def headline_metric(config: TransferConfig) -> str:
     if isinstance(config, MaskRcnnConfig):
         return "mask_ap"
     if isinstance(config, DetectionConfig):
-        return "box_ap50" if config.metric == "voc" else "box_ap"
+        return BOX_METRICS[config.metric]
     return "top1"
 
 
@@ -58,10 +61,11 @@ def measure_frozen(units: list[TransferUnit]) -> None:
     """Units of one transfer from one frozen backbone: what a Ray task runs."""
     job = units[0].job
     torch.set_num_threads(job.config.cpus)
+    still_open = open_units(job)  # Ray runs it again where a worker was lost
     train, test = (
         open_split(job.data.shards, split, job.views.size) for split in (job.data.train_split, job.data.test_split)
     )
-    for unit in units:
+    for unit in (unit for unit in units if unit in still_open):
         result = _measure(unit, train, test)
         record_result(unit, result, result.history[-1][0] if result.history else 0)
 

@@ -6,12 +6,10 @@ Shapes: N images of a batch, S x S pixels each.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 
 import torch
-from torch import Tensor
 
 from hemoco.checkpoint import Resumable, resume_newest, save_checkpoint
 from hemoco.config import ClassifierConfig, DetectionConfig, LinearClassifierConfig, MaskRcnnConfig, TrainedConfig
@@ -34,6 +32,7 @@ from hemoco.transfer.detection import (
 from hemoco.transfer.detection_data import load_detection_samples
 from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
 from hemoco.transfer.result import TransferResult
+from hemoco.transfer.splits import open_split, some_images
 from pipeline.transfer_job import PATIENCE_S, TransferUnit, log_values, record_result
 from pipeline.workers import worker_device
 
@@ -79,14 +78,16 @@ class _Checkpoints:
     def __init__(self, unit: TransferUnit, config: TrainedConfig, state: Resumable) -> None:
         self._url, self._every, self._state = join_url(unit.url, "checkpoints"), config.checkpoint_every_steps, state
         self._attempt = resume_newest(self._url, state)
+        self._saved = state.step
 
     def after_step(self) -> None:
         if self._state.step % self._every == 0:
             self.save()
 
     def save(self) -> None:
-        if rank() == 0:
+        if rank() == 0 and self._saved != self._state.step:
             save_checkpoint(self._state, self._url, attempt=self._attempt, keep_last=1)
+        self._saved = self._state.step
 
 
 def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> TransferResult:
@@ -96,7 +97,8 @@ def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> Tra
     index = read_index(data.shards, patience_s=PATIENCE_S)
     backbone = unit.backbone().to(device)
     if unit.init == "random" and isinstance(config, LinearClassifierConfig):
-        calibrate_batch_norm(backbone, _calibration_images(unit, config))
+        some = some_images(open_split(data.shards, data.train_split, config.size), CALIBRATION_IMAGES)
+        calibrate_batch_norm(backbone, some)
     state = build_classifier_state(config, backbone, len(index.classes), seed=unit.seed, data_digest=index.digest)
     checkpoints = _Checkpoints(unit, config, state)
     plan = classifier_plan(config, unit.seed)
@@ -108,6 +110,7 @@ def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> Tra
         for step in classifier_steps(state, source, per_epoch):
             log(step.step, step.values)
             checkpoints.after_step()
+    log(state.step, {})  # also where all steps were done before
     checkpoints.save()
     scores = classify(state, data.shards, index.split(data.test_split))
     return classification_result(count_predictions(scores.logits, scores.labels), index.classes, also={})
@@ -145,6 +148,7 @@ def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> Trans
     for step in detection_steps(state, train.samples, sorted_category_ids(index.categories), seed=unit.seed):
         log(step.step, step.values)
         checkpoints.after_step()
+    log(state.step, {})
     checkpoints.save()
     result = evaluate_detector(state, train.samples, test.samples, index.categories, seed=unit.seed)
     counts = {
@@ -153,21 +157,3 @@ def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> Trans
         for name, count in found.counts.items()
     }
     return dataclasses.replace(result, metrics=result.metrics | counts)
-
-
-def _calibration_images(unit: TransferUnit, config: ClassifierConfig) -> Tensor:
-    """Crops of the first training batches, uint8 (M, 3, S, S); on every rank, and for any number of them, the same."""
-    plan = classifier_plan(config, unit.seed)
-    source = batches(
-        unit.job.data.shards,
-        unit.job.data.train_split,
-        dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, workers=0)),
-        rank=0,
-        world_size=1,
-        start=None,
-        device=torch.device("cpu"),
-        bad_samples=BadSampleFile(join_url(unit.url, "bad_samples", "calibration.jsonl")),
-    )
-    with closing(source):
-        some = itertools.islice(source, -(-CALIBRATION_IMAGES // config.global_batch_size))
-        return torch.cat([batch.crops[:, 0].clone() for batch in some])

@@ -183,7 +183,9 @@ def test_history_has_every_epoch_and_the_result_is_the_last(backbone: Backbone) 
     assert result.history[-1][1].keys() == {"train_loss", "test_loss", "top1"}
     assert result.value == result.metrics["top1"] == result.history[-1][1]["top1"]
     assert result.history[-1][1]["train_loss"] < result.history[0][1]["train_loss"]
-    assert result.metrics.keys() == {"top1", "per_class_accuracy", "lr", "weight_decay", "held_out_top1"}
+    sweep = {f"held_out_top1/lr_{lr:g}_wd_0" for lr in CONFIG.lrs}
+    assert result.metrics.keys() == {"top1", "per_class_accuracy", "lr", "weight_decay", "held_out_top1"} | sweep
+    assert result.metrics["held_out_top1"] == max(result.metrics[name] for name in sweep)
     assert result.files.keys() == {"classes.csv", "confusion.csv"}
 
 

@@ -36,7 +36,7 @@ from hemoco.config import (
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.stream import batches, pretraining_plan
 from hemoco.errors import HemocoError, TrainingError, UsageError
-from hemoco.storage import join_url, list_names
+from hemoco.storage import join_url, list_names, read_bytes, write_bytes
 from hemoco.tracking import connect, find_run, tracking_uri
 from hemoco.train import batch_fingerprint, build_state
 from jobs.digits import write_digits
@@ -136,6 +136,17 @@ def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
         pretrain_then_transfer(again, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
         assert comparison(tracking, unbroken) == before
     assert time.monotonic() - began < 30  # of training alone it would be more
+
+
+def test_another_backbone_under_an_old_name_is_refused(unbroken, recipe, s3, tmp_path):
+    url = child(unbroken, "pretrain").tags["hemoco.backbone_url"]
+    copy = str(tmp_path / "copy.safetensors")
+    write_bytes(copy, read_bytes(url))
+    nothing = dataclasses.replace(recipe, transfers={})
+    storage = join_url(s3, "pipeline/runs")
+    transfer_only(nothing, backbone_url=url, run="one-backbone", storage=storage, fresh=False)
+    with pytest.raises(UsageError, match=r"'one-backbone' measures another backbone"):
+        transfer_only(nothing, backbone_url=copy, run="one-backbone", storage=storage, fresh=False)
 
 
 def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbroken, recipe, s3):

@@ -36,5 +36,6 @@ def test_what_was_not_measured_is_nan() -> None:
     assert Difference(0.1, math.nan, 1).stands_out is None
 
 
-def test_equal_differences_stand_out_without_any_noise() -> None:
-    assert paired_difference({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25}).stands_out is True
+def test_equal_differences_say_nothing_about_noise() -> None:
+    found = paired_difference({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25})
+    assert (found.half_width, found.stands_out) == (0.0, None)

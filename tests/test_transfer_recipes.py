@@ -21,7 +21,7 @@ def test_linear_protocols(name: str, epochs: int, batch: int, lr: float, schedul
 @pytest.mark.parametrize(
     ("recipe", "name", "architecture", "steps", "drops", "warmup", "sizes", "metric"),
     [
-        ("transfer_voc", "c4_24k", "c4", 24_000, (18_000, 22_000), 100, range(480, 801, 32), "voc"),
+        ("transfer_voc", "c4_24k", "c4", 24_000, (18_000, 22_000), 100, range(480, 801, 32), "voc07"),
         ("transfer_coco", "c4_1x", "c4", 90_000, (60_000, 80_000), 1000, range(640, 801, 32), "coco"),
         ("transfer_coco", "c4_2x", "c4", 180_000, (120_000, 160_000), 1000, range(640, 801, 32), "coco"),
         ("transfer_coco", "fpn_1x", "fpn", 90_000, (60_000, 80_000), 1000, range(640, 801, 32), "coco"),

@@ -15,7 +15,7 @@ from hemoco.transfer.coco import ground_truth_of
 from hemoco.transfer.voc import voc_metrics
 
 CATEGORIES = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}, {"id": 6, "name": "absent"}]
-MEANS = ("box_ap", "box_ap50", "box_ap50_11point", "box_ap75")
+MEANS = ("box_ap", "box_ap50", "box_ap75", "box_ap_11point", "box_ap50_11point", "box_ap75_11point")
 
 
 def thing(left: float, top: float = 0, side: float = 10, **fields: Any) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def test_random_predictions_score_as_the_development_kit_counts(seed: int) -> No
         found = [item for item in predictions if item["category_id"] == number]
         curves = [kit_curve(objects, found, percent / 100) for percent in range(50, 100, 5)]
         areas.append([kit_area(*curve) for curve in curves])
-        eleven.append(kit_eleven_points(*curves[0]))
-    means = np.mean(areas, axis=0)
-    expected = dict(zip(MEANS, (means.mean(), means[0], np.mean(eleven), means[5]), strict=True))
+        eleven.append([kit_eleven_points(*curve) for curve in curves])
+    means = [value for kind in (areas, eleven) for m in [np.mean(kind, axis=0)] for value in (m.mean(), m[0], m[5])]
+    expected = dict(zip(MEANS, means, strict=True))
     expected |= {"box_ap50/cat": areas[0][0], "box_ap50/dog": areas[1][0]}
     # the third category has predictions only
     assert voc_metrics(truth, predictions) == pytest.approx(expected, abs=1e-12)
@@ -129,7 +129,7 @@ def test_hit_miss_hit_scores_as_counted_by_hand() -> None:
     # recall and precision: 1/2 and 1, 1/2 and 1/2, 1 and 2/3
     metrics = voc_metrics(truth_of([thing(0)], [thing(0)]), [seen(0, 0.9), seen(50, 0.8), seen(0, 0.7, image_id=2)])
     area, eleven = 1 / 2 + 1 / 2 * 2 / 3, (6 * 1 + 5 * 2 / 3) / 11
-    assert metrics == pytest.approx(dict(zip(MEANS, (area, area, eleven, area), strict=True)) | {"box_ap50/cat": area})
+    assert metrics == pytest.approx(dict(zip(MEANS, [area] * 3 + [eleven] * 3, strict=True)) | {"box_ap50/cat": area})
 
 
 def test_eleven_points_are_at_recalls_of_exact_tenths() -> None:

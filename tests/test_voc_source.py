@@ -106,12 +106,17 @@ def test_parts_of_objects_are_no_objects_and_no_objects_are_an_annotation(tmp_pa
     assert [category["name"] for category in source.categories] == ["dog"]
 
 
-def test_images_in_no_list_are_of_the_given_split(tmp_path: Path) -> None:
+def test_images_beside_the_lists_are_kept_apart_from_what_is_trained_on(tmp_path: Path) -> None:
     stems = {name: described() for name in ("a", "b", "c.d", "e")}
     folder = voc(tmp_path, {"train": ["a"], "test": ["c.d"], "trainval": ["a", "b", "e"]}, stems)
     assert {item.key: item.split for item in opened(folder).items} == {
-        "a": "train", "b": "given", "c_d": "test", "e": "given"
+        "a": "train", "b": "unlisted", "c_d": "test", "e": "unlisted"
     }  # fmt: skip
+
+
+def test_a_folder_without_lists_is_of_the_given_split(tmp_path: Path) -> None:
+    folder = voc(tmp_path, {}, {"a": described(), "b": described()})
+    assert {item.split for item in opened(folder).items} == {"given"}
 
 
 def test_official_archives_are_one_set_with_one_numbering(tmp_path: Path) -> None:

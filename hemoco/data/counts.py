@@ -79,7 +79,7 @@ class BadSampleLimit:
             last = counts.bad[-1]
             raise ShardError(
                 f"{self._bad} of {self._read} samples are bad, the last is {last.key} in {last.shard}: {last.reason}; "
-                "repack them, or allow more with pretrain.stream.max_bad_share"
+                "repack them, or allow more with stream.max_bad_share"
             )
 
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from hemoco.data.counts import BadSampleFile, BadSampleLimit, ReadCounts, sum_co
 from hemoco.data.decode import decode_image
 from hemoco.data.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
 from hemoco.data.shards import Shard, ShardColumns, ShardIndex, read_index, read_shard
+from hemoco.data.tar_samples import Sample
 from hemoco.data.views import center_view
 from hemoco.errors import HemocoError, ShardError
 
@@ -151,16 +153,22 @@ def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter
     Raises:
         ShardError: an image has no label or cannot be decoded.
     """
-    for shard in shards:
-        for sample in read_shard(data_url, shard):
-            where = f"{data_url}/{shard.name}: sample {sample.key}"
-            if sample.label is None:
-                raise ShardError(f"{where} has no label; evaluate on a labelled split")
-            try:
-                image = decode_image(sample.image)
-            except ShardError as error:
-                raise ShardError(f"{where}: {error}") from error
-            yield LabelledView(center_view(image, size, shorter), sample.label, sample.key)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for shard in shards:
+            where = f"{data_url}/{shard.name}"
+            yield from threads.map(
+                lambda sample, where=where: _labelled_view(sample, where, size, shorter), read_shard(data_url, shard)
+            )
+
+
+def _labelled_view(sample: Sample, where: str, size: int, shorter: int) -> LabelledView:
+    if sample.label is None:
+        raise ShardError(f"{where}: sample {sample.key} has no label; evaluate on a labelled split")
+    try:
+        image = decode_image(sample.image)
+    except ShardError as error:
+        raise ShardError(f"{where}: sample {sample.key}: {error}") from error
+    return LabelledView(center_view(image, size, shorter), sample.label, sample.key)
 
 
 def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:

@@ -18,6 +18,7 @@ from hemoco.data.tar_samples import IMAGE_SUFFIXES
 from hemoco.errors import ShardError
 
 _SPLITS = ("train", "val", "test")
+_UNLISTED = "unlisted"  # VOC2012 has images of VOC2007's test split beside its lists: they must not be trained on
 
 
 class _Folder(NamedTuple):
@@ -52,7 +53,8 @@ def scan_voc(listings: Sequence[dict[str, Location]], default_split: str) -> Sca
 
     Args:
         listings: files of each source by their names in it; each holds one or more VOC folders.
-        default_split: of images that none of train.txt, val.txt and test.txt lists.
+        default_split: of the images of a folder without train.txt, val.txt and test.txt; in a folder that has some,
+            images that none of them lists get the split `unlisted`.
 
     Raises:
         ShardError: images and XML files do not belong together one by one, a list names an image that is not there or
@@ -74,7 +76,7 @@ def scan_voc(listings: Sequence[dict[str, Location]], default_split: str) -> Sca
                 for found in of_folder[stem]
             ]
             name = f"{folder.root}{stem}.{suffix_of(str(location))}"
-            split = splits.get(stem, default_split)
+            split = splits.get(stem, _UNLISTED if splits else default_split)
             images.append(FoundImage(name, split, ANNOTATED, location, None, annotations, image_id))
     return Scan(images, [{"id": number, "name": name} for name, number in category_ids.items()])
 

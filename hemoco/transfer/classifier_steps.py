@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,7 +19,7 @@ from torch.nn import functional
 from hemoco.data.shards import Shard
 from hemoco.data.stream import Batch, labelled_views
 from hemoco.data.views import augment, draw_augmentation
-from hemoco.distributed import gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
+from hemoco.distributed import compute_on_all, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from hemoco.errors import ShardError, TrainingError
 from hemoco.transfer.classifier import ClassifierState, classifier_lr_factor, classifier_views
 
@@ -30,8 +29,6 @@ class ClassifierStep(NamedTuple):
 
     step: int
     """Optimiser steps done, this one included."""
-    epoch: int
-    """Epoch of the batch, from 0."""
     values: dict[str, float]
     """By name, equal on all ranks; empty between the steps that are logged."""
 
@@ -65,7 +62,7 @@ def classifier_steps(
         state.position = batch.position
         logged = state.step == total or state.step % config.log_every_steps == 0
         values = {"train_loss": loss, "train_top1": right, "lr": config.lr * factor} if logged else {}
-        yield ClassifierStep(state.step, batch.position.epoch, values)
+        yield ClassifierStep(state.step, values)
 
 
 @torch.no_grad()
@@ -73,20 +70,23 @@ def classify(state: ClassifierState, data_url: str, shards: Sequence[Shard], bat
     """Scores of all images of some shards; each rank computes some shards, and all get all.
 
     Raises:
-        ShardError: an image has no label or cannot be decoded.
+        ShardError: an image has no label or cannot be decoded; on all ranks.
     """
+    state.model.eval()
+    mine = shards[rank() :: world_size()]
+    parts = compute_on_all(lambda: _scores(state, data_url, mine, batch_size))
+    return Scores(torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def _scores(state: ClassifierState, data_url: str, shards: Sequence[Shard], batch_size: int) -> Scores:
     config, model = state.config, state.model
-    model.eval()
-    views = labelled_views(data_url, shards[rank() :: world_size()], size=config.size, shorter=config.resize)
-    scores, labels = [], []
+    views = labelled_views(data_url, shards, size=config.size, shorter=config.resize)
+    scores, labels = [torch.empty(0, model.head.out_features)], []
     while some := list(itertools.islice(views, batch_size)):
         images = torch.stack([view.image for view in some])  # (B, 3, S, S)
         scores.append(model(model.backbone.normalise(images)).cpu())
         labels += [view.label for view in some]
-    classes = model.head.out_features
-    mine = Scores(torch.cat([torch.empty(0, classes), *scores]), torch.tensor(labels, dtype=torch.int64))
-    parts = gather_objects(mine)
-    return Scores(torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts]))
+    return Scores(torch.cat(scores), torch.tensor(labels, dtype=torch.int64))
 
 
 def _optimise(state: ClassifierState, batch: Batch) -> tuple[float, float]:
@@ -112,26 +112,20 @@ def _optimise(state: ClassifierState, batch: Batch) -> tuple[float, float]:
 def _augmented(batch: Batch, state: ClassifierState) -> Tensor:
     """The batch's crops flipped and normalised, float32 (N, 3, S, S)."""
     count, (epoch, step) = len(batch.crops), batch.position
-    slots = np.arange(rank() * count, (rank() + 1) * count)
     config, backbone = state.config, state.model.backbone
     views = dataclasses.replace(classifier_views(config), mean=backbone.mean, std=backbone.std)
-    drawn = draw_augmentation(
-        views, seed=state.seed, epoch=epoch, step=step, slots=(0, config.global_batch_size), view=0
-    )
-    return augment(batch.crops[:, 0], drawn.take(slots), views)
+    slots = (rank() * count, (rank() + 1) * count)
+    draws = draw_augmentation(views, seed=state.seed, epoch=epoch, step=step, slots=slots, view=0)
+    return augment(batch.crops[:, 0], draws, views)
 
 
 def _labels(batch: Batch, classes: int, device: torch.device) -> Tensor:
     """Labels (N,) on the device."""
     labels = torch.tensor(batch.labels, dtype=torch.int64)
-    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
     # over the ranks: all of them must stop
     if sum_over_ranks(torch.tensor(len(wrong), device=device)).item():
-        place = int(wrong[0]) if len(wrong) else None
-        raise ShardError(
-            "images of other ranks' shards have no usable label"
-            if place is None
-            else f"sample {batch.keys[place]} has the label {batch.labels[place]}: 0 to {classes - 1} are classes; "
-            "pack class folders, or name a labelled split"
-        )
+        named = [f"sample {batch.keys[place]} has the label {batch.labels[place]}" for place in wrong[:1]]
+        first = next(iter(itertools.chain(*gather_objects(named))))
+        raise ShardError(f"{first}: 0 to {classes - 1} are classes; pack class folders, or name a labelled split")
     return labels.to(device)

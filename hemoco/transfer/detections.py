@@ -23,6 +23,8 @@ from hemoco.transfer.result import TransferResult
 from hemoco.transfer.voc import voc_metrics
 
 _DRAWN_SCENES = 4
+BOX_METRICS = {"coco": "box_ap", "voc": "box_ap50", "voc07": "box_ap50_11point"}
+"""The headline by `DetectionConfig.metric`."""
 _MASKS_AT_ONCE = 16  # pasted into the image; all of a crowded one would take gigabytes
 
 
@@ -61,11 +63,11 @@ def measure(
     masks = isinstance(config, MaskRcnnConfig)
     truth = ground_truth_of(((s.image_id, s.height, s.width, s.annotations) for s in samples), categories)
     predictions = sorted(predictions, key=lambda item: int(item["image_id"]))  # on any number of ranks the same
-    if config.metric == "voc":
-        metrics, metric = voc_metrics(truth, predictions), "box_ap50"
-    else:
+    if config.metric == "coco":
         metrics = coco_metrics(truth, predictions, masks=masks, max_detections=config.max_detections)
-        metric = "mask_ap" if masks else "box_ap"
+    else:
+        metrics = voc_metrics(truth, predictions)
+    metric = "mask_ap" if masks else BOX_METRICS[config.metric]
     over = sum(sum(not item["iscrowd"] for item in s.annotations) > config.max_detections for s in samples)
     return TransferResult(
         metric=metric,

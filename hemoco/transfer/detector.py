@@ -4,6 +4,10 @@ Nothing is frozen and batch normalisation is trained, as in MoCo's protocol (He 
 contrastive pretraining are far from those of supervised weights. The pyramid has batch normalisation, too; C4 has one
 more after the last stage (`Res5ROIHeadsExtraNorm` of the official detection/train_net.py).
 
+Where torchvision is not detectron2, which the papers used: the pyramid keeps 2000 proposals in training, not 1000; the
+box loss of the region heads is smooth below 1/9; RoIAlign does not shift by half a pixel; images are scaled without
+antialiasing.
+
 Shapes: N images on this rank, R regions of all of them, F channels of layer4, K classes with the background.
 """
 

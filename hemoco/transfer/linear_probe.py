@@ -129,14 +129,15 @@ def run_linear_probe(
     classes = check_labels(train, test)
     features, test_features = (split_features(backbone, split, cache) for split in (train, test))
     labels, test_labels = (split.labels.to(features.device) for split in (train, test))
-    chosen, held_out_top1 = search_grid(config, classes, features, labels, seed)
+    chosen, sweep = search_grid(config, classes, features, labels, seed)
     head, history = new_heads([chosen], classes, features, seed), []
     for epoch, train_loss in train_heads(head, features, labels, config, seed):
         losses, accuracies = evaluate_heads(head, test_features, test_labels)
         values = {"train_loss": train_loss, "test_loss": losses.item(), "top1": accuracies.item()}
         history.append((epoch, values))
     counts = count_predictions(head.logits(test_features).squeeze(2), test_labels)
-    also = {**chosen._asdict(), "held_out_top1": held_out_top1}
+    also = {**chosen._asdict(), "held_out_top1": sweep[chosen]}
+    also |= {f"held_out_top1/lr_{lr:g}_wd_{decay:g}": top1 for (lr, decay), top1 in sweep.items()}
     if config.lbfgs_check:
         also["lbfgs_top1"] = _lbfgs_top1(features, labels, test_features, test_labels)
     return classification_result(counts, train.classes, also=also, history=history)
@@ -144,8 +145,8 @@ def run_linear_probe(
 
 def search_grid(
     config: LinearProbeConfig, classes: int, features: Tensor, labels: Tensor, seed: int
-) -> tuple[Setting, float]:
-    """The best setting on a held-out fifth of features (M, F) with labels (M,), and its accuracy there.
+) -> tuple[Setting, dict[Setting, float]]:
+    """The best setting on a held-out fifth of features (M, F) with labels (M,), and the accuracy of each there.
 
     Raises:
         ConfigError: fewer than 5 features.
@@ -215,21 +216,19 @@ def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return by_class[~held_out], by_class[held_out]
 
 
-def _best_setting(heads: Heads, features: Tensor, labels: Tensor) -> tuple[Setting, float]:
-    """The most accurate setting that did not diverge, of equals that of lower loss; and its accuracy."""
-    found = []
-    losses, accuracies = evaluate_heads(heads, features, labels)
-    for setting, loss, top1 in zip(heads.settings, losses.tolist(), accuracies.tolist(), strict=True):
-        logger.info(
-            "event=linear_probe_setting lr=%g weight_decay=%g held_out_top1=%.4f loss=%.4f", *setting, top1, loss
-        )
-        if math.isfinite(loss):
-            found.append((top1, -loss, setting))
+def _best_setting(heads: Heads, features: Tensor, labels: Tensor) -> tuple[Setting, dict[Setting, float]]:
+    """The most accurate setting that did not diverge, of equals that of lower loss; and the accuracy of each."""
+    losses, accuracies = (values.tolist() for values in evaluate_heads(heads, features, labels))
+    every = zip(accuracies, losses, heads.settings, strict=True)
+    found = [(top1, -loss, setting) for top1, loss, setting in every if math.isfinite(loss)]
     if not found:
         tried = sorted({setting.lr for setting in heads.settings})
         raise TrainingError(f"linear_probe.lrs {tried}: all diverge; add lower learning rates")
-    top1, _, setting = max(found)
-    return setting, top1
+    setting = max(found)[2]
+    lrs = sorted({each.lr for each in heads.settings})
+    if len(lrs) > 1 and setting.lr in (lrs[0], lrs[-1]):
+        logger.warning("event=linear_probe_edge lr=%g tried=%s", setting.lr, lrs)
+    return setting, dict(zip(heads.settings, accuracies, strict=True))
 
 
 def _lbfgs_top1(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:

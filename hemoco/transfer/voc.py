@@ -13,8 +13,8 @@ and nothing is added here. A detector trained on such boxes predicts such boxes.
 detectron2's evaluator adds 1 to xmin and ymin of such predictions and then to every width, which is the same IoU. Its
 AP50 in percent is our box_ap50 for VOC 2012 and our box_ap50_11point for VOC 2007, except where it rounds (scores to
 three decimals, which makes ties, and corners to one), where an IoU equals the threshold (it takes that as missed, the
-kit as found) and where recall equals one of the eleven levels (it may miss that by the last bit). Its AP and AP75 are
-our box_ap and box_ap75 for VOC 2012; for VOC 2007 it averages the eleven points there too, ours are always areas.
+kit as found) and where recall equals one of the eleven levels (it may miss that by the last bit). So it is for its AP
+and AP75. What is published of VOC 2007, MoCo's tables among it, are its eleven points.
 
 Written here for want of a maintained package: the metrics of globox and hotcoco have no difficult objects, and
 mean-average-precision (last release January 2024) has no fixed order among equal scores.
@@ -55,9 +55,9 @@ def voc_metrics(ground_truth: dict[str, Any], predictions: list[dict[str, Any]])
         predictions: COCO results; of equal scores, those that come first count first.
 
     Returns:
-        box_ap50, the area under the interpolated curve (VOC 2010 and later); box_ap50_11point, the mean of its values
-        at recall 0, 0.1 to 1 (VOC 2007); box_ap75; box_ap, mean of the areas over IoU 0.50 to 0.95; box_ap50/NAME by
-        category, with names from `coco.metric_names`. Each is in [0, 1].
+        box_ap50 and box_ap75, the areas under the interpolated curves (VOC 2010 and later); box_ap, their mean over IoU
+        0.50 to 0.95; each again with `_11point`, the mean of the curve at recall 0, 0.1 to 1 (VOC 2007); box_ap50/NAME
+        by category, with names from `coco.metric_names`. Each is in [0, 1].
 
     Raises:
         ShardError: see `coco.check_scenes`, or all objects are difficult.
@@ -66,7 +66,7 @@ def voc_metrics(ground_truth: dict[str, Any], predictions: list[dict[str, Any]])
     annotations = ground_truth["annotations"]
     object_rows, found_rows = _rows_by("category_id", annotations), _rows_by("category_id", predictions)
     areas: dict[str, list[float]] = {}
-    eleven_points: list[float] = []
+    eleven_points: list[list[float]] = []
     for category_id, name in metric_names(ground_truth["categories"]).items():
         objects = [annotations[row] for row in object_rows.get(category_id, [])]
         matches = _match(objects, [predictions[row] for row in found_rows.get(category_id, [])])
@@ -74,12 +74,13 @@ def voc_metrics(ground_truth: dict[str, Any], predictions: list[dict[str, Any]])
             continue
         curves = [_curve(matches, threshold) for threshold in _THRESHOLDS]
         areas[name] = [_area(recall, precision) for recall, precision in curves]
-        eleven_points.append(_eleven_points(*curves[0]))
+        eleven_points.append([_eleven_points(recall, precision) for recall, precision in curves])
     if not areas:
         raise ShardError(f"all objects of {len(ground_truth['images'])} images are difficult: evaluate on some others")
-    means = np.mean(list(areas.values()), axis=0)  # (T,)
-    metrics = {"box_ap": means.mean(), "box_ap50": means[0], "box_ap75": means[5]}
-    metrics |= {"box_ap50_11point": np.mean(eleven_points)}
+    metrics: dict[str, float] = {}
+    for kind, values in (("", list(areas.values())), ("_11point", eleven_points)):
+        means = np.mean(values, axis=0)  # (T,)
+        metrics |= {f"box_ap{kind}": means.mean(), f"box_ap50{kind}": means[0], f"box_ap75{kind}": means[5]}
     metrics |= {f"box_ap50/{name}": of_category[0] for name, of_category in areas.items()}
     return {name: float(value) for name, value in metrics.items()}
 
