@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 _REPLACEMENT_S = 20.0
 _POLL_S = 0.5
+_QUEUED_S = "86400"
 
 
 def run_workers(
@@ -98,6 +99,8 @@ def worker_device() -> torch.device:
 
 
 def _fit(function: Callable[[Any], Any], job: Any, *, name: str, resources: ResourcesConfig, storage: str) -> Any:
+    # beside other transfers a group waits until these let go of their cores; Ray would try anew each minute, and say so
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _QUEUED_S)
     unique = f"{name}-{uuid.uuid4().hex[:8]}"  # a name Ray knows would resume Ray's idea of that run
     folder = join_url(storage, "ray")
     arrow, path = _arrow_filesystem(folder)
