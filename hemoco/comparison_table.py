@@ -13,9 +13,10 @@ from hemoco.comparison import Comparison, Row, Summary, summaries
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("transfer", "metric", "pretrained", "against", "its value", "difference", "seeds", "beyond noise")
+COLUMNS = ("transfer", "metric", "pretrained", "against", "value", "difference", "seeds", "beyond noise")
 """Of the table of summaries, as `summary_cells` fills it."""
-_NUMBERS = ("pretrained", "its value", "difference", "seeds")
+_NUMBERS = ("pretrained", "value", "difference", "seeds")
+_LEGEND = "± after a value: deviation over seeds; after a difference: its 95% interval; beyond noise: it leaves out 0"
 
 
 def to_json(found: Comparison) -> str:
@@ -48,7 +49,8 @@ def to_markdown(found: Comparison) -> str:
         ),
     ]
     failed = [f"- {item.transfer} failed: {_escaped(item.reason)}" for item in found.failed]
-    return "\n".join([*lines, *([""] if failed else []), *failed]) + "\n"
+    legend = ["", _LEGEND] if any(line.difference.pairs > 1 for line in summaries(found)) else []
+    return "\n".join([*lines, *legend, *([""] if failed else []), *failed]) + "\n"
 
 
 def rich_table(found: Comparison) -> "Table":
@@ -59,6 +61,8 @@ def rich_table(found: Comparison) -> "Table":
     facts = found.pretraining
     loss, chance, std, knn = map(_number, (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1))
     caption = f"pretraining: loss {loss} (chance {chance}), embedding std {std} (1 is isotropic), kNN {knn}"
+    if any(line.difference.pairs > 1 for line in summaries(found)):
+        caption += f"\n{_LEGEND}"
     table = Table(title=Text(facts.run), caption=Text(caption))
     for name in COLUMNS:
         table.add_column(name, justify="right" if name in _NUMBERS else "left")
@@ -88,7 +92,7 @@ def summary_cells(line: Summary) -> list[str]:
     """The line as text, one cell for each of `COLUMNS`: means +- deviation, the difference +- its 95% interval."""
     difference = line.difference
     shown = "-" if math.isnan(difference.mean) else f"{difference.mean:+.3f}{_margin(difference.half_width)}"
-    unknown = {0: "-", 1: "one seed"}.get(difference.pairs, "no noise")
+    unknown = {0: "-", 1: "one seed"}.get(difference.pairs, "no spread")
     noise = {True: "yes", False: "no", None: unknown}[difference.stands_out]
     seeds = str(difference.pairs or max(line.pretrained.values, line.other.values))
     values = (f"{_number(spread.mean)}{_margin(spread.sd)}" for spread in (line.pretrained, line.other))

@@ -1,5 +1,6 @@
 """What the verbs share: names, places, the Ray session and the printed table."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from hemoco.report import render_report
 from hemoco.storage import absolute_url, check_writable, home
 from hemoco.tracking import connect, find_run, log_artifact_bytes, tracking_uri
 from jobs.options import RunOptions
+
+_FILE_WIDTH = 120  # columns where no terminal says how wide it is
 
 
 def run_name(options: RunOptions, *more: str) -> str:
@@ -46,7 +49,7 @@ def print_comparison(run: str, out: str) -> Path:
     found = comparison(tracking_uri(), run)
     write_comparison(found, folder)
     (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), run)))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     console.print(rich_table(found))
     console.print(f"report      {folder / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"again       python -m jobs compare {run}", soft_wrap=True, highlight=False)

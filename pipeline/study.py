@@ -22,7 +22,7 @@ from hemoco.config import (
 from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import pretraining_plan, steps_per_epoch
 from hemoco.encoder import check_supervised
-from hemoco.errors import ConfigError, UsageError
+from hemoco.errors import ConfigError, ShardError, UsageError
 from hemoco.knn import check_neighbours
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
 from hemoco.storage import absolute_url, join_url, remove
@@ -154,7 +154,10 @@ def check_transfers(recipe: Recipe) -> None:
         used = transfer_data(recipe, config)
         found = read_index(used.shards)
         for split in (used.train_split, used.test_split):
-            found.split(split)
+            try:
+                found.split(split)
+            except ShardError as error:
+                raise ShardError(f"transfers.{name}: {used.shards}: {error}") from error
         if isinstance(config, ClassifierConfig):
             steps_per_epoch(found, used.train_split, classifier_plan(config, 0))
         if isinstance(config, KnnConfig):

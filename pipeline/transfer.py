@@ -1,5 +1,7 @@
 """The transfer stage: the units of one transfer, side by side where one process does for each; it fails as a whole."""
 
+import logging
+
 import torch
 
 from hemoco.config import (
@@ -22,9 +24,11 @@ from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import LabelledShards, open_split, some_images
 from pipeline.tasks import run_tasks
-from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result
+from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result, result_line
 from pipeline.transfer_training import train_alone, train_as_rank
 from pipeline.workers import run_workers
+
+logger = logging.getLogger(__name__)
 
 
 def measure_transfer(job: TransferJob) -> None:
@@ -36,16 +40,20 @@ def measure_transfer(job: TransferJob) -> None:
         HemocoError: as the first unit that failed raised it.
     """
     units, config = open_units(job), job.config
+    logger.info("transfer %s: %d to measure", job.name, len(units))
     if not isinstance(config, TrainedConfig):
         by_init = [[unit for unit in units if unit.init == init] for init in config.inits]
-        for _ in run_tasks(measure_frozen, [(some,) for some in by_init if some], cpus=config.cpus, gpus=config.gpus):
-            pass
+        for lines in run_tasks(
+            measure_frozen, [(some,) for some in by_init if some], cpus=config.cpus, gpus=config.gpus
+        ):
+            for line in lines:
+                logger.info("transfer %s", line)
     elif config.workers == 1:
-        for _ in run_tasks(train_alone, [(unit,) for unit in units], cpus=config.cpus, gpus=config.gpus):
-            pass
+        for line in run_tasks(train_alone, [(unit,) for unit in units], cpus=config.cpus, gpus=config.gpus):
+            logger.info("transfer %s", line)
     else:
         for unit in units:  # each takes as many processes as were wished for
-            _train_together(unit, config)
+            logger.info("transfer %s", _train_together(unit, config))
 
 
 def headline_metric(config: TransferConfig) -> str:
@@ -57,22 +65,25 @@ def headline_metric(config: TransferConfig) -> str:
     return "top1"
 
 
-def measure_frozen(units: list[TransferUnit]) -> None:
-    """Units of one transfer from one frozen backbone: what a Ray task runs."""
+def measure_frozen(units: list[TransferUnit]) -> list[str]:
+    """Units of one transfer from one frozen backbone: what a Ray task runs; the results in lines."""
     job = units[0].job
     torch.set_num_threads(job.config.cpus)
     still_open = open_units(job)  # Ray runs it again where a worker was lost
     train, test = (
         open_split(job.data.shards, split, job.views.size) for split in (job.data.train_split, job.data.test_split)
     )
+    lines = []
     for unit in (unit for unit in units if unit in still_open):
         result = _measure(unit, train, test)
         record_result(unit, result, result.history[-1][0] if result.history else 0)
+        lines.append(result_line(unit, result))
+    return lines
 
 
-def _train_together(unit: TransferUnit, config: TrainedConfig) -> None:
+def _train_together(unit: TransferUnit, config: TrainedConfig) -> str:
     size = config.global_batch_size
-    run_workers(
+    line: str = run_workers(
         train_as_rank,
         unit,
         name=f"{unit.job.name}-{unit.prefix.replace('/', '-')}",
@@ -80,6 +91,7 @@ def _train_together(unit: TransferUnit, config: TrainedConfig) -> None:
         sizes=[workers for workers in range(1, config.workers + 1) if size % workers == 0],
         storage=unit.url,
     )
+    return line
 
 
 def _measure(unit: TransferUnit, train: LabelledShards, test: LabelledShards) -> TransferResult:

@@ -86,5 +86,10 @@ def record_result(unit: TransferUnit, result: TransferResult, last_step: int) ->
     set_tags(job.tracking_uri, job.run_id, {_done_tag(unit): "true"})
 
 
+def result_line(unit: TransferUnit, result: TransferResult) -> str:
+    """What a unit measured, for a person who waits."""
+    return f"{unit.job.name} {unit.prefix}: {result.metric} {result.value:.4f}"
+
+
 def _done_tag(unit: TransferUnit) -> str:
     return f"hemoco.done/{unit.prefix}"

@@ -33,22 +33,22 @@ from hemoco.transfer.detection_data import load_detection_samples
 from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import open_split, some_images
-from pipeline.transfer_job import PATIENCE_S, TransferUnit, log_values, record_result
+from pipeline.transfer_job import PATIENCE_S, TransferUnit, log_values, record_result, result_line
 from pipeline.workers import worker_device
 
 
-def train_as_rank(unit: TransferUnit) -> None:
-    """What each of several processes of Ray Train runs."""
-    _train(unit, worker_device())
+def train_as_rank(unit: TransferUnit) -> str:
+    """What each of several processes of Ray Train runs; the result in a line."""
+    return _train(unit, worker_device())
 
 
-def train_alone(unit: TransferUnit) -> None:
-    """What a Ray task runs."""
+def train_alone(unit: TransferUnit) -> str:
+    """What a Ray task runs; the result in a line."""
     torch.set_num_threads(unit.job.config.cpus)
-    _train(unit, torch.device("cuda" if unit.job.config.gpus else "cpu"))
+    return _train(unit, torch.device("cuda" if unit.job.config.gpus else "cpu"))
 
 
-def _train(unit: TransferUnit, device: torch.device) -> None:
+def _train(unit: TransferUnit, device: torch.device) -> str:
     config, job = unit.job.config, unit.job
     assert isinstance(config, TrainedConfig)
     with Tracker(job.tracking_uri, job.run_id) if rank() == 0 else nullcontext() as tracker:
@@ -57,6 +57,7 @@ def _train(unit: TransferUnit, device: torch.device) -> None:
         result = train(unit, device, log)
     if rank() == 0:
         record_result(unit, result, log.last_step)
+    return result_line(unit, result)
 
 
 class _Log:

@@ -76,8 +76,8 @@ class ShardIndex:
         if missing := [each for each in names if each not in self.splits]:
             known = ", ".join(self.splits) or "no splits"
             raise ShardError(
-                f"no split {missing[0]!r} among the shards; they have {known}: name one with --data.pretrain_split, "
-                "--data.train_split or --data.test_split"
+                f"no split {missing[0]!r} among the shards; they have {known}: name one as data.pretrain_split, "
+                "data.train_split or data.test_split"
             )
         return tuple(shard for shard in self.shards if shard.split in names)
 

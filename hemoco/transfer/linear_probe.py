@@ -227,7 +227,10 @@ def _best_setting(heads: Heads, features: Tensor, labels: Tensor) -> tuple[Setti
     setting = max(found)[2]
     lrs = sorted({each.lr for each in heads.settings})
     if len(lrs) > 1 and setting.lr in (lrs[0], lrs[-1]):
-        logger.warning("event=linear_probe_edge lr=%g tried=%s", setting.lr, lrs)
+        logger.warning(
+            "event=linear_probe_edge lr=%g tried=%s: the best is at the edge of what was tried; widen linear_probe.lrs",
+            *(setting.lr, lrs),
+        )
     return setting, dict(zip(heads.settings, accuracies, strict=True))
 
 
