@@ -83,7 +83,7 @@ def small_recipe(shards):
         "knn": KnnConfig(neighbours=20),
         "linear_probe": LinearProbeConfig(epochs=5),
         "low_shot": LowShotConfig(draws=2),
-        "linear": LinearClassifierConfig(lr=1.0, **trained),
+        "linear": LinearClassifierConfig(lr=1.0, inits=("random",), **trained),
         "fine_tune": FineTuneConfig(workers=2, inits=("pretrained",), **trained),
     }
     return Recipe(name="small", data=DataConfig(shards=shards), pretrain=pretrain, transfers=transfers)
