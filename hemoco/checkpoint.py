@@ -11,7 +11,7 @@ import json
 import logging
 import pickle
 import re
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -22,31 +22,13 @@ from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.storage import join_url, list_names, read_bytes, remove, write_bytes
 from hemoco.tensor_file import parse_safetensors
+from hemoco.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 _STATE, _MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
 _CHECKPOINT_FORMAT, _BACKBONE_FORMAT = "hemoco-checkpoint-1", "hemoco-backbone-1"
-
-
-class Resumable(Protocol):
-    """A training that goes on from a checkpoint: all that its next step depends on."""
-
-    step: int
-    """Optimiser steps done."""
-    data_digest: str
-    """Of the shard index trained on."""
-
-    @property
-    def params(self) -> dict[str, str]:
-        """Its config, flat and by the names one types."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, as `torch.load(weights_only=True)` accepts them."""
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave; raises CheckpointError where it is of other data."""
 
 
 class SavedMethod(NamedTuple):
@@ -66,7 +48,7 @@ class _Place(NamedTuple):
     attempt: int
 
 
-def save_checkpoint(state: Resumable, url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0) -> str:
+def save_checkpoint(state: TrainingState, url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0) -> str:
     """Writes a checkpoint, then removes what it makes superfluous. On rank 0 only.
 
     Kept are the newest `keep_last` up to this step and those of every `keep_every_steps`. Removed with the others are
@@ -141,7 +123,7 @@ def attempt_of(url: str) -> int:
     return int(found[2])
 
 
-def resume_newest(url: str, state: Resumable) -> int:
+def resume_newest(url: str, state: TrainingState) -> int:
     """Loads the newest checkpoint below a URL on all ranks, the same one, and returns this attempt's number.
 
     Without one the state stays as it is, and the attempt is 0. Every rank must call it.
@@ -157,7 +139,7 @@ def resume_newest(url: str, state: Resumable) -> int:
     return attempt_of(found) + 1
 
 
-def load_checkpoint(url: str, state: Resumable) -> None:
+def load_checkpoint(url: str, state: TrainingState) -> None:
     """Takes a checkpoint over into a state built from the same config, on its device.
 
     Raises:
@@ -170,19 +152,6 @@ def load_checkpoint(url: str, state: Resumable) -> None:
             f"{url}: is of another config ({'; '.join(difference)}); go back to its settings or start a fresh run"
         )
     state.load_state_dict(_load_state(url, manifest))
-
-
-def check_data_digest(saved: str, present: str) -> None:
-    """Refuses to go on with other data than a training was begun on.
-
-    Raises:
-        CheckpointError: the digests differ.
-    """
-    if saved != present:
-        raise CheckpointError(
-            f"the training was begun on shards with digest {saved}, these have {present}: give the old shards or start "
-            "anew with --fresh"
-        )
 
 
 def is_checkpoint(url: str) -> bool:

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hemoco.checkpoint import check_data_digest
 from hemoco.config import MoCoConfig, PretrainConfig, flat_params
 from hemoco.data.counts import BAD_REASONS, ReadCounts, sum_counts
 from hemoco.data.loader import StreamPosition
@@ -34,43 +33,31 @@ from hemoco.method import Method, build_method, trained_parameters
 from hemoco.moco import MoCoOutput
 from hemoco.optim import build_optimizer, key_momentum, learning_rate
 from hemoco.shuffle_bn import permute_global
+from hemoco.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class TrainState:
-    """Everything that the next step depends on."""
+@dataclasses.dataclass(kw_only=True)
+class TrainState(TrainingState):
+    """Of a pretraining."""
 
     config: PretrainConfig
     model: Method
-    forward: nn.Module
-    """The model, or its DistributedDataParallel wrapper, which averages gradients over the ranks."""
-    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Of the loss in float16; in other precisions it changes nothing."""
-    data_digest: str
-    """Of the shard index trained on."""
-    step: int = 0
-    """Optimiser steps done."""
     position: StreamPosition | None = None
     """Of the last batch consumed; None before the first."""
 
     @property
     def params(self) -> dict[str, str]:
-        """Its config, flat and by the names one types."""
+        """By the names one types."""
         return flat_params({"pretrain": self.config})
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, as `torch.load(weights_only=True)` accepts them; tensors are not copied."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "position": tuple(self.position) if self.position else None,
-            "data_digest": self.data_digest,
-        }
+        """As of every training, with scaler and position."""
+        position = tuple(self.position) if self.position else None
+        return super().state_dict() | {"scaler": self.scaler.state_dict(), "position": position}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave.
@@ -78,11 +65,8 @@ class TrainState:
         Raises:
             CheckpointError: it was trained on other shards.
         """
-        check_data_digest(saved["data_digest"], self.data_digest)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        super().load_state_dict(saved)
         self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
         self.position = StreamPosition(*saved["position"]) if saved["position"] else None
 
 

@@ -11,7 +11,7 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from hemoco.checkpoint import Resumable, resume_newest, save_checkpoint
+from hemoco.checkpoint import resume_newest, save_checkpoint
 from hemoco.config import ClassifierConfig, DetectionConfig, LinearClassifierConfig, MaskRcnnConfig, TrainedConfig
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.loader import StreamPosition
@@ -20,6 +20,7 @@ from hemoco.data.stream import Batch, batches, steps_per_epoch
 from hemoco.distributed import rank, world_size
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
+from hemoco.training_state import TrainingState
 from hemoco.transfer.classification import classification_result, count_predictions
 from hemoco.transfer.classifier import build_classifier_state, classifier_plan
 from hemoco.transfer.classifier_steps import classifier_steps, classify
@@ -76,7 +77,7 @@ class _Log:
 class _Checkpoints:
     """Saves a training every few steps and at its end, on rank 0."""
 
-    def __init__(self, unit: TransferUnit, config: TrainedConfig, state: Resumable) -> None:
+    def __init__(self, unit: TransferUnit, config: TrainedConfig, state: TrainingState) -> None:
         self._url, self._every, self._state = join_url(unit.url, "checkpoints"), config.checkpoint_every_steps, state
         self._attempt = resume_newest(self._url, state)
         self._saved = state.step
@@ -146,12 +147,12 @@ def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> Trans
         config, unit.backbone(), index.categories, device, seed=unit.seed, data_digest=index.digest
     )
     checkpoints = _Checkpoints(unit, config, state)
-    for step in detection_steps(state, train.samples, sorted_category_ids(index.categories), seed=unit.seed):
+    for step in detection_steps(state, train.samples, sorted_category_ids(index.categories)):
         log(step.step, step.values)
         checkpoints.after_step()
     log(state.step, {})
     checkpoints.save()
-    result = evaluate_detector(state, train.samples, test.samples, index.categories, seed=unit.seed)
+    result = evaluate_detector(state, train.samples, test.samples, index.categories)
     counts = {
         f"{split}/{name}": count
         for split, found in (("train", train), ("test", test))

@@ -22,6 +22,7 @@ from hemoco.data.views import center_view
 from hemoco.distributed import rank, world_size
 from hemoco.encoder import Backbone
 from hemoco.errors import CheckpointError, ShardError, TrainingError
+from hemoco.training_state import LoggedStep
 from hemoco.transfer.classifier import (
     ClassifierState,
     build_classifier_state,
@@ -29,7 +30,7 @@ from hemoco.transfer.classifier import (
     classifier_plan,
     parameter_groups,
 )
-from hemoco.transfer.classifier_steps import ClassifierStep, classifier_steps, classify
+from hemoco.transfer.classifier_steps import classifier_steps, classify
 
 CPU = torch.device("cpu")
 SIZES = (9, 8, 11, 12)
@@ -59,7 +60,7 @@ def fresh(config: ClassifierConfig, digest: str = "") -> ClassifierState:
     return build_classifier_state(config, backbone(), 3, seed=5, data_digest=digest)
 
 
-def train(state: ClassifierState, url: str, steps: int | None = None) -> list[ClassifierStep]:
+def train(state: ClassifierState, url: str, steps: int | None = None) -> list[LoggedStep]:
     index, plan = read_index(url), classifier_plan(state.config, state.seed)
     source = batches(
         url,

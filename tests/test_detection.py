@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from ranks import run_ranks
+from small_detector import SMALL
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hemoco.config import DetectionConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig
+from hemoco.config import DetectionConfig, EncoderConfig, FasterRcnnConfig
 from hemoco.distributed import rank, world_size
 from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ShardError, TrainingError
@@ -25,14 +26,15 @@ from hemoco.transfer.detection import (
     build_detection_state,
     detection_steps,
     evaluate_detector,
-    run_detection,
     sorted_category_ids,
     take_step,
 )
 from hemoco.transfer.detection_data import DetectionSample, detection_batches
 from hemoco.transfer.detections import measure, predict
+from hemoco.transfer.result import TransferResult
 
-MASKS = MaskRcnnConfig(
+MASKS = dataclasses.replace(
+    SMALL,
     steps=4,
     global_batch_size=2,
     reference_batch_size=2,
@@ -40,14 +42,6 @@ MASKS = MaskRcnnConfig(
     warmup_steps=1,
     log_every_steps=2,
     train_sizes=(48, 64),
-    test_size=64,
-    max_size=64,
-    anchor_sizes=(8, 16, 32, 48, 64),
-    fpn_channels=16,
-    box_features=32,
-    rois_per_image=16,
-    proposals=50,
-    max_detections=10,
     precise_bn_steps=2,
 )
 BOXES = FasterRcnnConfig(
@@ -106,8 +100,8 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 def test_fine_tuning_moves_every_statistic_and_every_parameter() -> None:
     state = build(dataclasses.replace(MASKS, architecture="c4", rois_per_image=4))
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
-    take_step(state, *next(batches()), seed=0)
-    take_step(state, *next(batches()), seed=0)
+    take_step(state, *next(batches()))
+    take_step(state, *next(batches()))
     still = [name for name, value in state.model.state_dict().items() if torch.equal(value, before[name])]
     assert not still, still
 
@@ -117,14 +111,14 @@ def test_fine_tuning_moves_every_statistic_and_every_parameter() -> None:
 )
 def test_a_resumed_training_goes_on_bit_for_bit(config: DetectionConfig) -> None:
     whole, half, other = build(config), build(config), build(config)
-    history = [step.values for step in detection_steps(whole, SAMPLES, [3, 7, 90], seed=0)]
-    first = detection_steps(half, SAMPLES, [3, 7, 90], seed=0)
+    history = [step.values for step in detection_steps(whole, SAMPLES, [3, 7, 90])]
+    first = detection_steps(half, SAMPLES, [3, 7, 90])
     assert [next(first).values for _ in range(2)] == history[:2]
     file = io.BytesIO()
     torch.save(half.state_dict(), file)
     other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     torch.rand(5)  # the global generator plays no part
-    assert [step.values for step in detection_steps(other, SAMPLES, [3, 7, 90], seed=0)] == history[2:]
+    assert [step.values for step in detection_steps(other, SAMPLES, [3, 7, 90])] == history[2:]
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in other.model.state_dict().items())
 
@@ -134,7 +128,7 @@ def test_values_are_logged_every_so_often_and_at_the_end() -> None:
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    steps = list(detection_steps(state, SAMPLES, [3, 7, 90], seed=0))
+    steps = list(detection_steps(state, SAMPLES, [3, 7, 90]))
     assert torch.equal(torch.rand(1), expected)
     assert [step.step for step in steps] == [1, 2, 3] and not steps[0].values
     losses = {name: value for name, value in steps[1].values.items() if name.startswith("loss_")}
@@ -183,16 +177,16 @@ def on_rank() -> OnRank:
     config = dataclasses.replace(MASKS, train_sizes=(64,))  # of one size, so that padding is none
     state = build(config)
     made = batches(config)
-    values = take_step(state, *next(made), seed=0)
+    values = take_step(state, *next(made))
     moved = statistics(state.model)
     state.model.roi_heads.score_thresh = 0.0  # so that something is found in every image
-    result = evaluate_detector(state, SAMPLES, SAMPLES, CATEGORIES, seed=0)
+    result = evaluate_detector(state, SAMPLES, SAMPLES, CATEGORIES)
     found = predict(state.model, SAMPLES, [3, 7, 90], config)
     if rank() == world_size() - 1:  # only there the loss is not finite
         with torch.no_grad():
             state.model.rpn.head.cls_logits.bias.fill_(math.nan)
     try:
-        take_step(state, *next(made), seed=0)
+        take_step(state, *next(made))
     except TrainingError as error:
         made.close()
         weight = state.model.roi_heads.box_predictor.cls_score.weight.detach()
@@ -236,10 +230,20 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(alone: OnRank, ranks: l
         assert each.error.startswith("the loss is nan at step 2 (lr 0.02): lower mask_rcnn.lr or add mask_rcnn.warmup")
 
 
+def run_detection(
+    config: DetectionConfig, train: list[DetectionSample], test: list[DetectionSample], seed: int
+) -> TransferResult:
+    """A whole transfer in this process."""
+    state = build_detection_state(config, backbone(), CATEGORIES, CPU, seed=seed, data_digest="")
+    steps = detection_steps(state, train, sorted_category_ids(CATEGORIES))
+    history = [(step.step, step.values) for step in steps if step.values]
+    return dataclasses.replace(evaluate_detector(state, train, test, CATEGORIES), history=history)
+
+
 def test_a_loss_that_grows_over_all_bounds_ends_training() -> None:
     config = dataclasses.replace(BOXES, lr=1e30, steps=20, warmup_steps=0)
     with pytest.raises(TrainingError, match=r"lower faster_rcnn\.lr"):
-        run_detection(config, backbone(), SAMPLES, SAMPLES[:1], CATEGORIES, seed=0)
+        run_detection(config, SAMPLES, SAMPLES[:1], seed=0)
 
 
 def test_predictions_are_those_of_torchvisions_own_evaluation() -> None:
@@ -296,22 +300,20 @@ def test_boxes_without_masks_are_drawn() -> None:
 
 def test_the_same_seed_gives_the_same_result_and_another_one_another() -> None:
     config = dataclasses.replace(MASKS, precision="bfloat16", steps=2)
-    first, again, other = (
-        run_detection(config, backbone(), SAMPLES, SAMPLES[:1], CATEGORIES, seed=seed) for seed in (5, 5, 6)
-    )
+    first, again, other = (run_detection(config, SAMPLES, SAMPLES[:1], seed) for seed in (5, 5, 6))
     assert first == again and first.history != other.history
     assert first.history[-1][0] == 2 and first.value == first.metrics[first.metric]
 
 
 def test_it_finds_a_square_that_it_was_trained_on() -> None:
     config = dataclasses.replace(MASKS, steps=60, warmup_steps=5, train_sizes=(64,), proposals=20)
-    result = run_detection(config, backbone(), SAMPLES, SAMPLES[:2], CATEGORIES, seed=0)
+    result = run_detection(config, SAMPLES, SAMPLES[:2], seed=0)
     assert result.metrics["mask_ap50"] > 0.4 and math.isfinite(result.history[-1][1]["loss"])
 
 
 def test_training_images_without_any_object_are_refused() -> None:
     with pytest.raises(ShardError, match="none of the 1 training images"):
-        run_detection(MASKS, backbone(), [sample(1, [])], [sample(1)], CATEGORIES, seed=0)
+        run_detection(MASKS, [sample(1, [])], [sample(1)], seed=0)
 
 
 def test_labels_follow_the_sorted_ids_of_categories() -> None:

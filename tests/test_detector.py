@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from ranks import run_ranks
+from small_detector import SMALL
 from torch import Tensor, nn
 
 from hemoco.config import DetectionConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig
@@ -22,17 +23,6 @@ from hemoco.transfer.detector import (
     scaled_schedule,
 )
 
-SMALL = MaskRcnnConfig(
-    train_sizes=(64,),
-    test_size=64,
-    max_size=64,
-    anchor_sizes=(8, 16, 32, 48, 64),
-    fpn_channels=16,
-    box_features=32,
-    rois_per_image=16,
-    proposals=50,
-    max_detections=10,
-)
 C4 = dataclasses.replace(SMALL, architecture="c4")
 BOXES = FasterRcnnConfig(architecture="c4", test_size=64, max_size=64, rois_per_image=16, proposals=50)
 BOTH = pytest.mark.parametrize("config", [SMALL, C4], ids=["fpn", "c4"])

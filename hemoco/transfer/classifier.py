@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hemoco.checkpoint import check_data_digest
 from hemoco.config import ClassifierConfig, FineTuneConfig, LinearClassifierConfig, ViewsConfig, flat_params
 from hemoco.data.loader import CropPlan, StreamPosition
-from hemoco.distributed import (
-    wrap_for_gradients,
-)
+from hemoco.distributed import wrap_for_gradients
 from hemoco.encoder import Backbone
 from hemoco.optim import cosine_lr, step_lr, warmup_factor
 from hemoco.sync_bn import synchronise_batch_norms
+from hemoco.training_state import TrainingState
 
 _MOMENTUM = 0.9
 _INIT_STD = 0.01  # of the classifier's weights, as the official code
@@ -59,38 +57,25 @@ class Classifier(nn.Module):
         return logits
 
 
-@dataclasses.dataclass
-class ClassifierState:
-    """Everything that the next step depends on."""
+@dataclasses.dataclass(kw_only=True)
+class ClassifierState(TrainingState):
+    """Of a classifier's training."""
 
     config: ClassifierConfig
     model: Classifier
-    forward: nn.Module
-    """The model, or its wrapper that averages gradients over the ranks."""
-    optimizer: torch.optim.Optimizer
     seed: int
     """Of classifier, sample order and crops."""
-    data_digest: str
-    """Of the shard index trained on."""
-    step: int = 0
-    """Optimiser steps done."""
     position: StreamPosition | None = None
     """Of the last batch consumed; None before the first."""
 
     @property
     def params(self) -> dict[str, str]:
-        """Its config, flat and by the names one types."""
-        return flat_params({"transfer": self.config}) | {"seed": str(self.seed)}
+        """With `transfer` for the transfer's name."""
+        return flat_params({"transfer": self.config, "seed": self.seed})
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors; tensors are not copied."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "position": tuple(self.position) if self.position else None,
-            "data_digest": self.data_digest,
-        }
+        """As of every training, with the position."""
+        return super().state_dict() | {"position": tuple(self.position) if self.position else None}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave.
@@ -98,10 +83,7 @@ class ClassifierState:
         Raises:
             CheckpointError: it was trained on other shards.
         """
-        check_data_digest(saved["data_digest"], self.data_digest)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
+        super().load_state_dict(saved)
         self.position = StreamPosition(*saved["position"]) if saved["position"] else None
 
 
@@ -130,7 +112,14 @@ def build_classifier_state(
     optimizer = torch.optim.SGD(
         parameter_groups(model, config), momentum=_MOMENTUM, weight_decay=config.weight_decay, fused=True
     )
-    return ClassifierState(config, model, wrap_for_gradients(model), optimizer, seed, data_digest)
+    return ClassifierState(
+        config=config,
+        model=model,
+        forward=wrap_for_gradients(model),
+        optimizer=optimizer,
+        seed=seed,
+        data_digest=data_digest,
+    )
 
 
 def parameter_groups(model: Classifier, config: ClassifierConfig) -> list[dict[str, Any]]:

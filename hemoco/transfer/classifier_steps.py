@@ -21,16 +21,8 @@ from hemoco.data.stream import Batch, labelled_views
 from hemoco.data.views import augment, draw_augmentation
 from hemoco.distributed import compute_on_all, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from hemoco.errors import ShardError, TrainingError
+from hemoco.training_state import LoggedStep
 from hemoco.transfer.classifier import ClassifierState, classifier_lr_factor, classifier_views
-
-
-class ClassifierStep(NamedTuple):
-    """One optimiser step."""
-
-    step: int
-    """Optimiser steps done, this one included."""
-    values: dict[str, float]
-    """By name, equal on all ranks; empty between the steps that are logged."""
 
 
 class Scores(NamedTuple):
@@ -42,9 +34,7 @@ class Scores(NamedTuple):
     """int64 (M,)."""
 
 
-def classifier_steps(
-    state: ClassifierState, batches: Iterable[Batch], steps_per_epoch: int
-) -> Iterator[ClassifierStep]:
+def classifier_steps(state: ClassifierState, batches: Iterable[Batch], steps_per_epoch: int) -> Iterator[LoggedStep]:
     """Trains on the batches, one optimiser step each, and yields after every step.
 
     Raises:
@@ -62,7 +52,7 @@ def classifier_steps(
         state.position = batch.position
         logged = state.step == total or state.step % config.log_every_steps == 0
         values = {"train_loss": loss, "train_top1": right, "lr": config.lr * factor} if logged else {}
-        yield ClassifierStep(state.step, values)
+        yield LoggedStep(state.step, values)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ Shapes: N images on this rank, H x W an image.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from hemoco.checkpoint import check_data_digest
 from hemoco.config import DetectionConfig, MaskRcnnConfig, flat_params
-from hemoco.distributed import gather_objects, mean_over_ranks, rank, world_size, wrap_for_gradients
+from hemoco.distributed import compute_on_all, mean_over_ranks, rank, world_size, wrap_for_gradients
 from hemoco.encoder import Backbone, seeded
 from hemoco.errors import TrainingError
 from hemoco.sync_bn import synchronise_batch_norms
+from hemoco.training_state import LoggedStep, TrainingState
 from hemoco.transfer.detection_data import Batch, DetectionSample, detection_batches
 from hemoco.transfer.detections import measure, predict
 from hemoco.transfer.detector import (
@@ -40,59 +40,25 @@ _TRAINING, _AVERAGING = 0, 1  # tell the random streams of a seed apart
 Targets = list[dict[str, Tensor]]
 
 
-@dataclasses.dataclass
-class DetectionState:
-    """Everything that the next step depends on, beside the seed."""
+@dataclasses.dataclass(kw_only=True)
+class DetectionState(TrainingState):
+    """Of a detector's training."""
 
     config: DetectionConfig
     model: GeneralizedRCNN
-    forward: nn.Module
-    """The model, or its wrapper that averages gradients over the ranks."""
-    optimizer: torch.optim.Optimizer
-    data_digest: str
-    """Of the shard index trained on."""
-    step: int = 0
-    """Optimiser steps done."""
+    seed: int
+    """Of the new layers, the order of the samples, and the sampling of anchors and proposals."""
 
     @property
     def params(self) -> dict[str, str]:
-        """Its config, flat and by the names one types."""
-        return flat_params({"transfer": self.config})
+        """With `transfer` for the transfer's name."""
+        return flat_params({"transfer": self.config, "seed": self.seed})
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, as `torch.load(weights_only=True)` accepts them; tensors are not copied."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "data_digest": self.data_digest,
-        }
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
-
-        Raises:
-            CheckpointError: it was trained on other shards.
-        """
-        check_data_digest(saved["data_digest"], self.data_digest)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
-
-
-class DetectionStep(NamedTuple):
-    """One optimiser step."""
-
-    step: int
-    """Optimiser steps done, this one included."""
-    values: dict[str, float]
-    """By name, equal on all ranks; empty between the steps that are logged."""
 
 
 def sorted_category_ids(categories: Iterable[dict[str, Any]]) -> list[int]:
@@ -116,7 +82,7 @@ def build_detection_state(
         backbone: becomes part of the model.
         categories: COCO's.
         device: of the model.
-        seed: of the layers that are new.
+        seed: of the training.
         data_digest: the shard index's.
     """
     with seeded(seed):
@@ -124,12 +90,19 @@ def build_detection_state(
     synchronise_batch_norms(model, device)
     model.to(device=device, memory_format=torch.channels_last)
     optimizer = detection_optimizer(model, config)
-    return DetectionState(config, model, wrap_for_gradients(model), optimizer, data_digest)
+    return DetectionState(
+        config=config,
+        model=model,
+        forward=wrap_for_gradients(model),
+        optimizer=optimizer,
+        seed=seed,
+        data_digest=data_digest,
+    )
 
 
 def detection_steps(
-    state: DetectionState, samples: Sequence[DetectionSample], category_ids: Sequence[int], *, seed: int
-) -> Iterator[DetectionStep]:
+    state: DetectionState, samples: Sequence[DetectionSample], category_ids: Sequence[int]
+) -> Iterator[LoggedStep]:
     """Trains to the end of the schedule, on all ranks alike, and yields after every step.
 
     Raises:
@@ -137,24 +110,20 @@ def detection_steps(
         TrainingError: the loss is not finite; raised on all ranks before the optimiser step.
     """
     config, total = state.config, scaled_schedule(state.config).steps
-    batches = detection_batches(
-        samples, config, category_ids, seed=seed, start_step=state.step, rank=rank(), world_size=world_size()
-    )
-    with contextlib.closing(batches):
+    with contextlib.closing(_batches(state, samples, category_ids)) as batches:
         while state.step < total:
-            values = take_step(state, *next(batches), seed=seed)
+            values = take_step(state, *next(batches))
             logged = state.step == total or state.step % config.log_every_steps == 0
-            yield DetectionStep(state.step, values if logged else {})
+            yield LoggedStep(state.step, values if logged else {})
 
 
-def take_step(state: DetectionState, images: list[Tensor], targets: Targets, *, seed: int) -> dict[str, float]:
+def take_step(state: DetectionState, images: list[Tensor], targets: Targets) -> dict[str, float]:
     """One optimiser step.
 
     Args:
         state: changed.
         images: this rank's, N of (3, H, W) in [0, 1].
         targets: as `build_target` makes them.
-        seed: of the sampling of anchors and proposals, with step and rank.
 
     Returns:
         Each loss, mean over the ranks; their sum `loss`; `lr`.
@@ -163,7 +132,7 @@ def take_step(state: DetectionState, images: list[Tensor], targets: Targets, *, 
     lr = detection_lr(state.step, scaled_schedule(state.config), state.config.milestones)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    with _sampling(seed, _TRAINING, state.step, rank(), device=state.device):
+    with _sampling(state.seed, _TRAINING, state.step, rank(), device=state.device):
         losses = _forward(state.forward, images, targets, state)
     state.optimizer.zero_grad()
     loss = torch.stack(list(losses.values()))  # one for each part
@@ -214,8 +183,6 @@ def evaluate_detector(
     train: Sequence[DetectionSample],
     test: Sequence[DetectionSample],
     categories: Sequence[dict[str, Any]],
-    *,
-    seed: int,
 ) -> TransferResult:
     """What a trained detector finds in the test images, on every rank the same; every rank must call it.
 
@@ -224,38 +191,28 @@ def evaluate_detector(
         train: for those batches.
         test: to predict.
         categories: COCO's.
-        seed: of the training.
     """
     config, category_ids = state.config, sorted_category_ids(categories)
     if config.precise_bn_steps:
-        batches = detection_batches(
-            train, config, category_ids, seed=seed, start_step=state.step, rank=rank(), world_size=world_size()
-        )
-        with contextlib.closing(batches):
+        with contextlib.closing(_batches(state, train, category_ids)) as batches:
             average_batch_norm(state, batches, config.precise_bn_steps)
-    shares = gather_objects(predict(state.model, test, category_ids, config))
+    shares = compute_on_all(lambda: predict(state.model, test, category_ids, config))
     return measure(config, test, [found for share in shares for found in share], categories)
 
 
-def run_detection(
-    config: DetectionConfig,
-    backbone: Backbone,
-    train: Sequence[DetectionSample],
-    test: Sequence[DetectionSample],
-    categories: Sequence[dict[str, Any]],
-    seed: int,
-) -> TransferResult:
-    """A whole transfer in this process: fine-tunes a detector from the backbone, which it changes, and measures it.
-
-    Raises:
-        ShardError: no training image has an object, or an image cannot be decoded.
-        TrainingError: the loss is not finite.
-    """
-    device = torch.device("cuda" if config.gpus else "cpu")
-    state = build_detection_state(config, backbone, categories, device, seed=seed, data_digest="")
-    steps = detection_steps(state, train, sorted_category_ids(categories), seed=seed)
-    history = [(step.step, step.values) for step in steps if step.values]
-    return dataclasses.replace(evaluate_detector(state, train, test, categories, seed=seed), history=history)
+def _batches(
+    state: DetectionState, samples: Sequence[DetectionSample], category_ids: Sequence[int]
+) -> Generator[Batch]:
+    """This rank's, from the next step on."""
+    return detection_batches(
+        samples,
+        state.config,
+        category_ids,
+        seed=state.seed,
+        start_step=state.step,
+        rank=rank(),
+        world_size=world_size(),
+    )
 
 
 def _name(config: DetectionConfig) -> str:

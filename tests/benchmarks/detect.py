@@ -61,7 +61,7 @@ def our_step(device: str, batch: Batch, precision: str) -> Step:
     backbone = Backbone(build_encoder(encoder, 0), encoder, MEAN, STD)
     categories = [{"id": number, "name": str(number)} for number in range(1, CLASSES)]
     state = build_detection_state(config, backbone, categories, torch.device(device), seed=0, data_digest="")
-    return functools.partial(take_step, state, *batch, seed=0)
+    return functools.partial(take_step, state, *batch)
 
 
 def reference_step(device: str, batch: Batch, side: int, prepare: Callable[[nn.Module], object]) -> Step:
