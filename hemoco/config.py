@@ -10,7 +10,7 @@ import re
 from typing import Any, Literal
 
 from hemoco.detection_config import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig
-from hemoco.errors import require
+from hemoco.errors import require, require_positive
 from hemoco.method_config import (
     EncoderConfig,
     MoCoConfig,
@@ -29,6 +29,7 @@ from hemoco.transfer_config import (
     TrainedConfig,
     TransferConfig,
     init_label,
+    init_url,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "config_digest",
     "flat_params",
     "init_label",
+    "init_url",
     "world_sizes",
 ]
 
@@ -91,8 +93,8 @@ class ResourcesConfig:
     """GPUs reserved for each; 0 trains on the CPU."""
 
     def __post_init__(self) -> None:
-        require(self.workers > 0, f"resources.workers is {self.workers}: it must be positive")
-        require(self.cpus_per_worker > 0, f"resources.cpus_per_worker is {self.cpus_per_worker}: it must be positive")
+        require_positive(self, "resources", "workers")
+        require_positive(self, "resources", "cpus_per_worker")
         require(self.gpus_per_worker in (0, 1), f"resources.gpus_per_worker is {self.gpus_per_worker}: 0 or 1")
 
 
@@ -132,8 +134,9 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         batch, workers = self.global_batch_size, self.resources.workers
-        for name in ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_last", "accumulation_steps"):
-            require(getattr(self, name) > 0, f"pretrain.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(
+            self, "pretrain", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_last", "accumulation_steps"
+        )
         every = self.keep_every_steps
         require(
             every >= 0 and every % self.checkpoint_every_steps == 0,

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from hemoco.errors import require
+from hemoco.errors import require, require_not_negative, require_positive
 from hemoco.transfer_config import TrainedConfig
 
 
@@ -65,12 +65,17 @@ class DetectionConfig(TrainedConfig):
             bool(self.train_sizes) and min(self.train_sizes) > 0,
             f"detection.train_sizes is {self.train_sizes}: name at least one, all positive",
         )
-        for name in ("reference_batch_size", "steps", "lr", "test_size", "max_size", "max_detections", "fpn_channels"):
-            require(getattr(self, name) > 0, f"detection.{name} is {getattr(self, name)}: it must be positive")
-        for name in ("box_features", "rois_per_image", "proposals"):
-            require(getattr(self, name) > 0, f"detection.{name} is {getattr(self, name)}: it must be positive")
-        for name in ("warmup_steps", "weight_decay", "precise_bn_steps"):
-            require(getattr(self, name) >= 0, f"detection.{name} is {getattr(self, name)}: it must not be negative")
+        sizes = (
+            "test_size",
+            "max_size",
+            "fpn_channels",
+            "box_features",
+            "rois_per_image",
+            "proposals",
+            "max_detections",
+        )
+        require_positive(self, "detection", "reference_batch_size", "steps", "lr", *sizes)
+        require_not_negative(self, "detection", "warmup_steps", "weight_decay", "precise_bn_steps")
         require(0 <= self.flip <= 1, f"detection.flip is {self.flip}: it must be in [0, 1]")
         require(
             all(0 < share < 1 for share in self.milestones),

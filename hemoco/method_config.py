@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from hemoco.errors import require
+from hemoco.errors import require, require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,9 @@ class MoCoConfig:
     """Images that share batch statistics; keys are shuffled over the global batch before they are grouped."""
 
     def __post_init__(self) -> None:
-        require(self.queue_length > 0, f"moco.queue_length is {self.queue_length}: it must be positive")
+        require_positive(self, "moco", "queue_length")
         require(0 <= self.momentum <= 1, f"moco.momentum is {self.momentum}: it must be in [0, 1]")
-        require(self.temperature > 0, f"moco.temperature is {self.temperature}: it must be positive")
+        require_positive(self, "moco", "temperature")
         require(self.bn_group_size >= 2, f"moco.bn_group_size is {self.bn_group_size}: it must be at least 2")
 
 
@@ -115,8 +115,7 @@ class MoCoV3Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.momentum <= 1, f"moco.momentum is {self.momentum}: it must be in [0, 1]")
-        for name in ("embedding_size", "hidden_size", "temperature"):
-            require(getattr(self, name) > 0, f"moco.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(self, "moco", "embedding_size", "hidden_size", "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,8 +138,6 @@ class OptimizerConfig:
     """Epochs of linear warm-up from 0, set per step."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "trust"):
-            require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be positive")
-        for name in ("weight_decay", "warmup_epochs"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}: it must not be negative")
+        require_positive(self, "optimizer", "lr", "trust")
+        require_not_negative(self, "optimizer", "weight_decay", "warmup_epochs")
         require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must be in [0, 1)")

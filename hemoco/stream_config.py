@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hemoco.errors import require
+from hemoco.errors import require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,7 @@ class StreamConfig:
     """Share of undecodable or damaged samples above which the run stops; ten are always allowed."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, f"stream.workers is {self.workers}: it must not be negative")
-        require(self.lanes > 0, f"stream.lanes is {self.lanes}: it must be positive")
-        require(self.shards_per_block > 0, f"stream.shards_per_block is {self.shards_per_block}: it must be positive")
-        for name in ("memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share"):
-            require(getattr(self, name) >= 0, f"stream.{name} is {getattr(self, name)}: it must not be negative")
+        require_not_negative(self, "stream", "workers")
+        require_positive(self, "stream", "lanes")
+        require_positive(self, "stream", "shards_per_block")
+        require_not_negative(self, "stream", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")

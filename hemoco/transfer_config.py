@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from hemoco.errors import require
+from hemoco.errors import require, require_not_negative, require_positive
 from hemoco.stream_config import DataConfig, StreamConfig
 
 _INIT = re.compile(r"(?P<label>[A-Za-z0-9_.-]+)(=(?P<source>.+))?")
@@ -46,13 +46,18 @@ class TransferConfig:
             f"transfers.data is {self.data} without shards: a transfer's own data need --transfers.NAME.data.shards, "
             "splits of the recipe's data are set by --data",
         )
-        require(self.cpus > 0, f"transfers.cpus is {self.cpus}: it must be positive")
+        require_positive(self, "transfers", "cpus")
         require(self.gpus in (0, 1), f"transfers.gpus is {self.gpus}: 0 or 1")
 
 
 def init_label(init: str) -> str:
     """The name of an init in tables: all of it, or what stands before `=`."""
     return init.partition("=")[0]
+
+
+def init_url(init: str) -> str:
+    """The URL of an init `NAME=URL`; empty for the others."""
+    return init.partition("=")[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +73,7 @@ class KnnConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("neighbours", "temperature"):
-            require(getattr(self, name) > 0, f"knn.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(self, "knn", "neighbours", "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +97,7 @@ class LinearProbeConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) > 0, f"linear_probe.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(self, "linear_probe", "epochs", "batch_size")
         require(
             bool(self.lrs) and all(lr > 0 for lr in self.lrs),
             f"linear_probe.lrs is {self.lrs}: name at least one, all positive",
@@ -120,8 +123,7 @@ class LowShotConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("shots", "draws", "weight_decay"):
-            require(getattr(self, name) > 0, f"low_shot.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(self, "low_shot", "shots", "draws", "weight_decay")
         require(0 <= self.fraction < 1, f"low_shot.fraction is {self.fraction}: it must be in [0, 1)")
 
 
@@ -142,8 +144,7 @@ class TrainedConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("workers", "global_batch_size", "log_every_steps", "checkpoint_every_steps"):
-            require(getattr(self, name) > 0, f"transfers.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(self, "transfers", "workers", "global_batch_size", "log_every_steps", "checkpoint_every_steps")
         require(
             self.global_batch_size % self.workers == 0,
             f"transfers.global_batch_size is {self.global_batch_size}: it must be a multiple of transfers.workers "
@@ -178,13 +179,11 @@ class ClassifierConfig(TrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "lr", "size"):
-            require(getattr(self, name) > 0, f"transfers.{name} is {getattr(self, name)}: it must be positive")
+        require_positive(self, "transfers", "epochs", "lr", "size")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, f"transfers.crop_scale is {self.crop_scale}: shares of an image, in order")
         require(0 <= self.flip <= 1, f"transfers.flip is {self.flip}: it must be in [0, 1]")
-        for name in ("warmup_epochs", "weight_decay"):
-            require(getattr(self, name) >= 0, f"transfers.{name} is {getattr(self, name)}: it must not be negative")
+        require_not_negative(self, "transfers", "warmup_epochs", "weight_decay")
         require(self.resize >= self.size, f"transfers.resize is {self.resize}: it must be at least size ({self.size})")
         require(
             self.global_batch_size % self.stream.lanes == 0,
@@ -217,5 +216,5 @@ class FineTuneConfig(ClassifierConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.backbone_lr >= 0, f"fine_tune.backbone_lr is {self.backbone_lr}: it must not be negative")
+        require_not_negative(self, "fine_tune", "backbone_lr")
         require(0 < self.layer_decay <= 1, f"fine_tune.layer_decay is {self.layer_decay}: it must be in (0, 1]")

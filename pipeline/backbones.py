@@ -3,7 +3,7 @@
 import json
 
 from hemoco.checkpoint import backbone_metadata, load_backbone, random_backbone
-from hemoco.config import EncoderConfig, ViewsConfig
+from hemoco.config import EncoderConfig, ViewsConfig, init_url
 from hemoco.encoder import Backbone, supervised_backbone
 from hemoco.errors import ConfigError
 
@@ -26,7 +26,7 @@ def init_backbone(init: str, backbone_url: str, encoder: EncoderConfig, views: V
         return random_backbone(encoder, seed, views.mean, views.std)
     if init == "supervised":
         return supervised_backbone(encoder)
-    return load_backbone(backbone_url if init == "pretrained" else url_of_init(init))
+    return load_backbone(backbone_url if init == "pretrained" else init_url(init))
 
 
 def check_architecture(url: str, encoder: EncoderConfig) -> None:
@@ -50,8 +50,3 @@ def check_architecture(url: str, encoder: EncoderConfig) -> None:
                 f"{url}: its {name} is {value}, the recipe's pretrain.encoder.{name} is {wanted}: backbones "
                 f"are compared at equal size; set --pretrain.encoder.{name} {value} or give another one"
             )
-
-
-def url_of_init(init: str) -> str:
-    """URL of an init `NAME=URL`; empty for the others."""
-    return init.partition("=")[2]

@@ -18,6 +18,7 @@ from hemoco.config import (
     config_difference,
     flat_params,
     init_label,
+    init_url,
 )
 from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import pretraining_plan, steps_per_epoch
@@ -27,7 +28,7 @@ from hemoco.knn import check_neighbours
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
 from hemoco.storage import absolute_url, join_url, remove
 from hemoco.transfer.classifier import classifier_plan
-from pipeline.backbones import check_architecture, url_of_init
+from pipeline.backbones import check_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def check_transfers(recipe: Recipe) -> None:
     """As `check_pretraining`, of the transfers."""
     recipe = _with_absolute_urls(recipe)
     for name, config in recipe.transfers.items():
-        for url in filter(None, map(url_of_init, config.inits)):
+        for url in filter(None, map(init_url, config.inits)):
             check_architecture(url, recipe.pretrain.encoder)
         if "supervised" in config.inits:
             check_supervised(recipe.pretrain.encoder)
@@ -191,7 +192,7 @@ def _absolute(data: DataConfig) -> DataConfig:
 
 
 def _absolute_init(init: str) -> str:
-    url = url_of_init(init)
+    url = init_url(init)
     return f"{init_label(init)}={absolute_url(url)}" if url else init
 
 

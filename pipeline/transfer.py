@@ -9,22 +9,21 @@ from hemoco.config import (
     KnnConfig,
     LinearProbeConfig,
     LowShotConfig,
-    MaskRcnnConfig,
     ResourcesConfig,
     TrainedConfig,
     TransferConfig,
 )
 from hemoco.knn import run_knn
 from hemoco.storage import home
-from hemoco.transfer.detections import BOX_METRICS
+from hemoco.transfer import detections
 from hemoco.transfer.features import FeatureCache
-from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
+from hemoco.transfer.frozen import calibrate_batch_norm
 from hemoco.transfer.linear_probe import run_linear_probe
 from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import TransferResult
-from hemoco.transfer.splits import LabelledShards, open_split, some_images
+from hemoco.transfer.splits import LabelledSplit, open_split
 from pipeline.tasks import run_tasks
-from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result, result_line
+from pipeline.transfer_job import TransferJob, TransferUnit, calibration_images, open_units, record_result, result_line
 from pipeline.transfer_training import train_alone, train_as_rank
 from pipeline.workers import run_workers
 
@@ -58,11 +57,7 @@ def measure_transfer(job: TransferJob) -> None:
 
 def headline_metric(config: TransferConfig) -> str:
     """The metric a comparison shows for this kind of transfer."""
-    if isinstance(config, MaskRcnnConfig):
-        return "mask_ap"
-    if isinstance(config, DetectionConfig):
-        return BOX_METRICS[config.metric]
-    return "top1"
+    return detections.headline_metric(config) if isinstance(config, DetectionConfig) else "top1"
 
 
 def measure_frozen(units: list[TransferUnit]) -> list[str]:
@@ -70,9 +65,8 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
     job = units[0].job
     torch.set_num_threads(job.config.cpus)
     still_open = open_units(job)  # Ray runs it again where a worker was lost
-    train, test = (
-        open_split(job.data.shards, split, job.views.size) for split in (job.data.train_split, job.data.test_split)
-    )
+    data, size = job.data, job.views.size
+    train, test = (open_split(data.shards, split, size) for split in (data.train_split, data.test_split))
     lines = []
     for unit in (unit for unit in units if unit in still_open):
         result = _measure(unit, train, test)
@@ -94,10 +88,10 @@ def _train_together(unit: TransferUnit, config: TrainedConfig) -> str:
     return line
 
 
-def _measure(unit: TransferUnit, train: LabelledShards, test: LabelledShards) -> TransferResult:
+def _measure(unit: TransferUnit, train: LabelledSplit, test: LabelledSplit) -> TransferResult:
     config, backbone = unit.job.config, unit.backbone().to("cuda" if unit.job.config.gpus else "cpu")
     if unit.init == "random":
-        calibrate_batch_norm(backbone, some_images(train, CALIBRATION_IMAGES))
+        calibrate_batch_norm(backbone, calibration_images(unit, train.size))
     cache = FeatureCache(home() / "features")
     if isinstance(config, KnnConfig):
         return run_knn(config, backbone, train, test, unit.seed, cache)

@@ -2,15 +2,16 @@
 
 import dataclasses
 
+from torch import Tensor
+
 from hemoco.config import DataConfig, EncoderConfig, TransferConfig, ViewsConfig, init_label
 from hemoco.encoder import Backbone
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker, log_artifact_bytes, run_facts, set_tags
+from hemoco.transfer.frozen import CALIBRATION_IMAGES
 from hemoco.transfer.result import TransferResult
+from hemoco.transfer.splits import some_images
 from pipeline.backbones import init_backbone
-
-PATIENCE_S = 600.0
-"""For which a transfer waits out faults of the storage."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,12 @@ class TransferUnit:
     def backbone(self) -> Backbone:
         """What it starts from, on the CPU."""
         return init_backbone(self.init, self.job.backbone_url, self.job.encoder, self.job.views, self.seed)
+
+
+def calibration_images(unit: TransferUnit, size: int) -> Tensor:
+    """Training images (M, 3, S, S) of that size S, to calibrate a random backbone by that stays frozen."""
+    data = unit.job.data
+    return some_images(data.shards, data.train_split, size=size, count=CALIBRATION_IMAGES)
 
 
 def open_units(job: TransferJob) -> list[TransferUnit]:

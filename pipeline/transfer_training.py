@@ -6,7 +6,6 @@ Shapes: N images of a batch, S x S pixels each.
 """
 
 import dataclasses
-from collections.abc import Generator
 from contextlib import closing, nullcontext
 
 import torch
@@ -14,14 +13,14 @@ import torch
 from hemoco.checkpoint import resume_newest, save_checkpoint
 from hemoco.config import ClassifierConfig, DetectionConfig, LinearClassifierConfig, MaskRcnnConfig, TrainedConfig
 from hemoco.data.counts import BadSampleFile
-from hemoco.data.loader import StreamPosition
+from hemoco.data.patience import EVALUATION_PATIENCE_S
 from hemoco.data.shards import read_index
-from hemoco.data.stream import Batch, batches, steps_per_epoch
+from hemoco.data.stream import batches, steps_per_epoch
 from hemoco.distributed import rank, world_size
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
 from hemoco.training_state import TrainingState
-from hemoco.transfer.classification import classification_result, count_predictions
+from hemoco.transfer.classification import check_labels, classification_result, count_predictions
 from hemoco.transfer.classifier import build_classifier_state, classifier_plan
 from hemoco.transfer.classifier_steps import classifier_steps, classify
 from hemoco.transfer.detection import (
@@ -31,10 +30,10 @@ from hemoco.transfer.detection import (
     sorted_category_ids,
 )
 from hemoco.transfer.detection_data import load_detection_samples
-from hemoco.transfer.frozen import CALIBRATION_IMAGES, calibrate_batch_norm
+from hemoco.transfer.frozen import calibrate_batch_norm
 from hemoco.transfer.result import TransferResult
-from hemoco.transfer.splits import open_split, some_images
-from pipeline.transfer_job import PATIENCE_S, TransferUnit, log_values, record_result, result_line
+from hemoco.transfer.splits import open_split
+from pipeline.transfer_job import TransferUnit, calibration_images, log_values, record_result, result_line
 from pipeline.workers import worker_device
 
 
@@ -96,20 +95,30 @@ def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> Tra
     """Trains a classifier to the end, and measures it on the test split."""
     config, data = unit.job.config, unit.job.data
     assert isinstance(config, ClassifierConfig)
-    index = read_index(data.shards, patience_s=PATIENCE_S)
+    index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
+    check_labels(*(open_split(data.shards, split, config.size) for split in (data.train_split, data.test_split)))
     backbone = unit.backbone().to(device)
     if unit.init == "random" and isinstance(config, LinearClassifierConfig):
-        some = some_images(open_split(data.shards, data.train_split, config.size), CALIBRATION_IMAGES)
-        calibrate_batch_norm(backbone, some)
+        calibrate_batch_norm(backbone, calibration_images(unit, config.size))
     state = build_classifier_state(config, backbone, len(index.classes), seed=unit.seed, data_digest=index.digest)
     checkpoints = _Checkpoints(unit, config, state)
     plan = classifier_plan(config, unit.seed)
-    per_epoch = steps_per_epoch(index, data.train_split, plan)
     with (
         closing(BadSampleFile(join_url(unit.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
-        closing(_training_batches(unit, config, state.position, bad_samples, device)) as source,
+        closing(
+            batches(
+                data.shards,
+                data.train_split,
+                plan,
+                rank=rank(),
+                world_size=world_size(),
+                start=state.position,
+                device=device,
+                bad_samples=bad_samples,
+            )
+        ) as source,
     ):
-        for step in classifier_steps(state, source, per_epoch):
+        for step in classifier_steps(state, source, steps_per_epoch(index, data.train_split, plan)):
             log(step.step, step.values)
             checkpoints.after_step()
     log(state.step, {})  # also where all steps were done before
@@ -118,30 +127,11 @@ def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> Tra
     return classification_result(count_predictions(scores.logits, scores.labels), index.classes, also={})
 
 
-def _training_batches(
-    unit: TransferUnit,
-    config: ClassifierConfig,
-    start: StreamPosition | None,
-    bad_samples: BadSampleFile,
-    device: torch.device,
-) -> Generator[Batch, None, None]:
-    return batches(
-        unit.job.data.shards,
-        unit.job.data.train_split,
-        classifier_plan(config, unit.seed),
-        rank=rank(),
-        world_size=world_size(),
-        start=start,
-        device=device,
-        bad_samples=bad_samples,
-    )
-
-
 def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> TransferResult:
     """Trains a detector to the end, and measures it on the test split."""
     config, data = unit.job.config, unit.job.data
     assert isinstance(config, DetectionConfig)
-    index, masks = read_index(data.shards, patience_s=PATIENCE_S), isinstance(config, MaskRcnnConfig)
+    index, masks = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S), isinstance(config, MaskRcnnConfig)
     train, test = (load_detection_samples(data.shards, s, masks=masks) for s in (data.train_split, data.test_split))
     state = build_detection_state(
         config, unit.backbone(), index.categories, device, seed=unit.seed, data_digest=index.digest

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from labelled import in_memory
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from hemoco.errors import ShardError
@@ -13,7 +14,7 @@ from hemoco.transfer.classification import (
     count_predictions,
     sum_counts,
 )
-from hemoco.transfer.result import LabelledImages
+from hemoco.transfer.splits import LabelledSplit
 
 PNG = b"\x89PNG\r\n"
 
@@ -25,8 +26,8 @@ def scored(images: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(images, classes, generator=generator) + torch.nn.functional.one_hot(labels, classes), labels
 
 
-def split(*labels: int, classes: tuple[str, ...] = ()) -> LabelledImages:
-    return LabelledImages(torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8), torch.tensor(labels).long(), classes)
+def split(*labels: int, classes: tuple[str, ...] = ()) -> LabelledSplit:
+    return in_memory(torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8), torch.tensor(labels).long(), classes)
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labelled import images_of, in_memory
 from safetensors import safe_open
 
 from hemoco.checkpoint import random_backbone
@@ -12,7 +13,7 @@ from hemoco.encoder import Backbone
 from hemoco.errors import TrainingError
 from hemoco.transfer.features import FeatureCache, split_features
 from hemoco.transfer.frozen import calibrate_batch_norm, extract_features
-from hemoco.transfer.result import LabelledImages
+from hemoco.transfer.splits import LabelledSplit
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -33,10 +34,10 @@ def tiny(seed: int = 0, mean: tuple[float, float, float] = MEAN) -> CountingBack
     return CountingBackbone(made.encoder, TINY, mean, STD).eval()
 
 
-def noise(size: int = 8, seed: int = 0) -> LabelledImages:
+def noise(size: int = 8, seed: int = 0) -> LabelledSplit:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (10, 3, size, size), dtype=torch.uint8, generator=generator)
-    return LabelledImages(images, torch.arange(10) % 3)
+    return in_memory(images, torch.arange(10) % 3)
 
 
 def only_file(folder: Path) -> Path:
@@ -101,7 +102,7 @@ def test_other_backbones_images_and_transforms_have_other_features(tmp_path: Pat
         *((each, noise()) for each in backbones),
         *((tiny(), each) for each in (noise(size=9), noise(seed=1), relabelled)),
     ]:
-        assert torch.equal(split_features(backbone, split, cache), extract_features(backbone, split.images))
+        assert torch.equal(split_features(backbone, split, cache), extract_features(backbone, images_of(split)))
     assert len(list(tmp_path.glob("*.safetensors"))) == 8
 
 

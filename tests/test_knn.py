@@ -4,13 +4,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from labelled import images_of, in_memory
 
 from hemoco.checkpoint import random_backbone
 from hemoco.config import EncoderConfig, KnnConfig
 from hemoco.encoder import Backbone
 from hemoco.errors import ConfigError, ShardError
 from hemoco.knn import knn_accuracy, knn_votes, make_bank, run_knn
-from hemoco.transfer.result import LabelledImages
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -131,7 +131,7 @@ def test_images_find_themselves_and_the_backbone_stays_as_it_is(backbone: Backbo
         return hashlib.sha256(b"".join(t.numpy().tobytes() for t in backbone.state_dict().values())).hexdigest()
 
     before = digest()
-    split = LabelledImages(noise_images(300), torch.arange(300) % 6, tuple("abcdef"))
+    split = in_memory(noise_images(300), torch.arange(300) % 6, tuple("abcdef"))
     result = run_knn(KnnConfig(neighbours=1, precision=precision), backbone, split, split, 0)
     assert (result.metric, result.value) == ("top1", 1.0)
     assert result.metrics == {"top1": 1.0, "per_class_accuracy": 1.0, "top5": 1.0}
@@ -140,14 +140,14 @@ def test_images_find_themselves_and_the_backbone_stays_as_it_is(backbone: Backbo
 
 
 def test_classes_without_votes_are_not_among_the_five(backbone: Backbone) -> None:
-    train = LabelledImages(noise_images(12), torch.arange(12) % 6)
-    wrong = LabelledImages(train.images, (train.labels + 1) % 6)
+    train = in_memory(noise_images(12), torch.arange(12) % 6)
+    wrong = in_memory(images_of(train), (train.labels + 1) % 6)
     result = run_knn(KnnConfig(neighbours=1), backbone, train, wrong, 0)
     assert result.metrics == {"top1": 0.0, "per_class_accuracy": 0.0, "top5": 0.0}
 
 
 def test_test_classes_that_the_bank_lacks_are_refused(backbone: Backbone) -> None:
-    train = LabelledImages(noise_images(6), torch.tensor([0, 1, 0, 1, 0, 1]))
-    test = LabelledImages(train.images[:4], torch.tensor([0, 1, 0, 2]), ("ant", "bee", "cat"))
+    train = in_memory(noise_images(6), torch.tensor([0, 1, 0, 1, 0, 1]))
+    test = in_memory(images_of(train)[:4], torch.tensor([0, 1, 0, 2]), ("ant", "bee", "cat"))
     with pytest.raises(ShardError, match=r"test_split has 1 images of classes that .*lacks: 2 \(cat\): 1 images; pack"):
         run_knn(KnnConfig(neighbours=1), backbone, train, test, 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labelled import images_of, in_memory
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -27,19 +28,19 @@ from hemoco.transfer.linear_probe import (
     stratified_split,
     train_heads,
 )
-from hemoco.transfer.result import LabelledImages
+from hemoco.transfer.splits import LabelledSplit
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 CONFIG = LinearProbeConfig(epochs=20, batch_size=32, lrs=(0.01, 0.3, 3.0))
 
 
-def coloured(count: int, seed: int) -> LabelledImages:
+def coloured(count: int, seed: int) -> LabelledSplit:
     """Noisy images of four shades; neighbouring classes overlap."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     shades = torch.tensor([[90, 120, 120], [120, 90, 120], [120, 120, 90], [120, 120, 120]])[labels]
     noise = torch.randn(count, 3, 1, 1, generator=generator) * 12 + torch.randn(count, 3, 8, 8, generator=generator)
-    return LabelledImages((shades.view(-1, 3, 1, 1) + noise).clamp(0, 255).to(torch.uint8), labels)
+    return in_memory((shades.view(-1, 3, 1, 1) + noise).clamp(0, 255).to(torch.uint8), labels)
 
 
 def draw_features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,12 +72,12 @@ def trained_by_torch(
     return linear, means
 
 
-def digits() -> tuple[LabelledImages, LabelledImages]:
+def digits() -> tuple[LabelledSplit, LabelledSplit]:
     """scikit-learn's scans of 8x8 pixels, 1,200 to train on and 597 to test."""
     scans = load_digits()
     images = torch.from_numpy(scans.images / 16 * 255).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
     labels = torch.from_numpy(scans.target).long()
-    return LabelledImages(images[:1200], labels[:1200]), LabelledImages(images[1200:], labels[1200:])
+    return in_memory(images[:1200], labels[:1200]), in_memory(images[1200:], labels[1200:])
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_long_training_reaches_scikit_learns_minimum() -> None:
     train, test = coloured(240, 0), coloured(400, 1)
     config = dataclasses.replace(CONFIG, epochs=300, batch_size=240, lrs=(0.01, 0.5))
     result = run_linear_probe(config, backbone, train, test, seed=0)
-    features, test_features = (extract_features(backbone, split.images).numpy() for split in (train, test))
+    features, test_features = (extract_features(backbone, images_of(split)).numpy() for split in (train, test))
     peer = LogisticRegression(C=np.inf, max_iter=5000, tol=1e-8).fit(features, train.labels.numpy())
     final = result.history[-1][1]
     assert final["train_loss"] == pytest.approx(log_loss(train.labels, peer.predict_proba(features)), rel=1e-3)
@@ -154,7 +155,7 @@ def test_long_training_reaches_scikit_learns_minimum() -> None:
 def test_probe_agrees_with_scikit_learn_on_exported_features(tmp_path: Path) -> None:
     backbone = random_backbone(TINY, 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     train, test = digits()
-    calibrate_batch_norm(backbone, train.images)
+    calibrate_batch_norm(backbone, images_of(train))
     config = LinearProbeConfig(epochs=60, batch_size=100, lrs=(0.3, 1.0), weight_decays=(1e-2,), lbfgs_check=True)
     result = run_linear_probe(config, backbone, train, test, 0, FeatureCache(tmp_path))
     exported = [load_file(path) for path in tmp_path.glob("*.safetensors")]
@@ -198,7 +199,7 @@ def test_learning_rate_that_diverges_is_not_chosen(backbone: Backbone) -> None:
 
 
 def test_learning_rate_is_chosen_without_the_test_split(backbone: Backbone) -> None:
-    wrong = LabelledImages(coloured(40, 1).images, (coloured(40, 1).labels + 1) % 4)
+    wrong = in_memory(images_of(coloured(40, 1)), (coloured(40, 1).labels + 1) % 4)
     right, misled = (run_linear_probe(CONFIG, backbone, coloured(80, 0), test, 0) for test in (coloured(40, 1), wrong))
     assert right.metrics["lr"] == misled.metrics["lr"]
     assert right.metrics["held_out_top1"] == misled.metrics["held_out_top1"]
@@ -212,7 +213,7 @@ def test_weight_decay_is_chosen_with_the_learning_rate(backbone: Backbone) -> No
 
 
 def test_one_class_is_refused(backbone: Backbone) -> None:
-    one = LabelledImages(coloured(40, 0).images, torch.zeros(40, dtype=torch.int64))
+    one = in_memory(images_of(coloured(40, 0)), torch.zeros(40, dtype=torch.int64))
     with pytest.raises(ShardError, match="nothing to tell apart"):
         run_linear_probe(CONFIG, backbone, one, one, 0)
 

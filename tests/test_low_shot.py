@@ -3,6 +3,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from labelled import images_of, in_memory
 from sklearn.linear_model import LogisticRegression
 from test_linear_probe import TINY, coloured, digest
 
@@ -12,7 +13,7 @@ from hemoco.encoder import Backbone
 from hemoco.errors import ConfigError, ShardError
 from hemoco.transfer.frozen import extract_features
 from hemoco.transfer.low_shot import Standardisation, count_shots, draw_shots, fit_logistic_regression, run_low_shot
-from hemoco.transfer.result import LabelledImages
+from hemoco.transfer.splits import LabelledSplit
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,10 @@ def backbone() -> Backbone:
     return random_backbone(TINY, 0, (0.45, 0.45, 0.45), (0.05, 0.05, 0.05))
 
 
-def labelled(counts: list[int]) -> LabelledImages:
+def labelled(counts: list[int]) -> LabelledSplit:
     """So many images of each class."""
     labels = torch.repeat_interleave(torch.tensor(counts))
-    return LabelledImages(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels)
+    return in_memory(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -78,7 +79,7 @@ def test_class_with_too_few_images_is_named(second: int, others: str) -> None:
 def test_class_that_only_the_test_split_has_is_named(backbone: Backbone) -> None:
     train, test = coloured(40, 0), coloured(8, 1)
     with pytest.raises(ShardError, match="lacks: 4: 2 images"):
-        run_low_shot(LowShotConfig(), backbone, train, LabelledImages(test.images, test.labels + 1), 0)
+        run_low_shot(LowShotConfig(), backbone, train, in_memory(images_of(test), test.labels + 1), 0)
 
 
 def test_standardisation_is_that_of_numpy() -> None:
@@ -91,7 +92,7 @@ def test_standardisation_is_that_of_numpy() -> None:
 def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) -> None:
     train, test = coloured(80, 0), coloured(200, 1)
     result = run_low_shot(LowShotConfig(shots=5, draws=3, weight_decay=1e-2), backbone, train, test, seed=7)
-    features, test_features = (extract_features(backbone, s.images).double().numpy() for s in (train, test))
+    features, test_features = (extract_features(backbone, images_of(s)).double().numpy() for s in (train, test))
     mean, deviation = features.mean(axis=0), features.std(axis=0)
     deviation[deviation <= 1e-6] = 1
     generator, scores = torch.Generator().manual_seed(7), []
@@ -130,6 +131,6 @@ def test_one_draw_has_no_deviation(backbone: Backbone) -> None:
 
 
 def test_units_that_are_dead_in_training_do_not_rule(backbone: Backbone) -> None:
-    grey = LabelledImages(torch.full((8, 3, 8, 8), 120, dtype=torch.uint8), torch.arange(8) % 4)
+    grey = in_memory(torch.full((8, 3, 8, 8), 120, dtype=torch.uint8), torch.arange(8) % 4)
     result = run_low_shot(LowShotConfig(shots=2, draws=2), backbone, grey, coloured(40, 1), 0)
     assert result.value == 0.25  # nothing to learn: all test images get one class

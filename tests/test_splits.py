@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labelled import in_memory
 from shard_folders import write_shards
 
 from hemoco.checkpoint import random_backbone
@@ -12,8 +13,7 @@ from hemoco.encoder import Backbone
 from hemoco.errors import ShardError
 from hemoco.transfer.classification import check_labels
 from hemoco.transfer.features import FeatureCache, split_features
-from hemoco.transfer.result import LabelledImages
-from hemoco.transfer.splits import image_batches, open_split, some_images
+from hemoco.transfer.splits import open_split, some_images
 
 SIZES = (300, 1, 250)
 
@@ -30,13 +30,13 @@ def backbone(seed: int = 0) -> Backbone:
 def test_a_split_in_storage_is_the_one_in_memory(shards: str) -> None:
     images, labels, _ = load_images(shards, "train", 8)
     split = open_split(shards, "train", 8)
-    batches = list(image_batches(split))
+    batches = list(split.batches())
     assert [len(batch) for batch in batches] == [256, 256, 39]
     assert torch.equal(torch.cat(batches), images)
     assert torch.equal(split.labels, labels)
     assert split.classes == ("a", "b", "c") and check_labels(split, split) == 3
-    in_memory = split_features(backbone(), LabelledImages(images, labels), None)
-    assert torch.equal(split_features(backbone(), split, None), in_memory)
+    expected = split_features(backbone(), in_memory(images, labels), None)
+    assert torch.equal(split_features(backbone(), split, None), expected)
 
 
 def test_cached_features_need_no_image(tmp_path: Path) -> None:
@@ -60,17 +60,16 @@ def test_features_of_anything_else_are_computed(change: str, tmp_path: Path) -> 
 
 def test_some_images_come_from_few_shards_all_over_the_split(tmp_path: Path) -> None:
     url = write_shards(str(tmp_path), [10] * 25)
-    split = open_split(url, "train", 8)
     for path in tmp_path.glob("*.tar"):
         if int(path.stem[-6:]) % 5:
             path.unlink()  # not read
-    values = some_images(split, 50)[:, 0, 0, 0].tolist()
+    values = some_images(url, "train", size=8, count=50)[:, 0, 0, 0].tolist()
     assert values == [shard * 10 + row for shard in range(0, 25, 5) for row in range(10)]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(551, 551), (10_000, 551), (100, 100)])
 def test_some_images_are_about_as_many_as_wanted_or_all(shards: str, count: int, expected: int) -> None:
-    assert len(some_images(open_split(shards, "train", 4), count)) == pytest.approx(expected, abs=5)
+    assert len(some_images(shards, "train", size=4, count=count)) == pytest.approx(expected, abs=5)
 
 
 def test_images_without_a_label_are_told_before_any_is_read(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from hemoco.storage import is_transient
 
 Answer = TypeVar("Answer")
 
+EVALUATION_PATIENCE_S = 600.0
+"""For which reading labelled splits waits out faults; a training's stream has a setting of its own."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 20.0
 _LAST_CHANCE_S = 1.0

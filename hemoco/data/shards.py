@@ -11,7 +11,10 @@ A shard is told by size and SHA-256, never by its ETag, which some servers give 
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from hemoco.errors import ShardError, StorageError
 INDEX_NAME = "index.json"
 INDEX_FORMAT = "hemoco-shards"
 INDEX_VERSION = 2
+_TABLES_AT_ONCE = 16
 UNFINISHED = "unfinished"
 """Folder below the shard folder while it is being packed."""
 
@@ -207,6 +211,16 @@ def read_table(url: str, shard: Shard) -> SampleTable:
             "pack the data again"
         )
     return table
+
+
+def read_tables(url: str, shards: Iterable[Shard]) -> Iterator[SampleTable]:
+    """The tables of several shards in their order, read side by side.
+
+    Raises:
+        ShardError, StorageError: as `read_table`.
+    """
+    with ThreadPoolExecutor(_TABLES_AT_ONCE) as threads:
+        yield from threads.map(partial(read_table, url), shards)
 
 
 def check_table(url: str, shard: Shard, table: SampleTable) -> None:

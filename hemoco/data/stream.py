@@ -17,14 +17,13 @@ from hemoco.config import PretrainConfig
 from hemoco.data.counts import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
 from hemoco.data.decode import decode_image
 from hemoco.data.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
+from hemoco.data.patience import EVALUATION_PATIENCE_S
 from hemoco.data.shards import Shard, ShardColumns, ShardIndex, read_index, read_shard
 from hemoco.data.tar_samples import Sample
 from hemoco.data.views import center_view
 from hemoco.errors import HemocoError, ShardError
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE_S = 600.0  # of evaluation
 
 
 class LabelledView(NamedTuple):
@@ -131,7 +130,7 @@ def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, l
     Raises:
         ShardError: an image has no label or cannot be decoded.
     """
-    shards = read_index(data_url, patience_s=_PATIENCE_S).split(split)
+    shards = read_index(data_url, patience_s=EVALUATION_PATIENCE_S).split(split)
     images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
     labels, keys = [], []
     for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):

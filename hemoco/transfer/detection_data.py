@@ -23,13 +23,13 @@ from torch import Tensor
 
 from hemoco.config import DetectionConfig, MaskRcnnConfig
 from hemoco.data.decode import decode_image
+from hemoco.data.patience import EVALUATION_PATIENCE_S
 from hemoco.data.shards import read_index, read_shard, shard_url
 from hemoco.data.tar_samples import Sample
 from hemoco.errors import ConfigError, ShardError
 from hemoco.transfer.annotations import clean_annotations
 from hemoco.transfer.detection_targets import Example, build_target, flip_horizontally, scale
 
-_PATIENCE_S = 600.0
 _BATCHES_AHEAD = 2  # decoded while a step runs
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORDER, _DRAWS = 0, 1  # tell the random streams of a seed apart
@@ -110,7 +110,7 @@ def load_detection_samples(data_url: str, split: str, *, masks: bool) -> Detecti
         ShardError: an image has no annotations, no readable header, or an annotation that is none; or masks are wanted
             where there are boxes only.
     """
-    index = read_index(data_url, patience_s=_PATIENCE_S)
+    index = read_index(data_url, patience_s=EVALUATION_PATIENCE_S)
     known = frozenset(int(category["id"]) for category in index.categories)
     samples: list[DetectionSample] = []
     counts = Counter(dict.fromkeys(COUNTS, 0))

@@ -23,8 +23,7 @@ from hemoco.transfer.result import TransferResult
 from hemoco.transfer.voc import voc_metrics
 
 _DRAWN_SCENES = 4
-BOX_METRICS = {"coco": "box_ap", "voc": "box_ap50", "voc07": "box_ap50_11point"}
-"""The headline by `DetectionConfig.metric`."""
+_BOX_METRICS = {"coco": "box_ap", "voc": "box_ap50", "voc07": "box_ap50_11point"}
 _MASKS_AT_ONCE = 16  # pasted into the image; all of a crowded one would take gigabytes
 
 
@@ -67,7 +66,7 @@ def measure(
         metrics = coco_metrics(truth, predictions, masks=masks, max_detections=config.max_detections)
     else:
         metrics = voc_metrics(truth, predictions)
-    metric = "mask_ap" if masks else BOX_METRICS[config.metric]
+    metric = headline_metric(config)
     over = sum(sum(not item["iscrowd"] for item in s.annotations) > config.max_detections for s in samples)
     return TransferResult(
         metric=metric,
@@ -76,6 +75,11 @@ def measure(
         images={"detections": _draw(samples[:_DRAWN_SCENES], predictions, categories)},
         files={"predictions.json": _results_file(samples, predictions)},
     )
+
+
+def headline_metric(config: DetectionConfig) -> str:
+    """The metric that a detector is compared by."""
+    return "mask_ap" if isinstance(config, MaskRcnnConfig) else _BOX_METRICS[config.metric]
 
 
 def detect(model: GeneralizedRCNN, image: Tensor) -> dict[str, Tensor]:

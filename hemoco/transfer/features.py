@@ -1,8 +1,8 @@
 """Features of frozen backbones, cached on the disk of a machine.
 
 A file's name is the SHA-256 of all that its features follow from: the backbone's tensors, BN statistics included, its
-architecture and normalisation, the images (in memory their pixels, in storage the index's digest) and their size, the
-layer, and the arithmetic. So nothing stale is ever found, and what is found has the bits that were computed.
+architecture and normalisation, the identity of the images and their size, the layer, and the arithmetic. So nothing
+stale is ever found, and what is found has the bits that were computed.
 
 Shapes: M images, S x S pixels each, F features.
 """
@@ -26,8 +26,7 @@ from hemoco.errors import CheckpointError, TrainingError
 from hemoco.storage import first_line
 from hemoco.tensor_file import parse_safetensors
 from hemoco.transfer.frozen import extract_features
-from hemoco.transfer.result import LabelledImages
-from hemoco.transfer.splits import LabelledSplit, image_batches
+from hemoco.transfer.splits import LabelledSplit
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ def split_features(backbone: Backbone, split: LabelledSplit, cache: FeatureCache
 
 
 def _finite_features(backbone: Backbone, split: LabelledSplit) -> Tensor:
-    features = torch.cat([extract_features(backbone, images) for images in image_batches(split)])
+    features = torch.cat([extract_features(backbone, images) for images in split.batches()])
     if not features.isfinite().all():
         raise TrainingError(
             "the backbone's features are not finite: its training has diverged; take an earlier checkpoint"
@@ -162,8 +161,8 @@ def _about(backbone: Backbone, split: LabelledSplit) -> dict[str, str]:
         "shortcuts": json.dumps(backbone.config.shortcuts),
         "mean": json.dumps(backbone.mean),
         "std": json.dumps(backbone.std),
-        "size": str(split.images.shape[2] if isinstance(split, LabelledImages) else split.size),
-        "images": "in memory" if isinstance(split, LabelledImages) else split.identity,
+        "size": str(split.size),
+        "images": split.identity,
         "torch": torch.__version__,
         "device": backbone.pixel_mean.device.type,
     }
@@ -171,8 +170,6 @@ def _about(backbone: Backbone, split: LabelledSplit) -> dict[str, str]:
 
 def _key(about: Mapping[str, str], backbone: Backbone, split: LabelledSplit) -> str:
     tensors = {**backbone.encoder.state_dict(), "hemoco.labels": split.labels}
-    if isinstance(split, LabelledImages):
-        tensors["hemoco.images"] = split.images
     return hashlib.sha256(f"{json.dumps(about, sort_keys=True)} {_digest(tensors)}".encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from hemoco.config import LinearProbeConfig
 from hemoco.encoder import Backbone
 from hemoco.errors import ConfigError, TrainingError
+from hemoco.optim import cosine_lr
 from hemoco.transfer.classification import check_labels, classification_result, count_predictions
 from hemoco.transfer.features import FeatureCache, split_features
 from hemoco.transfer.low_shot import Standardisation, fit_logistic_regression
@@ -179,7 +180,7 @@ def train_heads(
     """
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(config.epochs):
-        factor = 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+        factor = cosine_lr(epoch, config.epochs, 1.0)
         total = torch.zeros(len(heads.settings), device=features.device)
         order = torch.randperm(len(labels), generator=generator).to(features.device)
         for rows in torch.split(order, config.batch_size):

@@ -1,23 +1,6 @@
-"""What goes into a transfer and what comes out of it.
-
-Shapes: M images, S x S pixels each.
-"""
+"""What comes out of a transfer."""
 
 import dataclasses
-from typing import NamedTuple
-
-from torch import Tensor
-
-
-class LabelledImages(NamedTuple):
-    """A labelled split in memory."""
-
-    images: Tensor
-    """uint8 RGB (M, 3, S, S)."""
-    labels: Tensor
-    """int64 (M,), classes counted from 0."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes, by label; empty where they are not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,6 @@ from hemoco.config import EncoderConfig
 from hemoco.encoder import Backbone
 from hemoco.knn import knn_votes, make_bank
 from hemoco.transfer.frozen import calibrate_batch_norm, extract_features
-from hemoco.transfer.result import LabelledImages
 
 CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10"
 NEIGHBOURS, TEMPERATURE, CLASSES, FEATURES = 200, 0.1, 10, 512
@@ -69,14 +68,23 @@ def made_problem(images: int, queries: int, device: str) -> Problem:
     return Problem(bank, known, queries, own)
 
 
-def calibrated_backbone(train: LabelledImages, stem: Literal["imagenet", "small"]) -> Backbone:
+class Images(NamedTuple):
+    """A split of CIFAR-10."""
+
+    images: Tensor
+    """uint8 (M, 3, 32, 32)."""
+    labels: Tensor
+    """(M,)."""
+
+
+def calibrated_backbone(train: Images, stem: Literal["imagenet", "small"]) -> Backbone:
     """A random ResNet-18 whose BN statistics are those of the training images."""
     backbone = random_backbone(EncoderConfig(architecture="resnet18", stem=stem), 0, MEAN, STD)
     calibrate_batch_norm(backbone, train.images)
     return backbone
 
 
-def read_cifar(folder: Path, split: str, archives: int, each: int) -> LabelledImages:
+def read_cifar(folder: Path, split: str, archives: int, each: int) -> Images:
     """Images of a split, evenly over the classes, `each` of so many of its archives."""
     arrays, names = [], []
     for path in sorted(folder.glob(f"{split}*.zip"))[:archives]:
@@ -87,7 +95,7 @@ def read_cifar(folder: Path, split: str, archives: int, each: int) -> LabelledIm
                 names.append(name.split("/")[1])
     known = sorted(set(names))
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    return LabelledImages(images, torch.tensor([known.index(name) for name in names]), tuple(known))
+    return Images(images, torch.tensor([known.index(name) for name in names]))
 
 
 def ours(dtype: torch.dtype) -> Predict:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from knn import CIFAR10, calibrated_backbone, read_cifar
+from knn import CIFAR10, Images, calibrated_backbone, read_cifar
 from machine import describe_machine, table
 from step_case import seconds_per_call
 from step_rounds import Goal, over_rounds, print_goals, take_turns
@@ -32,7 +32,6 @@ from hemoco.config import LinearProbeConfig
 from hemoco.encoder import Backbone
 from hemoco.transfer.frozen import extract_features
 from hemoco.transfer.linear_probe import Heads, Setting, evaluate_heads, new_heads, stratified_split, train_heads
-from hemoco.transfer.result import LabelledImages
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
@@ -130,7 +129,7 @@ def pass_over(backbone: Backbone, images: Tensor, count: int, device: str) -> fl
     return seconds_per_call(lambda: extract_features(backbone, images), 1, device) * count / len(images)
 
 
-def read_parts(backbone: Backbone, train: LabelledImages, test: LabelledImages) -> Parts:
+def read_parts(backbone: Backbone, train: Images, test: Images) -> Parts:
     """The features of CIFAR-10 on the backbone's device."""
     features, test_features = (extract_features(backbone, split.images) for split in (train, test))
     labels, test_labels = (split.labels.to(features.device) for split in (train, test))
