@@ -80,14 +80,6 @@ def write_comparison(found: Comparison, folder: Path) -> None:
         (folder / f"comparison.{suffix}").write_text(text, encoding="utf-8")
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("|", r"\|")
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
-
-
 def summary_cells(line: Summary) -> list[str]:
     """The line as text, one cell for each of `COLUMNS`: means +- deviation, the difference +- its 95% interval."""
     difference = line.difference
@@ -95,9 +87,16 @@ def summary_cells(line: Summary) -> list[str]:
     unknown = {0: "-", 1: "one seed"}.get(difference.pairs, "no spread")
     noise = {True: "yes", False: "no", None: unknown}[difference.stands_out]
     seeds = str(difference.pairs or max(line.pretrained.values, line.other.values))
-    values = (f"{_number(spread.mean)}{_margin(spread.sd)}" for spread in (line.pretrained, line.other))
-    ours, theirs = values
+    ours, theirs = (f"{_number(spread.mean)}{_margin(spread.sd)}" for spread in (line.pretrained, line.other))
     return [line.transfer, line.metric, ours, line.baseline or "-", theirs, shown, seeds, noise]
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _margin(value: float) -> str:

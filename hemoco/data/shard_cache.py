@@ -15,16 +15,16 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from hemoco.data.fetch import FetchCounts, verified_shard
+from hemoco.file_lock import close_unlocked, file_lock, open_locked
 from hemoco.storage import first_line
 
 logger = logging.getLogger(__name__)
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.partial)?")
-_PARTIAL = ".partial"
+_PARTIAL, _LOCK = ".partial", ".lock"
 
 
 class ShardCache:
@@ -88,7 +88,7 @@ class ShardCache:
 
     def _claim(self, sha256: str, size: int) -> io.FileIO | None:
         """The locked partial file; None if another finished it or gave it up, while this one waited for the lock."""
-        partial = _open_locked(self._folder / (sha256 + _PARTIAL))
+        partial = open_locked(self._folder / (sha256 + _PARTIAL))
         try:
             if not _is_in_place(partial) or (self._folder / sha256).exists():
                 _let_go(partial)
@@ -119,7 +119,7 @@ class ShardCache:
 
     def _reserve(self, partial: io.FileIO, size: int) -> None:
         """Gives a partial file its size, after removing what was not used for longest."""
-        with self._locked():
+        with file_lock(self._folder / _LOCK):
             partial.truncate(0)  # what a maker that died has left
             self._evict(size)
             os.posix_fallocate(partial.fileno(), 0, size)
@@ -150,7 +150,7 @@ class ShardCache:
             while left:
                 left = left[partial.write(left) :]
             kept = mmap.mmap(partial.fileno(), len(data), prot=mmap.PROT_READ)
-            with self._locked():  # else who counts the files might see it under neither name
+            with file_lock(self._folder / _LOCK):  # else who counts the files might see it under neither name
                 # the kernel's own time of use is coarse, and those of `_find` are not
                 os.utime(partial.fileno(), ns=(time.time_ns(), os.fstat(partial.fileno()).st_mtime_ns))
                 (self._folder / (sha256 + _PARTIAL)).rename(self._folder / sha256)
@@ -160,15 +160,6 @@ class ShardCache:
         self._proved[sha256] = _identity(os.fstat(partial.fileno()))
         return kept
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keeps other processes from making or finishing a file."""
-        lock = _open_locked(self._folder / ".lock")
-        try:
-            yield
-        finally:
-            _close_unlocked(lock)
-
     def _warn(self, url: str, error: OSError) -> None:
         if not self._warned:
             self._warned = True
@@ -176,23 +167,11 @@ class ShardCache:
             logger.warning("event=shard_not_cached folder=%s first_url=%s reason=%s", self._folder, url, reason)
 
 
-def _open_locked(path: Path) -> io.FileIO:
-    """A file, made if it is missing, as soon as no other holds its lock."""
-    file = io.FileIO(path, "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o600))
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
-def _close_unlocked(file: io.FileIO) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)  # closing would not: a child forked meanwhile has it open too
-    file.close()
-
-
 def _let_go(partial: io.FileIO) -> None:
     """Removes a partial file, unless it has been finished, and lets others have a try."""
     if _is_in_place(partial):
         Path(partial.name).unlink()
-    _close_unlocked(partial)
+    close_unlocked(partial)
 
 
 def _is_in_place(file: io.FileIO) -> bool:

@@ -9,12 +9,11 @@ Shapes: M images, S x S pixels each, F features.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hemoco.encoder import Backbone
 from hemoco.errors import CheckpointError, TrainingError
+from hemoco.file_lock import file_lock
 from hemoco.storage import first_line
 from hemoco.tensor_file import parse_safetensors
 from hemoco.transfer.frozen import extract_features
@@ -81,7 +81,8 @@ class FeatureCache:
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(on_cpu, {**about, "key": key, "sha256": _digest(on_cpu)})
         try:
-            with self._locked():
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with file_lock(self._folder / ".lock"):
                 self._make_room(len(data))
                 partial = self._path(key).with_suffix(_PARTIAL)
                 partial.write_bytes(data)
@@ -109,17 +110,6 @@ class FeatureCache:
                 return
             path.unlink(missing_ok=True)
             used -= bytes_
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keeps other writers away."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self._folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not: a child forked meanwhile has it open too
 
     def _warn(self, error: OSError) -> None:
         logger.warning("event=features_not_cached folder=%s reason=%s", self._folder, first_line(error))
