@@ -6,6 +6,7 @@ Shapes: N images of a batch, S x S pixels each.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from contextlib import closing, nullcontext
 
 import torch
@@ -19,7 +20,7 @@ from hemoco.data.stream import batches, steps_per_epoch
 from hemoco.distributed import rank, world_size
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
-from hemoco.training_state import TrainingState
+from hemoco.training_state import LoggedStep, TrainingState
 from hemoco.transfer.classification import check_labels, classification_result, count_predictions
 from hemoco.transfer.classifier import build_classifier_state, classifier_plan
 from hemoco.transfer.classifier_steps import classifier_steps, classify
@@ -81,11 +82,16 @@ class _Checkpoints:
         self._attempt = resume_newest(self._url, state)
         self._saved = state.step
 
-    def after_step(self) -> None:
-        if self._state.step % self._every == 0:
-            self.save()
+    def follow(self, steps: Iterable[LoggedStep], log: _Log) -> None:
+        """Takes the steps to their end."""
+        for step in steps:
+            log(*step)
+            if step.step % self._every == 0:
+                self._save()
+        log(self._state.step, {})  # also where all steps were done before
+        self._save()
 
-    def save(self) -> None:
+    def _save(self) -> None:
         if rank() == 0 and self._saved != self._state.step:
             save_checkpoint(self._state, self._url, attempt=self._attempt, keep_last=1)
         self._saved = self._state.step
@@ -118,11 +124,8 @@ def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> Tra
             )
         ) as source,
     ):
-        for step in classifier_steps(state, source, steps_per_epoch(index, data.train_split, plan)):
-            log(step.step, step.values)
-            checkpoints.after_step()
-    log(state.step, {})  # also where all steps were done before
-    checkpoints.save()
+        per_epoch = steps_per_epoch(index, data.train_split, plan)
+        checkpoints.follow(classifier_steps(state, source, per_epoch), log)
     scores = classify(state, data.shards, index.split(data.test_split))
     return classification_result(count_predictions(scores.logits, scores.labels), index.classes, also={})
 
@@ -136,12 +139,8 @@ def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> Trans
     state = build_detection_state(
         config, unit.backbone(), index.categories, device, seed=unit.seed, data_digest=index.digest
     )
-    checkpoints = _Checkpoints(unit, config, state)
-    for step in detection_steps(state, train.samples, sorted_category_ids(index.categories)):
-        log(step.step, step.values)
-        checkpoints.after_step()
-    log(state.step, {})
-    checkpoints.save()
+    steps = detection_steps(state, train.samples, sorted_category_ids(index.categories))
+    _Checkpoints(unit, config, state).follow(steps, log)
     result = evaluate_detector(state, train.samples, test.samples, index.categories)
     counts = {
         f"{split}/{name}": count
