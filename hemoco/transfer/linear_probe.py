@@ -83,11 +83,13 @@ class Heads:
         slopes = likelihoods.clamp_(min=_FLOOR).exp_()
         slopes.scatter_add_(1, own, slopes.new_full(own.shape, -1.0))
         slopes = slopes.div_(len(features)).flatten(1)  # (B, C H)
-        gradients = [(slopes.T @ features).view_as(self.weight), slopes.sum(dim=0).view_as(self.bias)]
-        for parameter, gradient, velocity in zip([self.weight, self.bias], gradients, self._velocities, strict=True):
+        of_weight, of_bias = self._velocities
+        # momentum and gradient in one pass over the weights, which are more than a core's caches hold
+        of_weight.flatten(0, 1).addmm_(slopes.T, features, beta=_MOMENTUM)
+        of_bias.mul_(_MOMENTUM).add_(slopes.sum(dim=0).view_as(of_bias))
+        for parameter, velocity in ((self.weight, of_weight), (self.bias, of_bias)):
             shape = [-1, *[1] * (parameter.ndim - 2)]  # of a number for each head
-            gradient.addcmul_(parameter, self._decays.view(shape))
-            velocity.mul_(_MOMENTUM).add_(gradient)
+            velocity.addcmul_(parameter, self._decays.view(shape))
             parameter.addcmul_(velocity, (self._lrs * -factor).view(shape))
         return losses
 
