@@ -7,22 +7,22 @@ import dataclasses
 import itertools
 import json
 import os
-import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from hemoco.errors import TrackingError, UsageError
-from hemoco.metric_queue import MetricPoint, MetricQueue
+from hemoco.kept_metrics import MetricPoint, RefusedError
+from hemoco.metric_queue import MetricQueue
+from hemoco.mlflow_uri import check_uri, database, shown
 from hemoco.storage import home
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "hemoco"
-_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 with back-off block for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -55,7 +55,7 @@ class RunFacts:
 def tracking_uri() -> str:
     """`$MLFLOW_TRACKING_URI`, default SQLite below `home()`; absolute, because workers run in other folders."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
-    return f"sqlite:///{_database(uri).resolve()}" if uri.startswith("sqlite:///") else uri
+    return f"sqlite:///{database(uri).resolve()}" if uri.startswith("sqlite:///") else uri
 
 
 def connect(uri: str) -> str:
@@ -67,12 +67,12 @@ def connect(uri: str) -> str:
     Raises:
         TrackingError: the URI is of a wrong kind, nothing answers there, or the experiment was deleted.
     """
-    _check_uri(uri)
+    check_uri(uri)
     local = uri.startswith("sqlite:")
     patience_s = 30.0 if local else 0.0  # a file may be locked for a moment; a server that is not there stays away
     found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT), patience_s=patience_s)
     if found is None:
-        folder = (_database(uri).parent / "mlartifacts").as_uri() if local else None
+        folder = (database(uri).parent / "mlartifacts").as_uri() if local else None
         try:
             return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, artifact_location=folder)))
         except TrackingError:
@@ -82,7 +82,7 @@ def connect(uri: str) -> str:
                 raise
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"experiment {EXPERIMENT!r} was deleted in MLflow at {_shown(uri)}: restore it with "
+            f"experiment {EXPERIMENT!r} was deleted in MLflow at {shown(uri)}: restore it with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
     return str(found.experiment_id)
@@ -208,7 +208,7 @@ def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0
         patience_s: after that time no new attempt begins.
 
     Raises:
-        TrackingError: no answer in time, or a refusal.
+        TrackingError: no answer in time, or a refusal (RefusedError).
     """
     client = _client_type()
     from mlflow.exceptions import MlflowException
@@ -225,18 +225,47 @@ def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0
 
 
 class Tracker(MetricQueue):
-    """Metrics of one MLflow run, sent while training goes on."""
+    """Metrics of one MLflow run, sent while training goes on.
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    Args:
+        uri: of MLflow.
+        run_id: the run.
+        unsent: URL of a folder for points that are not delivered yet, `JOB/unsent_metrics/RUN_ID`: there a resumed
+            training and `python -m jobs sync` find them.
+    """
+
+    def __init__(self, uri: str, run_id: str, unsent: str) -> None:
         _client_type()  # here, because two threads must not import mlflow at the same time
-        super().__init__(partial(_send_points, uri, run_id), home() / "unsent_metrics" / f"{run_id}.jsonl")
+        super().__init__(partial(send_points, uri, run_id), unsent)
 
 
-def _send_points(uri: str, run_id: str, points: list[MetricPoint]) -> None:
+def check_delivered(tracker: Tracker) -> None:
+    """Refuses to call work done whose metrics MLflow does not have, for a comparison reads nothing else.
+
+    Args:
+        tracker: closed.
+
+    Raises:
+        TrackingError: it still has some.
+    """
+    if not tracker.delivered:
+        raise TrackingError(
+            "MLflow has not taken all metrics, which are kept beside the checkpoints: when it answers again, say the "
+            "same words, and the work goes on from its last checkpoint"
+        )
+
+
+def send_points(uri: str, run_id: str, points: list[MetricPoint], *, patience_s: float = 0.0) -> None:
+    """Sends at most 1000 points, however often they were sent before.
+
+    Raises:
+        RefusedError: MLflow would refuse them for ever.
+        TrackingError: no answer in time.
+    """
     from mlflow.entities import Metric
 
     metrics = [Metric(point.key, point.value, point.timestamp, point.step) for point in points]
-    ask(uri, lambda client: client.log_batch(run_id, metrics=metrics), patience_s=0)
+    ask(uri, lambda client: client.log_batch(run_id, metrics=metrics), patience_s=patience_s)
 
 
 def _client_type() -> Any:
@@ -246,27 +275,6 @@ def _client_type() -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient
-
-
-def _check_uri(uri: str) -> None:
-    if urlsplit(uri).scheme.partition("+")[0] not in _SCHEMES:
-        raise TrackingError(
-            f"MLFLOW_TRACKING_URI is {_shown(uri)}: use http(s)://HOST:PORT of an MLflow server, sqlite:////ABSOLUTE/"
-            "PATH.db, or unset it for SQLite in $HEMOCO_HOME"
-        )
-    if uri.startswith("sqlite:"):
-        # MLflow itself would try for minutes to open it
-        path = _database(uri)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sqlite3.connect(path).execute("pragma schema_version").connection.close()
-        except (OSError, sqlite3.DatabaseError) as error:
-            if "locked" not in str(error):
-                raise TrackingError(f"{uri}: {error}; correct MLFLOW_TRACKING_URI or HEMOCO_HOME") from error
-
-
-def _database(uri: str) -> Path:
-    return Path(unquote(uri.removeprefix("sqlite:///")))
 
 
 def _facts(run: Any) -> RunFacts:
@@ -285,12 +293,10 @@ def _refusal(uri: str, error: Exception) -> TrackingError:
     if "Max retries exceeded" in str(error) or "timed out" in str(error):
         reason = "it does not answer"
     advice = "start the server or correct MLFLOW_TRACKING_URI (unset: SQLite in $HEMOCO_HOME)"
-    if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+    code = getattr(error, "error_code", "")
+    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return TrackingError(f"MLflow at {_shown(uri)}: {reason}; {advice}")
-
-
-def _shown(uri: str) -> str:
-    """The URI without user and password."""
-    host = urlsplit(uri).netloc
-    return uri.replace(host, host.rpartition("@")[2], 1) if host else uri
+    elif "'active' state" in reason:
+        advice = "it was deleted, `mlflow runs restore --run-id` brings it back"
+    kind = RefusedError if code in _FINAL_ERRORS else TrackingError
+    return kind(f"MLflow at {shown(uri)}: {reason}; {advice}")

@@ -20,6 +20,11 @@ _VERBS = {
     "export": "a backbone as a file for torchvision, timm, detectron2 or moco",
     "import": "a backbone of MoCo, torchvision, timm, detectron2, solo-learn, ... as a backbone of hemoco",
     "up": "S3, MLflow and Ray on this machine, in the foreground",
+    "preflight": "everything that can fail later, checked now, one line each",
+    "submit": "the same words, run on a cluster as a Ray job; follows its log",
+    "status": "what runs, finished, failed, and how to go on",
+    "stop": "ends a submitted run; the same words resume it",
+    "sync": "delivers metrics that were kept while MLflow was away",
     "recipes": "the recipes that come with hemoco",
 }
 _MODULES = {
@@ -42,8 +47,11 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else 2
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
-    logging.getLogger("pipeline").setLevel(logging.DEBUG if debug else logging.INFO)  # what a person waits for
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for room in ("hemoco", "pipeline", "cluster", "jobs"):  # not all: botocore logs session tokens
+        logging.getLogger(room).setLevel(logging.DEBUG if debug else logging.WARNING)
+    if not debug:
+        logging.getLogger("pipeline").setLevel(logging.INFO)  # what a person waits for
     try:
         _verb(argv[0]).main(argv[1:])
     except HemocoError as error:

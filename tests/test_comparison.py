@@ -41,7 +41,7 @@ def write_pretraining(uri: str, name: str, parent: str) -> str:
     tags = {"hemoco.run": name, "hemoco.phase": "pretrain", "hemoco.recipe": "cells", "hemoco.data_digest": "abc"}
     params = {"pretrain.moco.queue_length": "1023", "pretrain.epochs": "4"}
     run_id = open_run(uri, connect(uri), name="pretrain", parent=parent, tags=tags, params=params)
-    with Tracker(uri, run_id) as tracker:
+    with Tracker(uri, run_id, f"memory://unsent/{run_id}") as tracker:
         for step in (10, 20):
             tracker.log(step, {"loss": 60 / step, "embedding_std": 0.9})
         tracker.log(20, {"knn_top1": 0.5})
@@ -53,7 +53,7 @@ def write_pretraining(uri: str, name: str, parent: str) -> str:
 def write_transfer(uri: str, name: str, parent: str, transfer: str, metric: str) -> str:
     tags = {"hemoco.run": name, "hemoco.phase": "transfer", "hemoco.transfer": transfer, "hemoco.metric": metric}
     run_id = open_run(uri, connect(uri), name=transfer, parent=parent, tags=tags, params={})
-    with Tracker(uri, run_id) as tracker:
+    with Tracker(uri, run_id, f"memory://unsent/{run_id}") as tracker:
         for (init, seed), value in VALUES.items():
             tracker.log(7, {f"{init}/seed_{seed}/loss": 9.0})
             tracker.log(9, {f"{init}/seed_{seed}/{metric}": value, f"{init}/seed_{seed}/other": 0.9})

@@ -1,7 +1,7 @@
 """MLflow as a run meets it: real SQLite stores, several writers, outages."""
 
 import json
-import logging
+import math
 import multiprocessing
 import shutil
 import sqlite3
@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 
 from hemoco import tracking as door
 from hemoco.errors import TrackingError, UsageError
-from hemoco.metric_queue import MetricPoint, MetricQueue
-from hemoco.tracking import Tracker, close_run, connect, find_run, metric_history, open_run, run_facts
+from hemoco.kept_metrics import MetricPoint, RefusedError, kept_files, read_points
+from hemoco.tracking import Tracker, close_run, connect, find_run, metric_history, open_run, run_facts, send_points
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -37,6 +37,11 @@ def uri(schema: Path, tmp_path: Path) -> str:
 @pytest.fixture
 def run_id(uri: str) -> str:
     return open_run(uri, connect(uri), name="a", parent=None, tags={"hemoco.run": "a"}, params={})
+
+
+@pytest.fixture
+def unsent(tmp_path: Path) -> str:
+    return str(tmp_path / "unsent")
 
 
 @pytest.fixture(autouse=True)
@@ -146,71 +151,67 @@ def test_dataset_is_recorded_once_however_often_it_is_logged(uri: str, run_id: s
     assert entry.tags[0].value == "pretraining"
 
 
-def test_all_logged_metrics_arrive_in_order(uri: str, run_id: str) -> None:
-    with Tracker(uri, run_id) as tracker:
+def test_all_logged_metrics_arrive_in_order(uri: str, run_id: str, unsent: str) -> None:
+    with Tracker(uri, run_id, unsent) as tracker:
         for step in range(1500):
             tracker.log(step, {"loss": step / 2, "lr": 0.1})
     assert metric_history(uri, run_id, "loss") == [(step, step / 2) for step in range(1500)]
     assert run_facts(uri, run_id).metrics == {"loss": 749.5, "lr": 0.1}
 
 
-def test_repeated_steps_of_a_resumed_training_count_once(uri: str, run_id: str) -> None:
+def test_repeated_steps_of_a_resumed_training_count_once(uri: str, run_id: str, unsent: str) -> None:
     for attempt in (1.0, 2.0):
-        with Tracker(uri, run_id) as tracker:
+        with Tracker(uri, run_id, unsent) as tracker:
             tracker.log(10, {"loss": attempt})
         time.sleep(0.002)
     assert metric_history(uri, run_id, "loss") == [(10, 2.0)]
 
 
-def test_log_does_not_wait_while_nothing_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker("http://127.0.0.1:9", "r1")
-    began = time.monotonic()
+def test_what_a_server_that_never_answers_misses_is_kept(unsent: str, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker("http://someone:secret@127.0.0.1:9", "r1", unsent)
     for step in range(1000):
         tracker.log(step, {"loss": 1.0})
-    assert time.monotonic() - began < 0.5
-    with caplog.at_level(logging.WARNING):
-        tracker.close(timeout_s=3)
-    path = tmp_path / "home" / "unsent_metrics" / "r1.jsonl"
-    points = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(p["key"], p["value"], p["step"]) for p in points] == [("loss", 1.0, step) for step in range(1000)]
-    assert sum("metrics_outage" in record.message for record in caplog.records) == 1
-    assert str(path) in caplog.text
+    tracker.close(timeout_s=3)
+    (url,) = kept_files(unsent)
+    assert [(p.key, p.value, p.step) for p in read_points(url)] == [("loss", 1.0, step) for step in range(1000)]
+    assert "python -m jobs sync RUN" in caplog.text and "secret" not in caplog.text
 
 
-def test_metrics_survive_a_locked_database(uri: str, run_id: str, tmp_path: Path) -> None:
+def test_metrics_survive_a_locked_database(uri: str, run_id: str, unsent: str, tmp_path: Path) -> None:
     lock = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
     lock.execute("begin exclusive")
     threading.Timer(7, lambda: lock.execute("rollback")).start()  # SQLite itself waits 5 s
-    with Tracker(uri, run_id) as tracker:
+    with Tracker(uri, run_id, unsent) as tracker:
         tracker.log(1, {"loss": 3.0})
     lock.close()
     assert metric_history(uri, run_id, "loss") == [(1, 3.0)]
-    assert not (tmp_path / "home").exists()
+    assert kept_files(unsent) == []
 
 
-def test_long_outage_moves_the_oldest_points_to_the_file(tmp_path: Path) -> None:
-    def refuse(points: list[MetricPoint]) -> None:
-        raise OSError("down")
-
-    queue = MetricQueue(refuse, tmp_path / "unsent.jsonl")
-    for step in range(2_010):
-        queue.log(step, {f"m{i}": 0.0 for i in range(100)})
-    queue.close(timeout_s=1)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
-    assert len(steps) == 201_000 and steps == sorted(steps)
+def test_points_that_are_sent_twice_are_one_in_mlflow(uri: str, run_id: str) -> None:
+    points = [MetricPoint(key="loss", value=v, timestamp=5, step=7) for v in (0.1, math.nan, math.inf)]
+    for _ in range(2):
+        send_points(uri, run_id, points)
+    assert len(MlflowClient(uri).get_metric_history(run_id, "loss")) == 3
 
 
-def write_run(uri: str, name: str) -> None:
+def test_a_deleted_run_refuses_for_good_and_says_how_to_restore_it(uri: str, run_id: str) -> None:
+    MlflowClient(uri).delete_run(run_id)
+    with pytest.raises(RefusedError, match="mlflow runs restore"):
+        send_points(uri, run_id, [MetricPoint(key="loss", value=1.0, timestamp=5, step=7)])
+
+
+def write_run(uri: str, name: str, unsent: str) -> None:
     run_id = open_run(uri, connect(uri), name=name, parent=None, tags={"hemoco.run": name}, params={"a": "b"})
-    with Tracker(uri, run_id) as tracker:
+    with Tracker(uri, run_id, unsent) as tracker:
         for step in range(300):
             tracker.log(step, {"loss": float(step)})
     close_run(uri, run_id, "FINISHED")
 
 
-def test_several_processes_write_to_one_sqlite(uri: str) -> None:
+def test_several_processes_write_to_one_sqlite(uri: str, unsent: str) -> None:
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=write_run, args=(uri, f"run{i}")) for i in range(3)]
+    workers = [context.Process(target=write_run, args=(uri, f"run{i}", f"{unsent}/{i}")) for i in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
