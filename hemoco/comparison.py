@@ -167,11 +167,11 @@ def summaries(found: Comparison) -> list[Summary]:
 def _read_records(uri: str, run: str) -> _Records:
     experiment_id = connect(uri)
     found = find_runs(uri, experiment_id, {"hemoco.run": run})
-    phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": []}
+    phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": [], "curve": []}
     for facts in reversed(found):  # the oldest first
         phases[facts.tags["hemoco.phase"]].append(facts)
     if not phases["parent"]:
-        raise UsageError(_unknown(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
+        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
     parent = phases["parent"][-1]
     newest = {facts.tags["hemoco.transfer"]: facts for facts in phases["transfer"]}
     source = parent.tags.get("hemoco.pretrain_run_id")
@@ -231,7 +231,8 @@ def _rows(facts: RunFacts) -> list[Row]:
     return sorted(rows, key=lambda row: (row.init, row.seed))
 
 
-def _unknown(run: str, parents: list[RunFacts]) -> str:
+def unknown_run(run: str, parents: list[RunFacts]) -> str:
+    """What to say of a name that MLflow does not know; `parents` are those of all runs."""
     names = list(dict.fromkeys(facts.tags["hemoco.run"] for facts in parents))
     if not names:
         return f"run {run!r} is not in MLflow, which has none: begin one with `python -m jobs run RECIPE`"

@@ -10,7 +10,7 @@ import re
 from typing import Any, Literal
 
 from hemoco.detection_config import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig
-from hemoco.errors import require, require_positive
+from hemoco.errors import require, require_not_negative, require_positive
 from hemoco.method_config import (
     EncoderConfig,
     MoCoConfig,
@@ -70,9 +70,11 @@ _FREE_SETTINGS = (
     "pretrain.checkpoint_every_steps",
     "pretrain.keep_last",
     "pretrain.keep_every_steps",
+    "pretrain.export_every_epochs",
     "pretrain.compile",
     *(f"pretrain.stream.{name}" for name in _FREE_OF_STREAM),
     "max_parallel_transfers",
+    "curve",
 )
 _FREE_OF_TRANSFERS = (
     *("workers", "cpus", "gpus", "log_every_steps", "checkpoint_every_steps"),
@@ -124,6 +126,8 @@ class PretrainConfig:
     """Checkpoints of steps that are multiples of this are kept for good; 0 keeps none but the newest."""
     knn_every_epochs: int = 10
     """Epochs between two kNN evaluations on train_split and test_split; 0: none (unlabelled data)."""
+    export_every_epochs: int = 0
+    """Epochs between two backbones that are kept while training goes on, for `curve`; 0: only that of the end."""
     views: ViewsConfig = dataclasses.field(default_factory=ViewsConfig)
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     moco: MoCoConfig | MoCoV3Config = dataclasses.field(default_factory=MoCoConfig)
@@ -137,6 +141,7 @@ class PretrainConfig:
         require_positive(
             self, "pretrain", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_last", "accumulation_steps"
         )
+        require_not_negative(self, "pretrain", "knn_every_epochs", "export_every_epochs")
         every = self.keep_every_steps
         require(
             every >= 0 and every % self.checkpoint_every_steps == 0,
@@ -205,6 +210,17 @@ class Recipe:
     transfers: dict[str, AnyTransferConfig] = dataclasses.field(default_factory=dict)
     max_parallel_transfers: int = 8
     """Transfers that run at the same time, at most."""
+    curve: tuple[str, ...] = ()
+    """Transfers that are measured on every backbone of `pretrain.export_every_epochs` too, while the pretraining goes
+    on, on other cores and GPUs: transfer quality over epochs."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.curve if name not in self.transfers]
+        require(not unknown, f"curve names {unknown}: the recipe's transfers are {list(self.transfers)}")
+        require(
+            not self.curve or self.pretrain.export_every_epochs > 0,
+            f"curve is {self.curve} but pretrain.export_every_epochs is 0: set it to the epochs between two backbones",
+        )
 
 
 def flat_params(config: Any) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from cluster.checkout import CHECKOUT, git_facts
 from cluster.local import embedded_stack
 from hemoco import tracking
 from hemoco.comparison import comparison
@@ -50,7 +51,7 @@ def demo(*, out: str = "", seed: int = 0) -> None:
             tracking.connect(tracking.tracking_uri())
         recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
         with _phase("pretrain, then transfer"):
-            pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False)
+            pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=git_facts(CHECKOUT))
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)
     publish(run, print_comparison(run, str(folder)))

@@ -1,5 +1,6 @@
 """`python -m jobs pretrain RECIPE`: the first half of a run."""
 
+from cluster.checkout import CHECKOUT, git_facts
 from jobs.options import RunOptions, parse_options
 from jobs.session import ray_session, run_name, storage_url
 from pipeline.study import check_pretraining
@@ -13,7 +14,13 @@ def main(argv: list[str]) -> None:
     with ray_session():
         from pipeline.graph import pretrain_only  # Ray Train takes seconds to import, errors should not
 
-        done = pretrain_only(options.recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh)
+        done = pretrain_only(
+            options.recipe,
+            run=name,
+            storage=storage_url(options.storage),
+            fresh=options.fresh,
+            tags=git_facts(CHECKOUT),
+        )
     print(f"run {name}: backbone {done.backbone_url}")
     for key, value in sorted(done.metrics.items()):
         print(f"  {key} {value:.4f}")

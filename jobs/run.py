@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from cluster.checkout import CHECKOUT, git_facts
 from jobs.options import RunOptions, parse_options
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
 from pipeline.study import check_pretraining, check_transfers
@@ -24,5 +25,11 @@ def main(argv: list[str]) -> None:
     with ray_session():
         from pipeline.graph import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
 
-        pretrain_then_transfer(options.recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh)
+        pretrain_then_transfer(
+            options.recipe,
+            run=name,
+            storage=storage_url(options.storage),
+            fresh=options.fresh,
+            tags=git_facts(CHECKOUT),
+        )
     publish(name, print_comparison(name, options.out))

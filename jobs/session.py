@@ -1,5 +1,6 @@
 """What the verbs share: names, places, the Ray session and the printed table."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ def ray_session() -> Iterator[None]:
     """Ray for this command, after MLflow has answered: what can fail at once fails before anything starts."""
     connect(tracking_uri())
     with local_ray():
+        # as Ctrl-C, so that MLflow learns of it; Ray puts its own handler there, which ends the process at once
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from cluster.checkout import CHECKOUT, git_facts
 from hemoco.errors import UsageError
 from jobs.options import RunOptions, parse_options
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
@@ -44,5 +45,6 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
+            tags=git_facts(CHECKOUT),
         )
     publish(name, print_comparison(name, options.out))

@@ -18,12 +18,16 @@ from hemoco.encoder import Backbone
 from hemoco.errors import HemocoError, TrainingError
 from hemoco.knn import knn_accuracy
 from hemoco.storage import join_url
-from hemoco.tracking import Tracker
+from hemoco.tracking import Tracker, check_delivered
 from hemoco.train import StepMetrics, TrainState, build_state, train_steps
 from hemoco.transfer.frozen import extract_features
-from pipeline.workers import run_workers, worker_device
+from pipeline.interruption import Interrupted, TrainingProcess
+from pipeline.workers import run_workers
 
 logger = logging.getLogger(__name__)
+
+BACKBONES = "backbones"
+"""Folder of the backbones that are exported while a pretraining goes on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +61,14 @@ def pretrain(job: PretrainJob) -> Pretrained:
     return result
 
 
-def pretrain_worker(job: PretrainJob) -> Pretrained:
-    """What every training process runs: resume, then the loop. All ranks return alike."""
-    config, device = job.config, worker_device()
+def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | Interrupted:
+    """What every training process runs: resume, then the loop. All ranks return alike.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        TrackingError: MLflow has not taken all metrics.
+    """
+    config, device = job.config, process.device
     index = read_index(job.data.shards, patience_s=config.stream.retry_s)
     per_epoch = steps_per_epoch(index, job.data.pretrain_split, pretraining_plan(config))
     state = build_state(config, device, data_digest=index.digest)
@@ -68,29 +77,50 @@ def pretrain_worker(job: PretrainJob) -> Pretrained:
     knn = _OnlineKnn(job, device) if rank() == 0 and config.knn_every_epochs else None
     last: dict[str, float] = {}
     with (
-        Tracker(job.tracking_uri, job.run_id) if rank() == 0 else nullcontext() as tracker,
+        _tracker(job) if rank() == 0 else nullcontext() as tracker,
         closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
         closing(_batches(job, state.position, device, bad_samples)) as source,
     ):
         for metrics in _naming_checkpoint(train_steps(state, source, per_epoch), folder):
             values = dict(metrics.values)
-            if knn is not None and _ends_epoch(metrics.step, per_epoch, config):
+            if knn is not None and _ends_epoch(metrics.step, per_epoch, config, every=config.knn_every_epochs):
                 values |= knn(state)
             if values and tracker is not None:
                 tracker.log(metrics.step, values)
                 logger.info("%s", _progress(metrics, values, config.epochs * per_epoch))
             last |= values
-            if metrics.step % config.checkpoint_every_steps == 0:
+            if rank() == 0 and _ends_epoch(metrics.step, per_epoch, config, every=config.export_every_epochs):
+                _export(job, state, epoch_backbone(job.url, metrics.step // per_epoch))
+            due = metrics.step % config.checkpoint_every_steps == 0
+            reason = process.interruption(at_checkpoint=due)
+            if due or reason:
                 bad_samples.write()
-                if rank() == 0:
-                    checkpoint.save_checkpoint(
-                        state,
-                        folder,
-                        attempt=attempt,
-                        keep_last=config.keep_last,
-                        keep_every_steps=config.keep_every_steps,
-                    )
-    return Pretrained(run_id=job.run_id, backbone_url=_export(job, state, index.digest), metrics=last)
+                if tracker is not None:
+                    tracker.keep()
+                    _save(state, folder, attempt, config)
+            if reason:
+                return Interrupted(reason, metrics.step)
+    url = join_url(job.url, "backbone.safetensors")
+    if rank() == 0:
+        _export(job, state, url)
+    if tracker is not None:
+        check_delivered(tracker)
+    return Pretrained(run_id=job.run_id, backbone_url=url, metrics=last)
+
+
+def epoch_backbone(url: str, epoch: int) -> str:
+    """Where the backbone after so many epochs lies, below the folder of a pretraining."""
+    return join_url(url, BACKBONES, f"epoch_{epoch:04d}.safetensors")
+
+
+def _tracker(job: PretrainJob) -> Tracker:
+    return Tracker(job.tracking_uri, job.run_id, join_url(job.url, "unsent_metrics", job.run_id))
+
+
+def _save(state: TrainState, folder: str, attempt: int, config: PretrainConfig) -> None:
+    checkpoint.save_checkpoint(
+        state, folder, attempt=attempt, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps
+    )
 
 
 def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[StepMetrics]:
@@ -120,10 +150,10 @@ def _batches(
     )
 
 
-def _ends_epoch(step: int, per_epoch: int, config: PretrainConfig) -> bool:
-    """Whether this step ends an epoch after which kNN is measured; the last epoch always is one."""
+def _ends_epoch(step: int, per_epoch: int, config: PretrainConfig, *, every: int) -> bool:
+    """Whether this step ends an epoch whose number is a multiple, or the last one; never where `every` is 0."""
     epoch, rest = divmod(step, per_epoch)
-    return rest == 0 and (epoch % config.knn_every_epochs == 0 or epoch == config.epochs)
+    return every > 0 and rest == 0 and (epoch % every == 0 or epoch == config.epochs)
 
 
 class _OnlineKnn:
@@ -155,11 +185,7 @@ def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str
     return f"pretrain step {metrics.step}/{total}  epoch {metrics.epoch}  {shown}"
 
 
-def _export(job: PretrainJob, state: TrainState, data_digest: str) -> str:
-    """Rank 0 writes the backbone; every rank knows its URL."""
-    url = join_url(job.url, "backbone.safetensors")
-    if rank() == 0:
-        views = job.config.views
-        backbone = Backbone(state.model.query_encoder.encoder, job.config.encoder, views.mean, views.std)
-        checkpoint.export_backbone(backbone, url, {"data_digest": data_digest, "run_id": job.run_id})
-    return url
+def _export(job: PretrainJob, state: TrainState, url: str) -> None:
+    views = job.config.views
+    backbone = Backbone(state.model.query_encoder.encoder, job.config.encoder, views.mean, views.std)
+    checkpoint.export_backbone(backbone, url, {"data_digest": state.data_digest, "run_id": job.run_id})

@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from hemoco import tracking
 from hemoco.config import (
@@ -32,6 +33,8 @@ from pipeline.backbones import check_architecture
 
 logger = logging.getLogger(__name__)
 
+_IDENTITY = ("hemoco.run", "hemoco.phase", "hemoco.transfer", "hemoco.epoch")  # tags by which a child run is found
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
@@ -44,10 +47,20 @@ class Study:
     parent_id: str
     url: str
     data: ShardIndex
+    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """Set when all of it is given up, as by Ctrl-C."""
 
 
-def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Study:
-    """Finds the run by its name or opens it.
+class Origin(NamedTuple):
+    """The backbone that transfers start from."""
+
+    backbone_url: str
+    run_id: str
+    """Of its pretraining in MLflow."""
+
+
+def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Study:
+    """Finds the run by its name or opens it; its parent run gets the tags.
 
     Raises:
         UsageError: the name belongs to a run with other settings (the difference is shown).
@@ -81,12 +94,14 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool) -> Study:
             )
         if known.status != "FINISHED":
             tracking.reopen_run(uri, parent_id)
+    # the last code that worked at it counts; the folder is where `status` and `sync` look
+    tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
     return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
 
 
 def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, tracking.RunFacts | None]:
     """The id of a child run, opened, reopened, or found finished (then with its facts)."""
-    key: dict[str, str] = {tag: tags[tag] for tag in ("hemoco.run", "hemoco.phase", "hemoco.transfer") if tag in tags}
+    key = {tag: tags[tag] for tag in _IDENTITY if tag in tags}
     known = tracking.find_run(study.uri, study.experiment_id, key)
     if known is not None and known.status == "FINISHED":
         return known.run_id, known
@@ -96,19 +111,24 @@ def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, trac
     config: Any = study.recipe.transfers[name] if "hemoco.transfer" in tags else study.recipe.pretrain
     prefix = f"transfers.{name}" if "hemoco.transfer" in tags else "pretrain"
     params = flat_params({prefix: config})
-    return tracking.open_run(
-        study.uri, study.experiment_id, name=name, parent=study.parent_id, tags=tags, params=params
-    ), None
+    shown = f"{name}@{tags['hemoco.epoch']}" if "hemoco.epoch" in tags else name
+    run_id = tracking.open_run(
+        study.uri, study.experiment_id, name=shown, parent=study.parent_id, tags=tags, params=params
+    )
+    return run_id, None
 
 
 @contextmanager
-def closing_run(uri: str, run_id: str) -> Iterator[None]:
+def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[None]:
     """Ends an MLflow run as what became of it; the reason of a failure stands in its tag `hemoco.error`."""
     try:
         yield
     except BaseException as error:
-        tracking.set_tags(uri, run_id, {"hemoco.error": first_line(error)})
-        tracking.close_run(uri, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if isinstance(error, KeyboardInterrupt):
+            stopping.set()
+        reason = "interrupted" if stopping.is_set() else first_line(error)
+        tracking.set_tags(uri, run_id, {"hemoco.error": reason})
+        tracking.close_run(uri, run_id, "KILLED" if stopping.is_set() else "FAILED")
         raise
     tracking.close_run(uri, run_id, "FINISHED")
 

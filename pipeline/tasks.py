@@ -1,12 +1,20 @@
-"""Many small Ray tasks, their results as they get ready."""
+"""Ray tasks, their results as they get ready."""
 
-from collections.abc import Callable, Generator, Iterable
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from hemoco.errors import HemocoError
+from hemoco.errors import HemocoError, StorageError, TrackingError
+from hemoco.storage import first_line
+from pipeline.interruption import Interrupted
+
+logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
+_RETRIES = 2
+_POLL_S = 1.0
 
 
 class Progress(NamedTuple):
@@ -14,6 +22,22 @@ class Progress(NamedTuple):
 
     done: int
     total: int
+
+
+class Outcome(NamedTuple):
+    """What became of one call."""
+
+    arguments: tuple[Any, ...]
+    result: Any
+    error: HemocoError | None
+
+
+class LostWorkerError(HemocoError):
+    """A Ray worker ended without a word: killed, out of memory, or its node is gone."""
+
+
+class CancelledError(HemocoError):
+    """The work was given up because the whole run is."""
 
 
 def run_tasks(
@@ -34,7 +58,7 @@ def run_tasks(
     """
     import ray  # seconds to import, and what only names the progress does without
 
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(function)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(function)
     waiting = iter(arguments)
     # some more than cores, so that no core waits for this process
     in_flight = int(ray.cluster_resources().get("CPU", 1)) + 2
@@ -54,6 +78,53 @@ def run_tasks(
             ray.cancel(reference)
 
 
+def attempt_tasks(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    cpus: int,
+    gpus: int,
+    stopping: threading.Event,
+) -> Generator[Outcome, None, None]:
+    """Yields what became of every call, in any order: one that fails leaves the others alone.
+
+    What may pass is tried again, twice: a lost worker, storage or MLflow that did not answer. A call that returns
+    `Interrupted` is begun again.
+
+    Args:
+        function: of an importable module.
+        arguments: of each call.
+        cpus: cores of each call.
+        gpus: GPUs of each call.
+        stopping: ends it; what runs is cancelled.
+
+    Raises:
+        CancelledError: `stopping` was set.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(function)
+    running = {task.remote(*words): (words, 0) for words in arguments}
+    try:
+        while running:
+            ready, _ = ray.wait(list(running), timeout=_POLL_S)
+            if stopping.is_set():
+                raise CancelledError("cancelled with its run")
+            for reference in ready:
+                words, failures = running.pop(reference)
+                outcome = _outcome(reference, words)
+                if isinstance(outcome.result, Interrupted):
+                    running[task.remote(*words)] = words, failures
+                elif failures < _RETRIES and _may_pass(outcome.error):
+                    logger.warning("event=retry attempt=%d reason=%s", failures + 2, outcome.error)
+                    running[task.remote(*words)] = words, failures + 1
+                else:
+                    yield outcome
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
 def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
     """What steps return in the end."""
     while True:
@@ -62,6 +133,23 @@ def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
         except StopIteration as done:
             result: ResultT = done.value
             return result
+
+
+def _may_pass(error: HemocoError | None) -> bool:
+    return isinstance(error, StorageError | TrackingError | LostWorkerError)
+
+
+def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:
+    import ray
+
+    try:
+        return Outcome(words, _result(reference), None)
+    except HemocoError as error:
+        return Outcome(words, None, error)
+    except ray.exceptions.RayTaskError as error:
+        logger.debug("%s", error)  # with the traceback of the worker
+        cause = error.cause
+        return Outcome(words, None, HemocoError(f"{type(cause).__name__}: {first_line(cause)} (this looks like a bug)"))
 
 
 def _result(reference: Any) -> Any:
@@ -75,4 +163,4 @@ def _result(reference: Any) -> Any:
         raise
     except ray.exceptions.RayError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HemocoError(f"a Ray worker was lost ({reason}); run the same command again") from error
+        raise LostWorkerError(f"a Ray worker was lost ({reason}); run the same command again") from error

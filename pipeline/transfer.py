@@ -1,6 +1,9 @@
 """The transfer stage: the units of one transfer, side by side where one process does for each; it fails as a whole."""
 
 import logging
+import threading
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -13,8 +16,9 @@ from hemoco.config import (
     TrainedConfig,
     TransferConfig,
 )
+from hemoco.errors import HemocoError, TrainingError
 from hemoco.knn import run_knn
-from hemoco.storage import home
+from hemoco.storage import first_line, home
 from hemoco.transfer import detections
 from hemoco.transfer.features import FeatureCache
 from hemoco.transfer.frozen import calibrate_batch_norm
@@ -22,37 +26,68 @@ from hemoco.transfer.linear_probe import run_linear_probe
 from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import LabelledSplit, open_split
-from pipeline.tasks import run_tasks
-from pipeline.transfer_job import TransferJob, TransferUnit, calibration_images, open_units, record_result, result_line
+from pipeline.tasks import CancelledError, Outcome, attempt_tasks
+from pipeline.transfer_job import (
+    TransferJob,
+    TransferUnit,
+    begin_attempt,
+    calibration_images,
+    open_units,
+    record_result,
+    result_line,
+)
 from pipeline.transfer_training import train_alone, train_as_rank
 from pipeline.workers import run_workers
 
 logger = logging.getLogger(__name__)
 
 
-def measure_transfer(job: TransferJob) -> None:
-    """Measures all units of a transfer that are not yet recorded, on Ray; ends when all are done.
+def measure_transfer(job: TransferJob, stopping: threading.Event) -> None:
+    """Measures all units of a transfer that are not yet recorded, on Ray; every one is tried.
 
-    After a failure no more units are begun, and those that run come to their end.
+    Args:
+        job: the transfer.
+        stopping: gives it up.
 
     Raises:
-        HemocoError: as the first unit that failed raised it.
+        TrainingError: units failed, named with their reasons; the others are recorded.
+        CancelledError: `stopping` was set.
     """
     units, config = open_units(job), job.config
     logger.info("transfer %s: %d to measure", job.name, len(units))
+    failed: list[str] = []
+    for outcome in _measure_units(units, config, stopping):
+        for line in outcome.result or []:
+            logger.info("transfer %s", line)
+        if outcome.error is not None:
+            left = [unit for unit in _units_of(outcome) if unit in open_units(job)]
+            failed += [f"{unit.prefix}: {first_line(outcome.error)}" for unit in left]
+    if failed:
+        raise TrainingError("; ".join(sorted(failed)))
+
+
+def _measure_units(units: list[TransferUnit], config: TransferConfig, stopping: threading.Event) -> Iterator[Outcome]:
+    """What became of the units: lines of results, or the error of those that are not recorded."""
+    run = partial(attempt_tasks, cpus=config.cpus, gpus=config.gpus, stopping=stopping)
     if not isinstance(config, TrainedConfig):
         by_init = [[unit for unit in units if unit.init == init] for init in config.inits]
-        for lines in run_tasks(
-            measure_frozen, [(some,) for some in by_init if some], cpus=config.cpus, gpus=config.gpus
-        ):
-            for line in lines:
-                logger.info("transfer %s", line)
+        yield from run(measure_frozen, [(some,) for some in by_init if some])
     elif config.workers == 1:
-        for line in run_tasks(train_alone, [(unit,) for unit in units], cpus=config.cpus, gpus=config.gpus):
-            logger.info("transfer %s", line)
+        for outcome in run(train_alone, [(unit,) for unit in units]):
+            yield outcome._replace(result=[outcome.result] if outcome.result else None)
     else:
         for unit in units:  # each takes as many processes as were wished for
-            logger.info("transfer %s", _train_together(unit, config))
+            if stopping.is_set():
+                raise CancelledError("cancelled with its run")
+            try:
+                yield Outcome((unit,), [_train_together(unit, config)], None)
+            except HemocoError as error:
+                yield Outcome((unit,), None, error)
+
+
+def _units_of(outcome: Outcome) -> list[TransferUnit]:
+    (units,) = outcome.arguments
+    return units if isinstance(units, list) else [units]
 
 
 def headline_metric(config: TransferConfig) -> str:
@@ -61,17 +96,28 @@ def headline_metric(config: TransferConfig) -> str:
 
 
 def measure_frozen(units: list[TransferUnit]) -> list[str]:
-    """Units of one transfer from one frozen backbone: what a Ray task runs; the results in lines."""
+    """Units of one transfer from one frozen backbone: what a Ray task runs; the results in lines.
+
+    Raises:
+        HemocoError: as the first unit that failed raised it; all were tried.
+    """
     job = units[0].job
     torch.set_num_threads(job.config.cpus)
-    still_open = open_units(job)  # Ray runs it again where a worker was lost
+    still_open = open_units(job)  # it may be a second attempt
     data, size = job.data, job.views.size
     train, test = (open_split(data.shards, split, size) for split in (data.train_split, data.test_split))
-    lines = []
+    lines, errors = [], []
     for unit in (unit for unit in units if unit in still_open):
-        result = _measure(unit, train, test)
+        begin_attempt(unit)
+        try:
+            result = _measure(unit, train, test)
+        except HemocoError as error:
+            errors.append(error)
+            continue
         record_result(unit, result, result.history[-1][0] if result.history else 0)
         lines.append(result_line(unit, result))
+    if errors:
+        raise errors[0]
     return lines
 
 

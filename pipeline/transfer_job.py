@@ -7,7 +7,7 @@ from torch import Tensor
 from hemoco.config import DataConfig, EncoderConfig, TransferConfig, ViewsConfig, init_label
 from hemoco.encoder import Backbone
 from hemoco.storage import join_url
-from hemoco.tracking import Tracker, log_artifact_bytes, run_facts, set_tags
+from hemoco.tracking import Tracker, check_delivered, log_artifact_bytes, run_facts, set_tags
 from hemoco.transfer.frozen import CALIBRATION_IMAGES
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import some_images
@@ -68,6 +68,19 @@ def open_units(job: TransferJob) -> list[TransferUnit]:
     return [unit for unit in every if _done_tag(unit) not in done]
 
 
+def begin_attempt(unit: TransferUnit) -> None:
+    """Counts the starts of a unit in the tag `hemoco.attempt/INIT/seed_N` of its run."""
+    tag = f"hemoco.attempt/{unit.prefix}"
+    before = run_facts(unit.job.tracking_uri, unit.job.run_id).tags.get(tag, "0")
+    set_tags(unit.job.tracking_uri, unit.job.run_id, {tag: str(int(before) + 1)})
+
+
+def unit_tracker(unit: TransferUnit) -> Tracker:
+    """Sends a unit's metrics; what MLflow does not take is kept in the unit's folder."""
+    job = unit.job
+    return Tracker(job.tracking_uri, job.run_id, join_url(unit.url, "unsent_metrics", job.run_id))
+
+
 def log_values(tracker: Tracker, unit: TransferUnit, step: int, values: dict[str, float]) -> None:
     """Sends a unit's values to MLflow under its prefix."""
     tracker.log(step, {f"{unit.prefix}/{name}": value for name, value in values.items()})
@@ -80,12 +93,16 @@ def record_result(unit: TransferUnit, result: TransferResult, last_step: int) ->
         unit: that was measured.
         result: its history included.
         last_step: at which the final metrics are recorded.
+
+    Raises:
+        TrackingError: MLflow did not take all of it; the unit is not done then.
     """
     job = unit.job
-    with Tracker(job.tracking_uri, job.run_id) as tracker:
+    with unit_tracker(unit) as tracker:
         for step, values in result.history:
             log_values(tracker, unit, step, values)
         log_values(tracker, unit, last_step, result.metrics)
+    check_delivered(tracker)
     flat = unit.prefix.replace("/", "_")
     files = {f"{name}.png": png for name, png in result.images.items()} | result.files
     for name, content in files.items():

@@ -12,7 +12,14 @@ from contextlib import closing, nullcontext
 import torch
 
 from hemoco.checkpoint import resume_newest, save_checkpoint
-from hemoco.config import ClassifierConfig, DetectionConfig, LinearClassifierConfig, MaskRcnnConfig, TrainedConfig
+from hemoco.config import (
+    ClassifierConfig,
+    DetectionConfig,
+    LinearClassifierConfig,
+    MaskRcnnConfig,
+    ResourcesConfig,
+    TrainedConfig,
+)
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.patience import EVALUATION_PATIENCE_S
 from hemoco.data.shards import read_index
@@ -34,28 +41,44 @@ from hemoco.transfer.detection_data import load_detection_samples
 from hemoco.transfer.frozen import calibrate_batch_norm
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import open_split
-from pipeline.transfer_job import TransferUnit, calibration_images, log_values, record_result, result_line
-from pipeline.workers import worker_device
+from pipeline.interruption import Interrupted, TrainingProcess, sigterm_noted
+from pipeline.transfer_job import (
+    TransferUnit,
+    begin_attempt,
+    calibration_images,
+    log_values,
+    record_result,
+    result_line,
+    unit_tracker,
+)
 
 
-def train_as_rank(unit: TransferUnit) -> str:
+def train_as_rank(unit: TransferUnit, process: TrainingProcess) -> str | Interrupted:
     """What each of several processes of Ray Train runs; the result in a line."""
-    return _train(unit, worker_device())
+    if rank() == 0:
+        begin_attempt(unit)
+    return _train(unit, process)
 
 
-def train_alone(unit: TransferUnit) -> str:
+def train_alone(unit: TransferUnit) -> str | Interrupted:
     """What a Ray task runs; the result in a line."""
-    torch.set_num_threads(unit.job.config.cpus)
-    return _train(unit, torch.device("cuda" if unit.job.config.gpus else "cpu"))
+    config = unit.job.config
+    begin_attempt(unit)
+    torch.set_num_threads(config.cpus)
+    alone = ResourcesConfig(cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
+    with sigterm_noted():
+        return _train(unit, TrainingProcess(torch.device("cuda" if config.gpus else "cpu"), alone, [1]))
 
 
-def _train(unit: TransferUnit, device: torch.device) -> str:
-    config, job = unit.job.config, unit.job
+def _train(unit: TransferUnit, process: TrainingProcess) -> str | Interrupted:
+    config = unit.job.config
     assert isinstance(config, TrainedConfig)
-    with Tracker(job.tracking_uri, job.run_id) if rank() == 0 else nullcontext() as tracker:
+    with unit_tracker(unit) if rank() == 0 else nullcontext() as tracker:
         log = _Log(unit, tracker)
         train = train_classifier if isinstance(config, ClassifierConfig) else train_detector
-        result = train(unit, device, log)
+        result = train(unit, process, log)
+    if isinstance(result, Interrupted):
+        return result
     if rank() == 0:
         record_result(unit, result, log.last_step)
     return result_line(unit, result)
@@ -73,33 +96,44 @@ class _Log:
         if values and self._tracker is not None:
             log_values(self._tracker, self._unit, step, values)
 
+    def keep(self) -> None:
+        """Makes sure that what was logged outlives this process."""
+        if self._tracker is not None:
+            self._tracker.keep()
+
 
 class _Checkpoints:
-    """Saves a training every few steps and at its end, on rank 0."""
+    """Saves a training every few steps, at its end and when it is interrupted, on rank 0."""
 
     def __init__(self, unit: TransferUnit, config: TrainedConfig, state: TrainingState) -> None:
         self._url, self._every, self._state = join_url(unit.url, "checkpoints"), config.checkpoint_every_steps, state
         self._attempt = resume_newest(self._url, state)
         self._saved = state.step
 
-    def follow(self, steps: Iterable[LoggedStep], log: _Log) -> None:
-        """Takes the steps to their end."""
+    def follow(self, steps: Iterable[LoggedStep], process: TrainingProcess, log: _Log) -> Interrupted | None:
+        """Takes the steps to their end, or to an interruption."""
         for step in steps:
             log(*step)
-            if step.step % self._every == 0:
-                self._save()
+            due = step.step % self._every == 0
+            reason = process.interruption(at_checkpoint=due)
+            if due or reason:
+                self._save(log)
+            if reason:
+                return Interrupted(reason, step.step)
         log(self._state.step, {})  # also where all steps were done before
-        self._save()
+        self._save(log)
+        return None
 
-    def _save(self) -> None:
+    def _save(self, log: _Log) -> None:
         if rank() == 0 and self._saved != self._state.step:
+            log.keep()
             save_checkpoint(self._state, self._url, attempt=self._attempt, keep_last=1)
         self._saved = self._state.step
 
 
-def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> TransferResult:
+def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) -> TransferResult | Interrupted:
     """Trains a classifier to the end, and measures it on the test split."""
-    config, data = unit.job.config, unit.job.data
+    config, data, device = unit.job.config, unit.job.data, process.device
     assert isinstance(config, ClassifierConfig)
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
     check_labels(*(open_split(data.shards, split, config.size) for split in (data.train_split, data.test_split)))
@@ -125,22 +159,26 @@ def train_classifier(unit: TransferUnit, device: torch.device, log: _Log) -> Tra
         ) as source,
     ):
         per_epoch = steps_per_epoch(index, data.train_split, plan)
-        checkpoints.follow(classifier_steps(state, source, per_epoch), log)
+        interrupted = checkpoints.follow(classifier_steps(state, source, per_epoch), process, log)
+    if interrupted:
+        return interrupted
     scores = classify(state, data.shards, index.split(data.test_split))
     return classification_result(count_predictions(scores.logits, scores.labels), index.classes, also={})
 
 
-def train_detector(unit: TransferUnit, device: torch.device, log: _Log) -> TransferResult:
+def train_detector(unit: TransferUnit, process: TrainingProcess, log: _Log) -> TransferResult | Interrupted:
     """Trains a detector to the end, and measures it on the test split."""
     config, data = unit.job.config, unit.job.data
     assert isinstance(config, DetectionConfig)
     index, masks = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S), isinstance(config, MaskRcnnConfig)
     train, test = (load_detection_samples(data.shards, s, masks=masks) for s in (data.train_split, data.test_split))
     state = build_detection_state(
-        config, unit.backbone(), index.categories, device, seed=unit.seed, data_digest=index.digest
+        config, unit.backbone(), index.categories, process.device, seed=unit.seed, data_digest=index.digest
     )
     steps = detection_steps(state, train.samples, sorted_category_ids(index.categories))
-    _Checkpoints(unit, config, state).follow(steps, log)
+    interrupted = _Checkpoints(unit, config, state).follow(steps, process, log)
+    if interrupted:
+        return interrupted
     result = evaluate_detector(state, train.samples, test.samples, index.categories)
     counts = {
         f"{split}/{name}": count

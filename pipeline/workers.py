@@ -8,31 +8,29 @@ function resumes from hemoco's newest checkpoint.
 import dataclasses
 import logging
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ray
 import torch
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 
 from hemoco.config import ResourcesConfig
 from hemoco.errors import HemocoError, TrainingError
-from hemoco.storage import filesystem, join_url, remove
+from hemoco.storage import filesystem, join_url, list_names, remove
+from pipeline.interruption import Interrupted, TrainingProcess, note_sigterm
+from pipeline.room import wait_for_room
 
 logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
-_REPLACEMENT_S = 20.0
-_POLL_S = 0.5
-_QUEUED_S = "86400"
 
 
 def run_workers(
-    function: Callable[[Any], Any],
+    function: Callable[[Any, TrainingProcess], Any],
     job: Any,
     *,
     name: str,
@@ -40,76 +38,61 @@ def run_workers(
     sizes: Sequence[int],
     storage: str,
 ) -> Any:
-    """What `function(job)` returns on rank 0, run on every training process in one process group.
+    """What `function(job, process)` returns on rank 0, run on every training process in one process group.
 
-    After a loss it goes on with as many processes as fit the cluster then.
+    After a loss it goes on with as many processes as fit the cluster then, and with more when there is room again. A
+    function that returns `Interrupted` is begun again.
 
     Args:
         function: of an importable module; resumes by itself when it was interrupted.
         job: its argument; must pickle.
         name: shows in Ray's lists.
         resources: processes, CPUs and GPUs.
-        sizes: numbers of processes it may go on with after a loss.
-        storage: URL of a folder all nodes reach, for Ray's marker files.
+        sizes: numbers of processes it may have.
+        storage: URL of the training's folder, which all nodes reach: its checkpoints, and Ray's marker files.
 
     Raises:
         HemocoError: as `function` raised it; never retried, since the same would happen again.
-        TrainingError: the processes died more than 3 times.
+        TrainingError: the processes died more than 3 times without a new checkpoint in between.
     """
-    for attempt in range(_MAX_FAILURES + 1):
-        if attempt:
-            resources = dataclasses.replace(resources, workers=_size_after_loss(resources, sizes))
+    failures, lost, saved = 0, False, _checkpoints(storage)
+    while True:
+        size = wait_for_room(resources, sizes, lost=lost)
+        group = {"function": function, "job": job, "resources": resources, "sizes": list(sizes)}
         try:
-            return _fit(function, job, name=name, resources=resources, storage=storage)
+            result = _fit(group, name=name, workers=size, storage=storage)
         except TrainingFailedError as error:
             for cause in _causes(error):
                 if isinstance(cause, HemocoError):
                     raise cause from None
+            if _found_no_room(error):
+                continue
+            before, saved = saved, _checkpoints(storage)
+            failures, lost = failures + 1 if saved == before else 1, True
             reason = str(error).strip().splitlines()[-1][:300]
-            if attempt == _MAX_FAILURES:
+            if failures > _MAX_FAILURES:
                 raise TrainingError(
-                    f"{name}: the training processes failed {attempt + 1} times, last: {reason}"
+                    f"{name}: the training processes failed {failures} times, last: {reason}"
                 ) from error
-            logger.warning("event=restart name=%s attempt=%d reason=%s", name, attempt + 1, reason)
-    raise AssertionError("unreachable")
+            logger.warning("event=restart name=%s attempt=%d reason=%s", name, failures, reason)
+        else:
+            if not isinstance(result, Interrupted):
+                return result
+            lost = True
+            logger.warning("event=interrupted name=%s step=%d reason=%s", name, result.step, result.reason)
 
 
-def _size_after_loss(resources: ResourcesConfig, sizes: Sequence[int]) -> int:
-    """The largest allowed number of processes that fits; the cluster gets some time to be whole again."""
-    deadline = time.monotonic() + _REPLACEMENT_S
-    while (fitting := _fitting(resources, ray.available_resources())) < resources.workers:
-        if time.monotonic() > deadline:
-            size = max((size for size in sizes if size <= fitting), default=resources.workers)
-            logger.warning("event=world_size from=%d to=%d fitting=%d", resources.workers, size, fitting)
-            return size
-        time.sleep(_POLL_S)
-    return resources.workers
-
-
-def _fitting(resources: ResourcesConfig, free: dict[str, float]) -> int:
-    """Processes that free resources suffice for."""
-    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    return int(min(free.get(kind, 0.0) // need for kind, need in needs.items() if need))
-
-
-def worker_device() -> torch.device:
-    """The device Ray gave this training process."""
-    device: torch.device = get_device()
-    return device
-
-
-def _fit(function: Callable[[Any], Any], job: Any, *, name: str, resources: ResourcesConfig, storage: str) -> Any:
-    # beside other transfers a group waits until these let go of their cores; Ray would try anew each minute, and say so
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _QUEUED_S)
+def _fit(group: dict[str, Any], *, name: str, workers: int, storage: str) -> Any:
     unique = f"{name}-{uuid.uuid4().hex[:8]}"  # a name Ray knows would resume Ray's idea of that run
     folder = join_url(storage, "ray")
     arrow, path = _arrow_filesystem(folder)
+    resources: ResourcesConfig = group["resources"]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"function": function, "job": job},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        train_loop_config=group,
+        torch_config=_TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=workers,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
         ),
@@ -117,7 +100,8 @@ def _fit(function: Callable[[Any], Any], job: Any, *, name: str, resources: Reso
             name=unique,
             storage_path=path,
             storage_filesystem=arrow,
-            failure_config=FailureConfig(max_failures=0),
+            # not by Ray: what fits the cluster is looked at again before each start
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -127,12 +111,36 @@ def _fit(function: Callable[[Any], Any], job: Any, *, name: str, resources: Reso
         remove(join_url(folder, unique))
 
 
-def _worker(config: dict[str, Any]) -> Any:
+def _worker(group: dict[str, Any]) -> Any:
     logging.basicConfig(format="%(message)s")
     for name in ("hemoco", "pipeline"):
         logging.getLogger(name).setLevel(logging.INFO)  # Ray brings the lines to the driver
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return config["function"](config["job"])
+    return group["function"](group["job"], TrainingProcess(get_device(), group["resources"], group["sizes"]))
+
+
+class _NotingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types there
+    """Has SIGTERM noted in each process: the training runs in a thread, which cannot, and Ray's own handler ends it."""
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(note_sigterm)
+
+
+@dataclasses.dataclass
+class _TorchConfig(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _NotingBackend
+
+
+def _checkpoints(storage: str) -> list[str]:
+    return list_names(join_url(storage, "checkpoints"))
+
+
+def _found_no_room(error: TrainingFailedError) -> bool:
+    """Whether others took the place between our look at the cluster and the start."""
+    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def _arrow_filesystem(url: str) -> tuple[FileSystem, str]:

@@ -54,7 +54,7 @@ def test_detectors_find_cells_and_fruits(recipe, s3, tracking):
     backbone = random_backbone(ENCODER, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     export_backbone(backbone, url, {"data_digest": "", "run_id": ""})
     storage = join_url(s3, "detection-learning", "runs")
-    transfer_only(recipe, backbone_url=url, run="detection-learning", storage=storage, fresh=False)
+    transfer_only(recipe, backbone_url=url, run="detection-learning", storage=storage, fresh=False, tags={})
     rows = {row.transfer: row for row in comparison(tracking, "detection-learning").rows}
     assert (rows["cells"].metric, rows["fruits"].metric) == ("box_ap50", "mask_ap")
     assert rows["cells"].value > 0.2

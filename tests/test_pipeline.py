@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 
 from cluster.processes import _descendants
-from hemoco.checkpoint import save_checkpoint
+from hemoco.checkpoint import load_backbone, save_checkpoint
 from hemoco.comparison import comparison
 from hemoco.config import (
     DataConfig,
@@ -65,6 +66,7 @@ def small_recipe(shards):
         log_every_steps=1,
         checkpoint_every_steps=INTERVAL,
         knn_every_epochs=0,
+        export_every_epochs=1,
         views=ViewsConfig(size=32),
         encoder=EncoderConfig(architecture="resnet10t"),
         moco=MoCoConfig(queue_length=512, bn_group_size=16),
@@ -86,13 +88,13 @@ def small_recipe(shards):
         "linear": LinearClassifierConfig(lr=1.0, inits=("random",), **trained),
         "fine_tune": FineTuneConfig(workers=2, inits=("pretrained",), **trained),
     }
-    return Recipe(name="small", data=DataConfig(shards=shards), pretrain=pretrain, transfers=transfers)
+    return Recipe(name="small", data=DataConfig(shards=shards), pretrain=pretrain, transfers=transfers, curve=("knn",))
 
 
 @pytest.fixture(scope="module")
 def unbroken(recipe, s3):
     """The whole way, undisturbed; its losses are what a broken run must repeat."""
-    pretrain_then_transfer(recipe, run="unbroken", storage=join_url(s3, "pipeline/runs"), fresh=False)
+    pretrain_then_transfer(recipe, run="unbroken", storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
     return "unbroken"
 
 
@@ -115,6 +117,20 @@ def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
     assert all(0 < row.value <= 1 for row in rows)
 
 
+def test_curve_ends_with_what_the_transfer_of_the_last_backbone_measures(unbroken, tracking):
+    (point,) = MlflowClient(tracking).get_metric_history(child(unbroken, "pretrain").run_id, "curve/knn/top1")
+    row = next(row for row in comparison(tracking, unbroken).rows if (row.transfer, row.init) == ("knn", "pretrained"))
+    assert (point.step, point.value) == (1, row.value)
+    assert child(unbroken, "curve", transfer="knn", epoch="1").status == "FINISHED"
+
+
+def test_every_unit_counts_its_attempts(unbroken, recipe):
+    for name, config in recipe.transfers.items():
+        tags = child(unbroken, "transfer", transfer=name).tags
+        counted = {tag: number for tag, number in tags.items() if tag.startswith("hemoco.attempt/")}
+        assert counted == {f"hemoco.attempt/{init}/seed_0": "1" for init in config.inits}
+
+
 def test_tags_lead_from_a_transfer_to_its_data(unbroken):
     transfer, pretraining = child(unbroken, "transfer", transfer="knn"), child(unbroken, "pretrain")
     assert transfer.tags["hemoco.pretrain_run_id"] == pretraining.run_id
@@ -133,7 +149,7 @@ def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
     began = time.monotonic()
     elsewhere = dataclasses.replace(recipe.pretrain, resources=ResourcesConfig(workers=1), keep_last=5)
     for again in (recipe, dataclasses.replace(recipe, pretrain=elsewhere)):
-        pretrain_then_transfer(again, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
+        pretrain_then_transfer(again, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
         assert comparison(tracking, unbroken) == before
     assert time.monotonic() - began < 30  # of training alone it would be more
 
@@ -142,17 +158,17 @@ def test_another_backbone_under_an_old_name_is_refused(unbroken, recipe, s3, tmp
     url = child(unbroken, "pretrain").tags["hemoco.backbone_url"]
     copy = str(tmp_path / "copy.safetensors")
     write_bytes(copy, read_bytes(url))
-    nothing = dataclasses.replace(recipe, transfers={})
+    nothing = dataclasses.replace(recipe, transfers={}, curve=())
     storage = join_url(s3, "pipeline/runs")
-    transfer_only(nothing, backbone_url=url, run="one-backbone", storage=storage, fresh=False)
+    transfer_only(nothing, backbone_url=url, run="one-backbone", storage=storage, fresh=False, tags={})
     with pytest.raises(UsageError, match=r"'one-backbone' measures another backbone"):
-        transfer_only(nothing, backbone_url=copy, run="one-backbone", storage=storage, fresh=False)
+        transfer_only(nothing, backbone_url=copy, run="one-backbone", storage=storage, fresh=False, tags={})
 
 
 def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbroken, recipe, s3):
     other = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, seed=1))
     with pytest.raises(UsageError, match=r"pretrain\.seed: 0 -> 1"):
-        pretrain_then_transfer(other, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False)
+        pretrain_then_transfer(other, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
 
 
 def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroken, recipe, s3, tracking):
@@ -167,30 +183,52 @@ def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroke
                 run="one-fails",
                 storage=join_url(s3, "pipeline/runs"),
                 fresh=False,
+                tags={},
             )
     found = comparison(tracking, "one-fails")
     assert {row.transfer for row in found.rows} == {"knn", "linear_probe"}
     assert child("one-fails", "transfer", transfer="low_shot").status == "FAILED"
 
 
-def test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run(unbroken, recipe, s3):
+@pytest.fixture(scope="module")
+def broken(unbroken, recipe, s3):
+    """That pretraining with one worker killed and, after it went on, one told to go away; its (step, loss) pairs."""
     storage = join_url(s3, "pipeline/runs")
     failures: list[BaseException] = []
     thread = threading.Thread(target=_pretrain_in_thread, args=(recipe, storage, failures))
     thread.start()
     checkpoints = join_url(storage, "killed/pretrain/checkpoints")
-    _wait_until(
-        lambda: failures or any(_step_of(name) >= 3 * INTERVAL for name in list_names(checkpoints)), timeout_s=240
-    )
-    assert not failures
-    os.kill(_train_workers()[1], signal.SIGKILL)
+
+    def saved(attempt, step):
+        return any(name.endswith(f"_a{attempt}") and _step_of(name) >= step for name in list_names(checkpoints))
+
+    for signum, attempt, step in ((signal.SIGKILL, 0, 2 * INTERVAL), (signal.SIGTERM, 1, 4 * INTERVAL)):
+        _wait_until(lambda a=attempt, s=step: failures or saved(a, s), timeout_s=240)
+        assert not failures
+        os.kill(_train_workers()[-1], signum)
     thread.join(timeout=300)
     assert not failures
-    expected, seen = dict(losses(unbroken)), losses("killed")
-    assert {step for step, _ in seen} == set(expected)
-    assert max(abs(value - expected[step]) for step, value in seen) < 1e-6
-    assert len(seen) - len(expected) <= 2 * INTERVAL  # none, where the kill came right after a checkpoint
-    assert any(name.endswith("_a1") for name in list_names(checkpoints)), "no second attempt"
+    return losses("killed")
+
+
+def test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run(unbroken, broken):
+    expected = dict(losses(unbroken))
+    assert {step for step, _ in broken} == set(expected)
+    assert max(abs(value - expected[step]) for step, value in broken) < 1e-6
+
+
+def test_kill_costs_at_most_the_steps_since_a_checkpoint_and_sigterm_none(unbroken, broken, s3):
+    redone = [step for step, count in Counter(step for step, _ in broken).items() if count > 1]
+    assert len(redone) <= 2 * INTERVAL
+    assert not [step for step in redone if step > 4 * INTERVAL]
+    attempts = {name[-3:] for name in list_names(join_url(s3, "pipeline/runs/killed/pretrain/checkpoints"))}
+    assert "_a2" in attempts, "no third attempt"
+
+
+def test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_for_bit(unbroken, broken):
+    first, second = (load_backbone(child(run, "pretrain").tags["hemoco.backbone_url"]) for run in (unbroken, "killed"))
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(torch.equal(first.state_dict()[name], second.state_dict()[name]) for name in first.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +244,7 @@ def cifar(s3, ray_cluster, tracking, shared_data):
         stream=StreamConfig(workers=2, lanes=12, shards_per_block=2),
     )
     data = DataConfig(shards=url, pretrain_split="test")
-    return dataclasses.replace(recipe, data=data, pretrain=pretrain, transfers={})
+    return dataclasses.replace(recipe, data=data, pretrain=pretrain, transfers={}, curve=())
 
 
 @pytest.mark.slow
@@ -253,7 +291,7 @@ def _fingerprints(recipe):
 
 def _pretrain_in_thread(recipe, storage, failures, run="killed"):
     try:
-        pretrain_only(recipe, run=run, storage=storage, fresh=False)
+        pretrain_only(recipe, run=run, storage=storage, fresh=False, tags={})
     except BaseException as error:
         failures.append(error)
 

@@ -1,0 +1,74 @@
+"""`python -m cluster.drain`: run on a node that is about to go away, before its processes are ended.
+
+A Kubernetes preStop hook or the watcher of a spot instance's notice calls it: SIGTERM would reach the container's first
+process, and Ray would end the training with it.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_TRAINING = (b"ray::RayTrainWorker", b"RayTrainWorker", b"ray::train_alone")  # the titles of their processes
+_POLL_S = 0.2
+
+
+def main(argv: list[str]) -> int:
+    """Keeps new work off this node and has its trainings save a checkpoint; returns when they have stopped.
+
+    Args:
+        argv: `--grace_s N`, the seconds that are left.
+
+    Returns:
+        0, or 1 where trainings still run when the time is up.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__)
+    parser.add_argument("--grace_s", type=float, default=60.0, help="seconds until the node goes away")
+    deadline = time.monotonic() + parser.parse_args(argv).grace_s
+    _drain(deadline)
+    for pid in _trainings():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    while left := _trainings():
+        if time.monotonic() > deadline:
+            print(f"processes {left} still train; what they did since their last checkpoint is lost", file=sys.stderr)
+            return 1
+        time.sleep(_POLL_S)
+    return 0
+
+
+def _drain(deadline: float) -> None:
+    """Tells Ray that this node goes away; a training that starts anew is then placed elsewhere."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    gcs, node = ray.get_runtime_context().gcs_address, ray.get_runtime_context().get_node_id()
+    ray.shutdown()
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", gcs, "--node-id", node),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "python -m cluster.drain"),
+        *("--deadline-remaining-seconds", str(max(0, int(deadline - time.monotonic())))),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:  # the checkpoints are still worth saving
+        print(f"Ray does not drain node {node}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+
+
+def _trainings() -> list[int]:
+    """Training processes of this node: those in our network namespace, which a container shares with no other node."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            ours = (file.parent / "ns/net").readlink() == Path("/proc/self/ns/net").readlink()
+            if ours and file.read_bytes().startswith(_TRAINING):
+                found.append(int(file.parent.name))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
