@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             os.kill(pid, signal.SIGTERM)
     while left := _trainings():
         if time.monotonic() > deadline:
-            print(f"processes {left} still train; what they did since their last checkpoint is lost", file=sys.stderr)
+            sys.stderr.write(f"processes {left} still train; what they did since their last checkpoint is lost\n")
             return 1
         time.sleep(_POLL_S)
     return 0
@@ -56,7 +56,7 @@ def _drain(deadline: float) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:  # the checkpoints are still worth saving
-        print(f"Ray does not drain node {node}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        sys.stderr.write(f"Ray does not drain node {node}: {done.stderr.strip().splitlines()[-1:]}\n")
 
 
 def _trainings() -> list[int]:

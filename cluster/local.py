@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 from cluster.processes import answers, last_line
 from cluster.servers import BUCKET, MlflowServer, S3Server, mlflow_server, s3_environment, s3_server
-from hemoco.errors import HemocoError
+from hemoco.errors import HemocoError, UsageError
 from hemoco.storage import home
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _CONNECT_S = 5.0
-_RAY_DEFAULTS = {
+RAY_DEFAULTS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -77,6 +77,7 @@ def local_ray(*, cpus: int | None = None) -> Iterator[str]:
         The cluster's address, host:port.
 
     Raises:
+        UsageError: `RAY_ADDRESS` names a dashboard.
         HemocoError: no cluster answers at `RAY_ADDRESS`, or it refuses.
     """
     import ray  # seconds to import, and several verbs do without
@@ -148,6 +149,11 @@ def _connect_ray(address: str) -> None:
     import ray
 
     place = urlsplit(address if "//" in address else f"//{address}")
+    if place.scheme in ("http", "https"):
+        raise UsageError(
+            f"RAY_ADDRESS is {address}, the dashboard of a cluster: say `python -m jobs submit` before the verb to run "
+            "it there, give host:port of its GCS, or unset it for a local Ray"
+        )
     # Ray itself would go on trying for minutes
     if place.port and not answers(place.hostname or "", place.port, timeout_s=_CONNECT_S):
         raise HemocoError(
@@ -185,7 +191,7 @@ def _prepare_ray() -> None:
 
     Ray itself turns token authentication on for a cluster that it starts.
     """
-    for name, value in _RAY_DEFAULTS.items():
+    for name, value in RAY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(home())))
     if sys.platform == "linux":  # a host name that resolves to an unreachable address stops gloo

@@ -23,6 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from hemoco.errors import StorageError
+from hemoco.s3_answers import S3Answer, s3_advice, s3_answer
 
 _S3, _GOOGLE, _AZURE, _WEB = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs"), ("http", "https")
 # scheme -> the package that fsspec needs for it
@@ -172,23 +173,35 @@ def exists(url: str) -> bool:
 
 
 def list_names(url: str) -> list[str]:
-    """Names directly below a URL, sorted; empty where there is nothing."""
+    """Names directly below a URL, sorted; empty where there is nothing.
+
+    Raises:
+        StorageError: the bucket is missing, or the storage refuses or does not answer.
+    """
     with storage_errors(url):
         made, path = filesystem(url)
         try:
             found = made.ls(path, detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if s3_answer(error) is not None:  # a server lists an empty folder; it said that there is no bucket
+                raise
             return []
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path.rstrip("/"))
 
 
 def remove(url: str) -> None:
-    """Removes an object, or everything below the URL; nothing to do where there is nothing."""
+    """Removes an object, or everything below the URL; nothing to do where there is nothing.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
     _refuse_web(url)
     with storage_errors(url):
         made, path = filesystem(url)
         if made.exists(path):
             made.rm(path, recursive=True)
+            if made.exists(path):  # s3fs does not say which deletions a server refused
+                raise StorageError(f"{url}: cannot be removed; ask for s3:DeleteObject: the key may not do this")
 
 
 def check_writable(url: str) -> None:
@@ -211,20 +224,8 @@ def storage_errors(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError as error:
-        if "bucket" in str(error).lower():
-            bucket = urlsplit(url).netloc
-            raise StorageError(f"{url}: bucket {bucket!r} does not exist; create it or correct the URL") from error
-        raise StorageError(f"{url}: not found; check the URL") from error
-    except PermissionError as error:
-        hint = (
-            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            if urlsplit(url).scheme in _S3
-            else "check its permissions"
-        )
-        raise StorageError(f"{url}: access refused ({first_line(error)}); {hint}") from error
     except _foreign_errors() as error:
-        raise StorageError(f"{url}: {first_line(error)}; {storage_hint(url, error)}") from error
+        raise StorageError(f"{url}: {_explanation(url, error)}") from error
 
 
 def storage_hint(url: str, error: Exception) -> str:
@@ -237,9 +238,13 @@ def storage_hint(url: str, error: Exception) -> str:
             "NoCredentialsError": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             "ParamValidationError": f"{host!r} cannot be the name of a bucket",
             "ValueError": "AWS_ENDPOINT_URL must look like https://host:port",
+            "ResponseParserError": f"{_endpoint()} is no S3 server; correct AWS_ENDPOINT_URL",
         }
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the default endpoint")
-        return hints.get(type(error).__name__, f"check that {endpoint} can be reached")
+        if "WRONG_VERSION_NUMBER" in str(error):
+            return f"{_endpoint()} does not speak TLS: correct AWS_ENDPOINT_URL (http:// instead of https://?)"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return f"the certificate of {_endpoint()} is not trusted: name its authority's file in AWS_CA_BUNDLE"
+        return hints.get(type(error).__name__, f"check that {_endpoint()} can be reached")
     if scheme in _PACKAGES:
         return f"check that {host if scheme in _WEB else 'its service'} can be reached"
     return "check the path and the disk"
@@ -275,9 +280,42 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def _explanation(url: str, error: Exception) -> str:
+    """What is wrong and what to do about it."""
+    if urlsplit(url).scheme in _S3 and (answer := _reason(url, error)) is not None:
+        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        if (advice := s3_advice(answer, urlsplit(url).netloc, _endpoint(), region)) is not None:
+            return advice
+    if isinstance(error, FileNotFoundError):
+        return "not found; check the URL"
+    if isinstance(error, PermissionError):
+        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if urlsplit(url).scheme in _S3 else "its permissions"
+        return f"access refused ({first_line(error)}); check {keys}"
+    return f"{first_line(error)}; {storage_hint(url, error)}"
+
+
+def _reason(url: str, error: Exception) -> S3Answer | None:
+    """What the server said; of a refusal to HEAD, whose answer has no room for a reason, what it says to GET."""
+    answer = s3_answer(error)
+    if answer is None or not answer.nameless or answer.status == http.HTTPStatus.NOT_FOUND:
+        return answer
+    made, path = filesystem(url)
+    bucket, key, _ = made.split_path(path)
+    try:
+        made.call_s3("get_object", Bucket=bucket, Key=key, Range="bytes=0-0")
+    except _foreign_errors() as refusal:
+        return s3_answer(refusal) or answer
+    return answer
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL", "the default endpoint")
+
+
 def _foreign_errors() -> tuple[type[Exception], ...]:
     own = _loaded(
         "botocore.exceptions:BotoCoreError",
+        "botocore.parsers:ResponseParserError",
         "aiohttp:ClientError",
         "azure.core.exceptions:AzureError",
         "google.auth.exceptions:GoogleAuthError",

@@ -27,6 +27,24 @@ class RunOptions:
     """Start anew, also if a run of this name exists."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportOptions(RunOptions):
+    """Options of verbs that end with a table."""
+
+    out: str = ""
+    """Folder for comparison.json, .csv, .md and report.html; default: the run's folder in $HEMOCO_HOME/reports."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferOptions(ReportOptions):
+    """Options of `transfer`."""
+
+    backbone: str = ""
+    """URL or path of a backbone.safetensors."""
+    only: tuple[str, ...] = ()
+    """Transfers to run; default: all of the recipe."""
+
+
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -52,6 +70,24 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         use_underscores=True,
     )
+
+
+def parse_transfer(argv: list[str]) -> TransferOptions:
+    """As `parse_options`, for `transfer`; of the recipe's transfers those that `--only` names.
+
+    Raises:
+        UsageError: no backbone is named, or a transfer that the recipe does not have.
+    """
+    options = parse_options("transfer", argv, TransferOptions)
+    recipe = options.recipe
+    if not options.backbone:
+        raise UsageError("transfer needs --backbone URL, the backbone.safetensors that `pretrain` named at its end")
+    unknown = sorted(set(options.only) - recipe.transfers.keys())
+    if unknown:
+        known = ", ".join(recipe.transfers)
+        raise UsageError(f"--only {unknown[0]}: recipe {recipe.name} has no such transfer; it has {known}")
+    kept = {name: config for name, config in recipe.transfers.items() if not options.only or name in options.only}
+    return dataclasses.replace(options, recipe=dataclasses.replace(recipe, transfers=kept))
 
 
 def recipe_names() -> list[str]:
