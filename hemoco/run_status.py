@@ -1,0 +1,128 @@
+"""Where runs stand, read from MLflow."""
+
+import dataclasses
+from typing import Any
+
+from hemoco.comparison import unknown_run
+from hemoco.errors import UsageError
+from hemoco.tracking import ask, close_run, connect, find_runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseStatus:
+    """One MLflow run of a run: its pretraining, or a transfer."""
+
+    name: str
+    """pretrain, a transfer's name, or NAME@EPOCH of a transfer measured during pretraining."""
+    run_id: str
+    status: str
+    step: int | None
+    """The highest of its metrics; None where there are none."""
+    seen: float | None
+    """When its newest metric was measured, in seconds since 1970."""
+    attempts: int
+    """Starts of what it consists of, above their number where some were tried again; 0 where none are counted."""
+    error: str
+    """Why it failed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A run and its phases."""
+
+    run: str
+    recipe: str
+    status: str
+    """Of its parent run in MLflow."""
+    started: float
+    """Seconds since 1970."""
+    storage: str
+    """URL of its folder; empty where an older version did not record it."""
+    backbone: str
+    """URL of the backbone that it began with; empty if it pretrains its own."""
+    params: dict[str, str]
+    """Every setting by its dotted name."""
+    phases: tuple[PhaseStatus, ...]
+    """The oldest first."""
+
+    @property
+    def seen(self) -> float | None:
+        """When its newest metric was measured."""
+        return max((phase.seen for phase in self.phases if phase.seen is not None), default=None)
+
+
+def newest_runs(uri: str, most: int) -> list[RunStatus]:
+    """The runs that began last, the newest first.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    experiment_id = connect(uri)
+    parents = _search(uri, experiment_id, "tags.`hemoco.phase` = 'parent'", 1000)
+    # a run that --fresh began anew has left its name to the new one
+    current = [parent for parent in parents if not parent.data.tags["hemoco.run"].endswith("(superseded)")]
+    return [_status(parent, _children(uri, experiment_id, parent)) for parent in current[:most]]
+
+
+def run_status(uri: str, run: str) -> RunStatus:
+    """Where one run stands.
+
+    Raises:
+        UsageError: MLflow knows no run of this name.
+        TrackingError: MLflow cannot be used.
+    """
+    experiment_id = connect(uri)
+    known = find_runs(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"})
+    if not known:
+        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
+    parent = ask(uri, lambda client: client.get_run(known[0].run_id))
+    return _status(parent, _children(uri, experiment_id, parent))
+
+
+def close_running(uri: str, run: str) -> list[str]:
+    """Marks what of a run MLflow still takes for running as killed, for a process that has been ended cannot.
+
+    Returns:
+        The names of what was marked.
+    """
+    left = [facts for facts in find_runs(uri, connect(uri), {"hemoco.run": run}) if facts.status == "RUNNING"]
+    for facts in left:
+        close_run(uri, facts.run_id, "KILLED")
+    return [facts.tags.get("mlflow.runName", facts.run_id) for facts in left]
+
+
+def _search(uri: str, experiment_id: str, wanted: str, most: int) -> list[Any]:
+    order = ["attributes.start_time DESC"]
+    return list(ask(uri, lambda client: client.search_runs([experiment_id], wanted, max_results=most, order_by=order)))
+
+
+def _children(uri: str, experiment_id: str, parent: Any) -> list[Any]:
+    return _search(uri, experiment_id, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", 1000)
+
+
+def _status(parent: Any, children: list[Any]) -> RunStatus:
+    tags = parent.data.tags
+    return RunStatus(
+        run=tags["hemoco.run"],
+        recipe=tags.get("hemoco.recipe", ""),
+        status=parent.info.status,
+        started=parent.info.start_time / 1000,
+        storage=tags.get("hemoco.storage", ""),
+        backbone=tags.get("hemoco.backbone_url", ""),
+        params=dict(parent.data.params),
+        phases=tuple(_phase(child) for child in reversed(children)),
+    )
+
+
+def _phase(child: Any) -> PhaseStatus:
+    tags = child.data.tags
+    points = child.data._metric_objs  # the public dictionary has lost step and time
+    return PhaseStatus(
+        name=tags.get("mlflow.runName", child.info.run_id),
+        run_id=child.info.run_id,
+        status=child.info.status,
+        step=max((point.step for point in points), default=None),
+        seen=max((point.timestamp / 1000 for point in points), default=None),
+        attempts=sum(int(value) for name, value in tags.items() if name.startswith("hemoco.attempt/")),
+        error=tags.get("hemoco.error", ""),
+    )

@@ -1,0 +1,200 @@
+"""`python -m jobs status [RUN]`: what runs, what has finished or failed, and how to go on."""
+
+import ast
+import os
+import shlex
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hemoco.config import Recipe, flat_params
+from hemoco.errors import HemocoError, UsageError
+from hemoco.run_status import PhaseStatus, RunStatus, newest_runs, run_status
+from hemoco.storage import join_url
+from hemoco.tracking import tracking_uri
+from jobs.options import load_recipe
+from jobs.submit import head_address
+
+if TYPE_CHECKING:
+    from cluster.submit import Job
+
+_MOST = 20
+_FILE_WIDTH = 160  # columns where no terminal says how wide it is
+
+
+def main(argv: list[str]) -> None:
+    """Tells."""
+    tyro.cli(status, args=argv, prog="python -m jobs status", use_underscores=True)
+
+
+def status(run: Annotated[str, tyro.conf.Positional] = "", /, *, address: str = "") -> None:
+    """What runs, what has finished or failed, and how to go on.
+
+    Args:
+        run: the run's name; default: the newest runs.
+        address: dashboard of a cluster's head, http://head:8265, to learn of its jobs too; default: $RAY_ADDRESS if it
+            is one.
+    """
+    named = address or os.environ.get("RAY_ADDRESS", "").startswith("http")
+    jobs = _jobs(head_address(address), run) if named else []
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    if run:
+        _show_run(console, run, jobs, head_address(address) if named else "")
+    else:
+        _show_runs(console, newest_runs(tracking_uri(), _MOST), jobs, bool(named))
+
+
+def settings_words(params: dict[str, str], recipe: Recipe) -> list[str]:
+    """The flags that turn a recipe into one with these settings."""
+    words = []
+    for name, value in flat_params(recipe).items():
+        wanted = params.get(name, value)
+        if wanted == value:
+            continue
+        if wanted in ("True", "False"):
+            head, _, last = name.rpartition(".")
+            words.append(f"--{name}" if wanted == "True" else f"--{head}.no_{last}")
+        elif wanted.startswith("("):
+            words += [f"--{name}", *map(str, ast.literal_eval(wanted))]
+        else:
+            words += [f"--{name}", wanted]
+    return words
+
+
+def _jobs(address: str, run: str) -> list["Job"]:
+    from cluster.submit import Cluster  # seconds to import, and mostly nobody asks
+
+    return Cluster(address).jobs(run)
+
+
+def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], asked: bool) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ["run", "recipe", "status", "at", "last metric", *(["job"] if asked else [])]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    newest = {job.run: job for job in reversed(jobs)}  # the first one of a run is its newest
+    for found in runs:
+        cells = [found.run, found.recipe, found.status, _at(found), _ago(found.seen)]
+        table.add_row(*map(_plain, cells), *([_job_cell(newest.pop(found.run, None))] if asked else []))
+    for job in newest.values():  # packings, and runs that MLflow does not know
+        table.add_row(_plain(job.run), "", "", _plain(job.words.partition(" ")[0]), "", _job_cell(job))
+    if table.row_count:
+        console.print(table)
+        console.print("\none of them: python -m jobs status RUN", highlight=False)
+    else:
+        console.print("no runs yet: begin one with `python -m jobs run RECIPE`", highlight=False)
+
+
+def _show_run(console: Console, run: str, jobs: list["Job"], address: str) -> None:
+    job = jobs[0] if jobs else None
+    try:
+        found = run_status(tracking_uri(), run)
+    except UsageError:
+        if job is None:
+            raise
+        _say(console, {"run": run, "status": "MLflow does not know it", "job": _job_text(job)})
+        return _say(console, {"again": _resume_words(None, job, address)})
+    lines = {"run": run, "recipe": found.recipe, "status": found.status, "storage": found.storage or "not recorded"}
+    if job is not None:
+        lines["job"] = _job_text(job)
+    _say(console, lines | {"checkpoint": _checkpoint(found)})
+    _show_phases(console, found.phases)
+    if found.status == "FINISHED":
+        _say(console, {"table": f"python -m jobs compare {run}"})
+    elif job is not None and not job.ended:
+        stop = shlex.join(["python", "-m", "jobs", "stop", run, "--address", address])
+        _say(console, {"follow": _resume_words(found, job, address), "stop": stop})
+    else:
+        _say(console, {"resume": _resume_words(found, job, address)})
+    return None
+
+
+def _show_phases(console: Console, phases: tuple[PhaseStatus, ...]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("phase", "status", "step", "last metric", "starts", "error"):
+        table.add_column(column, overflow="fold")
+    for phase in phases:
+        step = "" if phase.step is None else str(phase.step)
+        starts = str(phase.attempts or "")
+        table.add_row(*map(_plain, (phase.name, phase.status, step, _ago(phase.seen), starts, phase.error)))
+    if phases:
+        console.print()
+        console.print(table)
+        console.print()
+
+
+def _checkpoint(found: RunStatus) -> str:
+    if not found.storage:
+        return "unknown"
+    from hemoco.checkpoint import newest_checkpoint  # torch
+
+    try:
+        return newest_checkpoint(join_url(found.storage, "pretrain", "checkpoints")) or "none yet"
+    except HemocoError as error:
+        return str(error)
+
+
+def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> str:
+    """The exact words where they are known: from the run's job, or from the recipe and the settings in MLflow."""
+    if job is not None:
+        words = [word for word in shlex.split(job.words) if word != "--fresh"]
+        return shlex.join(["python", "-m", "jobs", "submit", *words, "--address", address])
+    assert found is not None, "one of both is known"
+    try:
+        recipe = load_recipe(found.recipe)
+    except UsageError:  # a recipe given by its path
+        return f"the words that began it, with --run {found.run}"
+    words = ["run", found.recipe]
+    if found.backbone:
+        measured = {name.split(".")[1] for name in found.params if name.startswith("transfers.")}
+        only = ["--only", *sorted(measured)] if measured != recipe.transfers.keys() else []
+        words = ["transfer", found.recipe, "--backbone", found.backbone, *only]
+    storage = ["--storage", found.storage.rpartition("/")[0]] if found.storage else []
+    words += [*settings_words(found.params, recipe), "--run", found.run, *storage]
+    return shlex.join(["python", "-m", "jobs", *words])
+
+
+def _at(found: RunStatus) -> str:
+    """What it works on, in few words: the pretraining's step, then how many transfers are done."""
+    training = next((phase for phase in found.phases if phase.name == "pretrain"), None)
+    transfers = [phase for phase in found.phases if phase.name != "pretrain" and "@" not in phase.name]
+    if not transfers:
+        step = f", step {training.step}" if training and training.step else ""
+        return f"pretrain{step}" if training else ""
+    done = sum(phase.status == "FINISHED" for phase in transfers)
+    failed = sum(phase.status in ("FAILED", "KILLED") for phase in transfers)
+    return f"transfers, {done} of {len(transfers)} done" + (f", {failed} failed" if failed else "")
+
+
+def _say(console: Console, lines: dict[str, str]) -> None:
+    for name, text in lines.items():
+        console.print(_plain(f"{name:<12}{text}"), soft_wrap=True)
+
+
+def _job_text(job: "Job") -> str:
+    status = f" with exit status {job.exit_status}" if job.exit_status else ""
+    return f"{job.id} {job.status}{status}{f', commit {job.commit}' if job.commit else ''}"
+
+
+def _job_cell(job: "Job | None") -> Text:
+    return _plain(f"{job.id} {job.status}" if job else "")
+
+
+def _ago(moment: float | None) -> str:
+    if moment is None:
+        return ""
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _plain(text: str) -> Text:
+    """Text that rich prints as it is: brackets in a name are no markup."""
+    return Text(text)
