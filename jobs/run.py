@@ -1,24 +1,14 @@
 """`python -m jobs run RECIPE`: pretraining -> transfers -> comparison."""
 
-import dataclasses
-
 from cluster.checkout import CHECKOUT, git_facts
-from jobs.options import RunOptions, parse_options
+from jobs.options import ReportOptions, parse_options
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
 from pipeline.study import check_pretraining, check_transfers
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """Options of `run`."""
-
-    out: str = ""
-    """Folder for comparison.json, .csv, .md and report.html; default: the run's folder in $HEMOCO_HOME/reports."""
-
-
 def main(argv: list[str]) -> None:
     """Runs or resumes a whole run; a finished one prints its table."""
-    options = parse_options("run", argv, Options)
+    options = parse_options("run", argv, ReportOptions)
     name = run_name(options)
     check_pretraining(options.recipe)
     check_transfers(options.recipe)

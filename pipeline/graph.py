@@ -43,8 +43,8 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
 
 def pretrain_only(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Pretrained:
     """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second. Checks as there."""
-    with only_driver(run):
-        return _pretrain(open_study(recipe, run=run, storage=storage, fresh=fresh, tags=tags))
+    with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
+        return _pretrain(study)
 
 
 def transfer_only(
