@@ -1,9 +1,15 @@
-"""What a run came to: its pretraining and the results of its transfers, read from MLflow and nowhere else."""
+"""What a run came to: its pretraining and the results of its transfers, read from MLflow and nowhere else.
 
+A value counts if its unit, one init and one seed of a transfer, is recorded as done: the tag `hemoco.done/INIT/seed_N`
+of the transfer's run. What a training logs on its way has the same name.
+"""
+
+import ast
 import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hemoco.errors import UsageError
@@ -14,6 +20,8 @@ PRETRAINED = "pretrained"
 """The init that all others are baselines of."""
 _CURVES = ("loss", "embedding_std", "knn_top1")
 _VALUE = re.compile(r"(?P<init>[^/]+)/seed_(?P<seed>\d+)/(?P<metric>.+)")
+_TRANSFER = re.compile(r"transfers\.(.+)\.seeds")  # the parameter that every transfer has
+_DONE = "hemoco.done/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,7 @@ class Failure:
     transfer: str
     reason: str
     run_id: str
+    """Empty where it has not begun."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,8 @@ class Comparison:
     pretraining: Pretraining
     rows: tuple[Row, ...]
     failed: tuple[Failure, ...]
+    unfinished: tuple[Failure, ...] = ()
+    """Transfers that are running, were left by a process that is gone, or have not begun."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,11 +114,16 @@ class ReportData:
     images: tuple[TransferImage, ...]
 
 
-class _Records(NamedTuple):
+class Records(NamedTuple):
+    """The MLflow runs of one run; of repeated ones the newest."""
+
     run: str
     parent: RunFacts
     pretraining: RunFacts | None
+    """None where MLflow does not know it: the backbone came from elsewhere."""
     transfers: list[RunFacts]
+    curve: list[RunFacts]
+    """Transfers of backbones exported during the pretraining, one for each transfer and epoch."""
 
 
 def comparison(uri: str, run: str) -> Comparison:
@@ -117,7 +133,7 @@ def comparison(uri: str, run: str) -> Comparison:
         UsageError: MLflow knows no run of this name.
         TrackingError: MLflow cannot be used.
     """
-    return _compare(_read_records(uri, run))
+    return compare_records(read_records(uri, run))
 
 
 def collect_report(uri: str, run: str) -> ReportData:
@@ -127,7 +143,7 @@ def collect_report(uri: str, run: str) -> ReportData:
         UsageError: MLflow knows no run of this name.
         TrackingError: MLflow cannot be used.
     """
-    records = _read_records(uri, run)
+    records = read_records(uri, run)
     source = records.pretraining
     images = [
         TransferImage(transfer=facts.tags["hemoco.transfer"], name=name.removesuffix(".png"), png=png)
@@ -135,7 +151,7 @@ def collect_report(uri: str, run: str) -> ReportData:
         for name, png in sorted(read_artifacts(uri, facts.run_id, ".png").items())
     ]
     return ReportData(
-        comparison=_compare(records),
+        comparison=compare_records(records),
         params=records.parent.params | (source.params if source else {}),
         curves={name: metric_history(uri, source.run_id, name) if source else [] for name in _CURVES},
         images=tuple(images),
@@ -164,7 +180,8 @@ def summaries(found: Comparison) -> list[Summary]:
     return lines
 
 
-def _read_records(uri: str, run: str) -> _Records:
+def read_records(uri: str, run: str) -> Records:
+    """What MLflow has of a run; the same errors as `comparison`."""
     experiment_id = connect(uri)
     found = find_runs(uri, experiment_id, {"hemoco.run": run})
     phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": [], "curve": []}
@@ -174,28 +191,52 @@ def _read_records(uri: str, run: str) -> _Records:
         raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
     parent = phases["parent"][-1]
     newest = {facts.tags["hemoco.transfer"]: facts for facts in phases["transfer"]}
+    curve = {(facts.tags["hemoco.transfer"], facts.tags["hemoco.epoch"]): facts for facts in phases["curve"]}
     source = parent.tags.get("hemoco.pretrain_run_id")
     if source is not None:  # the backbone is another run's, which this MLflow need not know
         known = find_runs(uri, experiment_id, {"hemoco.phase": "pretrain"})
         phases["pretrain"] = [facts for facts in known if facts.run_id == source]
-    return _Records(run, parent, next(reversed(phases["pretrain"]), None), list(newest.values()))
+    pretraining = next(reversed(phases["pretrain"]), None)
+    return Records(run, parent, pretraining, list(newest.values()), list(curve.values()))
 
 
-def _compare(records: _Records) -> Comparison:
-    rows = [row for facts in records.transfers for row in _rows(facts)]
-    failed = [
-        Failure(
-            transfer=facts.tags["hemoco.transfer"],
-            reason=facts.tags.get("hemoco.error", "no reason was recorded"),
-            run_id=facts.run_id,
-        )
-        for facts in records.transfers
-        if facts.status in ("FAILED", "KILLED")
-    ]
-    return Comparison(pretraining=_pretraining(records), rows=tuple(rows), failed=tuple(failed))
+def compare_records(records: Records) -> Comparison:
+    """The comparison that a run's records make."""
+    rows = [row for facts in records.transfers for row in done_rows(facts)]
+    ended = [facts for facts in records.transfers if facts.status in ("FAILED", "KILLED")]
+    return Comparison(
+        pretraining=_pretraining(records),
+        rows=tuple(rows),
+        failed=tuple(_failure(facts, facts.tags.get("hemoco.error", "no reason was recorded")) for facts in ended),
+        unfinished=tuple(_unfinished(records)),
+    )
 
 
-def _pretraining(records: _Records) -> Pretraining:
+def _unfinished(records: Records) -> Iterator[Failure]:
+    for facts in records.transfers:
+        if facts.status not in ("FAILED", "KILLED", "FINISHED"):
+            yield _failure(facts, _measured(facts))
+    begun = {facts.tags["hemoco.transfer"] for facts in records.transfers}
+    for match in filter(None, map(_TRANSFER.fullmatch, records.parent.params)):
+        if match[1] not in begun:
+            yield Failure(transfer=match[1], reason="not begun", run_id="")
+
+
+def _measured(facts: RunFacts) -> str:
+    """How much of a transfer is done."""
+    done = sum(tag.startswith(_DONE) for tag in facts.tags)
+    name = f"transfers.{facts.tags['hemoco.transfer']}"
+    inits, seeds = (facts.params.get(f"{name}.{field}") for field in ("inits", "seeds"))
+    if inits is None or seeds is None:
+        return f"{done} measured"
+    return f"{done} of {len(ast.literal_eval(inits)) * len(ast.literal_eval(seeds))} measured"
+
+
+def _failure(facts: RunFacts, reason: str) -> Failure:
+    return Failure(transfer=facts.tags["hemoco.transfer"], reason=reason, run_id=facts.run_id)
+
+
+def _pretraining(records: Records) -> Pretraining:
     parent, facts = records.parent, records.pretraining
     tags = parent.tags | (facts.tags if facts else {})
     metrics = facts.metrics if facts else {}
@@ -214,11 +255,18 @@ def _pretraining(records: _Records) -> Pretraining:
     )
 
 
-def _rows(facts: RunFacts) -> list[Row]:
+def done_rows(facts: RunFacts) -> list[Row]:
+    """The headline values of a transfer's run that are recorded as done."""
+    return done_values(facts, facts.tags["hemoco.metric"])
+
+
+def done_values(facts: RunFacts, metric: str) -> list[Row]:
+    """The values of one metric of a transfer's run, of the units that are recorded as done."""
     rows = []
     for key, value in facts.metrics.items():
         match = _VALUE.fullmatch(key)
-        if match and match["metric"] == facts.tags["hemoco.metric"]:
+        done = match is not None and f"{_DONE}{match['init']}/seed_{match['seed']}" in facts.tags
+        if match and done and match["metric"] == metric:
             row = Row(
                 transfer=facts.tags["hemoco.transfer"],
                 metric=match["metric"],

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 COLUMNS = ("transfer", "metric", "pretrained", "against", "value", "difference", "seeds", "beyond noise")
 """Of the table of summaries, as `summary_cells` fills it."""
 _NUMBERS = ("pretrained", "value", "difference", "seeds")
+_BROKEN = ("pretrained", "value", "difference", "beyond noise")  # in two lines where the terminal is narrow
+_WIDEST_NAME = 20  # of a transfer, before it is broken
 _LEGEND = "± after a value: deviation over seeds; after a difference: its 95% interval; beyond noise: it leaves out 0"
 
 
@@ -39,7 +41,7 @@ def to_csv(found: Comparison) -> str:
 
 
 def to_markdown(found: Comparison) -> str:
-    """One line per transfer and baseline: means over the seeds with their deviation, and what failed."""
+    """One line per transfer and baseline: means over the seeds with their deviation, and what failed or is open."""
     lines = [
         f"| {' | '.join(COLUMNS)} |",
         "|---|---|---:|---|---:|---:|---:|---|",
@@ -49,12 +51,14 @@ def to_markdown(found: Comparison) -> str:
         ),
     ]
     failed = [f"- {item.transfer} failed: {_escaped(item.reason)}" for item in found.failed]
+    failed += [f"- {item.transfer} is unfinished: {item.reason}" for item in found.unfinished]
     legend = ["", _LEGEND] if any(line.difference.pairs > 1 for line in summaries(found)) else []
     return "\n".join([*lines, *legend, *([""] if failed else []), *failed]) + "\n"
 
 
 def rich_table(found: Comparison) -> "Table":
     """The summary for a terminal."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
@@ -63,13 +67,27 @@ def rich_table(found: Comparison) -> "Table":
     caption = f"pretraining: loss {loss} (chance {chance}), embedding std {std} (1 is isotropic), kNN {knn}"
     if any(line.difference.pairs > 1 for line in summaries(found)):
         caption += f"\n{_LEGEND}"
-    table = Table(title=Text(facts.run), caption=Text(caption))
+    below = Text(f"\n{caption}")
+    for item in found.failed:
+        below.append(f"\n{item.transfer} failed: {item.reason}", style="bold red")
+    for item in found.unfinished:
+        below.append(f"\n{item.transfer} is unfinished: {item.reason}", style="bold yellow")
+    table = Table(
+        title=Text(facts.run),
+        caption=below,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,  # the box has a space between columns
+        pad_edge=False,
+    )
     for name in COLUMNS:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+        table.add_column(
+            name, justify="right" if name in _NUMBERS else "left", overflow="fold", no_wrap=name not in _BROKEN
+        )
+    table.columns[0].no_wrap = all(len(row.transfer) <= _WIDEST_NAME for row in found.rows)
     for line in summaries(found):
         table.add_row(*map(Text, summary_cells(line)), style="" if not line.difference.mean < 0 else "yellow")
-    for item in found.failed:
-        table.add_row(Text(item.transfer), Text(f"failed: {item.reason}"), style="red")
     return table
 
 

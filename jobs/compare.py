@@ -1,22 +1,67 @@
-"""`python -m jobs compare RUN`: table and report of a run again, from MLflow alone."""
+"""`python -m jobs compare RUN [RUN ...]`: the tables of one run or of several side by side, from MLflow alone."""
 
-from typing import Annotated
+import hashlib
+import sys
+from typing import Annotated, Literal
 
 import tyro
 
-from jobs.session import print_comparison
+from hemoco.comparison_files import render, sections, write_files
+from hemoco.comparison_many import compare_runs
+from hemoco.errors import UsageError
+from hemoco.extra_sections import extra_sections
+from hemoco.section import print_section
+from hemoco.tracking import tracking_uri
+from jobs.session import print_comparison, results_folder, table_console, write_results
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table and writes the report."""
+    """Prints tables and writes files."""
     tyro.cli(compare, args=argv, prog="python -m jobs compare")
 
 
-def compare(run: Annotated[str, tyro.conf.Positional], /, *, out: str = "") -> None:
-    """Table and report of a run again, from MLflow alone.
+def compare(
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+    ] = (),
+    /,
+    *,
+    out: str = "",
+    format: Literal["table", "markdown", "csv", "json", "latex"] = "table",
+) -> None:
+    """The tables of one run, or of several side by side, from MLflow alone.
+
+    One run: its transfers against their baselines, over epochs and labels, and its cost; report.html. Several: a column
+    for each pretraining, those that differ by --pretrain.seed only together in one.
 
     Args:
-        run: the run's name.
-        out: folder for comparison.json, .csv, .md and report.html; default: the run's folder in $HEMOCO_HOME/reports.
+        runs: names of runs.
+        out: folder for files; default: a folder in $HEMOCO_HOME/reports. One run writes comparison.json, .csv, .md and
+            report.html, and details.* with its curves and cost; several write comparison.json, .csv, .md and .tex. Both
+            add rows.csv (the single values) and a CSV file for each further table.
+        format: what is printed.
     """
-    print_comparison(run, out)
+    if not runs:
+        raise UsageError("compare needs the name of a run, or of several: `python -m jobs status` lists them")
+    alone = len(runs) == 1
+    many = compare_runs(tracking_uri(), runs)
+    folder = results_folder(runs[0] if alone else _folder_name(runs), out)
+    write_files(many, folder, "details" if alone else "comparison")
+    if format != "table":
+        if alone:
+            write_results(runs[0], folder)
+        sys.stdout.write(render(many, format))
+        return
+    console = table_console()
+    for section in extra_sections(many) if alone else sections(many):
+        print_section(console, section)
+    console.print()
+    if alone:
+        print_comparison(runs[0], out)
+    else:
+        console.print(f"files       {folder}", soft_wrap=True, highlight=False)
+
+
+def _folder_name(runs: tuple[str, ...]) -> str:
+    digest = hashlib.sha256("\n".join(runs).encode()).hexdigest()[:8]
+    return f"{runs[0]}_and_{len(runs) - 1}_more-{digest}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.local import local_ray
-from hemoco.comparison import collect_report, comparison
+from hemoco.comparison import Comparison, collect_report, comparison
 from hemoco.comparison_table import rich_table, write_comparison
 from hemoco.config import config_digest
 from hemoco.report import render_report
@@ -48,15 +48,30 @@ def ray_session() -> Iterator[None]:
 
 def print_comparison(run: str, out: str) -> Path:
     """Prints a run's table, writes comparison.{json,csv,md} and report.html, says where; returns the folder."""
-    folder = Path(out).expanduser().resolve() if out else home() / "reports" / run
-    found = comparison(tracking_uri(), run)
-    write_comparison(found, folder)
-    (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), run)))
-    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-    console.print(rich_table(found))
+    folder = results_folder(run, out)
+    console = table_console()
+    console.print(rich_table(write_results(run, folder)))
     console.print(f"report      {folder / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"again       python -m jobs compare {run}", soft_wrap=True, highlight=False)
     return folder
+
+
+def results_folder(name: str, out: str) -> Path:
+    """Where results go: what was given, else a folder of this name."""
+    return Path(out).expanduser().resolve() if out else home() / "reports" / name
+
+
+def write_results(run: str, folder: Path) -> Comparison:
+    """Writes comparison.{json,csv,md} and report.html of a run."""
+    found = comparison(tracking_uri(), run)
+    write_comparison(found, folder)
+    (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), run)))
+    return found
+
+
+def table_console() -> Console:
+    """As wide as the terminal, or as a file is wide."""
+    return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 def publish(run: str, folder: Path) -> None:

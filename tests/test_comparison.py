@@ -53,7 +53,9 @@ def write_pretraining(uri: str, name: str, parent: str) -> str:
 def write_transfer(uri: str, name: str, parent: str, transfer: str, metric: str) -> str:
     tags = {"hemoco.run": name, "hemoco.phase": "transfer", "hemoco.transfer": transfer, "hemoco.metric": metric}
     run_id = open_run(uri, connect(uri), name=transfer, parent=parent, tags=tags, params={})
+    set_tags(uri, run_id, {f"hemoco.done/{init}/seed_{seed}": "true" for init, seed in VALUES})
     with Tracker(uri, run_id, f"memory://unsent/{run_id}") as tracker:
+        tracker.log(9, {f"pretrained/seed_2/{metric}": 0.01})  # a unit that is not done
         for (init, seed), value in VALUES.items():
             tracker.log(7, {f"{init}/seed_{seed}/loss": 9.0})
             tracker.log(9, {f"{init}/seed_{seed}/{metric}": value, f"{init}/seed_{seed}/other": 0.9})
@@ -91,6 +93,20 @@ def test_comparison_is_what_was_written(tracking: str, written: Written) -> None
     assert (facts.recipe, facts.data_digest, facts.status) == ("cells", "abc", "FINISHED")
     assert (facts.loss, facts.embedding_std, facts.knn_top1) == (3.0, 0.9, 0.5)
     assert facts.chance_loss == pytest.approx(10 * math.log(2))
+
+
+def test_a_transfer_that_runs_or_has_not_begun_is_named(tracking: str) -> None:
+    name = f"open-{uuid.uuid4().hex}"
+    params = {f"transfers.{transfer}.seeds": "(0,)" for transfer in ("knn", "probe")}
+    parent_tags = {"hemoco.run": name, "hemoco.phase": "parent"}
+    parent = open_run(tracking, connect(tracking), name=name, parent=None, tags=parent_tags, params=params)
+    write_transfer(tracking, name, parent, "knn", "top1")
+    found = comparison(tracking, name)
+    assert [(item.transfer, item.reason) for item in found.unfinished] == [
+        ("knn", "4 measured"),
+        ("probe", "not begun"),
+    ]
+    assert "- knn is unfinished: 4 measured\n- probe is unfinished: not begun\n" in to_markdown(found)
 
 
 def test_summary_is_the_mean_over_seeds(tracking: str, written: Written) -> None:
@@ -134,7 +150,14 @@ def test_terminal_table_shows_results_and_failures(tracking: str, written: Writt
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(rich_table(comparison(tracking, written.name)))
     text = console.export_text()
-    assert all(word in text for word in ("knn", "0.625", "+0.438", "failed: out of memory", "chance 6.931"))
+    assert all(word in text for word in ("knn", "0.625", "+0.438", "probe failed: out of memory", "chance 6.931"))
+
+
+def test_terminal_table_breaks_no_word_at_80_columns(tracking: str, written: Written) -> None:
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(rich_table(comparison(tracking, written.name)))
+    words = console.export_text().split()
+    assert {"mask|rcnn", "pretrained", "difference", "0.625", "+0.438", "memory"} <= set(words)
 
 
 def test_files_are_written_to_a_new_folder(tracking: str, written: Written, tmp_path: Path) -> None:
