@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
+from hemoco.backbone_versions import read_model
 from hemoco.config import EncoderConfig, config_difference
 from hemoco.distributed import broadcast_object, rank
 from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ConfigError
+from hemoco.registry import SCHEME
 from hemoco.storage import join_url, list_names, read_bytes, remove, write_bytes
 from hemoco.tensor_file import parse_safetensors
 from hemoco.training_state import TrainingState
@@ -205,16 +207,28 @@ def backbone_metadata(url: str) -> dict[str, str]:
     Raises:
         CheckpointError: the file is not a hemoco backbone.
     """
-    return _parse_backbone(url, read_bytes(url))[0]
+    return _parse_backbone(url, read_backbone(url))[0]
+
+
+def read_backbone(url: str) -> bytes:
+    """The bytes of a backbone's file, wherever `load_backbone` would read it."""
+    return read_model(url) if url.startswith(SCHEME) else read_bytes(url)
 
 
 def load_backbone(url: str) -> Backbone:
-    """A backbone from a URL or path, in evaluation mode on the CPU: normalised (N, 3, H, W) -> features (N, F).
+    """A backbone in evaluation mode on the CPU: normalised (N, 3, H, W) -> features (N, F).
+
+    Args:
+        url: URL or path of a backbone.safetensors, or its name in MLflow's registry: models:/NAME@ALIAS,
+            models:/NAME/VERSION, models:/NAME/latest or models:/m-...
 
     Raises:
         CheckpointError: the file is not a hemoco backbone, or its tensors are not exactly those of its architecture.
+        StorageError: the file cannot be read.
+        TrackingError: MLflow has no such model, or cannot be used.
+        UsageError: a name beginning with models:/ is none of these.
     """
-    metadata, tensors = _parse_backbone(url, read_bytes(url))
+    metadata, tensors = _parse_backbone(url, read_backbone(url))
     try:
         config = EncoderConfig(
             architecture=metadata["architecture"],

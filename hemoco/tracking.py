@@ -23,6 +23,8 @@ from hemoco.storage import home
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "hemoco"
+DIGEST_LENGTH = 36
+"""MLflow keeps so many characters of a data set's digest."""
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 with back-off block for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -174,7 +176,9 @@ def read_artifacts(uri: str, run_id: str, suffix: str) -> dict[str, bytes]:
     return ask(uri, read)
 
 
-def log_dataset_input(uri: str, run_id: str, name: str, url: str, digest: str, context: str) -> None:
+def log_dataset_input(
+    uri: str, run_id: str, name: str, url: str, digest: str, context: str, counts: dict[str, int] | None = None
+) -> None:
     """Records which data the run read; nothing of it is opened.
 
     Args:
@@ -182,13 +186,15 @@ def log_dataset_input(uri: str, run_id: str, name: str, url: str, digest: str, c
         run_id: the run.
         name: shown for the data.
         url: where it lies.
-        digest: of its index; MLflow keeps the first 36 characters.
+        digest: of its index; MLflow keeps the first `DIGEST_LENGTH` characters.
         context: what for, e.g. `pretraining`.
+        counts: what is in it, by name.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     kind = {"s3": "s3", "file": "local", "": "local"}.get(urlsplit(url).scheme, "code")
-    data = Dataset(name=name, digest=digest[:36], source_type=kind, source=json.dumps({"uri": url}))
+    source, profile = json.dumps({"uri": url}), json.dumps(counts) if counts else None
+    data = Dataset(name=name, digest=digest[:DIGEST_LENGTH], source_type=kind, source=source, profile=profile)
     entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
     ask(uri, lambda client: client.log_inputs(run_id, datasets=[entry]))
 
@@ -236,7 +242,14 @@ class Tracker(MetricQueue):
 
     def __init__(self, uri: str, run_id: str, unsent: str) -> None:
         _client_type()  # here, because two threads must not import mlflow at the same time
+        self.step: int | None = None
+        """The last one that was logged; None before."""
         super().__init__(partial(send_points, uri, run_id), unsent)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """As of MetricQueue."""
+        self.step = step
+        super().log(step, metrics)
 
 
 def check_delivered(tracker: Tracker) -> None:

@@ -12,6 +12,7 @@ from hemoco.config import ResourcesConfig, TrainedConfig, TransferConfig
 from hemoco.errors import HemocoError
 from hemoco.storage import join_url, list_names
 from pipeline.fan_out import record_transfer
+from pipeline.lineage import PRETRAINED, record_snapshot, seed_values
 from pipeline.pretrain import BACKBONES, epoch_backbone
 from pipeline.room import fitting_workers
 from pipeline.study import Origin, Study
@@ -95,6 +96,7 @@ def _measure(study: Study, url: str, run_id: str, name: str, epoch: int) -> None
     tags = {"hemoco.phase": "curve", "hemoco.transfer": name, "hemoco.epoch": str(epoch)}
     folder = join_url(study.url, "curve", f"{name}_epoch_{epoch:04d}")
     try:
+        tags["hemoco.model/pretrained"] = record_snapshot(study, run_id, origin.backbone_url, epoch)
         child = record_transfer(study, name, config, origin, tags=tags, url=folder)
         _add_to_curve(study, run_id, child, name, headline_metric(config), epoch)
     except HemocoError as error:
@@ -107,6 +109,6 @@ def _add_to_curve(study: Study, run_id: str, child: str, name: str, metric: str,
     if epoch in dict(tracking.metric_history(study.uri, run_id, key)):
         return
     metrics = tracking.run_facts(study.uri, child).metrics
-    values = [value for found, value in metrics.items() if re.fullmatch(rf"pretrained/seed_\d+/{metric}", found)]
+    values = seed_values(metrics, PRETRAINED, metric)
     with tracking.Tracker(study.uri, run_id, join_url(study.url, "curve", "unsent_metrics", run_id)) as tracker:
         tracker.log(epoch, {key: sum(values) / len(values)})

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from hemoco import tracking
 from hemoco.config import TransferConfig
 from hemoco.data.shards import read_index
+from hemoco.registry import Data
 from hemoco.storage import join_url
+from pipeline.lineage import BackboneModels, data_counts, data_name, link_models, log_results
 from pipeline.study import Origin, Study, closing_run, open_child, transfer_data
 from pipeline.transfer import headline_metric, measure_transfer
 from pipeline.transfer_job import TransferJob
@@ -19,14 +21,14 @@ _GRACE_S = 10.0
 _POLL_S = 0.2
 
 
-def transfer_once(study: Study, name: str, origin: Origin) -> None:
+def transfer_once(study: Study, name: str, origin: Origin, models: BackboneModels) -> None:
     """One transfer of a run: measured, unless it is recorded already.
 
     Raises:
         HemocoError: it failed; the reason stands in its run.
     """
     config = study.recipe.transfers[name]
-    tags = {"hemoco.phase": "transfer", "hemoco.transfer": name}
+    tags = {"hemoco.phase": "transfer", "hemoco.transfer": name} | models.tags(config)
     record_transfer(study, name, config, origin, tags=tags, url=join_url(study.url, name))
 
 
@@ -40,7 +42,7 @@ def record_transfer(
         name: of the transfer in the recipe.
         config: what is measured.
         origin: the backbone.
-        tags: of the child run, by which it is found again.
+        tags: of the child run, by which it is found again; `hemoco.model/INIT` names an init's logged model.
         url: of its folder.
     """
     data = transfer_data(study.recipe, config)
@@ -56,7 +58,11 @@ def record_transfer(
     run_id, finished = open_child(study, name, facts | tags)
     if finished is not None:
         return run_id
-    tracking.log_dataset_input(study.uri, run_id, name, data.shards, index.digest, "transfer")
+    measured_on = Data(data_name(data), index.digest)
+    tracking.log_dataset_input(
+        *(study.uri, run_id, measured_on.name, data.shards, index.digest, "transfer"), counts=data_counts(index)
+    )
+    link_models(study, run_id, tags)
     job = TransferJob(
         name=name,
         config=config,
@@ -71,6 +77,7 @@ def record_transfer(
     began = time.monotonic()
     with closing_run(study.uri, run_id, study.stopping):
         measure_transfer(job, study.stopping)
+        log_results(study, run_id, name, measured_on, facts | tags)
     logger.info("transfer %s done in %.0f s", name, time.monotonic() - began)
     return run_id
 

@@ -4,17 +4,21 @@ A run is its name. What MLflow says is finished is not done again; what is not g
 """
 
 import logging
+import pprint
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hemoco import tracking
-from hemoco.checkpoint import backbone_metadata
+from hemoco.backbone_versions import pinned
+from hemoco.checkpoint import backbone_metadata, read_backbone
 from hemoco.config import Recipe
 from hemoco.errors import TrainingError, UsageError
-from hemoco.storage import absolute_url, join_url
+from hemoco.registry import SCHEME
+from hemoco.storage import absolute_url, join_url, write_bytes
 from pipeline.backbones import check_architecture
 from pipeline.curve import follow_backbones
 from pipeline.fan_out import in_threads, transfer_once
+from pipeline.lineage import BackboneModels, data_counts, data_name, record_given, record_pretrained
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
 from pipeline.run_lock import only_driver
 from pipeline.study import Origin, Study, closing_run, first_line, open_child, open_study
@@ -38,19 +42,22 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
     """
     with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
         done = _pretrain(study)
-        _transfer_all(study, Origin(done.backbone_url, done.run_id))
+        model_id = record_pretrained(study, done.run_id, done.backbone_url)
+        _transfer_all(study, Origin(done.backbone_url, done.run_id), model_id)
 
 
 def pretrain_only(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Pretrained:
     """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second. Checks as there."""
     with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
-        return _pretrain(study)
+        done = _pretrain(study)
+        record_pretrained(study, done.run_id, done.backbone_url)
+        return done
 
 
 def transfer_only(
     recipe: Recipe, *, backbone_url: str, run: str, storage: str, fresh: bool, tags: dict[str, str]
 ) -> None:
-    """The second half of `pretrain_then_transfer`, from any backbone.
+    """The second half of `pretrain_then_transfer`, from any backbone, also one of MLflow's registry (models:/...).
 
     Raises:
         UsageError: the run measures another backbone, or has other settings, or another process is at it.
@@ -58,7 +65,8 @@ def transfer_only(
         ConfigError: one is of another architecture than the recipe's.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
-    backbone_url = absolute_url(backbone_url)
+    registered = backbone_url.startswith(SCHEME)
+    backbone_url = pinned(backbone_url) if registered else absolute_url(backbone_url)
     check_architecture(backbone_url, recipe.pretrain.encoder)
     metadata = backbone_metadata(backbone_url)
     with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
@@ -77,7 +85,9 @@ def transfer_only(
             "hemoco.data_digest": metadata["data_digest"],
         }
         tracking.set_tags(study.uri, study.parent_id, origin | sources)
-        _transfer_all(study, Origin(backbone_url, metadata["run_id"]))
+        if registered:  # the workers read storage; they need no way to MLflow's files
+            backbone_url = _copied(study, backbone_url)
+        _transfer_all(study, Origin(backbone_url, metadata["run_id"]), record_given(study, backbone_url))
 
 
 @contextmanager
@@ -86,7 +96,21 @@ def _opened(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[s
     with only_driver(run):
         study = open_study(recipe, run=run, storage=storage, fresh=fresh, tags=tags)
         with closing_run(study.uri, study.parent_id, study.stopping):
+            _log_recipe(study)
             yield study
+
+
+def _log_recipe(study: Study) -> None:
+    """Puts the recipe into the run as a file that `python -m jobs run` takes."""
+    text = f"from hemoco.config import *\n\nrecipe = {pprint.pformat(study.recipe, width=120, sort_dicts=False)}\n"
+    tracking.log_artifact_bytes(study.uri, study.parent_id, "recipe.py", text.encode())
+
+
+def _copied(study: Study, model: str) -> str:
+    """The URL of a copy of a registered backbone in the run's folder."""
+    url = join_url(study.url, "backbone.safetensors")
+    write_bytes(url, read_backbone(model))
+    return url
 
 
 def _pretrain(study: Study) -> Pretrained:
@@ -100,8 +124,10 @@ def _pretrain(study: Study) -> Pretrained:
     run_id, finished = open_child(study, "pretrain", tags)
     if finished is not None:
         return Pretrained(run_id=run_id, backbone_url=finished.tags["hemoco.backbone_url"], metrics=finished.metrics)
-    data = study.recipe.data
-    tracking.log_dataset_input(study.uri, run_id, study.recipe.name, data.shards, study.data.digest, "pretraining")
+    data, index = study.recipe.data, study.data
+    tracking.log_dataset_input(
+        *(study.uri, run_id, data_name(data), data.shards, index.digest, "pretraining"), counts=data_counts(index)
+    )
     job = PretrainJob(
         config=study.recipe.pretrain,
         data=data,
@@ -116,15 +142,15 @@ def _pretrain(study: Study) -> Pretrained:
     return done
 
 
-def _transfer_all(study: Study, origin: Origin) -> None:
-    """All transfers side by side; every one is tried, then the failed ones are named.
+def _transfer_all(study: Study, origin: Origin, model_id: str) -> None:
+    """All transfers side by side; every one is tried, then the failed ones are named. `model_id`: of the origin.
 
     Raises:
         TrainingError: at least one failed.
     """
-    transfers = study.recipe.transfers
+    transfers, models = study.recipe.transfers, BackboneModels(study, model_id)
     calls: dict[str, Callable[[], None]] = {
-        name: lambda name=name: transfer_once(study, name, origin)  # type: ignore[misc]
+        name: lambda name=name: transfer_once(study, name, origin, models)  # type: ignore[misc]
         for name in transfers
     }
     failed = in_threads(calls, at_once=study.recipe.max_parallel_transfers, stopping=study.stopping)

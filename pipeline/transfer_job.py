@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hemoco.config import DataConfig, EncoderConfig, TransferConfig, ViewsConfig, init_label
 from hemoco.encoder import Backbone
+from hemoco.machine import machine_facts
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker, check_delivered, log_artifact_bytes, run_facts, set_tags
 from hemoco.transfer.frozen import CALIBRATION_IMAGES
@@ -69,10 +70,10 @@ def open_units(job: TransferJob) -> list[TransferUnit]:
 
 
 def begin_attempt(unit: TransferUnit) -> None:
-    """Counts the starts of a unit in the tag `hemoco.attempt/INIT/seed_N` of its run."""
+    """Counts the starts of a unit in the tag `hemoco.attempt/INIT/seed_N` of its run, which learns of the machine."""
     tag = f"hemoco.attempt/{unit.prefix}"
     before = run_facts(unit.job.tracking_uri, unit.job.run_id).tags.get(tag, "0")
-    set_tags(unit.job.tracking_uri, unit.job.run_id, {tag: str(int(before) + 1)})
+    set_tags(unit.job.tracking_uri, unit.job.run_id, {tag: str(int(before) + 1)} | machine_facts())
 
 
 def unit_tracker(unit: TransferUnit) -> Tracker:

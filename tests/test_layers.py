@@ -17,7 +17,7 @@ ROOMS = {
 }
 DOORS = {
     "ray": ("pipeline/", "cluster/"),
-    "mlflow": ("hemoco/tracking.py", "hemoco/comparison.py"),
+    "mlflow": ("hemoco/tracking.py", "hemoco/registry.py"),
     "webdataset": ("hemoco/data/",),
     "timm": ("hemoco/encoder.py",),
     "tyro": ("jobs/",),
