@@ -44,6 +44,7 @@ def sigterm_noted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        _told.clear()  # the next task of this process has not been told
 
 
 class TrainingProcess:

@@ -130,7 +130,7 @@ def test_training_grows_at_the_second_checkpoint_that_sees_room(ray_cluster):
 
 
 def test_training_does_not_grow_to_a_number_of_processes_it_may_not_have(ray_cluster):
-    smaller = TrainingProcess(torch.device("cpu"), ResourcesConfig(workers=3), [1, 3])
+    smaller = TrainingProcess(torch.device("cpu"), ResourcesConfig(workers=4), [1, 4])
     assert [smaller.interruption(at_checkpoint=True) for _ in range(3)] == [None] * 3
 
 

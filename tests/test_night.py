@@ -21,6 +21,7 @@ import torch
 from canary import places_with
 from hosts import Host, hosts, lose_packets
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from cluster.processes import wait_until
 from cluster.servers import BUCKET, _rclone
@@ -277,9 +278,14 @@ def child(phase: str, **tags: str) -> RunFacts:
     return found
 
 
-def history(metric: str) -> list[tuple[int, float]]:
+def points(metric: str) -> list[Metric]:
+    """All that MLflow has of a metric of the pretraining."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    return [(point.step, point.value) for point in client.get_metric_history(child("pretrain").run_id, metric)]
+    return list(client.get_metric_history(child("pretrain").run_id, metric))
+
+
+def history(metric: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in points(metric)]
 
 
 def test_every_fault_was_survived_without_a_hand(night):

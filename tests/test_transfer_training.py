@@ -1,6 +1,8 @@
 """Trained transfers as a Ray task runs them, without Ray: interrupted, resumed, recorded."""
 
 import dataclasses
+import os
+import signal
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hemoco.config import (
     EncoderConfig,
     FineTuneConfig,
     LinearClassifierConfig,
+    ResourcesConfig,
     StreamConfig,
     TransferConfig,
     ViewsConfig,
@@ -24,6 +27,7 @@ from hemoco.storage import join_url, list_names, write_bytes
 from hemoco.tracking import connect, open_run, run_facts
 from hemoco.transfer.result import TransferResult
 from pipeline.backbones import check_architecture, init_backbone
+from pipeline.interruption import Interrupted, TrainingProcess, sigterm_noted
 from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result
 from pipeline.transfer_training import train_alone, train_classifier
 
@@ -43,21 +47,26 @@ LINEAR = LinearClassifierConfig(**SMALL)
 FINE_TUNE = FineTuneConfig(backbone_lr=0.01, **SMALL)
 
 
-class Interrupted(Exception):
+class Broken(Exception):
     pass
 
 
 class Recorded:
-    """Takes values as `_Log` does, and ends the training at a step."""
+    """Takes values as `_Log` does, and ends the training at a step, or has this process told to go away after one."""
 
-    def __init__(self, last: int = 10**6) -> None:
+    def __init__(self, last: int = 10**6, told_after: int = 0) -> None:
         self.values: dict[int, dict[str, float]] = {}
-        self._last = last
+        self._last, self._told_after = last, told_after
         self.last_step = 0
+
+    def keep(self) -> None:
+        pass
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         if step > self._last:
-            raise Interrupted
+            raise Broken
+        if step == self._told_after:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.last_step = step
         if values:
             self.values[step] = values
@@ -90,7 +99,13 @@ def unit_of(job: TransferJob, config: TransferConfig, folder: Path, init: str = 
 
 
 def train(unit: TransferUnit, log: Recorded) -> TransferResult:
-    return train_classifier(unit, torch.device("cpu"), log)  # type: ignore[arg-type]
+    found = begin(unit, log)
+    assert isinstance(found, TransferResult)
+    return found
+
+
+def begin(unit: TransferUnit, log: Recorded) -> TransferResult | Interrupted:
+    return train_classifier(unit, TrainingProcess(torch.device("cpu"), ResourcesConfig(), [1]), log)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("config", "init"), [(LINEAR, "random"), (FINE_TUNE, "pretrained")])
@@ -100,7 +115,7 @@ def test_an_interrupted_transfer_goes_on_from_its_checkpoint_to_the_same_result(
     whole, first, second = Recorded(), Recorded(last=5), Recorded()
     expected = train(unit_of(job, config, tmp_path / "whole", init), whole)
     unit = unit_of(job, config, tmp_path / "broken", init)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Broken):
         train(unit, first)
     found = train(unit, second)
     assert min(second.values) == 4  # the checkpoint is of step 3
@@ -109,6 +124,16 @@ def test_an_interrupted_transfer_goes_on_from_its_checkpoint_to_the_same_result(
     again = Recorded()
     assert train(unit, again).metrics == expected.metrics  # only the measurement was lost
     assert again.values == {} and again.last_step == 10
+
+
+def test_a_transfer_that_is_told_to_go_away_saves_the_step_it_is_at(job: TransferJob, tmp_path: Path) -> None:
+    whole, first, second = Recorded(), Recorded(told_after=5), Recorded()
+    expected = train(unit_of(job, LINEAR, tmp_path / "whole"), whole)
+    unit = unit_of(job, LINEAR, tmp_path / "told")
+    with sigterm_noted():
+        assert begin(unit, first) == Interrupted("preempted", 5)
+    assert train(unit, second).metrics == expected.metrics
+    assert (max(first.values), min(second.values)) == (5, 6)
 
 
 def test_the_last_checkpoint_of_a_transfer_is_kept(job: TransferJob, tmp_path: Path) -> None:
