@@ -277,7 +277,7 @@ def http_status(error: BaseException) -> int | None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a message."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _explanation(url: str, error: Exception) -> str:

@@ -29,6 +29,7 @@ from hemoco.data.views import augment, draw_augmentation
 from hemoco.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
 from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, wrap_for_gradients
 from hemoco.errors import TrainingError
+from hemoco.memory import memory_errors
 from hemoco.method import Method, build_method, trained_parameters
 from hemoco.moco import MoCoOutput
 from hemoco.optim import build_optimizer, key_momentum, learning_rate
@@ -36,6 +37,11 @@ from hemoco.shuffle_bn import permute_global
 from hemoco.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = (
+    "take more workers (pretrain.resources.workers) or machines with more memory: the same words go on from the last "
+    "checkpoint; a new run can also do with a higher pretrain.accumulation_steps"
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -137,7 +143,7 @@ def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: in
     Values are measured every `log_every_steps` steps and at the last step of the last epoch.
 
     Raises:
-        TrainingError: the loss is not finite; raised before the optimiser step.
+        TrainingError: loss or gradients are not finite, or memory ran out; raised before the optimiser step.
     """
     config, throughput = state.config, Throughput()
     total_steps = config.epochs * steps_per_epoch
@@ -145,7 +151,8 @@ def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: in
     for batch in batches:
         lr = learning_rate(config.optimizer, step=state.step, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
         momentum = key_momentum(config.moco, step=state.step, total_steps=total_steps)
-        outputs = _optimise(state, batch, lr, momentum)
+        with memory_errors(lambda: f"step {state.step + 1}", _LESS_MEMORY):
+            outputs = _optimise(state, batch, lr, momentum)
         state.step += 1
         state.position = batch.position
         logged = state.step == total_steps or state.step % config.log_every_steps == 0
@@ -222,19 +229,26 @@ def _optimise(state: TrainState, batch: Batch, lr: float, momentum: float) -> li
             output: MoCoOutput = state.forward(*pieces)
             state.scaler.scale(output.contrast.loss / parts).backward()  # type: ignore[no-untyped-call]
         outputs.append(output)
-    # over the ranks: all of them must stop
-    loss = mean_over_ranks(torch.stack([output.contrast.loss for output in outputs])).mean().item()
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss} at step {state.step + 1} (lr {lr:g}): lower pretrain.optimizer.lr or add "
-            "pretrain.optimizer.warmup_epochs"
-        )
+    _check_finite(state, outputs, lr)
     # in float16, gradients that overflowed skip the step and halve the scale; schedules and EMA go on
     state.scaler.unscale_(state.optimizer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     model.finish_step(keys)
     return outputs
+
+
+def _check_finite(state: TrainState, outputs: list[MoCoOutput], lr: float) -> None:
+    """Refuses a step after which the weights could not be used: a checkpoint of them would be the newest."""
+    loss = torch.stack([output.contrast.loss.detach() for output in outputs]).mean()
+    norm = torch.zeros_like(loss) if state.scaler.is_enabled() else gradient_norm(trained_parameters(state.model))
+    # over the ranks: all of them must stop
+    for name, value in _reduced({"loss": loss, "gradients' norm": norm}, mean_over_ranks, loss.device).items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} is {value} at step {state.step + 1} (lr {lr:g}): lower pretrain.optimizer.lr or add "
+                "pretrain.optimizer.warmup_epochs"
+            )
 
 
 def _measure(state: TrainState, outputs: list[MoCoOutput]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 A run is its name. What MLflow says is finished is not done again; what is not goes on.
 """
 
+import contextlib
 import logging
 import pprint
 from collections.abc import Callable, Iterator
@@ -11,17 +12,19 @@ from contextlib import contextmanager
 from hemoco import tracking
 from hemoco.backbone_versions import pinned
 from hemoco.checkpoint import backbone_metadata, read_backbone
-from hemoco.config import Recipe
-from hemoco.errors import TrainingError, UsageError
+from hemoco.config import Recipe, world_sizes
+from hemoco.errors import TrackingError, TrainingError, UsageError
 from hemoco.registry import SCHEME
-from hemoco.storage import absolute_url, join_url, write_bytes
+from hemoco.run_status import close_running
+from hemoco.storage import absolute_url, first_line, join_url, write_bytes
 from pipeline.backbones import check_architecture
 from pipeline.curve import follow_backbones
 from pipeline.fan_out import in_threads, transfer_once
 from pipeline.lineage import BackboneModels, data_counts, data_name, record_given, record_pretrained
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain
 from pipeline.run_lock import only_driver
-from pipeline.study import Origin, Study, closing_run, first_line, open_child, open_study
+from pipeline.study import Origin, Study, closing_run, open_child, open_study
+from pipeline.workers import GroupSize
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,12 @@ def _opened(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[s
         study = open_study(recipe, run=run, storage=storage, fresh=fresh, tags=tags)
         with closing_run(study.uri, study.parent_id, study.stopping):
             _log_recipe(study)
-            yield study
+            try:
+                yield study
+            finally:
+                if study.stopping.is_set():  # threads that wait for Ray do not come to closing theirs
+                    with contextlib.suppress(TrackingError):
+                        close_running(study.uri, study.run)
 
 
 def _log_recipe(study: Study) -> None:
@@ -122,21 +130,25 @@ def _pretrain(study: Study) -> Pretrained:
         "hemoco.data_digest": study.data.digest,
     }
     run_id, finished = open_child(study, "pretrain", tags)
+    config, url = study.recipe.pretrain, join_url(study.url, "pretrain")
+    size = GroupSize(config.resources, world_sizes(config))
     if finished is not None:
+        with follow_backbones(study, url, run_id, size.whole):
+            pass  # only what is missing of the curve
         return Pretrained(run_id=run_id, backbone_url=finished.tags["hemoco.backbone_url"], metrics=finished.metrics)
     data, index = study.recipe.data, study.data
     tracking.log_dataset_input(
         *(study.uri, run_id, data_name(data), data.shards, index.digest, "pretraining"), counts=data_counts(index)
     )
     job = PretrainJob(
-        config=study.recipe.pretrain,
+        config=config,
         data=data,
-        url=join_url(study.url, "pretrain"),
+        url=url,
         tracking_uri=study.uri,
         run_id=run_id,
     )
-    with closing_run(study.uri, run_id, study.stopping), follow_backbones(study, job.url, run_id):
-        done = pretrain(job)
+    with closing_run(study.uri, run_id, study.stopping), follow_backbones(study, url, run_id, size.whole):
+        done = pretrain(job, size)
         tracking.set_tags(study.uri, run_id, {"hemoco.backbone_url": done.backbone_url})
     logger.info("pretrain done, backbone %s", done.backbone_url)
     return done

@@ -8,25 +8,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Literal, NamedTuple
 
 import torch
 
 from hemoco.config import ResourcesConfig
 from hemoco.distributed import rank, sum_over_ranks, world_size
+from pipeline.interrupted import Reason
 from pipeline.room import fitting_workers
 
-Reason = Literal["preempted", "grow"]
 _REASONS: tuple[Reason, ...] = ("preempted", "grow")
 _told = threading.Event()  # a signal belongs to the process, not to any part of it
-
-
-class Interrupted(NamedTuple):
-    """What a training returns that stopped before its end: begun again, it goes on from the checkpoint it has saved."""
-
-    reason: Reason
-    step: int
-    """Optimiser steps done."""
 
 
 def note_sigterm() -> None:

@@ -8,7 +8,7 @@ from contextlib import closing, nullcontext
 import torch
 
 from hemoco import checkpoint
-from hemoco.config import DataConfig, PretrainConfig, world_sizes
+from hemoco.config import DataConfig, PretrainConfig
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.loader import StreamPosition
 from hemoco.data.shards import read_index
@@ -17,12 +17,15 @@ from hemoco.distributed import rank, world_size
 from hemoco.encoder import Backbone
 from hemoco.errors import HemocoError, TrainingError
 from hemoco.knn import knn_accuracy
+from hemoco.machine import SystemMetrics
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker, check_delivered
 from hemoco.train import StepMetrics, TrainState, build_state, train_steps
 from hemoco.transfer.frozen import extract_features
-from pipeline.interruption import Interrupted, TrainingProcess
-from pipeline.workers import run_workers
+from pipeline.interrupted import Interrupted
+from pipeline.interruption import TrainingProcess
+from pipeline.stop_request import watched_request
+from pipeline.workers import GroupSize, run_workers
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +54,9 @@ class Pretrained:
     metrics: dict[str, float]
 
 
-def pretrain(job: PretrainJob) -> Pretrained:
+def pretrain(job: PretrainJob, size: GroupSize) -> Pretrained:
     """Trains on Ray until done, over worker losses; goes on from the newest checkpoint below `job.url`."""
-    config = job.config
-    result = run_workers(
-        pretrain_worker, job, name="pretrain", resources=config.resources, sizes=world_sizes(config), storage=job.url
-    )
+    result = run_workers(pretrain_worker, job, name="pretrain", size=size, storage=job.url)
     assert isinstance(result, Pretrained)
     return result
 
@@ -66,6 +66,7 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
 
     Raises:
         TrainingError: the loss is not finite.
+        StoppedError: it was asked for, by `pipeline.stop_request`.
         TrackingError: MLflow has not taken all metrics.
     """
     config, device = job.config, process.device
@@ -78,8 +79,10 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
     last: dict[str, float] = {}
     with (
         _tracker(job) if rank() == 0 else nullcontext() as tracker,
+        SystemMetrics(job.tracking_uri, job.run_id, tracker) if tracker is not None else nullcontext(),
         closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
         closing(_batches(job, state.position, device, bad_samples)) as source,
+        watched_request(job.url) as request,
     ):
         for metrics in _naming_checkpoint(train_steps(state, source, per_epoch), folder):
             values = dict(metrics.values)
@@ -91,6 +94,8 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
             last |= values
             if rank() == 0 and _ends_epoch(metrics.step, per_epoch, config, every=config.export_every_epochs):
                 _export(job, state, epoch_backbone(job.url, metrics.step // per_epoch))
+            if metrics.values:  # on all ranks at the same steps
+                request.obey(metrics.step // per_epoch, device)
             due = metrics.step % config.checkpoint_every_steps == 0
             reason = process.interruption(at_checkpoint=due)
             if due or reason:

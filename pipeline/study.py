@@ -24,10 +24,11 @@ from hemoco.config import (
 from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import pretraining_plan, steps_per_epoch
 from hemoco.encoder import check_supervised
-from hemoco.errors import ConfigError, ShardError, UsageError
+from hemoco.errors import ConfigError, ShardError, TrackingError, UsageError
 from hemoco.knn import check_neighbours
+from hemoco.mlflow_uri import shown
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
-from hemoco.storage import absolute_url, join_url, remove
+from hemoco.storage import absolute_url, first_line, join_url, list_names, remove
 from hemoco.transfer.classifier import classifier_plan
 from pipeline.backbones import check_architecture
 
@@ -63,7 +64,8 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     """Finds the run by its name or opens it; its parent run gets the tags.
 
     Raises:
-        UsageError: the name belongs to a run with other settings (the difference is shown).
+        UsageError: the name belongs to a run with other settings (the difference is shown), or with its checkpoints
+            elsewhere; or there are checkpoints of a run that MLflow does not know.
     """
     recipe = _with_absolute_urls(recipe)
     index = read_index(recipe.data.shards)
@@ -75,7 +77,12 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     if known is None:
         if fresh:
             _forget(uri, experiment_id, run)
-        remove(url)  # checkpoints of a run that MLflow does not know would be resumed
+            remove(url)
+        elif list_names(url):
+            raise UsageError(
+                f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not know it: set "
+                "MLFLOW_TRACKING_URI to the one that does, choose another --run name, or --fresh to remove it"
+            )
         parent_id = tracking.open_run(
             uri,
             experiment_id,
@@ -92,11 +99,24 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
                 f"run {run!r} exists with other settings ({'; '.join(difference[:5])}): "
                 "choose another --run name, or --fresh to start it anew"
             )
+        url = _same_folder(known, run, url)
         if known.status != "FINISHED":
             tracking.reopen_run(uri, parent_id)
-    # the last code that worked at it counts; the folder is where `status` and `sync` look
-    tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
+    if known is None or known.status != "FINISHED":
+        # the last code that worked at it counts; the folder is where `status` and `sync` look
+        tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
     return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
+
+
+def _same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
+    """Where a known run has its checkpoints: from another folder it would begin anew."""
+    before = known.tags.get("hemoco.storage", url)
+    if before != url and known.status != "FINISHED":
+        raise UsageError(
+            f"run {run!r} has its checkpoints at {before}: say --storage {before.rpartition('/')[0]} to go on, choose "
+            "another --run name, or --fresh to start it anew"
+        )
+    return before
 
 
 def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, tracking.RunFacts | None]:
@@ -127,8 +147,11 @@ def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[No
         if isinstance(error, KeyboardInterrupt):
             stopping.set()
         reason = "interrupted" if stopping.is_set() else first_line(error)
-        tracking.set_tags(uri, run_id, {"hemoco.error": reason})
-        tracking.close_run(uri, run_id, "KILLED" if stopping.is_set() else "FAILED")
+        try:
+            tracking.set_tags(uri, run_id, {"hemoco.error": reason})
+            tracking.close_run(uri, run_id, "KILLED" if stopping.is_set() else "FAILED")
+        except TrackingError as silent:  # the first error says more
+            logger.warning("event=run_left_open run_id=%s %s", run_id, silent)
         raise
     tracking.close_run(uri, run_id, "FINISHED")
 
@@ -220,8 +243,3 @@ def _forget(uri: str, experiment_id: str, run: str) -> None:
     """Takes the name from earlier runs: they stay in MLflow under a tag of their own."""
     while (old := tracking.find_run(uri, experiment_id, {"hemoco.run": run})) is not None:
         tracking.set_tags(uri, old.run_id, {"hemoco.run": f"{run} (superseded)"})
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, cut to one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

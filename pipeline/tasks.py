@@ -7,8 +7,9 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from hemoco.errors import HemocoError, StorageError, TrackingError
+from hemoco.memory import LostLoaderError
 from hemoco.storage import first_line
-from pipeline.interruption import Interrupted
+from pipeline.interrupted import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def attempt_tasks(
 ) -> Generator[Outcome, None, None]:
     """Yields what became of every call, in any order: one that fails leaves the others alone.
 
-    What may pass is tried again, twice: a lost worker, storage or MLflow that did not answer. A call that returns
-    `Interrupted` is begun again.
+    What may pass is tried again, twice: a lost worker or loader, storage or MLflow that did not answer. A call that
+    returns `Interrupted` is begun again.
 
     Args:
         function: of an importable module.
@@ -125,6 +126,18 @@ def attempt_tasks(
             ray.cancel(reference, force=True)
 
 
+def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
+    """What became of a call in this process, tried again as by `attempt_tasks`; its result in a list."""
+    for failures in range(_RETRIES + 1):
+        try:
+            return Outcome(arguments, [call()], None)
+        except HemocoError as error:
+            if failures == _RETRIES or not _may_pass(error):
+                return Outcome(arguments, None, error)
+            logger.warning("event=retry attempt=%d reason=%s", failures + 2, error)
+    raise AssertionError("unreachable")
+
+
 def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
     """What steps return in the end."""
     while True:
@@ -136,7 +149,7 @@ def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
 
 
 def _may_pass(error: HemocoError | None) -> bool:
-    return isinstance(error, StorageError | TrackingError | LostWorkerError)
+    return isinstance(error, StorageError | TrackingError | LostLoaderError | LostWorkerError)
 
 
 def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:

@@ -16,8 +16,9 @@ from hemoco.config import (
     TrainedConfig,
     TransferConfig,
 )
-from hemoco.errors import HemocoError, TrainingError
+from hemoco.errors import HemocoError, TrackingError, TrainingError
 from hemoco.knn import run_knn
+from hemoco.memory import memory_errors
 from hemoco.storage import first_line, home
 from hemoco.transfer import detections
 from hemoco.transfer.features import FeatureCache
@@ -26,7 +27,7 @@ from hemoco.transfer.linear_probe import run_linear_probe
 from hemoco.transfer.low_shot import run_low_shot
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import LabelledSplit, open_split
-from pipeline.tasks import CancelledError, Outcome, attempt_tasks
+from pipeline.tasks import CancelledError, Outcome, attempt_tasks, try_again
 from pipeline.transfer_job import (
     TransferJob,
     TransferUnit,
@@ -37,9 +38,11 @@ from pipeline.transfer_job import (
     result_line,
 )
 from pipeline.transfer_training import train_alone, train_as_rank
-from pipeline.workers import run_workers
+from pipeline.workers import GroupSize, run_workers
 
 logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = "lower max_parallel_transfers or take machines with more memory: the same words try only what is missing"
 
 
 def measure_transfer(job: TransferJob, stopping: threading.Event) -> None:
@@ -55,15 +58,15 @@ def measure_transfer(job: TransferJob, stopping: threading.Event) -> None:
     """
     units, config = open_units(job), job.config
     logger.info("transfer %s: %d to measure", job.name, len(units))
-    failed: list[str] = []
+    failed: dict[TransferUnit, HemocoError] = {}
     for outcome in _measure_units(units, config, stopping):
         for line in outcome.result or []:
             logger.info("transfer %s", line)
         if outcome.error is not None:
-            left = [unit for unit in _units_of(outcome) if unit in open_units(job)]
-            failed += [f"{unit.prefix}: {first_line(outcome.error)}" for unit in left]
-    if failed:
-        raise TrainingError("; ".join(sorted(failed)))
+            failed |= dict.fromkeys(_units_of(outcome), outcome.error)
+    left = _still_open(job, list(failed)) if failed else []
+    if left:
+        raise TrainingError("; ".join(sorted(f"{unit.prefix}: {first_line(failed[unit])}" for unit in left)))
 
 
 def _measure_units(units: list[TransferUnit], config: TransferConfig, stopping: threading.Event) -> Iterator[Outcome]:
@@ -79,10 +82,15 @@ def _measure_units(units: list[TransferUnit], config: TransferConfig, stopping: 
         for unit in units:  # each takes as many processes as were wished for
             if stopping.is_set():
                 raise CancelledError("cancelled with its run")
-            try:
-                yield Outcome((unit,), [_train_together(unit, config)], None)
-            except HemocoError as error:
-                yield Outcome((unit,), None, error)
+            yield try_again(partial(_train_together, unit, config), (unit,))
+
+
+def _still_open(job: TransferJob, failed: list[TransferUnit]) -> list[TransferUnit]:
+    """Those that are not recorded: of units measured together some may be."""
+    try:
+        return [unit for unit in failed if unit in open_units(job)]
+    except TrackingError:  # likely what they failed of, and their own errors say more
+        return failed
 
 
 def _units_of(outcome: Outcome) -> list[TransferUnit]:
@@ -110,7 +118,8 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
     for unit in (unit for unit in units if unit in still_open):
         begin_attempt(unit)
         try:
-            result = _measure(unit, train, test)
+            with memory_errors(lambda unit=unit: unit.prefix, _LESS_MEMORY):  # type: ignore[misc]
+                result = _measure(unit, train, test)
         except HemocoError as error:
             errors.append(error)
             continue
@@ -122,15 +131,11 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
 
 
 def _train_together(unit: TransferUnit, config: TrainedConfig) -> str:
-    size = config.global_batch_size
-    line: str = run_workers(
-        train_as_rank,
-        unit,
-        name=f"{unit.job.name}-{unit.prefix.replace('/', '-')}",
-        resources=ResourcesConfig(workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus),
-        sizes=[workers for workers in range(1, config.workers + 1) if size % workers == 0],
-        storage=unit.url,
-    )
+    batch = config.global_batch_size
+    resources = ResourcesConfig(workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
+    size = GroupSize(resources, [workers for workers in range(1, config.workers + 1) if batch % workers == 0])
+    name = f"{unit.job.name}-{unit.prefix.replace('/', '-')}"
+    line: str = run_workers(train_as_rank, unit, name=name, size=size, storage=unit.url)
     return line
 
 

@@ -25,6 +25,7 @@ from hemoco.data.patience import EVALUATION_PATIENCE_S
 from hemoco.data.shards import read_index
 from hemoco.data.stream import batches, steps_per_epoch
 from hemoco.distributed import rank, world_size
+from hemoco.memory import memory_errors
 from hemoco.storage import join_url
 from hemoco.tracking import Tracker
 from hemoco.training_state import LoggedStep, TrainingState
@@ -41,7 +42,8 @@ from hemoco.transfer.detection_data import load_detection_samples
 from hemoco.transfer.frozen import calibrate_batch_norm
 from hemoco.transfer.result import TransferResult
 from hemoco.transfer.splits import open_split
-from pipeline.interruption import Interrupted, TrainingProcess, sigterm_noted
+from pipeline.interrupted import Interrupted
+from pipeline.interruption import TrainingProcess, sigterm_noted
 from pipeline.transfer_job import (
     TransferUnit,
     begin_attempt,
@@ -50,6 +52,10 @@ from pipeline.transfer_job import (
     record_result,
     result_line,
     unit_tracker,
+)
+
+_LESS_MEMORY = (
+    "take more workers for this transfer or machines with more memory: the same words go on from the last checkpoint"
 )
 
 
@@ -76,7 +82,8 @@ def _train(unit: TransferUnit, process: TrainingProcess) -> str | Interrupted:
     with unit_tracker(unit) if rank() == 0 else nullcontext() as tracker:
         log = _Log(unit, tracker)
         train = train_classifier if isinstance(config, ClassifierConfig) else train_detector
-        result = train(unit, process, log)
+        with memory_errors(lambda: f"{unit.prefix} after step {log.last_step}", _LESS_MEMORY):
+            result = train(unit, process, log)
     if isinstance(result, Interrupted):
         return result
     if rank() == 0:

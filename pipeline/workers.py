@@ -5,38 +5,53 @@ not yet polled, and it retries errors that cannot go away. A group that lost a p
 function resumes from hemoco's newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 
 from hemoco.config import ResourcesConfig
-from hemoco.errors import HemocoError, TrainingError
+from hemoco.distributed import rank
+from hemoco.errors import HemocoError, StorageError, TrainingError
+from hemoco.memory import LostLoaderError, memory_errors
 from hemoco.storage import filesystem, join_url, list_names, remove
-from pipeline.interruption import Interrupted, TrainingProcess, note_sigterm
+from pipeline.interrupted import Interrupted
+from pipeline.interruption import TrainingProcess, note_sigterm
 from pipeline.room import wait_for_room
 
 logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
+_LESS_MEMORY = "take more workers or machines with more memory: the same words go on from the last checkpoint"
+
+
+class GroupSize:
+    """How many processes a training may have, and whether it has them.
+
+    Args:
+        resources: what one process needs, and how many are wished for.
+        allowed: numbers of processes with which it computes the same.
+    """
+
+    def __init__(self, resources: ResourcesConfig, allowed: Sequence[int]) -> None:
+        self.resources, self.allowed = resources, list(allowed)
+        self.whole = threading.Event()
+        """Set while it runs with as many as were wished for: what others leave free is not wanted then."""
 
 
 def run_workers(
-    function: Callable[[Any, TrainingProcess], Any],
-    job: Any,
-    *,
-    name: str,
-    resources: ResourcesConfig,
-    sizes: Sequence[int],
-    storage: str,
+    function: Callable[[Any, TrainingProcess], Any], job: Any, *, name: str, size: GroupSize, storage: str
 ) -> Any:
     """What `function(job, process)` returns on rank 0, run on every training process in one process group.
 
@@ -47,23 +62,23 @@ def run_workers(
         function: of an importable module; resumes by itself when it was interrupted.
         job: its argument; must pickle.
         name: shows in Ray's lists.
-        resources: processes, CPUs and GPUs.
-        sizes: numbers of processes it may have.
+        size: of the group; follows what becomes of it.
         storage: URL of the training's folder, which all nodes reach: its checkpoints, and Ray's marker files.
 
     Raises:
-        HemocoError: as `function` raised it; never retried, since the same would happen again.
+        HemocoError: as `function` raised it; never retried, since the same would happen again. A LostLoaderError is.
         TrainingError: the processes died more than 3 times without a new checkpoint in between.
     """
     failures, lost, saved = 0, False, _checkpoints(storage)
     while True:
-        size = wait_for_room(resources, sizes, lost=lost)
-        group = {"function": function, "job": job, "resources": resources, "sizes": list(sizes)}
+        workers = wait_for_room(size.resources, size.allowed, lost=lost)
+        begun = _Work(function, job, size.resources, size.allowed)
         try:
-            result = _fit(group, name=name, workers=size, storage=storage)
-        except TrainingFailedError as error:
+            with _noting(size.whole, workers == size.resources.workers):
+                result = _fit(begun, name=name, workers=workers, storage=storage)
+        except (TrainingFailedError, RayActorError) as error:  # the latter: the controller was lost
             for cause in _causes(error):
-                if isinstance(cause, HemocoError):
+                if isinstance(cause, HemocoError) and not isinstance(cause, LostLoaderError):
                     raise cause from None
             if _found_no_room(error):
                 continue
@@ -82,14 +97,33 @@ def run_workers(
             logger.warning("event=interrupted name=%s step=%d reason=%s", name, result.step, result.reason)
 
 
-def _fit(group: dict[str, Any], *, name: str, workers: int, storage: str) -> Any:
+class _Work(NamedTuple):
+    """What each process runs; pickles."""
+
+    function: Callable[[Any, TrainingProcess], Any]
+    job: Any
+    resources: ResourcesConfig
+    sizes: list[int]
+
+
+@contextlib.contextmanager
+def _noting(event: threading.Event, holds: bool) -> Iterator[None]:
+    if holds:
+        event.set()
+    try:
+        yield
+    finally:
+        event.clear()
+
+
+def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
     unique = f"{name}-{uuid.uuid4().hex[:8]}"  # a name Ray knows would resume Ray's idea of that run
     folder = join_url(storage, "ray")
     arrow, path = _arrow_filesystem(folder)
-    resources: ResourcesConfig = group["resources"]
-    trainer = TorchTrainer(
+    resources = work.resources
+    trainer = _Trainer(
         _worker,
-        train_loop_config=group,
+        train_loop_config={"work": work},
         torch_config=_TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -108,15 +142,27 @@ def _fit(group: dict[str, Any], *, name: str, workers: int, storage: str) -> Any
     try:
         return trainer.fit().return_value
     finally:
-        remove(join_url(folder, unique))
+        try:
+            remove(join_url(folder, unique))
+        except StorageError as error:  # the storage may be what the training failed of, which says more
+            logger.warning("event=ray_markers_left %s", error)
 
 
-def _worker(group: dict[str, Any]) -> Any:
+def _worker(config: dict[str, Any]) -> Any:
+    work: _Work = config["work"]
     logging.basicConfig(format="%(message)s")
     for name in ("hemoco", "pipeline"):
         logging.getLogger(name).setLevel(logging.INFO)  # Ray brings the lines to the driver
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return group["function"](group["job"], TrainingProcess(get_device(), group["resources"], group["sizes"]))
+    with memory_errors(lambda: f"rank {rank()}, outside of its steps", _LESS_MEMORY):
+        return work.function(work.job, TrainingProcess(get_device(), work.resources, work.sizes))
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Leaves Ctrl-C alone: Ray's handler swallows it, ends the process with status 0, and stays after the training."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 class _NotingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types there

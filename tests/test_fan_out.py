@@ -6,12 +6,14 @@ import threading
 import time
 
 import pytest
+import ray
 import torch
 
 from hemoco.config import ResourcesConfig
 from hemoco.errors import ConfigError, HemocoError, StorageError, UsageError
 from pipeline.fan_out import in_threads
-from pipeline.interruption import Interrupted, TrainingProcess, sigterm_noted
+from pipeline.interrupted import Interrupted
+from pipeline.interruption import TrainingProcess, sigterm_noted
 from pipeline.run_lock import only_driver
 from pipeline.tasks import CancelledError, LostWorkerError, attempt_tasks
 
@@ -78,6 +80,7 @@ def test_stopping_cancels_what_runs_and_what_waits(ray_cluster, tmp_path):
     with pytest.raises(CancelledError):
         outcomes(unit, names, stopping)
     timer.join()
+    _wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
     assert len(list(tmp_path.iterdir())) < len(names)
 
 
@@ -102,13 +105,13 @@ def test_interrupt_sets_stopping_and_waits_for_calls_that_heed_it():
     assert ended == [True]
 
 
-def test_second_driver_of_a_run_is_refused_while_the_first_is_at_it(ray_cluster):
-    with (
-        only_driver("twice"),
-        pytest.raises(UsageError, match="'twice' is being worked at by another process"),
-        only_driver("twice"),
-    ):
-        pass
+@pytest.mark.parametrize("other", ["on this machine", "on this cluster"])
+def test_second_driver_of_a_run_is_refused_while_the_first_is_at_it(ray_cluster, tmp_path, monkeypatch, other):
+    with only_driver("twice"):
+        if other == "on this cluster":  # from another machine
+            monkeypatch.setenv("HEMOCO_HOME", str(tmp_path))
+        with pytest.raises(UsageError, match="'twice' is being worked at by another process"), only_driver("twice"):
+            pass
     with only_driver("twice"):
         pass
 

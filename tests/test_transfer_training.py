@@ -27,7 +27,8 @@ from hemoco.storage import join_url, list_names, write_bytes
 from hemoco.tracking import connect, open_run, run_facts
 from hemoco.transfer.result import TransferResult
 from pipeline.backbones import check_architecture, init_backbone
-from pipeline.interruption import Interrupted, TrainingProcess, sigterm_noted
+from pipeline.interrupted import Interrupted
+from pipeline.interruption import TrainingProcess, sigterm_noted
 from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result
 from pipeline.transfer_training import train_alone, train_classifier
 

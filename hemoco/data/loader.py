@@ -5,11 +5,14 @@ A rank's slots of a global batch are split over its processes, each reading only
 Shapes: V crops of an image, S x S pixels each.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -28,12 +31,18 @@ from hemoco.data.reader import SampleReader
 from hemoco.data.shard_cache import ShardCache
 from hemoco.data.shards import ShardColumns
 from hemoco.data.views import crop_into, draw_crops
-from hemoco.errors import ConfigError, HemocoError
-from hemoco.storage import forkable_client, home
+from hemoco.errors import ConfigError, HemocoError, TrainingError
+from hemoco.memory import LostLoaderError, memory_errors
+from hemoco.storage import first_line, forkable_client, home
 
 _PREFETCHED_STEPS = 2
 # A batch is made when the reader asks for the one that is so many steps before it, and has let go of those before.
 _BUFFERS = _PREFETCHED_STEPS + 2  # one to spare
+_SHARED = "/dev/shm"
+_LESS_MEMORY = (
+    "lower stream.memory_bytes or stream.workers, or take machines with more memory: the same words go on from the "
+    "last checkpoint"
+)
 
 
 class StreamPosition(NamedTuple):
@@ -95,9 +104,15 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
             _check_memory(shards, part_slots, plan)
 
     def __iter__(self) -> Iterator[CropBatch | HemocoError]:
-        info = get_worker_info()
+        info, last = get_worker_info(), self._first
         try:
-            yield from self._crop_batches(self._slots[info.id if info else 0])
+            with (
+                memory_errors(lambda: f"reading ahead of epoch {last.epoch} step {last.step}", _LESS_MEMORY),
+                _shared_memory_errors(0),
+            ):
+                for batch in self._crop_batches(self._slots[info.id if info else 0]):
+                    last = batch.position
+                    yield batch
         except HemocoError as error:
             yield error  # as a value: a loader process would bury its message in a traceback
 
@@ -136,15 +151,22 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
             yield epoch, epoch_order(self._shards.samples, self._plan, epoch), first
 
 
-def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBatch | HemocoError]:
-    """The loader processes of a source: what they make of one step after the other, in the order of the slots."""
+def start_loader(source: CropSource, device: torch.device) -> Iterator[CropBatch | HemocoError]:
+    """The loader processes of a source: what they make of one step after the other, in the order of the slots.
+
+    They end when the iterator is no longer held.
+
+    Raises:
+        TrainingError: /dev/shm is full.
+        LostLoaderError: iterating, one of the processes was killed.
+    """
     # a forked child would inherit the locks, but not the threads, of s3fs, gRPC and Ray
     context = multiprocessing.get_context("forkserver")
     # torch and the storage's client are imported once, not by each process
     context.set_forkserver_preload([__name__, *filter(None, [forkable_client(source.data_url)])])
     # the fork server keeps the environment it was started with, maybe before the storage was known
     storage = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    return DataLoader(
+    loader = DataLoader(
         source,
         batch_size=None,
         num_workers=source.parts,
@@ -154,6 +176,19 @@ def start_loader(source: CropSource, device: torch.device) -> DataLoader[CropBat
         worker_init_fn=functools.partial(_enter_worker, storage),
         multiprocessing_context=context,
     )
+    with _shared_memory_errors(0):
+        return _watched(iter(loader))
+
+
+def _watched(loaded: Iterator[CropBatch | HemocoError]) -> Iterator[CropBatch | HemocoError]:
+    try:
+        yield from loaded
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LostLoaderError(
+            f"a loader process was lost ({first_line(error)}): was it killed because memory ran out? {_LESS_MEMORY}"
+        ) from error
 
 
 def epoch_order(sizes: NDArray[np.int64], plan: CropPlan, epoch: int) -> EpochOrder:
@@ -190,8 +225,36 @@ def _new_crops(count: int, crops: int, size: int) -> Tensor:
     """Shared with the training process where a loader process asks."""
     # channels last, as they are cropped: else each view is transposed, 6% of an image's time
     memory = torch.empty((count, crops, size, size, 3), dtype=torch.uint8)
-    memory = memory.share_memory_() if get_worker_info() else memory  # type: ignore[no-untyped-call]
+    if get_worker_info():
+        with _shared_memory_errors(memory.nbytes):
+            memory = memory.share_memory_()  # type: ignore[no-untyped-call]
     return memory.permute(0, 1, 4, 2, 3)
+
+
+@contextlib.contextmanager
+def _shared_memory_errors(size: int) -> Iterator[None]:
+    """Says in one line that /dev/shm is full; torch reserves there what it maps, so that nobody dies of SIGBUS.
+
+    Args:
+        size: bytes of one buffer that are asked for in the block; 0: the locks of queues and pools of threads.
+
+    Raises:
+        TrainingError: there is no room.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is torch's
+        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        if not full or (free := shutil.disk_usage(_SHARED).free) > size:  # or it was another disk
+            raise
+        more = "give it more (docker --shm-size, a Memory volume on Kubernetes)"
+        wanted, advice = "locks", f"{more}, or remove what fills it"
+        if size:
+            wanted, advice = f"{_BUFFERS} buffers of {size} bytes", f"{more}, or set stream.workers to 0"
+        raise TrainingError(
+            f"{_SHARED} is full: a process that reads needs {wanted} there, {free} bytes are free; {advice}: the same "
+            "words go on from the last checkpoint"
+        ) from error
 
 
 def _check_memory(shards: ShardColumns, slots: tuple[int, int], plan: CropPlan) -> None:
