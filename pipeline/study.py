@@ -112,9 +112,10 @@ def _same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
     """Where a known run has its checkpoints: from another folder it would begin anew."""
     before = known.tags.get("hemoco.storage", url)
     if before != url and known.status != "FINISHED":
+        root = before.removesuffix("/" + run)
         raise UsageError(
-            f"run {run!r} has its checkpoints at {before}: say --storage {before.rpartition('/')[0]} to go on, choose "
-            "another --run name, or --fresh to start it anew"
+            f"run {run!r} has its checkpoints at {before}: say --storage {root} to go on, choose another --run name, "
+            "or --fresh to start it anew"
         )
     return before
 
