@@ -19,18 +19,17 @@ _IGNORED = "a .gitignore or .rayignore of the checkout names it; correct that fi
 
 
 def git_facts(checkout: Path) -> dict[str, str]:
-    """`mlflow.source.git.commit` and `hemoco.git_dirty` (true or false); empty where neither git nor variables say it.
+    """`mlflow.source.git.commit` and `hemoco.git_dirty` (true, false, unknown); empty where nothing tells the commit.
 
-    An uploaded checkout has no .git: there HEMOCO_GIT_COMMIT and HEMOCO_GIT_DIRTY tell, which `submit` sets.
+    An uploaded checkout has no .git: there HEMOCO_GIT_COMMIT and HEMOCO_GIT_DIRTY tell, which `submit` sets. Where git
+    tells, they count for nothing: they may have been exported for another state of the checkout.
     """
-    commit = os.environ.get("HEMOCO_GIT_COMMIT", "")
-    if commit:
-        return _facts(commit, os.environ.get("HEMOCO_GIT_DIRTY") == "true")
     # of a checkout that merely lies in somebody's repository, git would tell that one's commit
-    if _git(checkout, "rev-parse", "--show-prefix") != "":
-        return {}
-    commit = _git(checkout, "rev-parse", "HEAD") or ""
-    return _facts(commit, _git(checkout, "status", "--porcelain") != "") if commit else {}
+    if _git(checkout, "rev-parse", "--show-prefix") == "" and (commit := _git(checkout, "rev-parse", "HEAD")):
+        return _facts(commit, "false" if _git(checkout, "status", "--porcelain") == "" else "true")
+    commit = os.environ.get("HEMOCO_GIT_COMMIT", "")
+    dirty = os.environ.get("HEMOCO_GIT_DIRTY", "")
+    return _facts(commit, dirty if dirty in ("true", "false") else "unknown") if commit else {}
 
 
 def upload_problems(checkout: Path, recipe_file: Path | None) -> list[str]:
@@ -88,8 +87,8 @@ def _recipe_problem(checkout: Path, recipe_file: Path, files: dict[str, int]) ->
     return ""
 
 
-def _facts(commit: str, dirty: bool) -> dict[str, str]:
-    return {"mlflow.source.git.commit": commit, "hemoco.git_dirty": "true" if dirty else "false"}
+def _facts(commit: str, dirty: str) -> dict[str, str]:
+    return {"mlflow.source.git.commit": commit, "hemoco.git_dirty": dirty}
 
 
 def _git(checkout: Path, *words: str) -> str | None:

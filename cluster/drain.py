@@ -15,6 +15,8 @@ from pathlib import Path
 
 _TRAINING = (b"ray::RayTrainWorker", b"RayTrainWorker", b"ray::train_alone")  # the titles of their processes
 _POLL_S = 0.2
+_SHARE = 1 / 3  # of the time that is left, for telling Ray; the rest is for the checkpoints
+_TELL = "import sys; from cluster.drain import tell_ray; tell_ray(int(sys.argv[1]))"
 
 
 def main(argv: list[str]) -> int:
@@ -28,8 +30,10 @@ def main(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__)
     parser.add_argument("--grace_s", type=float, default=60.0, help="seconds until the node goes away")
-    deadline = time.monotonic() + parser.parse_args(argv).grace_s
-    _drain(deadline)
+    grace_s = parser.parse_args(argv).grace_s
+    deadline = time.monotonic() + grace_s
+    if problem := _drain(grace_s):  # the checkpoints are still worth saving
+        sys.stderr.write(f"Ray does not drain this node, and may place work here again: {problem}\n")
     for pid in _trainings():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -41,8 +45,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _drain(deadline: float) -> None:
-    """Tells Ray that this node goes away; a training that starts anew is then placed elsewhere."""
+def tell_ray(left_s: int) -> None:
+    """Ends as the command that tells Ray that this node goes away: what starts anew is then placed elsewhere.
+
+    Args:
+        left_s: seconds until then.
+
+    Raises:
+        Exception: whatever Ray raises where none answers.
+    """
+    deadline = time.monotonic() + left_s
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or "auto"
@@ -54,9 +66,22 @@ def _drain(deadline: float) -> None:
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "python -m cluster.drain"),
         *("--deadline-remaining-seconds", str(max(0, int(deadline - time.monotonic())))),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:  # the checkpoints are still worth saving
-        sys.stderr.write(f"Ray does not drain node {node}: {done.stderr.strip().splitlines()[-1:]}\n")
+    os.execv(command[0], command)  # no child, which would outlive this process where that is given up
+
+
+def _drain(grace_s: float) -> str:
+    """What went wrong when Ray was to be told; empty if nothing did. Takes a part of the time at most."""
+    # in a process of its own: Ray's client may wait for minutes, or end its process, where the head has gone
+    command = [sys.executable, "-c", _TELL, str(int(grace_s))]
+    limit_s = grace_s * _SHARE
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return f"it has not answered within {limit_s:.0f} s"
+    except Exception as error:  # whatever it is, the trainings must be told
+        return f"{type(error).__name__}: {error}"
+    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return said[-1] if done.returncode else ""
 
 
 def _trainings() -> list[int]:

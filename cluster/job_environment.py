@@ -43,7 +43,7 @@ _SECRETS = (
 )
 _SHORTEST_SECRET = 8  # a shorter value would be found in many an innocent word
 _SECRET_LOOKS = {
-    "a password in a URL": re.compile(r"://[^/?#\s]*:[^/?#\s]*@"),
+    "a name, password or token in a URL": re.compile(r"://[^/?#\s]+@"),  # some servers take a token as the user's name
     "an AWS access key": re.compile(r"(?<![A-Z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),
     "a signed URL": re.compile(r"[?&](X-Amz-Signature|X-Amz-Credential|AWSAccessKeyId|Signature|sig|token)=", re.I),
 }
@@ -65,8 +65,8 @@ class JobSpec(NamedTuple):
 
     @property
     def commit(self) -> str:
-        """Of the checkout, short, with `-dirty` where that has changes; empty if unknown."""
-        dirty = "-dirty" if self.variables.get("HEMOCO_GIT_DIRTY") == "true" else ""
+        """Of the checkout, short, with `-dirty` where that has changes or may have some; empty if unknown."""
+        dirty = "" if self.variables.get("HEMOCO_GIT_DIRTY") == "false" else "-dirty"
         return f"{self.variables['HEMOCO_GIT_COMMIT'][:12]}{dirty}" if "HEMOCO_GIT_COMMIT" in self.variables else ""
 
 
@@ -94,6 +94,11 @@ def job_spec(address: str, run: str, words: Sequence[str], checkout: Path) -> Jo
         _check_variable(name, value, address)
     always = {name: os.environ.get(name) or value for name, value in _ALWAYS.items()}
     return JobSpec(address, run, tuple(words), checkout, always | given | _git_variables(checkout))
+
+
+def words_again(words: Sequence[str]) -> list[str]:
+    """The words that go on with what these began: without `--fresh`, which would delete its checkpoints."""
+    return [word for word in words if word != "--fresh"]
 
 
 def secret_in(text: str) -> str:

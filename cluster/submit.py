@@ -20,7 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from cluster.checkout import EXCLUDES
-from cluster.job_environment import JobSpec
+from cluster.job_environment import JobSpec, words_again
 from hemoco.errors import HemocoError, UsageError
 
 _TIMEOUTS_S = (5.0, 60.0)  # to connect, and for an answer
@@ -190,7 +190,8 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]  # ray has no annotati
 
 
 def _joined(job: Job, spec: JobSpec) -> Job:
-    if job.words != shlex.join(spec.words):
+    # with --fresh or without, it is the run that the job is at
+    if words_again(shlex.split(job.words)) != words_again(spec.words):
         stop = shlex.join(["python", "-m", "jobs", "stop", job.run, "--address", spec.address])
         raise UsageError(
             f"run {job.run!r} is being worked on by job {job.id} with other words ({job.words}): stop it first "

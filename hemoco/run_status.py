@@ -1,11 +1,16 @@
 """Where runs stand, read from MLflow."""
 
 import dataclasses
+import re
 from typing import Any
 
 from hemoco.comparison import unknown_run
 from hemoco.errors import UsageError
+from hemoco.storage import join_url, list_names
 from hemoco.tracking import ask, close_run, connect, find_runs
+
+# as hemoco.checkpoint names them, which imports torch; a test lets it write one
+_CHECKPOINT, _MANIFEST = re.compile(r"step_(\d{8,})_a(\d+)"), "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class RunStatus:
     """URL of its folder; empty where an older version did not record it."""
     backbone: str
     """URL of the backbone that it began with; empty if it pretrains its own."""
+    verb: str
+    """Of `python -m jobs`, which worked at it last; empty where an older version did not record it."""
     params: dict[str, str]
     """Every setting by its dotted name."""
     phases: tuple[PhaseStatus, ...]
@@ -79,6 +86,25 @@ def run_status(uri: str, run: str) -> RunStatus:
     return _status(parent, _children(uri, experiment_id, parent))
 
 
+def newest_complete(url: str) -> str | None:
+    """The URL of the newest checkpoint that was written to its end; None where there is none.
+
+    From names alone: its state is not read, a resuming training may find it damaged and take an older one.
+
+    Args:
+        url: folder of all checkpoints of a training.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
+    """
+    places = [match for name in list_names(url) if (match := _CHECKPOINT.fullmatch(name))]
+    for place in sorted(places, key=lambda match: (int(match[1]), int(match[2])), reverse=True):
+        checkpoint = join_url(url, place[0])
+        if _MANIFEST in list_names(checkpoint):
+            return checkpoint
+    return None
+
+
 def close_running(uri: str, run: str) -> list[str]:
     """Marks what of a run MLflow still takes for running as killed, for a process that has been ended cannot.
 
@@ -109,6 +135,7 @@ def _status(parent: Any, children: list[Any]) -> RunStatus:
         started=parent.info.start_time / 1000,
         storage=tags.get("hemoco.storage", ""),
         backbone=tags.get("hemoco.backbone_url", ""),
+        verb=tags.get("hemoco.verb", ""),
         params=dict(parent.data.params),
         phases=tuple(_phase(child) for child in reversed(children)),
     )

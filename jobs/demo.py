@@ -51,7 +51,8 @@ def demo(*, out: str = "", seed: int = 0) -> None:
             tracking.connect(tracking.tracking_uri())
         recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
         with _phase("pretrain, then transfer"):
-            pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=git_facts(CHECKOUT))
+            tags = {**git_facts(CHECKOUT), "hemoco.verb": "demo"}
+            pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)
     publish(run, print_comparison(run, str(folder)))

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags=git_facts(CHECKOUT),
+            tags={**git_facts(CHECKOUT), "hemoco.verb": "pretrain"},
         )
     print(f"run {name}: backbone {done.backbone_url}")
     for key, value in sorted(done.metrics.items()):

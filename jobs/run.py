@@ -20,6 +20,6 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags=git_facts(CHECKOUT),
+            tags={**git_facts(CHECKOUT), "hemoco.verb": "run"},
         )
     publish(name, print_comparison(name, options.out))

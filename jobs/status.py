@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.job_environment import words_again
 from hemoco.config import Recipe, flat_params
 from hemoco.errors import HemocoError, UsageError
-from hemoco.run_status import PhaseStatus, RunStatus, newest_runs, run_status
+from hemoco.run_status import PhaseStatus, RunStatus, newest_complete, newest_runs, run_status
 from hemoco.storage import join_url
 from hemoco.tracking import tracking_uri
 from jobs.options import load_recipe
@@ -131,10 +132,8 @@ def _show_phases(console: Console, phases: tuple[PhaseStatus, ...]) -> None:
 def _checkpoint(found: RunStatus) -> str:
     if not found.storage:
         return "unknown"
-    from hemoco.checkpoint import newest_checkpoint  # torch
-
     try:
-        return newest_checkpoint(join_url(found.storage, "pretrain", "checkpoints")) or "none yet"
+        return newest_complete(join_url(found.storage, "pretrain", "checkpoints")) or "none yet"
     except HemocoError as error:
         return str(error)
 
@@ -142,19 +141,24 @@ def _checkpoint(found: RunStatus) -> str:
 def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> str:
     """The exact words where they are known: from the run's job, or from the recipe and the settings in MLflow."""
     if job is not None:
-        words = [word for word in shlex.split(job.words) if word != "--fresh"]
-        return shlex.join(["python", "-m", "jobs", "submit", *words, "--address", address])
+        again = words_again(shlex.split(job.words))
+        return shlex.join(["python", "-m", "jobs", "submit", *again, "--address", address])
     assert found is not None, "one of both is known"
+    if found.verb == "demo":
+        return "cannot be, its storage has ended with it; python -m jobs demo begins another"
+    unknown = f"the words that began it, with --run {found.run}"
+    if found.verb == "transfer" and not found.backbone:  # it ended before it had read one
+        return unknown
     try:
         recipe = load_recipe(found.recipe)
     except UsageError:  # a recipe given by its path
-        return f"the words that began it, with --run {found.run}"
-    words = ["run", found.recipe]
+        return unknown
+    words = [found.verb or "run", found.recipe]
     if found.backbone:
         measured = {name.split(".")[1] for name in found.params if name.startswith("transfers.")}
         only = ["--only", *sorted(measured)] if measured != recipe.transfers.keys() else []
         words = ["transfer", found.recipe, "--backbone", found.backbone, *only]
-    storage = ["--storage", found.storage.rpartition("/")[0]] if found.storage else []
+    storage = ["--storage", found.storage.removesuffix(f"/{found.run}")] if found.storage else []
     words += [*settings_words(found.params, recipe), "--run", found.run, *storage]
     return shlex.join(["python", "-m", "jobs", *words])
 

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import tyro
 
+from cluster.job_environment import words_again
 from hemoco.errors import UsageError
 from hemoco.run_status import close_running
 from hemoco.tracking import connect, tracking_uri
-from jobs.submit import head_address
+from jobs.submit import head_address, in_mlflow
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +26,7 @@ def stop(run: Annotated[str, tyro.conf.Positional], /, *, address: str = "") -> 
     """
     address = head_address(address)
     uri = tracking_uri()
-    if not run.startswith("pack-"):
+    if in_mlflow(run):
         connect(uri)  # to learn afterwards that MLflow cannot be told would be too late
     from cluster.submit import Cluster  # seconds to import, errors should not wait for it
 
@@ -38,7 +39,7 @@ def stop(run: Annotated[str, tyro.conf.Positional], /, *, address: str = "") -> 
         names = ", ".join(dict.fromkeys(known.run for known in cluster.jobs() if not known.ended)) or "none"
         raise UsageError(f"run {run!r} has no job on {address}; runs with a job that is not ended: {names}")
     print(f"{'stopped' if before else 'had ended':<12}job {job.id}: {job.status}")
-    for closed in [] if run.startswith("pack-") else close_running(uri, run):
+    for closed in close_running(uri, run) if in_mlflow(run) else []:
         print(f"MLflow      {closed}: RUNNING -> KILLED")
-    words = ["python", "-m", "jobs", "submit", *shlex.split(job.words), "--address", address]
-    print(f"resume      {shlex.join(word for word in words if word != '--fresh')}")
+    words = ["python", "-m", "jobs", "submit", *words_again(shlex.split(job.words)), "--address", address]
+    print(f"resume      {shlex.join(words)}")

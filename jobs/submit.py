@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tyro
 
 from cluster.checkout import CHECKOUT, upload_problems, uploaded_files
-from cluster.job_environment import job_spec
-from hemoco.config import init_url
-from hemoco.errors import HemocoError, UsageError
+from cluster.job_environment import job_spec, words_again
+from hemoco.config import Recipe, init_url
+from hemoco.errors import HemocoError, StorageError, TrackingError, UsageError
 from jobs.options import ReportOptions, RunOptions, TransferOptions, parse_options, parse_transfer
 from jobs.session import run_name
 
 if TYPE_CHECKING:
     from cluster.submit import Cluster, Job
 
-_VERBS = ("run", "pretrain", "transfer", "pack")
+_VERBS = ("run", "pretrain", "transfer", "pack", "preflight")
+_NOT_IN_MLFLOW = ("pack", "preflight")
 _USAGE = f"""\
 usage: python -m jobs submit VERB ... [--address URL] [--detach]
 
 Runs a verb on a cluster as a Ray job: {", ".join(_VERBS)}, with the words one types here. This checkout is
-uploaded; the nodes bring the dependencies and the credentials. Follows the log and ends with the job's exit status;
+uploaded; the nodes bring the dependencies and the credentials. Before, the recipe is held against its data from here;
+`submit preflight` checks all the rest from inside the cluster. Follows the log and ends with the job's exit status;
 Ctrl-C leaves the job running. The same words again follow a job that runs, and resume a run whose job has ended.
 
   --address URL  dashboard of the cluster's head, http://head:8265; default: $RAY_ADDRESS if it is one
@@ -41,6 +43,8 @@ class Request(NamedTuple):
     run: str
     words: list[str]
     recipe_file: Path | None
+    recipe: Recipe | None
+    """None for `pack`."""
 
 
 def main(argv: list[str]) -> None:
@@ -60,8 +64,10 @@ def main(argv: list[str]) -> None:
     from cluster.submit import Cluster  # seconds to import, errors should not wait for it
 
     cluster = Cluster(address)
+    if all(job.ended for job in cluster.jobs(request.run)):  # to follow a job nothing needs to fit
+        check_here(request)
     job, is_new = cluster.submit(spec)
-    again = shlex.join(["python", "-m", "jobs", "submit", *words, "--address", address])
+    again = shlex.join(["python", "-m", "jobs", "submit", *words_again(words), "--address", address])
     _announce(job, is_new, address, request)
     if given.detach:
         print(f"follow      {again}\nstop        {_stop_words(job, address)}")
@@ -95,6 +101,42 @@ def parse_request(words: list[str]) -> Request:
     return _parse_pack(rest) if verb == "pack" else _parse_recipe_verb(verb, rest)
 
 
+def check_here(request: Request) -> None:
+    """What the job would fail of on the cluster, found before anything is uploaded; says so where that cannot be.
+
+    Raises:
+        UsageError: the recipe names no shards.
+        ShardError: there are none, or not the splits it names.
+        ConfigError: the recipe does not fit its data.
+    """
+    verb, recipe = request.words[0], request.recipe
+    if recipe is None or verb == "preflight":  # that one checks there
+        return
+    from pipeline.study import check_pretraining, check_transfers  # torch
+
+    try:
+        _look_for_folders(recipe)
+        if verb != "transfer":
+            check_pretraining(recipe)
+        if verb != "pretrain":
+            check_transfers(recipe)
+    except (StorageError, TrackingError) as error:  # the nodes may reach what this machine does not
+        print(f"unchecked   whether the recipe fits its data, which cannot be read from here: {error}", flush=True)
+
+
+def _look_for_folders(recipe: Recipe) -> None:
+    """Raises StorageError where shards lie in a folder that the nodes may share but this machine does not see."""
+    for data in (recipe.data, *(transfer.data for transfer in recipe.transfers.values())):
+        folder = data.shards.removeprefix("file://")
+        if folder.startswith("/") and not Path(folder).is_dir():
+            raise StorageError(f"{data.shards}: no such folder on this machine")
+
+
+def in_mlflow(run: str) -> bool:
+    """Whether MLflow may know a job's run: not of one that packs or checks."""
+    return not run.startswith(tuple(f"{verb}-" for verb in _NOT_IN_MLFLOW))
+
+
 def _parse_recipe_verb(verb: str, rest: list[str]) -> Request:
     if verb == "transfer":
         options: RunOptions = parse_transfer(rest)
@@ -103,11 +145,16 @@ def _parse_recipe_verb(verb: str, rest: list[str]) -> Request:
         options = parse_options(verb, rest, ReportOptions if verb == "run" else RunOptions)
         run = run_name(options)
     _check_places(options)
+    if verb != "preflight" and not options.recipe.data.shards:
+        raise UsageError("--data.shards is missing: name the URL that `python -m jobs pack` wrote")
     file = Path(rest[0]) if rest[0].endswith(".py") else None
     # a file outside the checkout is refused by `upload_problems`
     recipe = os.path.relpath(file.resolve(), CHECKOUT) if file else rest[0]
+    if verb == "preflight":  # not the run's name: it may be asked for beside that one's job
+        words = [verb, recipe, *rest[1:]]
+        return Request(_digest_name(verb, words), words, file, options.recipe)
     named = [] if options.run else ["--run", run]
-    return Request(run, [verb, recipe, *rest[1:], *named], file)
+    return Request(run, [verb, recipe, *rest[1:], *named], file, options.recipe)
 
 
 def _parse_pack(rest: list[str]) -> Request:
@@ -122,8 +169,11 @@ def _parse_pack(rest: list[str]) -> Request:
         raise UsageError("pack needs a SOURCE and a DEST: python -m jobs submit pack SOURCE [SOURCE ...] DEST")
     for path in paths:
         _check_place("pack", path)
-    digest = hashlib.sha256(shlex.join(rest).encode()).hexdigest()[:8]
-    return Request(f"pack-{digest}", ["pack", *rest], None)
+    return Request(_digest_name("pack", rest), ["pack", *rest], None, None)
+
+
+def _digest_name(verb: str, words: list[str]) -> str:
+    return f"{verb}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
 
 
 def _check_places(options: RunOptions) -> None:
@@ -166,6 +216,8 @@ def _announce(job: "Job", is_new: bool, address: str, request: Request) -> None:
             f"joined      a job that began {age:.0f} min ago with commit {job.commit or 'unknown'}; what this checkout"
         )
         print("            has become since is not in it")
+        if "--fresh" in request.words:
+            print(f"--fresh     is not done to a job that runs; first say {_stop_words(job, address)}")
     print(f"job         {job.id} on {address}", flush=True)
 
 
@@ -182,16 +234,16 @@ def _follow(cluster: "Cluster", job: "Job", again: str) -> None:
         raise SystemExit(1) from None
     except HeadLost as error:
         raise HemocoError(
-            f"lost the cluster of job {job.id} ({error}); if the head has gone, so has the job: the same words resume "
-            "the run from its last checkpoint when a cluster is there"
+            f"lost the cluster of job {job.id} ({error}); if the head has gone, so has the job; when a cluster is "
+            f"there, go on: {again}"
         ) from error
     if done.status == "SUCCEEDED":
         print(f"job         {job.id} done after {(time.monotonic() - began) / 60:.1f} min")
-        if not done.words.startswith("pack "):
+        if done.words.split(" ")[0] not in _NOT_IN_MLFLOW:
             print(f"table       python -m jobs compare {job.run}")
         return
     if done.status == "STOPPED":
-        raise HemocoError(f"job {job.id} was stopped; the same words resume the run")
+        raise HemocoError(f"job {job.id} was stopped; go on: {again}")
     if done.exit_status is None:
         raise HemocoError(f"job {job.id} did not start: {done.message.strip()[-500:]}")
     kind = UsageError if done.exit_status == 2 else HemocoError

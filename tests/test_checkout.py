@@ -8,6 +8,7 @@ from zipfile import ZipFile
 import pytest
 
 from cluster.checkout import CHECKOUT, EXCLUDES, git_facts, upload_problems, uploaded_files
+from cluster.job_environment import job_spec
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,27 @@ def test_variables_tell_where_there_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.setenv("HEMOCO_GIT_COMMIT", "abc")
     monkeypatch.setenv("HEMOCO_GIT_DIRTY", "true")
     assert git_facts(tmp_path) == {"mlflow.source.git.commit": "abc", "hemoco.git_dirty": "true"}
+
+
+def test_git_is_believed_before_variables(repository, monkeypatch):
+    monkeypatch.setenv("HEMOCO_GIT_COMMIT", "an-older-one")
+    monkeypatch.setenv("HEMOCO_GIT_DIRTY", "true")
+    commit = git(repository, "rev-parse", "HEAD")
+    assert git_facts(repository) == {"mlflow.source.git.commit": commit, "hemoco.git_dirty": "false"}
+
+
+@pytest.mark.parametrize("dirty", ["", "yes"])
+def test_what_no_variable_says_is_not_taken_for_clean(tmp_path, monkeypatch, dirty):
+    monkeypatch.setenv("HEMOCO_GIT_COMMIT", "abc")
+    monkeypatch.setenv("HEMOCO_GIT_DIRTY", dirty)
+    assert git_facts(tmp_path)["hemoco.git_dirty"] == "unknown"
+    assert job_spec("http://head:8265", "r", ["run"], tmp_path).commit == "abc-dirty"
+
+
+def test_variables_tell_of_an_export_in_another_repository(repository, monkeypatch):
+    (repository / "copy").mkdir()
+    monkeypatch.setenv("HEMOCO_GIT_COMMIT", "abc")
+    assert git_facts(repository / "copy")["mlflow.source.git.commit"] == "abc"
 
 
 def test_a_folder_in_another_repository_has_no_commit(repository):

@@ -1,8 +1,12 @@
 """The deployment files fit their real schemas, and what they say fits this checkout."""
 
+import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
+import sys
 
 import pytest
 import ray
@@ -24,6 +28,7 @@ from deploy_files import (
 )
 
 from cluster.checkout import uploaded_files
+from cluster.drain import _drain
 from cluster.job_environment import job_spec
 from hemoco.config import ResourcesConfig
 from jobs.cli import _VERBS
@@ -124,6 +129,8 @@ def test_every_ray_asks_for_a_token():
 
 
 def test_the_image_has_the_variables_that_jobs_get(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI"):  # of this session
+        monkeypatch.delenv(name, raising=False)
     for name in job_spec("http://head:8265", "run", ["run"], ROOT).variables:
         monkeypatch.delenv(name, raising=False)
     given = job_spec("http://head:8265", "run", ["run"], ROOT).variables
@@ -175,15 +182,49 @@ def test_the_cluster_does_not_take_the_secret_with_the_credentials_for_its_token
     assert names and documents("kuberay-cluster.yaml")[0]["metadata"]["name"] not in names
 
 
+def pod_labels(file: str) -> list[dict[str, str]]:
+    spec = documents(file)[0]["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    return [group["template"]["metadata"]["labels"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
 @pytest.mark.parametrize("file", KUBERAY)
-def test_the_network_policy_covers_the_pods(file):
-    resource, policy = documents(file)
-    spec = resource["spec"].get("rayClusterSpec", resource["spec"])
-    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    cluster = {"ray.io/cluster": resource["metadata"]["name"]}  # the operator's own label
-    labels = [group["template"]["metadata"]["labels"] | cluster for group in groups]
-    chosen = policy["spec"]["podSelector"]["matchLabels"]
-    assert chosen and all(chosen.items() <= found.items() for found in labels)
+def test_the_network_policy_is_for_the_pods_of_its_own_file_and_lets_them_in(file):
+    policy = documents(file)[1]["spec"]
+    (other,) = {*KUBERAY} - {file}
+    for chosen in (policy["podSelector"], policy["ingress"][0]["from"][0]["podSelector"]):
+        wanted = chosen["matchLabels"].items()
+        assert all(wanted <= labels.items() for labels in pod_labels(file))
+        assert not any(wanted <= labels.items() for labels in pod_labels(other))
+
+
+def test_the_driver_in_a_container_is_told_the_commit_and_whether_it_is_dirty():
+    told = {name for name in COMPOSE["services"]["driver"]["environment"] if name.startswith("HEMOCO_GIT")}
+    assert told == {"HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY"} == set(re.findall(r"export (HEMOCO_GIT_\w+)=", DOC))
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "192.0.2.1:6379"])
+def test_trainings_are_told_to_save_where_no_ray_answers(address):
+    # a network of its own, for the drain ends all trainings of the one that it is in
+    training = "exec -a ray::RayTrainWorker sleep 600"
+    script = f"bash -c '{training}' & $0 -m cluster.drain --grace_s 12; echo drain $?; wait $!; echo training $?"
+    words = ["unshare", "--net", "bash", "-c", script, sys.executable]
+    environment = os.environ | {"RAY_ADDRESS": address}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["drain", "0", "training", str(128 + signal.SIGTERM)]
+    assert "Ray does not drain this node, and may place work here again: " in done.stderr
+
+
+def test_a_ray_that_does_not_answer_takes_only_its_share_of_the_time(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
+        assert _drain(9.0) == "it has not answered within 3 s"
+
+
+def test_a_drain_that_cannot_be_begun_is_told_and_not_raised(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert _drain(9).startswith("FileNotFoundError: ")
 
 
 @pytest.mark.parametrize("command", [*AWS["head_start_ray_commands"], *AWS["worker_start_ray_commands"]])

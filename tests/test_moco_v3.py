@@ -134,8 +134,9 @@ def test_two_ranks_train_as_one_process_does() -> None:
     alone, (first, second) = trained(), run_ranks(trained, 2)
     assert first == second
     for mine, expected in zip(first, alone, strict=True):
-        assert mine[0] == pytest.approx(expected[0], rel=1e-4)
-        assert mine[1] == pytest.approx(expected[1], rel=1e-2)  # four steps of rounding, through BN over 8 images
+        # four steps of rounding, through BN over 8 images; 1.3e-4 of the loss was seen on a Zen core
+        assert mine[0] == pytest.approx(expected[0], rel=1e-3)
+        assert mine[1] == pytest.approx(expected[1], rel=1e-2)
 
 
 def test_accumulation_and_compilation_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -20,19 +21,23 @@ from shard_folders import write_shards
 from tcp_relay import relay
 
 from cluster.checkout import CHECKOUT
-from cluster.job_environment import job_spec
+from cluster.job_environment import JobSpec, job_spec, words_again
 from cluster.local import local_ray
 from cluster.processes import child_process, last_line, wait_until
+from cluster.submit import Job, _joined
+from hemoco import checkpoint, run_status
 from hemoco.config import flat_params
 from hemoco.data.shards import read_index
-from hemoco.errors import UsageError
+from hemoco.errors import ConfigError, ShardError, UsageError
+from hemoco.storage import join_url, write_bytes
+from hemoco.tracking import connect, open_run
 from jobs.cli import main
 from jobs.options import RunOptions, load_recipe, parse_options
 from jobs.status import settings_words
-from jobs.submit import parse_request
+from jobs.submit import Request, _announce, _stop_words, check_here, parse_request
 
 NOWHERE = ("--address", "http://127.0.0.1:9")
-RUN = ("run", "demo", "--storage", "s3://b/runs")
+RUN = ("run", "demo", "--storage", "s3://b/runs", "--data.shards", "s3://b/shards")
 CANARIES = {
     name: f"canary-{name.lower()}-{secrets.token_hex(8)}"
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -41,7 +46,7 @@ CANARIES = {
 FOLLOW = """
 import sys
 from cluster.checkout import CHECKOUT
-from cluster.job_environment import job_spec
+from cluster.job_environment import JobSpec, job_spec, words_again
 from cluster.job_log import follow
 from cluster.submit import Cluster
 address, seen_at = sys.argv[1:]
@@ -130,13 +135,19 @@ def head(s3: str, tracking: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def two_jobs(head: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What came of two jobs, submitted at the same time: images packed, with canaries for secrets; wrong words."""
+    """What came of two jobs, submitted at the same time.
+
+    One packs images, with canaries for secrets. The recipe of the other does not fit its data, which only the nodes
+    have the secret key for.
+    """
     folder = tmp_path_factory.mktemp("images")
     for name in ("train/a/1", "train/a/2", "test/b/3"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
     dest = f"{s3}/{secrets.token_hex(8)}"
-    wrong = start_jobs("submit", "run", "demo", "--storage", f"{s3}/runs", "--address", head)
+    shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [8])
+    words = ["submit", "run", "demo", "--data.shards", shards, "--storage", f"{s3}/runs", "--address", head]
+    wrong = start_jobs(*words, AWS_SECRET_ACCESS_KEY="not-that-of-the-nodes")
     pack = start_jobs("submit", "pack", str(folder), dest, "--address", head, **CANARIES)
     yield {"dest": dest, "pack": finished(pack), "wrong": finished(wrong)}
 
@@ -150,13 +161,14 @@ def packed(two_jobs: dict[str, Any]) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def training(head: str, s3: str) -> Iterator[tuple[str, list[str]]]:
-    """A job that pretrains for hours; its run, and the words that follow it."""
+    """A job that pretrains for hours, begun with --fresh; its run, and the words that follow it."""
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [128])
     words = ["pretrain", "demo", "--data.shards", shards, "--pretrain.epochs", "100000", "--storage", f"{s3}/runs"]
     words = ["submit", *words, "--pretrain.knn_every_epochs", "0", "--run", "long", "--address", head]
-    done = run_jobs(*words, "--detach")
+    done = run_jobs(*words, "--fresh", "--detach")
     assert done.returncode == 0, done.stderr
-    yield "long", words
+    (follow,) = [line for line in done.stdout.splitlines() if line.startswith("follow ")]
+    yield "long", shlex.split(follow)[4:]  # without `follow python -m jobs`
     run_jobs("stop", "long", "--address", head)
 
 
@@ -177,10 +189,11 @@ def test_a_misspelt_flag_never_leaves_this_machine(capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["demo"], "on a cluster run run, pretrain, transfer, pack"),
+        (["demo"], "on a cluster run run, pretrain, transfer, pack, preflight"),
         (["run", "demo2"], "did you mean demo?"),
         (["run", "demo"], "--storage is missing"),
         (["run", "demo", "--storage", "runs"], "runs is a path below this folder"),
+        (["pretrain", "demo", "--storage", "s3://b/runs"], "--data.shards is missing"),
         ([*RUN, "--data.shards", "../shards"], "../shards is a path below this folder"),
         ([*RUN, "--out", "/tmp/x"], "--out would be a folder of the cluster"),
         (["transfer", *RUN[1:]], "transfer needs --backbone URL"),
@@ -198,11 +211,17 @@ def test_a_recipe_outside_the_checkout_is_refused(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://me:hidden@b/x", "https://h/x?X-Amz-Signature=hidden", "s3://b/AKIAABCDEFGHIJKLMNOP", "s3://b/hidden-word"],
+    [
+        "s3://me:hidden@b/x",
+        "https://ghp-hidden@h/x",
+        "https://h/x?X-Amz-Signature=hidden",
+        "s3://b/AKIAABCDEFGHIJKLMNOP",
+        "s3://b/hidden-word",
+    ],
 )
 def test_a_word_that_holds_a_secret_is_refused_and_not_repeated(capsys, monkeypatch, url):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "hidden-word")
-    line = error_of(capsys, 2, *RUN, "--data.shards", url, *NOWHERE)
+    line = error_of(capsys, 2, *RUN[:4], "--data.shards", url, *NOWHERE)
     assert "word 6 after `submit` holds" in line and "hidden" not in line and "AKIA" not in line
 
 
@@ -216,9 +235,67 @@ def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(capsys, monk
     ("name", "value"), [("MLFLOW_TRACKING_URI", "sqlite:////x.db"), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")]
 )
 def test_what_only_this_machine_reaches_is_refused_for_another(monkeypatch, name, value):
+    for of_this_session in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(of_this_session, raising=False)
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"{name} is {value}, which the nodes of http://head:8265 cannot reach"):
         job_spec("http://head:8265", "r", ["run"], CHECKOUT)
+
+
+def test_a_recipe_that_does_not_fit_its_data_ends_here(bucket):
+    shards = write_shards(bucket, [8])
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        check_here(parse_request([*RUN[:4], "--data.shards", shards]))
+
+
+def test_shards_that_are_not_there_end_it_here(bucket):
+    with pytest.raises(ShardError):
+        check_here(parse_request([*RUN[:4], "--data.shards", bucket]))
+
+
+@pytest.mark.parametrize("folder", ["/nodes/share/this", "file:///nodes/share/this"])
+def test_a_folder_that_only_the_nodes_have_is_said_to_be_unchecked(capsys, folder):
+    check_here(parse_request([*RUN[:4], "--data.shards", folder]))
+    shown = capsys.readouterr().out
+    assert shown.startswith("unchecked ") and shown.endswith(f"{folder}: no such folder on this machine\n")
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "preflight"])
+def test_a_verb_is_checked_for_what_it_does(bucket, capsys, verb):
+    shards = write_shards(bucket, [128])  # no split `test`, which the demo's transfers would need
+    check_here(parse_request([verb, *RUN[1:4], "--data.shards", shards, "--pretrain.knn_every_epochs", "0"]))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_preflight_is_no_job_of_the_run_that_it_is_for():
+    request = parse_request(["preflight", *RUN[1:], "--run", "first"])
+    assert request.run.startswith("preflight-") and request.words == ["preflight", *RUN[1:], "--run", "first"]
+
+
+def test_to_go_on_is_never_to_begin_anew():
+    assert words_again(["run", "demo", "--fresh", "--run", "r"]) == ["run", "demo", "--run", "r"]
+
+
+def a_job(words: str) -> Job:
+    return Job(id="r-1", run="r", status="RUNNING", words=words, commit="", message="", exit_status=None, started=0.0)
+
+
+@pytest.mark.parametrize("running", ["run demo", "run demo --fresh"])
+@pytest.mark.parametrize("words", [("run", "demo"), ("run", "demo", "--fresh")])
+def test_a_running_job_is_joined_with_fresh_and_without(running, words):
+    job = a_job(running)
+    assert _joined(job, JobSpec(NOWHERE[1], "r", words, CHECKOUT, {})) is job
+
+
+def test_who_says_fresh_and_joins_is_told_that_nothing_begins_anew(capsys):
+    job = a_job("run demo --fresh")
+    _announce(job, False, NOWHERE[1], Request("r", ["run", "demo", "--fresh"], None, None))
+    assert f"is not done to a job that runs; first say {_stop_words(job, NOWHERE[1])}" in capsys.readouterr().out
+
+
+def test_a_running_job_is_not_joined_with_other_words():
+    with pytest.raises(UsageError, match=r"worked on by job r-1 with other words \(run demo --fresh\)"):
+        _joined(a_job("run demo --fresh"), JobSpec(NOWHERE[1], "r", ("run", "other", "--fresh"), CHECKOUT, {}))
 
 
 def test_without_an_address_it_says_what_to_give(capsys):
@@ -242,16 +319,16 @@ def test_another_server_is_not_taken_for_a_dashboard(capsys, s3):
 
 
 def test_the_run_has_the_name_that_it_has_here():
-    words = ["demo", "--storage", "s3://b/r", "--pretrain.epochs", "7"]
+    words = [*RUN[1:], "--pretrain.epochs", "7"]
     name = parse_request(["pretrain", *words]).run
     assert name.startswith("demo-")
-    assert parse_request(["run", *words]).run == name != parse_request(["run", *words[:3]]).run
+    assert parse_request(["run", *words]).run == name != parse_request(["run", *words[:-2]]).run
 
 
 def test_a_recipe_file_is_sent_by_its_path_in_the_checkout(monkeypatch):
     monkeypatch.chdir(CHECKOUT / "jobs")
     request = parse_request(["run", "recipes/demo.py", *RUN[2:], "--run", "r"])
-    assert request.words == ["run", "jobs/recipes/demo.py", "--storage", "s3://b/runs", "--run", "r"]
+    assert request.words == ["run", "jobs/recipes/demo.py", *RUN[2:], "--run", "r"]
 
 
 def test_settings_become_the_words_that_set_them():
@@ -259,6 +336,34 @@ def test_settings_become_the_words_that_set_them():
     changed = parse_options("run", words, RunOptions).recipe
     found = settings_words(flat_params(changed), load_recipe("demo"))
     assert parse_options("run", ["demo", *found], RunOptions).recipe == changed
+
+
+@pytest.mark.parametrize("verb", ["run", "pretrain"])
+def test_the_words_that_resume_are_of_the_verb_that_began(tracking, capsys, verb):
+    tags = {"hemoco.run": f"my-{verb}", "hemoco.phase": "parent", "hemoco.recipe": "demo", "hemoco.verb": verb}
+    params = flat_params(load_recipe("demo"))
+    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params=params)
+    assert main(["status", f"my-{verb}"]) == 0
+    assert f"resume      python -m jobs {verb} demo --run my-{verb}" in capsys.readouterr().out
+
+
+def test_a_demo_is_not_resumed(tracking, capsys):
+    tags = {"hemoco.run": "d", "hemoco.phase": "parent", "hemoco.recipe": "demo", "hemoco.verb": "demo"}
+    open_run(tracking, connect(tracking), name="d", parent=None, tags=tags, params={})
+    assert main(["status", "d"]) == 0
+    assert "resume      cannot be" in capsys.readouterr().out
+
+
+def test_the_newest_complete_checkpoint_is_told_by_names_alone(bucket):
+    for name in ("step_00000009_a0/manifest.json", "step_00000009_a10/manifest.json", "step_00000012_a0/state.pt"):
+        write_bytes(join_url(bucket, name), b"")
+    assert run_status.newest_complete(bucket) == join_url(bucket, "step_00000009_a10")
+    assert run_status.newest_complete(join_url(bucket, "none")) is None
+
+
+def test_checkpoints_have_the_names_that_are_looked_for():
+    found = (checkpoint._FOLDER.pattern, checkpoint._MANIFEST)
+    assert (run_status._CHECKPOINT.pattern, run_status._MANIFEST) == found
 
 
 @pytest.mark.parametrize(("token", "reason"), [("", "(401) and none was sent"), ("0" * 64, "(403)")])
@@ -302,7 +407,8 @@ def test_a_job_is_told_the_commit_and_where_things_are(head, packed):
 def test_wrong_usage_on_the_cluster_is_wrong_usage_here(two_jobs):
     done = two_jobs["wrong"]
     assert done.returncode == 2
-    assert "error: --data.shards is missing" in done.stdout  # the job's log
+    assert "unchecked   whether the recipe fits its data" in done.stdout
+    assert "error: global_batch_size is" in done.stdout  # the job's log
     assert "failed with exit status 2: the log above says why" in done.stderr
 
 
@@ -311,6 +417,7 @@ def follow(head: str, seen_at: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_a_broken_connection_loses_and_repeats_no_line(head):
     with relay(head) as between:
         between.cuts = [(b"/logs/tail", 9000), (b"/logs/tail", 20000)]
@@ -321,6 +428,7 @@ def test_a_broken_connection_loses_and_repeats_no_line(head):
     assert done.stdout == f"{log}\n== SUCCEEDED 0\n"
 
 
+@pytest.mark.slow
 def test_a_head_that_has_gone_is_one_clear_error(head):
     with relay(head) as between:
         between.cuts = [(b"/logs/tail", 9000)]
@@ -330,6 +438,7 @@ def test_a_head_that_has_gone_is_one_clear_error(head):
     assert f"HeadLost: {between.address}: the connection has broken" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_words_join_and_ctrl_c_leaves_the_job_running(head, training):
     run, words = training
     with start_jobs(*words) as process:
@@ -344,28 +453,43 @@ def test_the_same_words_join_and_ctrl_c_leaves_the_job_running(head, training):
     assert [job["status"] for job in jobs_of(head, run)] == ["RUNNING"]
 
 
+@pytest.mark.slow
 def test_other_words_under_a_running_name_are_refused(training):
     done = run_jobs(*training[1], "--pretrain.seed", "7")
     assert done.returncode == 2
     assert "run 'long' is being worked on by job long-1 with other words" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_preflight_from_inside_the_cluster_sees_its_nodes(head, s3, bucket):
+    shards = write_shards(f"{bucket}/shards", [128])
+    words = ["preflight", "demo", "--data.shards", shards, "--storage", f"{bucket}/runs", "--run", "long"]
+    done = run_jobs("submit", *words, "--address", head)
+    assert "nodes software" in done.stdout and "ok    nodes shards" in done.stdout, done.stdout + done.stderr
+    assert "job preflight-" in done.stderr and done.returncode == 1  # no test split for the transfers
+    assert "FAIL  upload" not in done.stdout
+
+
+@pytest.mark.slow
 def test_status_tells_of_jobs_that_mlflow_does_not_know(head, packed):
     shown = run_jobs("status", "--address", head).stdout
     assert "pack-" in shown and "SUCCEEDED" in shown
 
 
+@pytest.mark.slow
+def test_stopping_an_unknown_run_names_those_that_run(head, tracking, training):
+    done = run_jobs("stop", "nobody", "--address", head)
+    assert done.returncode == 2
+    assert f"run 'nobody' has no job on {head}; runs with a job that is not ended: long" in done.stderr
+
+
+@pytest.mark.slow
 def test_stop_ends_the_job_and_says_how_to_resume(head, training):
     done = run_jobs("stop", "long", "--address", head)
     assert done.returncode == 0, done.stderr
     assert "long-1: STOPPED" in done.stdout and "resume      python -m jobs submit pretrain demo" in done.stdout
+    assert "--fresh" in jobs_of(head, "long")[0]["entrypoint"] and "--fresh" not in done.stdout
     assert [job["status"] for job in jobs_of(head, "long")] == ["STOPPED"]
-
-
-def test_stopping_an_unknown_run_names_those_that_run(head, tracking):
-    done = run_jobs("stop", "nobody", "--address", head)
-    assert done.returncode == 2
-    assert "run 'nobody' has no job" in done.stderr
 
 
 @pytest.mark.slow
