@@ -257,6 +257,7 @@ def is_transient(error: Exception) -> bool:
         return status >= http.HTTPStatus.INTERNAL_SERVER_ERROR or status in BUSY
     network = _loaded(
         "botocore.exceptions:HTTPClientError",
+        "botocore.exceptions:EndpointConnectionError",
         "aiohttp:ClientError",
         "azure.core.exceptions:ServiceRequestError",
         "azure.core.exceptions:ServiceResponseError",

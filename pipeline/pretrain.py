@@ -11,6 +11,7 @@ from hemoco import checkpoint
 from hemoco.config import DataConfig, PretrainConfig
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.loader import StreamPosition
+from hemoco.data.patience import patiently
 from hemoco.data.shards import read_index
 from hemoco.data.stream import Batch, batches, load_images, pretraining_plan, steps_per_epoch
 from hemoco.distributed import rank, world_size
@@ -123,9 +124,8 @@ def _tracker(job: PretrainJob) -> Tracker:
 
 
 def _save(state: TrainState, folder: str, attempt: int, config: PretrainConfig) -> None:
-    checkpoint.save_checkpoint(
-        state, folder, attempt=attempt, keep_last=config.keep_last, keep_every_steps=config.keep_every_steps
-    )
+    kept = {"keep_last": config.keep_last, "keep_every_steps": config.keep_every_steps}
+    patiently(lambda: checkpoint.save_checkpoint(state, folder, attempt=attempt, **kept), config.stream.retry_s)
 
 
 def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[StepMetrics]:
@@ -135,7 +135,7 @@ def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[St
     except TrainingError as error:
         try:
             left = checkpoint.newest_checkpoint(folder) or "there is none yet"
-        except HemocoError as other:
+        except (HemocoError, MemoryError) as other:
             left = f"unknown ({other})"
         raise TrainingError(f"{error}; the last good checkpoint: {left}") from error
 
@@ -193,4 +193,5 @@ def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str
 def _export(job: PretrainJob, state: TrainState, url: str) -> None:
     views = job.config.views
     backbone = Backbone(state.model.query_encoder.encoder, job.config.encoder, views.mean, views.std)
-    checkpoint.export_backbone(backbone, url, {"data_digest": state.data_digest, "run_id": job.run_id})
+    metadata = {"data_digest": state.data_digest, "run_id": job.run_id}
+    patiently(lambda: checkpoint.export_backbone(backbone, url, metadata), job.config.stream.retry_s)

@@ -8,6 +8,7 @@ Shapes: N images of a batch, S x S pixels each.
 import dataclasses
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from hemoco.config import (
     TrainedConfig,
 )
 from hemoco.data.counts import BadSampleFile
-from hemoco.data.patience import EVALUATION_PATIENCE_S
+from hemoco.data.patience import EVALUATION_PATIENCE_S, patiently
 from hemoco.data.shards import read_index
 from hemoco.data.stream import batches, steps_per_epoch
 from hemoco.distributed import rank, world_size
@@ -134,7 +135,8 @@ class _Checkpoints:
     def _save(self, log: _Log) -> None:
         if rank() == 0 and self._saved != self._state.step:
             log.keep()
-            save_checkpoint(self._state, self._url, attempt=self._attempt, keep_last=1)
+            save = partial(save_checkpoint, self._state, self._url, attempt=self._attempt, keep_last=1)
+            patiently(save, EVALUATION_PATIENCE_S)
         self._saved = self._state.step
 
 

@@ -219,6 +219,8 @@ class _Answer(Exception):
         (TimeoutError(), True),
         (http.client.RemoteDisconnected(), True),
         (botocore.exceptions.ReadTimeoutError(endpoint_url="x"), True),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="x"), True),
+        (botocore.exceptions.SSLError(endpoint_url="x", error="certificate"), False),
         (aiohttp.ServerDisconnectedError(), True),
         (_Answer(status=503), True),
         (_Answer(status_code=429), True),
