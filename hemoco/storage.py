@@ -263,7 +263,8 @@ def is_transient(error: Exception) -> bool:
         "azure.core.exceptions:ServiceResponseError",
         "google.auth.exceptions:TransportError",
     )
-    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, _PERMANENT)
+    permanent = (*_PERMANENT, *_loaded("botocore.exceptions:SSLError"))  # which is an OSError, too
+    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, permanent)
 
 
 def http_status(error: BaseException) -> int | None:
