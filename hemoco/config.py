@@ -19,6 +19,7 @@ from hemoco.method_config import (
     ViewsConfig,
 )
 from hemoco.stream_config import DataConfig, StreamConfig
+from hemoco.sweep_config import KNN, Choice, LogUniform, SweepConfig, Uniform, check_space
 from hemoco.transfer_config import (
     ClassifierConfig,
     FineTuneConfig,
@@ -34,6 +35,7 @@ from hemoco.transfer_config import (
 
 __all__ = [
     "AnyTransferConfig",
+    "Choice",
     "ClassifierConfig",
     "DataConfig",
     "DetectionConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "KnnConfig",
     "LinearClassifierConfig",
     "LinearProbeConfig",
+    "LogUniform",
     "LowShotConfig",
     "MaskRcnnConfig",
     "MoCoConfig",
@@ -52,8 +55,10 @@ __all__ = [
     "Recipe",
     "ResourcesConfig",
     "StreamConfig",
+    "SweepConfig",
     "TrainedConfig",
     "TransferConfig",
+    "Uniform",
     "ViewsConfig",
     "config_difference",
     "config_digest",
@@ -75,6 +80,7 @@ _FREE_SETTINGS = (
     *(f"pretrain.stream.{name}" for name in _FREE_OF_STREAM),
     "max_parallel_transfers",
     "curve",
+    "sweep",  # a run is one point of it
 )
 _FREE_OF_TRANSFERS = (
     *("workers", "cpus", "gpus", "log_every_steps", "checkpoint_every_steps"),
@@ -213,6 +219,8 @@ class Recipe:
     curve: tuple[str, ...] = ()
     """Transfers that are measured on every backbone of `pretrain.export_every_epochs` too, while the pretraining goes
     on, on other cores and GPUs: transfer quality over epochs."""
+    sweep: SweepConfig | None = None
+    """What `python -m jobs sweep` searches; the other verbs do not look at it."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.curve if name not in self.transfers]
@@ -220,6 +228,28 @@ class Recipe:
         require(
             not self.curve or self.pretrain.export_every_epochs > 0,
             f"curve is {self.curve} but pretrain.export_every_epochs is 0: set it to the epochs between two backbones",
+        )
+        if self.sweep is not None:
+            self._check_sweep(self.sweep)
+
+    def _check_sweep(self, sweep: SweepConfig) -> None:
+        allowed = {name for name in flat_params({"pretrain": self.pretrain}) if not _is_free(name)}
+        check_space(sweep.space, self, allowed - {"pretrain.knn_every_epochs"})
+        require(
+            sweep.objective in self.transfers,
+            f"sweep.objective is {sweep.objective!r}: the recipe's transfers are {list(self.transfers)}",
+        )
+        require(
+            sweep.watch in ("", KNN, *self.curve),
+            f"sweep.watch is {sweep.watch!r}: {KNN}, a transfer of the recipe's curve {list(self.curve)}, or empty",
+        )
+        require(
+            sweep.watch != KNN or self.pretrain.knn_every_epochs > 0,
+            f"sweep.watch is {KNN} but pretrain.knn_every_epochs is 0: set it to the epochs between two evaluations",
+        )
+        require(
+            sweep.grace_epochs <= self.pretrain.epochs,
+            f"sweep.grace_epochs is {sweep.grace_epochs}: pretrain.epochs is {self.pretrain.epochs}",
         )
 
 

@@ -263,7 +263,8 @@ def is_transient(error: Exception) -> bool:
         "azure.core.exceptions:ServiceResponseError",
         "google.auth.exceptions:TransportError",
     )
-    permanent = (*_PERMANENT, *_loaded("botocore.exceptions:SSLError"))  # which is an OSError, too
+    # the certificate's is an OSError, too
+    permanent: tuple[type[Exception], ...] = (*_PERMANENT, *_loaded("botocore.exceptions:SSLError"))
     return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, permanent)
 
 
