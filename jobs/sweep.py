@@ -1,0 +1,90 @@
+"""`python -m jobs sweep RECIPE`: pretrainings with settings from the recipe's `sweep`, the bad ones stopped early."""
+
+import dataclasses
+import shlex
+
+from rich.text import Text
+
+from cluster.checkout import CHECKOUT, git_facts
+from hemoco.config import Recipe, SweepConfig, config_digest, flat_params
+from hemoco.errors import UsageError
+from hemoco.section import print_section
+from hemoco.sweep_results import SweepResult, search_settings, sweep_json, sweep_result, sweep_section
+from hemoco.tracking import log_artifact_bytes, tracking_uri
+from jobs.options import RunOptions, load_recipe, parse_options
+from jobs.session import ray_session, results_folder, storage_url, table_console
+from jobs.status import settings_words
+from pipeline.study import check_pretraining, check_transfers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(RunOptions):
+    """Options of `sweep`."""
+
+    out: str = ""
+    """Folder for sweep.json; default: the sweep's folder in $HEMOCO_HOME/reports."""
+
+
+def main(argv: list[str]) -> None:
+    """Runs or resumes a sweep; a finished one prints its table."""
+    options = parse_options("sweep", argv, SweepOptions)
+    recipe, name = options.recipe, sweep_name(options)
+    assert recipe.sweep is not None, "a recipe without one has no name"
+    _check(recipe, recipe.sweep)
+    with ray_session():
+        from pipeline.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
+
+        run_sweep(recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh, tags=git_facts(CHECKOUT))
+    _show(sweep_result(tracking_uri(), name), argv[0], options.out)
+
+
+def sweep_name(options: RunOptions) -> str:
+    """The sweep's identity: what was given, else recipe name and a digest of the recipe and of what is searched.
+
+    Raises:
+        UsageError: the recipe has no sweep.
+    """
+    recipe = options.recipe
+    if recipe.sweep is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no sweep: give it one, for example sweep=SweepConfig(objective='knn', "
+            "space={'pretrain.optimizer.lr': LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
+        )
+    search = search_settings(flat_params(recipe))
+    return options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
+
+
+def again_words(result: SweepResult, recipe_word: str, original: Recipe) -> list[str]:
+    """Two command lines from the best trial on: all transfers from its backbone, and the whole run anew."""
+    best = result.best
+    assert best is not None, "checked by the caller"
+    params = {name: value for name, value in result.params.items() if not name.startswith("sweep.")}
+    words = settings_words(params | best.settings, original)
+    return [
+        shlex.join(["python", "-m", "jobs", "transfer", recipe_word, "--backbone", best.backbone_url, *words]),
+        shlex.join(["python", "-m", "jobs", "run", recipe_word, *words]),
+    ]
+
+
+def _check(recipe: Recipe, sweep: SweepConfig) -> None:
+    """What every trial would fail of later."""
+    check_pretraining(recipe)
+    measured = {name: recipe.transfers[name] for name in recipe.transfers if name in (sweep.objective, sweep.watch)}
+    check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None))
+
+
+def _show(result: SweepResult, recipe_word: str, out: str) -> None:
+    """Prints the table and how to go on, and writes sweep.json, also as an artifact of the sweep in MLflow."""
+    folder, text = results_folder(result.sweep, out), sweep_json(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(text)
+    log_artifact_bytes(tracking_uri(), result.run_id, "sweep.json", text.encode())
+    console = table_console()
+    print_section(console, sweep_section(result))
+    console.print()
+    lines = {"json": str(folder / "sweep.json")}
+    if result.best:
+        transfer, run = again_words(result, recipe_word, load_recipe(recipe_word))
+        lines |= {"best": f"trial {result.best.trial}, {result.best.run}", "measure it": transfer, "repeat it": run}
+    for name, line in lines.items():
+        console.print(Text(f"{name:<12}{line}"), soft_wrap=True)

@@ -1,0 +1,349 @@
+"""Sweeps: the search space, what ASHA decides, how a pretraining is stopped, and a whole one on a real Ray."""
+
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from hemoco.config import (
+    Choice,
+    DataConfig,
+    EncoderConfig,
+    KnnConfig,
+    LinearProbeConfig,
+    LogUniform,
+    MoCoConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    Recipe,
+    StreamConfig,
+    SweepConfig,
+    Uniform,
+    ViewsConfig,
+    config_digest,
+    flat_params,
+)
+from hemoco.errors import ConfigError, TrainingError, UsageError
+from hemoco.kept_metrics import MetricPoint
+from hemoco.storage import exists, join_url, list_names
+from hemoco.sweep_config import with_settings
+from hemoco.sweep_results import sweep_json, sweep_result, sweep_section
+from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points
+from jobs.cli import main
+from jobs.digits import write_digits
+from jobs.options import RunOptions, parse_options
+from jobs.sweep import again_words, sweep_name
+from pipeline.early_stop import EarlyStop, Halving, Watched
+from pipeline.interruption import TrainingProcess
+from pipeline.pack import pack
+from pipeline.pretrain import PretrainJob, pretrain_worker
+from pipeline.stop_request import StoppedError, request_stop
+from pipeline.sweep import drawn_settings, run_sweep, trial_recipe
+
+LR, TEMPERATURE = "pretrain.optimizer.lr", "pretrain.moco.temperature"
+SPACE = {LR: LogUniform(0.01, 1.0), TEMPERATURE: Uniform(0.1, 0.4), "pretrain.moco.head": Choice(("linear", "mlp"))}
+SWEEP = SweepConfig(space=SPACE, objective="knn", trials=6)
+RECIPE = Recipe(
+    name="swept",
+    pretrain=PretrainConfig(
+        epochs=8,
+        global_batch_size=64,
+        log_every_steps=4,
+        checkpoint_every_steps=100,
+        knn_every_epochs=1,
+        views=ViewsConfig(size=32, crop_scale=(0.5, 1.0), flip=0.0),
+        encoder=EncoderConfig(architecture="resnet10t"),
+        moco=MoCoConfig(head="mlp_bn", queue_length=256, momentum=0.99, temperature=0.1, bn_group_size=32),
+        optimizer=OptimizerConfig(lr=0.03, weight_decay=5e-4),
+        stream=StreamConfig(workers=0, lanes=8),
+    ),
+    transfers={"knn": KnnConfig(neighbours=20), "linear_probe": LinearProbeConfig(epochs=5)},
+    sweep=SWEEP,
+)
+
+
+def searching(**changes):
+    return dataclasses.replace(RECIPE, sweep=dataclasses.replace(SWEEP, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"space": {"pretrain.optimiser.lr": SPACE[LR]}}, "did you mean pretrain.optimizer.lr?"),
+        ({"space": {"temperature": SPACE[TEMPERATURE]}}, "did you mean pretrain.moco.temperature?"),
+        ({"space": {"pretrain.optimizer": SPACE[LR]}}, "is a group: name one of pretrain.optimizer.kind"),
+        ({"space": {"transfers.knn.neighbours": Choice((5,))}, "trials": 1}, "names 'transfers.knn.neighbours'"),
+        ({"space": {"pretrain.resources.workers": Choice((1,))}, "trials": 1}, "not how that is computed or measured"),
+        ({"space": {"pretrain.knn_every_epochs": Choice((1,))}, "trials": 1}, "not how that is computed or measured"),
+        ({"space": {"pretrain.epochs": Uniform(1, 9)}}, "which is int: give a Choice"),
+        ({"space": {"pretrain.moco.head": Choice(("mlp", "mpl"))}, "trials": 2}, r"has \['mpl'\] .* 'linear', 'mlp'"),
+        ({"space": {LR: Choice((0.1, True))}, "trials": 2}, r"has \[True\] for pretrain.optimizer.lr: float"),
+        ({"space": {"pretrain.views.blur": Choice(((1.0,),))}, "trials": 1}, "tuple.float, float. is allowed"),
+        ({"space": {LR: (0.1, 0.2)}}, "must be a Choice, Uniform or LogUniform"),
+        ({"space": {LR: Choice((0.1, 0.2))}, "trials": 3}, "has 2 points"),
+        ({"space": {}}, "sweep.space is empty"),
+        ({"objective": "probe"}, r"sweep.objective is 'probe'.*linear_probe"),
+        ({"watch": "knn"}, "sweep.watch is 'knn': knn_top1"),
+        ({"grace_epochs": 9}, "sweep.grace_epochs is 9: pretrain.epochs is 8"),
+        ({"reduction": 1}, "sweep.reduction is 1"),
+    ],
+)
+def test_sweep_that_cannot_work_is_refused_when_it_is_built(change, message):
+    with pytest.raises(ConfigError, match=message):
+        searching(**change)
+
+
+@pytest.mark.parametrize("build", [lambda: Uniform(1, 1), lambda: LogUniform(0, 1), lambda: Choice((1, 1))])
+def test_empty_range_is_refused(build):
+    with pytest.raises(ConfigError):
+        build()
+
+
+def test_sweep_watching_what_is_not_measured_is_refused():
+    with pytest.raises(ConfigError, match=r"pretrain\.knn_every_epochs is 0"):
+        dataclasses.replace(RECIPE, pretrain=dataclasses.replace(RECIPE.pretrain, knn_every_epochs=0))
+
+
+def test_drawn_settings_are_in_their_ranges_and_those_of_the_seed():
+    drawn = drawn_settings(dataclasses.replace(SWEEP, trials=40))
+    assert drawn == drawn_settings(dataclasses.replace(SWEEP, trials=40))
+    assert drawn != drawn_settings(dataclasses.replace(SWEEP, trials=40, seed=1))
+    assert all(0.01 <= point[LR] <= 1 and 0.1 <= point[TEMPERATURE] <= 0.4 for point in drawn)
+    assert {point["pretrain.moco.head"] for point in drawn} == {"linear", "mlp"}
+
+
+def test_log_uniform_draws_as_many_small_values_as_large_ones():
+    drawn = drawn_settings(dataclasses.replace(SWEEP, trials=400))
+    below = sum(point[LR] < 0.1 for point in drawn)  # 0.1 is the middle of the logarithms
+    assert abs(below - 200) < 5 * math.sqrt(100)  # 5 standard deviations of a fair coin
+
+
+def test_more_trials_begin_with_the_same_ones():
+    assert drawn_settings(dataclasses.replace(SWEEP, trials=9))[:6] == drawn_settings(SWEEP)
+
+
+def test_space_of_choices_is_tried_whole_before_anything_is_repeated():
+    space = {LR: Choice((0.1, 0.2)), "pretrain.views.crop_scale": Choice(((0.1, 1.0), (0.2, 1.0), (0.3, 1.0)))}
+    drawn = drawn_settings(dataclasses.replace(SWEEP, space=space, trials=6))
+    assert len({tuple(point.values()) for point in drawn}) == 6
+
+
+def test_settings_are_changed_together_before_they_are_checked():
+    changed = with_settings(RECIPE, {"pretrain.global_batch_size": 96, "pretrain.moco.queue_length": 192})
+    assert (changed.pretrain.global_batch_size, changed.pretrain.moco.queue_length) == (96, 192)
+    assert dataclasses.replace(changed, pretrain=RECIPE.pretrain) == RECIPE
+    with pytest.raises(ConfigError, match="queue_length is 256"):
+        with_settings(RECIPE, {"pretrain.global_batch_size": 96})
+
+
+def test_trial_measures_the_objective_from_its_own_backbone_alone():
+    trial = trial_recipe(searching(objective="linear_probe"), {LR: 0.5})
+    assert trial.pretrain.optimizer.lr == 0.5 and trial.sweep is None
+    assert {name: config.inits for name, config in trial.transfers.items()} == {"linear_probe": ("pretrained",)}
+
+
+def test_a_sweep_beside_a_recipe_does_not_make_its_run_another():
+    assert config_digest(RECIPE) == config_digest(dataclasses.replace(RECIPE, sweep=None))
+
+
+def test_more_trials_are_the_same_sweep_and_another_seed_is_not():
+    names = [sweep_name(RunOptions(recipe=searching(**c))) for c in ({}, {"trials": 9}, {"seed": 1})]
+    assert names[0] == names[1] != names[2]
+
+
+def test_settings_of_a_sweep_are_typed_as_all_others():
+    words = ["cifar10_resnet18_sweep", "--sweep.trials", "3", f"--sweep.space.{LR}.low", "0.02"]
+    sweep = parse_options("sweep", words, RunOptions).recipe.sweep
+    assert (sweep.trials, sweep.space[LR].low) == (3, 0.02)
+
+
+def test_recipe_without_a_sweep_is_wrong_usage(capsys):
+    assert main(["sweep", "demo"]) == 2
+    assert "recipe demo has no sweep: give it one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "bad"),
+    [
+        ([("a", 1, 0.5)], False),  # nobody to compare with
+        ([("a", 1, 0.5), ("b", 1, 0.4)], True),
+        ([("a", 1, 0.5), ("b", 1, 0.6)], False),
+        ([("a", 1, 0.5), ("b", 1, 0.4), ("c", 1, 0.46)], False),  # the better half begins at 0.45
+        ([("a", 1, 0.5), ("b", 1, 0.4), ("c", 1, 0.44)], True),
+        ([("a", 1, 0.5), ("a", 2, 0.7), ("b", 1, 0.6), ("b", 2, 0.6)], True),  # each milestone has its own values
+        ([("a", 1, 0.5), ("a", 2, 0.7), ("b", 1, 0.6), ("b", 2, 0.8), ("b", 3, 0.0)], False),  # 3 is no milestone
+        ([("a", 1, 0.5), ("a", 2, 0.7), ("b", 3, 0.6)], True),  # what comes late is judged at 2
+        ([("a", 2, 0.7), ("b", 3, 0.8), ("b", 3, 0.1)], False),  # once at each
+    ],
+)
+def test_asha_stops_what_is_not_in_the_better_half_at_a_milestone(told, bad):
+    rule = Halving(max_epochs=8, grace_epochs=1, reduction=2)
+    assert [rule.is_bad(*point) for point in told][-1] is bad
+
+
+def test_nothing_is_stopped_before_the_grace_epochs():
+    rule = Halving(max_epochs=8, grace_epochs=3, reduction=2)
+    assert not any(rule.is_bad(name, epoch, value) for epoch in (1, 2) for name, value in (("a", 0.9), ("b", 0.1)))
+    assert [rule.is_bad(name, 3, value) for name, value in (("a", 0.9), ("b", 0.1))] == [False, True]
+
+
+def record(uri, run_id, key, points):
+    now = time.time_ns() // 1_000_000
+    send_points(uri, run_id, [MetricPoint(key=key, value=value, timestamp=now, step=step) for step, value in points])
+
+
+def watched(uri, folder, number, values, **changes):
+    """A trial of 8 epochs of 10 steps whose pretraining has recorded these kNN accuracies, one an epoch."""
+    run, experiment = f"{folder}/trial_{number}", connect(uri)
+    tags = {"hemoco.run": run, "hemoco.phase": "pretrain"}
+    pretraining = open_run(uri, experiment, name="pretrain", parent=None, tags=tags, params={})
+    record(uri, pretraining, "knn_top1", [(10 * epoch, value) for epoch, value in enumerate(values, 1)])
+    run_id = open_run(uri, experiment, name=f"trial_{number}", parent=None, tags={}, params={})
+    facts = {"number": number, "run": run, "run_id": run_id, "url": join_url(folder, str(number)), "epochs": 8}
+    return Watched(**facts | {"steps_per_epoch": 10, "live": True} | changes)
+
+
+@pytest.fixture
+def judge(tracking):
+    rule = Halving(max_epochs=8, grace_epochs=1, reduction=2)
+    return EarlyStop(tracking, connect(tracking), metric="knn_top1", reduction=2, rule=rule)
+
+
+def test_bad_trial_is_asked_to_stop_and_its_run_says_why(judge, tracking, tmp_path):
+    good, bad = (watched(tracking, str(tmp_path), *facts) for facts in ((0, [0.5, 0.6]), (1, [0.2])))
+    for trial in (good, bad):
+        judge.add(trial)
+    judge.look()
+    assert (exists(join_url(good.url, "stop")), exists(join_url(bad.url, "stop"))) == (False, True)
+    verdict = run_facts(tracking, bad.run_id).tags["hemoco.verdict"]
+    assert verdict == "knn_top1 0.2000 at epoch 1 is not among the best 1/2 so far"
+
+
+def test_trial_has_the_watched_values_by_epoch_once(judge, tracking, tmp_path):
+    trial = watched(tracking, str(tmp_path), 0, [0.5, 0.6])
+    judge.add(trial)
+    judge.look()
+    again = EarlyStop(tracking, connect(tracking), metric="knn_top1", reduction=2, rule=judge.rule)
+    again.add(dataclasses.replace(trial, judged=set()))
+    again.look()
+    assert metric_history(tracking, trial.run_id, "knn_top1") == [(1, 0.5), (2, 0.6)]
+
+
+def test_trial_that_is_over_is_compared_with_and_never_stopped(judge, tracking, tmp_path):
+    over = watched(tracking, str(tmp_path), 0, [0.5], live=False)
+    last = watched(tracking, str(tmp_path), 1, [0.4], live=False)
+    new = watched(tracking, str(tmp_path), 2, [0.3])
+    for trial in (over, last, new):
+        judge.add(trial)
+    judge.look()
+    assert [exists(join_url(trial.url, "stop")) for trial in (over, last, new)] == [False, False, True]
+
+
+def test_trial_that_has_done_all_epochs_is_left_to_its_transfer(judge, tracking, tmp_path):
+    good = watched(tracking, str(tmp_path), 0, [0.5])
+    done = watched(tracking, str(tmp_path), 1, [0.2], epochs=1)
+    for trial in (good, done):
+        judge.add(trial)
+    judge.look()
+    assert not exists(join_url(done.url, "stop"))
+
+
+@pytest.fixture(scope="module")
+def recipe(s3, ray_cluster, tracking, tmp_path_factory):
+    """Digits on S3."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, 0)
+    url = join_url(s3, "sweep/digits")
+    pack((str(folder),), url, split="train", samples_per_shard=500, seed=0)
+    return dataclasses.replace(RECIPE, data=DataConfig(shards=url))
+
+
+def test_pretraining_that_is_asked_to_stop_says_who_asked_and_when(recipe, bucket, tracking):
+    tags = {"hemoco.run": bucket, "hemoco.phase": "pretrain"}
+    run_id = open_run(tracking, connect(tracking), name="pretrain", parent=None, tags=tags, params={})
+    config = dataclasses.replace(recipe.pretrain, knn_every_epochs=0)
+    job = PretrainJob(config=config, data=recipe.data, url=bucket, tracking_uri=tracking, run_id=run_id)
+    request_stop(bucket, "the sweep")
+    with pytest.raises(StoppedError, match=r"stopped by the sweep at epoch [01]; without the file .*/stop it would"):
+        pretrain_worker(job, TrainingProcess(torch.device("cpu"), config.resources, [1]))
+    assert "backbone.safetensors" not in list_names(bucket)
+
+
+def test_trials_with_an_invalid_config_fail_with_their_reason(recipe, bucket, tracking):
+    sweep = SweepConfig(space={"pretrain.global_batch_size": Choice((96, 65))}, objective="knn", trials=2)
+    bad = dataclasses.replace(recipe, sweep=sweep)
+    with pytest.raises(TrainingError, match="all 2 trials failed, invalid/trial_000"):
+        run_sweep(bad, run="invalid", storage=bucket, fresh=False, tags={})
+    trials = sweep_result(tracking, "invalid").trials
+    assert {(trial.outcome, trial.epochs) for trial in trials} == {("failed", 0)}
+    assert {trial.reason.partition(":")[0] for trial in trials} == {
+        "pretrain.moco.queue_length is 256",
+        "pretrain.stream.lanes is 8",
+    }
+
+
+def test_sweep_with_another_search_under_an_old_name_is_refused(recipe, bucket, tracking):
+    sweep = SweepConfig(space={"pretrain.global_batch_size": Choice((96,))}, objective="knn", trials=1)
+    for seed, error in ((0, TrainingError), (1, UsageError)):
+        other = dataclasses.replace(recipe, sweep=dataclasses.replace(sweep, seed=seed))
+        with pytest.raises(error, match=r"all 1 trials|its sweep.seed: 0 -> 1"):
+            run_sweep(other, run="renamed", storage=bucket, fresh=False, tags={})
+
+
+@pytest.fixture
+def made(tracking):
+    """A sweep of four trials as MLflow has it: two finished, one stopped, one that could not be built."""
+    experiment = connect(tracking)
+    name = f"made-{time.time_ns()}"
+    tags = {"hemoco.recipe": "swept", "hemoco.data_digest": "d", "hemoco.metric": "top1"}
+    key = {"hemoco.sweep": name, "hemoco.phase": "sweep"}
+    open_run(tracking, experiment, name=name, parent=None, tags=key | tags, params=flat_params(RECIPE))
+    from mlflow import MlflowClient
+
+    rows = [("FINISHED", 0.4, 8, {}), ("FINISHED", 0.6, 8, {}), ("KILLED", None, 2, {"hemoco.stopped": "true"})]
+    for number, (status, value, epochs, more) in enumerate([*rows, ("FAILED", None, 0, {"hemoco.error": "no"})]):
+        shown = f"trial_{number:04d}"
+        own = {"hemoco.sweep": name, "hemoco.phase": "trial", "hemoco.trial": str(number)}
+        own |= {"hemoco.steps_per_epoch": "10"} | more
+        run_id = open_run(tracking, experiment, name=shown, parent=None, tags=own, params={LR: str(number / 10)})
+        if epochs:
+            below = {"hemoco.run": f"{name}/{shown}", "hemoco.phase": "pretrain", "hemoco.backbone_url": f"b{number}"}
+            pretraining = open_run(tracking, experiment, name="pretrain", parent=run_id, tags=below, params={})
+            record(tracking, pretraining, "loss", [(10 * epochs, 1.0)])
+        if value is not None:
+            record(tracking, run_id, "objective", [(0, value)])
+        MlflowClient(tracking).set_terminated(run_id, status)
+    return name
+
+
+def test_table_has_the_best_first_and_says_what_became_of_each(made, tracking):
+    section = sweep_section(sweep_result(tracking, made))
+    assert section.columns == ("trial", "optimizer.lr", "knn/top1", "epochs", "outcome", "reason")
+    assert section.rows == (
+        ("1", "0.1", "0.6000", "8", "finished", ""),
+        ("0", "0.0", "0.4000", "8", "finished", ""),
+        ("2", "0.2", "", "2", "stopped", ""),
+        ("3", "0.3", "", "0", "failed", "no"),
+    )
+
+
+def test_json_names_the_best_and_has_null_for_what_was_not_measured(made, tracking):
+    found = json.loads(sweep_json(sweep_result(tracking, made)))
+    assert (found["best"], found["objective"], found["watch"]) == (1, "knn/top1", "knn_top1")
+    assert [trial["objective"] for trial in found["trials"]] == [0.6, 0.4, None, None]
+    assert found["trials"][0]["settings"] == {LR: "0.1"}
+
+
+def test_words_of_the_best_trial_make_its_recipe_again(made, tracking, tmp_path):
+    result = sweep_result(tracking, made)
+    transfer, run = again_words(result, "swept.py", RECIPE)
+    assert transfer == f"python -m jobs transfer swept.py --backbone b1 --{LR} 0.1"
+    assert run == f"python -m jobs run swept.py --{LR} 0.1"
+
+
+def test_unknown_sweep_is_said_with_those_that_are_known(made, tracking):
+    with pytest.raises(UsageError, match=made):
+        sweep_result(tracking, "nowhere")
