@@ -350,7 +350,8 @@ def test_comparison_has_every_transfer(night):
 
 
 def test_lost_head_is_named_with_what_to_do(night):
-    assert "the same words" in night.log("2.log")
+    assert "error: lost the cluster of job night-2" in night.log("2.log")
+    assert "submit run" in night.log("2.log").splitlines()[-1]
 
 
 @pytest.mark.parametrize(("token", "status"), [("", 401), ("wrong", 403)])
