@@ -499,7 +499,7 @@ def test_a_stopped_training_is_killed_in_mlflow_and_resumes_in_a_new_job(head, s
     words = [*words, "--pretrain.knn_every_epochs", "0", "--pretrain.checkpoint_every_steps", "10", "--run", "again"]
     run_jobs("submit", *words, "--address", head, "--detach")
     assert within(200, lambda: "step_0000" in run_jobs("status", "again").stdout)
-    assert "again: RUNNING -> KILLED" in run_jobs("stop", "again", "--address", head).stdout
+    assert run_jobs("stop", "again", "--address", head).returncode == 0
     assert "status      KILLED" in run_jobs("status", "again").stdout
     run_jobs("submit", *words, "--address", head, "--detach")
     assert within(200, lambda: "resumed from step" in api(head, "/api/jobs/again-2/logs").json()["logs"])
