@@ -194,7 +194,8 @@ def python(*words: str, before: str = "", **environment: str) -> "subprocess.Com
 def test_storage_that_stops_while_a_checkpoint_is_due_ends_the_run_in_one_line_and_nothing_is_lost(
     job: PretrainJob, unbroken: PretrainJob, storage: Storage
 ) -> None:
-    job = dataclasses.replace(job, url=f"s3://{BUCKET}/run")
+    impatient = dataclasses.replace(job.config, stream=dataclasses.replace(job.config.stream, retry_s=3.0))
+    job = dataclasses.replace(job, url=f"s3://{BUCKET}/run", config=impatient)
     with pytest.raises(StorageError, match=r"/run/checkpoints/step_00000004_a0/.* can be reached") as ended:
         pretrain_worker(job, Troubled(storage.stop))
     assert "\n" not in str(ended.value)
