@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.checkout import CHECKOUT
 from cluster.processes import answers, last_line
 from cluster.servers import BUCKET, MlflowServer, S3Server, mlflow_server, s3_environment, s3_server
 from hemoco.errors import HemocoError, UsageError
-from hemoco.storage import home
+from hemoco.storage import first_line, home
 
-_CHECKOUT = Path(__file__).resolve().parents[1]
 _CONNECT_S = 5.0
 RAY_DEFAULTS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -163,7 +163,7 @@ def _connect_ray(address: str) -> None:
     try:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env=_runtime_env())
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise HemocoError(
             f"RAY_ADDRESS is {address}: {reason}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH, and that both sides "
             "have the same Python and Ray"
@@ -198,8 +198,8 @@ def _prepare_ray() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # workers import the checkout's packages whatever the working directory
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if str(_CHECKOUT) not in paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHECKOUT), *paths])
+    if str(CHECKOUT) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *paths])
 
 
 def _token_file(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from hemoco.errors import TrackingError, UsageError
 from hemoco.kept_metrics import MetricPoint, RefusedError
 from hemoco.metric_queue import MetricQueue
 from hemoco.mlflow_uri import check_uri, database, shown
-from hemoco.storage import home
+from hemoco.storage import first_line, home
 
 Answer = TypeVar("Answer")
 EXPERIMENT = "hemoco"
@@ -302,7 +302,7 @@ def _facts(run: Any) -> RunFacts:
 
 
 def _refusal(uri: str, error: Exception) -> TrackingError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    reason = first_line(error)
     if "Max retries exceeded" in str(error) or "timed out" in str(error):
         reason = "it does not answer"
     advice = "start the server or correct MLFLOW_TRACKING_URI (unset: SQLite in $HEMOCO_HOME)"

@@ -127,10 +127,10 @@ def attempt_tasks(
 
 
 def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
-    """What became of a call in this process, tried again as by `attempt_tasks`; its result in a list."""
+    """What became of a call in this process, tried again as by `attempt_tasks`."""
     for failures in range(_RETRIES + 1):
         try:
-            return Outcome(arguments, [call()], None)
+            return Outcome(arguments, call(), None)
         except HemocoError as error:
             if failures == _RETRIES or not _may_pass(error):
                 return Outcome(arguments, None, error)
@@ -175,5 +175,5 @@ def _result(reference: Any) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise LostWorkerError(f"a Ray worker was lost ({reason}); run the same command again") from error

@@ -76,8 +76,7 @@ def _measure_units(units: list[TransferUnit], config: TransferConfig, stopping: 
         by_init = [[unit for unit in units if unit.init == init] for init in config.inits]
         yield from run(measure_frozen, [(some,) for some in by_init if some])
     elif config.workers == 1:
-        for outcome in run(train_alone, [(unit,) for unit in units]):
-            yield outcome._replace(result=[outcome.result] if outcome.result else None)
+        yield from run(train_alone, [(unit,) for unit in units])
     else:
         for unit in units:  # each takes as many processes as were wished for
             if stopping.is_set():
@@ -130,13 +129,13 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
     return lines
 
 
-def _train_together(unit: TransferUnit, config: TrainedConfig) -> str:
+def _train_together(unit: TransferUnit, config: TrainedConfig) -> list[str]:
     batch = config.global_batch_size
     resources = ResourcesConfig(workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
     size = GroupSize(resources, [workers for workers in range(1, config.workers + 1) if batch % workers == 0])
     name = f"{unit.job.name}-{unit.prefix.replace('/', '-')}"
-    line: str = run_workers(train_as_rank, unit, name=name, size=size, storage=unit.url)
-    return line
+    lines: list[str] = run_workers(train_as_rank, unit, name=name, size=size, storage=unit.url)
+    return lines
 
 
 def _measure(unit: TransferUnit, train: LabelledSplit, test: LabelledSplit) -> TransferResult:

@@ -60,15 +60,15 @@ _LESS_MEMORY = (
 )
 
 
-def train_as_rank(unit: TransferUnit, process: TrainingProcess) -> str | Interrupted:
-    """What each of several processes of Ray Train runs; the result in a line."""
+def train_as_rank(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:
+    """What each of several processes of Ray Train runs; the result in a line, the only one."""
     if rank() == 0:
         begin_attempt(unit)
     return _train(unit, process)
 
 
-def train_alone(unit: TransferUnit) -> str | Interrupted:
-    """What a Ray task runs; the result in a line."""
+def train_alone(unit: TransferUnit) -> list[str] | Interrupted:
+    """What a Ray task runs; the result in a line, the only one."""
     config = unit.job.config
     begin_attempt(unit)
     torch.set_num_threads(config.cpus)
@@ -77,7 +77,7 @@ def train_alone(unit: TransferUnit) -> str | Interrupted:
         return _train(unit, TrainingProcess(torch.device("cuda" if config.gpus else "cpu"), alone, [1]))
 
 
-def _train(unit: TransferUnit, process: TrainingProcess) -> str | Interrupted:
+def _train(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:
     config = unit.job.config
     assert isinstance(config, TrainedConfig)
     with unit_tracker(unit) if rank() == 0 else nullcontext() as tracker:
@@ -89,7 +89,7 @@ def _train(unit: TransferUnit, process: TrainingProcess) -> str | Interrupted:
         return result
     if rank() == 0:
         record_result(unit, result, log.last_step)
-    return result_line(unit, result)
+    return [result_line(unit, result)]
 
 
 class _Log:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from hemoco.errors import ShardError, UsageError
+from hemoco.storage import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -160,5 +161,5 @@ def _damage_named(path: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ShardError(f"{path}: cannot be read ({reason}); it is damaged or closed to this user") from error
