@@ -8,6 +8,7 @@ import time
 import pytest
 import ray
 import torch
+from waiting import wait_until
 
 from hemoco.config import ResourcesConfig
 from hemoco.errors import ConfigError, HemocoError, StorageError, UsageError
@@ -75,12 +76,12 @@ def test_stopping_cancels_what_runs_and_what_waits(ray_cluster, tmp_path):
         time.sleep(600)
 
     stopping, names = threading.Event(), [(str(name), tmp_path) for name in range(9)]
-    timer = threading.Thread(target=lambda: (_wait_until(lambda: list(tmp_path.iterdir())), stopping.set()))
+    timer = threading.Thread(target=lambda: (wait_until(lambda: list(tmp_path.iterdir()), 120), stopping.set()))
     timer.start()
     with pytest.raises(CancelledError):
         outcomes(unit, names, stopping)
     timer.join()
-    _wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 120)
     assert len(list(tmp_path.iterdir())) < len(names)
 
 
@@ -139,10 +140,3 @@ def test_training_grows_at_the_second_checkpoint_that_sees_room(ray_cluster):
 def test_training_does_not_grow_to_a_number_of_processes_it_may_not_have(ray_cluster):
     smaller = TrainingProcess(torch.device("cpu"), ResourcesConfig(workers=4), [1, 4])
     assert [smaller.interruption(at_checkpoint=True) for _ in range(3)] == [None] * 3
-
-
-def _wait_until(holds):
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.1)

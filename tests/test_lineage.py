@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow_proxy import mlflow_proxy
 from shard_folders import write_shards
+from waiting import wait_until
 
 import hemoco
 from cluster.servers import mlflow_server
@@ -211,7 +211,7 @@ def test_system_metrics_go_to_the_step_that_training_logged_last(tracking, run_i
     client = MlflowClient(tracking)
     with Tracker(tracking, run_id, str(tmp_path)) as tracker, SystemMetrics(tracking, run_id, tracker, every_s=0.05):
         tracker.log(7, {"loss": 1.0})
-        wait_until(lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics)
+        wait_until(lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics, 60)
     run = client.get_run(run_id)
     points = {point.key: point for point in run.data._metric_objs}
     assert points["system/cpu_utilization_percentage"].step == 7
@@ -230,7 +230,7 @@ def test_system_metrics_of_an_outage_are_kept_with_the_others(tmp_path):
 
     with SystemMetrics(uri, "r1", tracker, every_s=0.05):
         tracker.log(1, {"loss": 1.0})
-        wait_until(lambda: {"loss", "system/cpu_utilization_percentage"} <= kept())
+        wait_until(lambda: {"loss", "system/cpu_utilization_percentage"} <= kept(), 60)
     tracker.close(timeout_s=0)
 
 
@@ -280,10 +280,3 @@ def test_pretraining_has_its_backbone_and_every_snapshot_as_outputs(recipe, s3, 
     curve = {metric.step for model in models for metric in (model.metrics or []) if metric.key == "knn/top1"}
     assert curve == {1, 2} and len(models) == 3
     assert [one.version for one in backbone_versions(tracking) if one.run == "lineage-3"] == [1]
-
-
-def wait_until(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.1)

@@ -6,11 +6,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from waiting import within
 
 from cluster.local import local_ray
 from cluster.processes import child_process
@@ -35,14 +36,6 @@ def alive(text: str) -> list[int]:
         if text.encode() in words and int(file.parent.name) != os.getpid():
             found.append(int(file.parent.name))
     return found
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Whether something comes to hold in time."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return holds()
 
 
 @contextmanager

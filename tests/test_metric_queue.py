@@ -2,11 +2,10 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import within
 
 from hemoco import metric_queue
 from hemoco.kept_metrics import MetricPoint, RefusedError, kept_files, read_points, remove_points, write_points
@@ -35,14 +34,6 @@ class Server:
     @property
     def steps(self) -> list[int]:
         return [point.step for point in self.points]
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Whether something comes to hold in time."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
 
 
 def log_steps(queue: MetricQueue, steps: range) -> None:

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow_proxy import MlflowProxy, mlflow_proxy
+from waiting import within
 
 from cluster.servers import MlflowServer, mlflow_server
 from hemoco.errors import TrackingError
@@ -83,14 +83,6 @@ def run_id(lab: Lab, request: pytest.FixtureRequest, bucket: str) -> str:
 @pytest.fixture
 def unsent(bucket: str, run_id: str) -> str:
     return join_url(bucket, "pretrain", FOLDER, run_id)
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Whether something comes to hold in time."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
 
 
 def log_steps(tracker: Tracker, steps: range) -> None:

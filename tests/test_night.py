@@ -13,24 +13,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from canary import places_with
+from expected_batches import fingerprints
 from hosts import Host, hosts, lose_packets
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from waiting import wait_until
 
-from cluster.processes import wait_until
 from cluster.servers import BUCKET, _rclone
 from hemoco.comparison import comparison
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.stream import batches, pretraining_plan
 from hemoco.storage import list_names
 from hemoco.tracking import RunFacts, connect, find_run, find_runs
-from hemoco.train import batch_fingerprint
 from jobs.digits import write_digits
 from jobs.options import load_recipe
 
@@ -65,7 +62,7 @@ class Cluster:
             *("--head", "--port", "6379", "--num-cpus", "0", "--dashboard-host", self.head.address),
             *("--temp-dir", str(self.head.shared / "ray")),
         )
-        until(lambda: self.status("/api/version") == 200, 120)
+        wait_until(lambda: self.status("/api/version") == 200, 120)
 
     def start_worker(self, host: Host) -> None:
         """One core of the two that this machine has."""
@@ -113,14 +110,6 @@ class Cluster:
 
     def log(self, name: str) -> str:
         return (self.folder / name).read_text(errors="replace")
-
-
-def until(holds: Callable[[], object], seconds: float) -> None:
-    """Waits for something to come true."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.3)
 
 
 def places() -> list[tuple[int, int]]:
@@ -178,9 +167,9 @@ def _serve(cluster: Cluster) -> None:
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     for name, words, more in (("s3", s3, keys), ("mlflow", mlflow, quiet)):
         log = cluster.folder / f"{name}.log"
-        process = cluster.services.start(*words, log=log, environment=cluster.environment | more)
+        cluster.services.start(*words, log=log, environment=cluster.environment | more)
     for port, path in ((9000, "/"), (5000, "/health")):
-        assert wait_until(lambda p=port, q=path: _answers(address, p, q), process, timeout_s=120)  # type: ignore[misc]
+        wait_until(lambda p=port, q=path: _answers(address, p, q), 120)  # type: ignore[misc]
 
 
 def _answers(address: str, port: int, path: str) -> bool:
@@ -250,7 +239,7 @@ def night(cluster: Cluster) -> Cluster:
 def _goes_on(cluster: Cluster, what: str, *, attempt: int) -> None:
     """Waits for a checkpoint of an attempt, and notes how long it took."""
     began = time.monotonic()
-    until(lambda: any(found >= attempt for found, _ in places()), 400)
+    wait_until(lambda: any(found >= attempt for found, _ in places()), 400)
     cluster.seen[what] = time.monotonic() - began
 
 
@@ -296,22 +285,7 @@ def test_every_fault_was_survived_without_a_hand(night):
 
 def test_global_batches_of_all_attempts_are_those_of_an_unbroken_run(night):
     recipe = load_recipe(str(ROOT / "tests" / "night_recipe.py"))
-    expected = dict(enumerate(_fingerprints(recipe.pretrain), 1))
-    assert set(history("batch_fingerprint")) == set(expected.items())
-
-
-def _fingerprints(config):
-    source = batches(
-        SHARDS,
-        "train",
-        pretraining_plan(config),
-        rank=0,
-        world_size=1,
-        start=None,
-        device=torch.device("cpu"),
-        bad_samples=BadSampleFile("memory://unwritten"),
-    )
-    return [batch_fingerprint(batch.keys, torch.device("cpu")) for batch in source]
+    assert set(history("batch_fingerprint")) == set(fingerprints(SHARDS, "train", recipe.pretrain).items())
 
 
 def test_no_fault_cost_more_than_the_steps_since_the_last_checkpoint(night):

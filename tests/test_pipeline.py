@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from expected_batches import fingerprints
 from mlflow import MlflowClient
+from waiting import wait_until
 
 from cluster.processes import _descendants
 from hemoco.checkpoint import load_backbone, save_checkpoint
@@ -34,12 +36,10 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.stream import batches, pretraining_plan
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.storage import join_url, list_names, read_bytes, write_bytes
 from hemoco.tracking import connect, find_run, tracking_uri
-from hemoco.train import batch_fingerprint, build_state
+from hemoco.train import build_state
 from jobs.digits import write_digits
 from pipeline.graph import pretrain_only, pretrain_then_transfer, transfer_only
 from pipeline.pack import pack
@@ -203,7 +203,7 @@ def broken(unbroken, recipe, s3):
         return any(name.endswith(f"_a{attempt}") and _step_of(name) >= step for name in list_names(checkpoints))
 
     for signum, attempt, step in ((signal.SIGKILL, 0, 2 * INTERVAL), (signal.SIGTERM, 1, 4 * INTERVAL)):
-        _wait_until(lambda a=attempt, s=step: failures or saved(a, s), timeout_s=240)
+        wait_until(lambda a=attempt, s=step: failures or saved(a, s), seconds=240)
         assert not failures
         os.kill(_train_workers()[-1], signum)
     thread.join(timeout=300)
@@ -280,9 +280,7 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
     thread = threading.Thread(target=_pretrain_in_thread, args=(cifar, storage, failures, "shrunk"))
     thread.start()
     checkpoints = join_url(storage, "shrunk/pretrain/checkpoints")
-    _wait_until(
-        lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)), timeout_s=240
-    )
+    wait_until(lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)), seconds=240)
     assert not failures
     usurper = ray.remote(num_cpus=1)(Idle).remote()  # waits for the first core that becomes free
     time.sleep(random.uniform(0, 4))
@@ -291,25 +289,9 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
     ray.kill(usurper)
     assert not failures
     history = MlflowClient(tracking_uri()).get_metric_history(child("shrunk", "pretrain").run_id, "batch_fingerprint")
-    expected = {step: print_ for step, print_ in enumerate(_fingerprints(cifar), 1)}
+    expected = fingerprints(cifar.data.shards, cifar.data.pretrain_split, cifar.pretrain)
     assert {(point.step, point.value) for point in history} == set(expected.items())
     assert "event=world_size from=2 to=1" in caplog.text
-
-
-def _fingerprints(recipe):
-    """Those of all global batches, from the stream in this process alone."""
-    plan = pretraining_plan(recipe.pretrain)
-    source = batches(
-        recipe.data.shards,
-        recipe.data.pretrain_split,
-        dataclasses.replace(plan, epochs=1, stream=dataclasses.replace(plan.stream, workers=0)),
-        rank=0,
-        world_size=1,
-        start=None,
-        device=torch.device("cpu"),
-        bad_samples=BadSampleFile("memory://unwritten"),
-    )
-    return [batch_fingerprint(batch.keys, torch.device("cpu")) for batch in source]
 
 
 def _pretrain_in_thread(recipe, storage, failures, run="killed"):
@@ -331,13 +313,6 @@ def _train_workers():
 
 def _step_of(checkpoint_name):
     return int(checkpoint_name.split("_")[1])
-
-
-def _wait_until(holds, timeout_s):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.2)
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(recipe, bucket):

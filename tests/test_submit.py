@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import requests
 from PIL import Image
 from shard_folders import write_shards
 from tcp_relay import relay
+from waiting import within
 
 from cluster.checkout import CHECKOUT
 from cluster.job_environment import JobSpec, job_spec, words_again
@@ -80,14 +80,6 @@ def api(head: str, path: str) -> requests.Response:
     """What the head answers to somebody who has its token."""
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     return requests.get(f"{head}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Whether something comes to hold in time."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return holds()
 
 
 def jobs_of(head: str, run: str) -> list[dict[str, str]]:
