@@ -30,7 +30,7 @@ FAULTS = {
     6: [  # head lost
         "night.test_lost_head_is_named_with_what_to_do",
         "night.test_every_fault_was_survived_without_a_hand",
-        "submit.test_a_head_that_has_gone_is_one_clear_error",
+        "submit_jobs.test_a_head_that_has_gone_is_one_clear_error",
     ],
     7: [  # driver killed
         "night.test_every_fault_was_survived_without_a_hand",
@@ -56,8 +56,8 @@ FAULTS = {
     ],
     12: [  # S3 down for longer than it is waited for
         "stream_faults.test_a_storage_that_stays_away_ends_the_run_in_one_line",
-        "host_faults.test_storage_that_stops_while_a_checkpoint_is_due_ends_the_run_in_one_line_and_nothing_is_lost",
-        "host_faults.test_a_storage_that_stops_in_mid_run_ends_the_command_in_one_line_and_the_same_words_go_on",
+        "storage_stops.test_storage_that_stops_while_a_checkpoint_is_due_ends_the_run_in_one_line_and_nothing_is_lost",
+        "storage_stops.test_a_storage_that_stops_in_mid_run_ends_the_command_in_one_line_and_the_same_words_go_on",
     ],
     13: [  # corrupt shard
         "reader.test_flipped_bytes_cost_their_samples_and_no_others",
@@ -75,7 +75,7 @@ FAULTS = {
         "tar_samples.test_of_members_of_one_name_the_first_counts_and_the_others_are_named",
     ],
     16: [  # checkpoint half written
-        "host_faults.test_a_process_killed_in_the_upload_of_a_checkpoint_leaves_the_one_before_as_the_newest",
+        "storage_stops.test_a_process_killed_in_the_upload_of_a_checkpoint_leaves_the_one_before_as_the_newest",
         "checkpoint.test_interrupted_writes_are_no_checkpoints",
         "checkpoint.test_pruning_does_not_count_interrupted_writes",
     ],
@@ -128,8 +128,8 @@ FAULTS = {
     ],
     26: [  # submitted twice
         "fan_out.test_second_driver_of_a_run_is_refused_while_the_first_is_at_it",
-        "submit.test_the_same_words_join_and_ctrl_c_leaves_the_job_running",
-        "submit.test_other_words_under_a_running_name_are_refused",
+        "submit_jobs.test_the_same_words_join_and_ctrl_c_leaves_the_job_running",
+        "submit_jobs.test_other_words_under_a_running_name_are_refused",
     ],
     27: [  # misspelt setting
         "cli.test_misspelt_flag_gets_a_suggestion",
