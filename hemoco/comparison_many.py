@@ -230,7 +230,7 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Rep
     for column, line in itertools.product(columns, lines):
         runs = [run for run in column.runs if run in line.runs]
         init = column.baseline or PRETRAINED
-        measured = [by_seed for run in runs if (by_seed := _by_seed(run, line.transfer, init))]
+        measured = [by_seed for run in runs if (by_seed := seed_values(run, line.transfer, init))]
         if column.baseline and measured:
             measured = [_means(measured)]
         if measured:
@@ -238,7 +238,8 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Rep
     return values
 
 
-def _by_seed(run: Run, transfer: str, init: str) -> SeedValues:
+def seed_values(run: Run, transfer: str, init: str) -> SeedValues:
+    """Values of one transfer from one backbone."""
     return {row.seed: row.value for row in run.found.rows if (row.transfer, row.init) == (transfer, init)}
 
 

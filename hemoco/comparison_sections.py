@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from hemoco.comparison import PRETRAINED
-from hemoco.comparison_many import Column, ManyComparison, Pair, Place, Run
+from hemoco.comparison_many import Column, ManyComparison, Pair, Place, Run, seed_values
 from hemoco.section import Section, Value
 from hemoco.spread import RepeatedDifference, RepeatedSpread, Repetitions, repeated_spread
 
@@ -252,7 +252,7 @@ def _repetitions(many: ManyComparison, column: Column) -> Section:
     rows, records = [], []
     for line in lines:
         spread = repeated_spread(many.values[Place(line.label, column.label)])
-        of_run = {run.label: run_values(run, line.transfer) for run in column.runs if run in line.runs}
+        of_run = {run.label: seed_values(run, line.transfer, PRETRAINED) for run in column.runs if run in line.runs}
         cells = [spread_cell([of_run[run.label]]) if of_run.get(run.label) else "-" for run in column.runs]
         rows.append((line.label, *cells, number(spread.between), number(spread.within)))
         records.append(mean_record(line.label, line.metric, column.label, spread))
@@ -264,8 +264,3 @@ def _repetitions(many: ManyComparison, column: Column) -> Section:
         notes=("the noise of the transfer's seeds is in sd between, divided by the root of their number",),
         records=tuple(records),
     )
-
-
-def run_values(run: Run, transfer: str) -> dict[int, float]:
-    """Of the pretrained backbone, by the transfer's seed."""
-    return {row.seed: row.value for row in run.found.rows if (row.transfer, row.init) == (transfer, PRETRAINED)}

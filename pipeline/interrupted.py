@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-Reason = Literal["preempted", "grow"]
+Reason = Literal["stopped", "preempted", "grow"]
 
 
 class Interrupted(NamedTuple):

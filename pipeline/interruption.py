@@ -16,7 +16,7 @@ from hemoco.distributed import rank, sum_over_ranks, world_size
 from pipeline.interrupted import Reason
 from pipeline.room import fitting_workers
 
-_REASONS: tuple[Reason, ...] = ("preempted", "grow")
+_REASONS: tuple[Reason, ...] = ("stopped", "preempted", "grow")
 _told = threading.Event()  # a signal belongs to the process, not to any part of it
 
 
@@ -52,13 +52,14 @@ class TrainingProcess:
         self._resources, self._sizes = resources, sizes
         self._had_room = False
 
-    def interruption(self, *, at_checkpoint: bool) -> Reason | None:
+    def interruption(self, *, at_checkpoint: bool, stop: bool = False) -> Reason | None:
         """Why all processes are to stop now, the same on each of them; every one must ask, after the same steps.
 
         Args:
             at_checkpoint: whether a checkpoint is due anyway; growing waits for one.
+            stop: whether this process knows that the training is to end for good.
         """
-        mine = (_told.is_set(), at_checkpoint and rank() == 0 and self._has_room())
+        mine = (stop, _told.is_set(), at_checkpoint and rank() == 0 and self._has_room())
         found = sum_over_ranks(torch.tensor(mine, dtype=torch.float32, device=self.device)).tolist()
         return next((reason for reason, votes in zip(_REASONS, found, strict=True) if votes), None)
 

@@ -95,10 +95,10 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
             last |= values
             if rank() == 0 and _ends_epoch(metrics.step, per_epoch, config, every=config.export_every_epochs):
                 _export(job, state, epoch_backbone(job.url, metrics.step // per_epoch))
-            if metrics.values:  # on all ranks at the same steps
-                request.obey(metrics.step // per_epoch, device)
             due = metrics.step % config.checkpoint_every_steps == 0
-            reason = process.interruption(at_checkpoint=due)
+            reason = process.interruption(at_checkpoint=due, stop=request.seen.is_set())
+            if reason == "stopped":
+                raise request.error(metrics.step // per_epoch)
             if due or reason:
                 bad_samples.write()
                 if tracker is not None:

@@ -9,9 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from hemoco.distributed import rank, sum_over_ranks
+from hemoco.distributed import rank
 from hemoco.errors import StorageError, TrainingError
 from hemoco.storage import exists, join_url, read_bytes, write_bytes
 
@@ -42,20 +40,10 @@ class StopRequest:
         self.url = join_url(url, _FILE)
         self.seen = threading.Event()
 
-    def obey(self, epoch: int, device: torch.device) -> None:
-        """Ends the training if it was asked for; every process must call it, after the same steps.
-
-        Args:
-            epoch: epochs done, for the error.
-            device: of the process group's tensors.
-
-        Raises:
-            StoppedError: on all of them.
-        """
-        mine = torch.tensor([float(self.seen.is_set())], device=device)
-        if sum_over_ranks(mine).item():
-            by = read_bytes(self.url).decode()
-            raise StoppedError(f"stopped by {by} at epoch {epoch}; without the file {self.url} it would go on")
+    def error(self, epoch: int) -> StoppedError:
+        """What a training ends by that obeys it after so many epochs."""
+        by = read_bytes(self.url).decode()
+        return StoppedError(f"stopped by {by} at epoch {epoch}; without the file {self.url} it would go on")
 
 
 @contextmanager

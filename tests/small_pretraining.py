@@ -49,11 +49,11 @@ class Troubled(TrainingProcess):
         super().__init__(CPU, ResourcesConfig(), [1])
         self._trouble, self._left = trouble, after
 
-    def interruption(self, *, at_checkpoint: bool) -> Reason | None:
+    def interruption(self, *, at_checkpoint: bool, stop: bool = False) -> Reason | None:
         self._left -= 1
         if self._left == 0:
             self._trouble()
-        return super().interruption(at_checkpoint=at_checkpoint)
+        return super().interruption(at_checkpoint=at_checkpoint, stop=stop)
 
 
 def write_images(folder: Path) -> str:
