@@ -49,16 +49,16 @@ async def _follow(cluster: Cluster, job_id: str, show: Callable[[str], None], pa
                     seen += len(piece)
                     shown = max(shown, seen)
             job = await asyncio.to_thread(cluster.job, job_id)
+            if job.ended:  # its last lines may have come after the silence in which it was asked for
+                show((await asyncio.to_thread(cluster.log, job_id))[shown:])
+                return job
+            answered = time.monotonic()
         except HeadLost as error:
             if time.monotonic() - answered > patience_s or await _forgotten(cluster, job_id):
                 raise
             if complained < answered:  # once for each outage
                 logger.warning("%s; trying again for %.0f s", error, patience_s)
                 complained = time.monotonic()
-        else:
-            answered = time.monotonic()
-            if job.ended:
-                return job
         await asyncio.sleep(_PAUSE_S)
 
 

@@ -101,6 +101,15 @@ class Cluster:
         with self._answering():
             return _job(self.client.get_job_info(job_id))
 
+    def log(self, job_id: str) -> str:
+        """All that a job has printed so far.
+
+        Raises:
+            HeadLost: the cluster does not answer, or does not know the job.
+        """
+        with self._answering():
+            return str(self.client.get_job_logs(job_id))
+
     def submit(self, spec: JobSpec) -> tuple[Job, bool]:
         """Starts a job for a run, or finds the one that does the same at this moment.
 

@@ -31,14 +31,14 @@ CANARIES = {
 # a verb that ends at once with a long log, run as a job and followed with little patience
 FOLLOW = """
 import sys
+from cluster import job_log
 from cluster.checkout import CHECKOUT
 from cluster.job_environment import JobSpec, job_spec, words_again
-from cluster.job_log import follow
 from cluster.submit import Cluster
-address, seen_at = sys.argv[1:]
+address, seen_at, job_log._QUIET_S = *sys.argv[1:3], float(sys.argv[3])
 known = Cluster(address).jobs("help")
 job = known[0] if known else Cluster(address).submit(job_spec(address, "help", ["run", "demo", "--help"], CHECKOUT))[0]
-done = follow(Cluster(seen_at), job.id, lambda text: print(text, end="", flush=True), patience_s=1.0)
+done = job_log.follow(Cluster(seen_at), job.id, lambda text: print(text, end="", flush=True), patience_s=1.0)
 print(f"\\n== {done.status} {done.exit_status}")
 """
 
@@ -132,7 +132,7 @@ def two_jobs(head: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def packed(two_jobs: dict[str, Any]) -> tuple[str, str]:
-    """Where to images were packed by a job, and what was printed."""
+    """Where images were packed to by a job, and what was printed."""
     assert two_jobs["pack"].returncode == 0, two_jobs["pack"].stderr
     return two_jobs["dest"], two_jobs["pack"].stdout + two_jobs["pack"].stderr
 
@@ -197,8 +197,8 @@ def test_wrong_usage_on_the_cluster_is_wrong_usage_here(two_jobs):
     assert "failed with exit status 2: the log above says why" in done.stderr
 
 
-def follow(head: str, seen_at: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", FOLLOW, head, seen_at]
+def follow(head: str, seen_at: str, quiet_s: float = 10.0) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", FOLLOW, head, seen_at, str(quiet_s)]
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -210,6 +210,13 @@ def test_a_broken_connection_loses_and_repeats_no_line(head):
         assert between.cuts == []
     log = api(head, "/api/jobs/help-1/logs").json()["logs"]
     assert len(log) > 20000
+    assert done.stdout == f"{log}\n== SUCCEEDED 0\n"
+
+
+@pytest.mark.slow
+def test_a_job_that_ends_in_silence_loses_no_line(head):
+    done = follow(head, head, quiet_s=0.05)  # Ray looks for new lines once a second
+    log = api(head, "/api/jobs/help-1/logs").json()["logs"]
     assert done.stdout == f"{log}\n== SUCCEEDED 0\n"
 
 
