@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 from hemoco.errors import UsageError
 from hemoco.spread import Difference, Spread, paired_difference, spread_of
-from hemoco.tracking import RunFacts, connect, find_runs, metric_history, read_artifacts
+from hemoco.tracking import RunFacts, connect, find_runs
 
 PRETRAINED = "pretrained"
 """The init that all others are baselines of."""
-_CURVES = ("loss", "embedding_std", "knn_top1")
 _VALUE = re.compile(r"(?P<init>[^/]+)/seed_(?P<seed>\d+)/(?P<metric>.+)")
 _TRANSFER = re.compile(r"transfers\.(.+)\.seeds")  # the parameter that every transfer has
 _DONE = "hemoco.done/"
@@ -93,27 +92,6 @@ class Summary:
     """Pretrained minus baseline."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferImage:
-    """A PNG that a transfer recorded."""
-
-    transfer: str
-    name: str
-    png: bytes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportData:
-    """All that a report shows."""
-
-    comparison: Comparison
-    params: dict[str, str]
-    """Every setting by its dotted name; those of `pretrain` are the ones the backbone was trained with."""
-    curves: dict[str, list[tuple[int, float]]]
-    """(step, value) of the pretraining's loss, embedding_std and knn_top1; empty where not recorded."""
-    images: tuple[TransferImage, ...]
-
-
 class Records(NamedTuple):
     """The MLflow runs of one run; of repeated ones the newest."""
 
@@ -134,28 +112,6 @@ def comparison(uri: str, run: str) -> Comparison:
         TrackingError: MLflow cannot be used.
     """
     return compare_records(read_records(uri, run))
-
-
-def collect_report(uri: str, run: str) -> ReportData:
-    """The comparison with the settings, curves and images of its runs.
-
-    Raises:
-        UsageError: MLflow knows no run of this name.
-        TrackingError: MLflow cannot be used.
-    """
-    records = read_records(uri, run)
-    source = records.pretraining
-    images = [
-        TransferImage(transfer=facts.tags["hemoco.transfer"], name=name.removesuffix(".png"), png=png)
-        for facts in records.transfers
-        for name, png in sorted(read_artifacts(uri, facts.run_id, ".png").items())
-    ]
-    return ReportData(
-        comparison=compare_records(records),
-        params=records.parent.params | (source.params if source else {}),
-        curves={name: metric_history(uri, source.run_id, name) if source else [] for name in _CURVES},
-        images=tuple(images),
-    )
 
 
 def summaries(found: Comparison) -> list[Summary]:

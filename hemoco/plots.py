@@ -1,37 +1,169 @@
 """The plots of a report, as SVG. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
+import dataclasses
 import io
+import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hemoco.comparison import PRETRAINED as PRETRAINED_INIT
-from hemoco.comparison import Comparison
+from hemoco.comparison_many import ManyComparison, Place
+from hemoco.spread import Repetitions, confidence_half_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-PRETRAINED, LIMIT = "#0072B2", "#D55E00"
-_COLOURS = (PRETRAINED, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")  # by init
-_INK = "#333333"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Of the runs or columns, in their order; from the seventh on they begin again with another dash."""
+BASELINE_COLOURS = ("#8C8C8C", "#BFBFBF", "#5E5E5E", "#A6A6A6")
+_DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+_INK, _LIMIT = "#333333", "#A84A00"
 _MOST_POINTS = 1000
+_WIDTH = 4.7  # inches: so narrow that the text can be read on a phone
 
 
-def line_plot(
-    points: Sequence[tuple[float, float]], *, x_label: str, y_label: str, limit: tuple[float, str] | None
-) -> bytes:
-    """A curve, and a dashed horizontal line with its label where a limit is given."""
-    figure, axes = _canvas(height=2.8)
-    thinned = _thinned(points)
-    marker = "o" if len(thinned) <= 30 else ""
-    axes.plot([x for x, _ in thinned], [y for _, y in thinned], color=PRETRAINED, linewidth=1.8, marker=marker)
-    axes.margins(y=0.12)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if limit is not None:
-        value, label = limit
-        axes.axhline(value, color=LIMIT, linewidth=1.5, linestyle="--")
+class Point(NamedTuple):
+    """One point of a curve, with half the width of its interval; nan where there is none."""
+
+    x: float
+    y: float
+    half_width: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Series:
+    """A curve."""
+
+    label: str
+    """Shown where a plot has several."""
+    points: Sequence[Point]
+    colour: str
+    dashes: Literal["-", "--", ":", "-."] = "-"
+
+
+def numbered(label: str, points: Sequence[Point], number: int) -> Series:
+    """A curve in the colour of its number; beyond the colours there are, dashed."""
+    dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
+    return Series(label=label, points=points, colour=COLOURS[number % len(COLOURS)], dashes=dashes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Axes with curves."""
+
+    series: Sequence[Series]
+    x_label: str
+    y_label: str
+    limits: Sequence[tuple[float, str]] = ()
+    """Dashed horizontal lines, and what they say."""
+    good: tuple[float, float] | None = None
+    """Range of values that is shaded as normal."""
+    until: tuple[float, str] | None = None
+    """From 0 to this x is shaded, and what it says."""
+    ticks: Sequence[tuple[float, str]] = ()
+    """Of the x axis; chosen where none are given."""
+
+
+def line_plot(panel: Panel) -> bytes:
+    """Curves in one frame."""
+    figure, (axes,) = _canvas(rows=1, columns=1, height=2.9)
+    _draw_panel(axes, panel)
+    _legend(figure, panel.series)
+    return _svg(figure)
+
+
+def panels_plot(panels: Sequence[Panel]) -> bytes:
+    """Small plots in one column, that share their curves' names."""
+    figure, every = _canvas(rows=len(panels), columns=1, height=0.4 + 1.35 * len(panels))
+    for place, (axes, panel) in enumerate(zip(every, panels, strict=True)):
+        last = place == len(panels) - 1
+        _draw_panel(axes, panel if last else dataclasses.replace(panel, x_label=""))
+        axes.tick_params(labelbottom=last)
+    _legend(figure, panels[0].series)
+    return _svg(figure)
+
+
+def transfer_bars(many: ManyComparison) -> bytes:
+    """A bar for each transfer and column, the mean with its 95% interval; a dot for each value where there are some."""
+    height = 0.78 / max(len(many.columns), 1)
+    figure, (axes,) = _canvas(rows=1, columns=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines))
+    colours = column_colours(many)
+    for place, line in enumerate(many.lines):
+        for number, column in enumerate(many.columns):
+            measured = many.values.get(Place(line.label, column.label))
+            if measured:
+                middle = place + (number - (len(many.columns) - 1) / 2) * height
+                _draw_bar(axes, interval(measured), middle, height, colours[column.label], column.label)
+    axes.set_yticks(range(len(many.lines)), [f"{line.label}\n{line.metric}" for line in many.lines])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.16)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.grid(visible=False, axis="y")
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=10)
+    return _svg(figure)
+
+
+def column_colours(many: ManyComparison) -> dict[str, str]:
+    """The colour of each column: strong for pretrainings, grey for baselines."""
+    pretrainings = [column.label for column in many.columns if not column.baseline]
+    baselines = [column.label for column in many.columns if column.baseline]
+    strong = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(pretrainings)}
+    return strong | {label: BASELINE_COLOURS[place % len(BASELINE_COLOURS)] for place, label in enumerate(baselines)}
+
+
+class Interval(NamedTuple):
+    """A mean, half of its 95% interval (nan where nothing was repeated), and the values it is of."""
+
+    mean: float
+    half_width: float
+    values: tuple[float, ...]
+
+
+def interval(measured: Repetitions) -> Interval:
+    """Of values by pretraining and seed: over the pretrainings' means where there are several, else over the seeds."""
+    means = [statistics.fmean(by_seed.values()) for by_seed in measured]
+    values = means if len(means) > 1 else list(measured[0].values())
+    return Interval(statistics.fmean(means), confidence_half_width(values), tuple(values))
+
+
+def _draw_bar(axes: "Axes", found: Interval, middle: float, height: float, colour: str, label: str) -> None:
+    axes.barh(middle, found.mean, height=0.92 * height, color=colour, label=label)
+    end = max(found.values)
+    if len(found.values) > 1:
+        axes.plot(found.values, [middle] * len(found.values), "o", color="black", markersize=3, alpha=0.55)
+        low, high = (min(max(found.mean + sign * found.half_width, 0), 1) for sign in (-1, 1))
+        axes.plot([low, high], [middle, middle], color="black", linewidth=1.4)
+        axes.plot([low, high], [middle, middle], "|", color="black", markersize=6)
+        end = max(end, high)
+    axes.text(end + 0.02, middle, f"{found.mean:.3f}", va="center", fontsize=9, color=_INK)
+
+
+def _draw_panel(axes: "Axes", panel: Panel) -> None:
+    for series in panel.series:
+        points = _thinned(series.points)
+        line = _line(series, points)
+        line.set_marker("o" if len(points) <= 30 else "")
+        axes.add_line(line)
+        spread = [p for p in points if not math.isnan(p.half_width)]
+        if spread:
+            xs, ys, widths = zip(*spread, strict=True)
+            axes.errorbar(xs, ys, yerr=widths, fmt="none", ecolor=line.get_color(), capsize=3)
+    axes.margins(y=0.14)
+    axes.autoscale_view()
+    if panel.ticks:
+        axes.set_xticks(*zip(*panel.ticks, strict=True))
+    _draw_marks(axes, panel)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+
+
+def _draw_marks(axes: "Axes", panel: Panel) -> None:
+    for value, label in panel.limits:
+        axes.axhline(value, color=_LIMIT, linewidth=1.3, linestyle="--")
         axes.annotate(
             label,
             (0.99, value),
@@ -39,59 +171,61 @@ def line_plot(
             xytext=(0, 4),
             textcoords="offset points",
             ha="right",
-            color="#A84A00",
+            color=_LIMIT,
             fontsize=9,
         )
-    return _svg(figure)
+    if panel.good is not None:
+        axes.axhspan(*panel.good, color=COLOURS[2], alpha=0.1, linewidth=0)
+    if panel.until is not None:
+        end, label = panel.until
+        axes.axvspan(0, end, color="#777777", alpha=0.14, linewidth=0)
+        axes.annotate(
+            label,
+            (end, 0.03),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            color=_INK,
+            xytext=(3, 0),
+            textcoords="offset points",
+        )
 
 
-def transfer_bars(found: Comparison) -> bytes:
-    """A horizontal bar per transfer and init, the mean over the seeds; a dot for each seed where there are several."""
-    transfers = list(dict.fromkeys((row.transfer, row.metric) for row in found.rows))
-    # the pretrained first: it has a colour of its own in all plots
-    inits = sorted(dict.fromkeys(row.init for row in found.rows), key=lambda init: init != PRETRAINED_INIT)
-    height = 0.74 / max(len(inits), 1)
-    figure, axes = _canvas(height=0.9 + (0.25 + 0.25 * len(inits)) * len(transfers))
-    for place, (transfer, _) in enumerate(transfers):
-        for number, init in enumerate(inits):
-            values = [row.value for row in found.rows if (row.transfer, row.init) == (transfer, init)]
-            if not values:
-                continue
-            mean, middle = statistics.fmean(values), place + (number - (len(inits) - 1) / 2) * height
-            axes.barh(middle, mean, height=0.95 * height, color=_COLOURS[number % len(_COLOURS)], label=init)
-            axes.text(max(values) + 0.02, middle, f"{mean:.3f}", va="center", fontsize=9, color=_INK)
-            if len(values) > 1:
-                axes.plot(values, [middle] * len(values), "o", color="black", markersize=3.5, alpha=0.7)
-    axes.set_yticks(range(len(transfers)), [f"{transfer}\n{metric}" for transfer, metric in transfers])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.16)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.grid(visible=False, axis="y")
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=10)
-    return _svg(figure)
+def _legend(figure: "Figure", series: Sequence[Series]) -> None:
+    if len(series) < 2:
+        return
+    lines = [_line(one, []) for one in series]
+    names = [one.label for one in series]
+    figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
 
 
-def _canvas(height: float) -> "tuple[Figure, Axes]":
-    """A figure so narrow (inches) that its text can be read on a phone."""
+def _line(series: Series, points: Sequence[Point]) -> "Line2D":
+    from matplotlib.lines import Line2D
+
+    style: dict[str, Any] = {"color": series.colour, "linestyle": series.dashes, "linewidth": 1.7, "markersize": 4}
+    return Line2D([point.x for point in points], [point.y for point in points], **style)
+
+
+def _canvas(rows: int, columns: int, height: float) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.7, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.grid(color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#999999")
+        axes.tick_params(colors=_INK, labelsize=9)
+        axes.grid(color="#E3E3E3", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, every
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thinned(points: Sequence[Point]) -> Sequence[Point]:
     """At most 1000 points: means over neighbours, so that no bend is lost."""
     width = -(-len(points) // _MOST_POINTS)
-    groups = [points[start : start + width] for start in range(0, len(points), max(width, 1))]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+    if width < 2:
+        return points
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [Point(group[-1].x, statistics.fmean(point.y for point in group)) for group in groups]
 
 
 def _svg(figure: "Figure") -> bytes:

@@ -199,10 +199,18 @@ def log_dataset_input(
     ask(uri, lambda client: client.log_inputs(run_id, datasets=[entry]))
 
 
-def metric_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric by step; of steps that a resumed training repeated, the later value."""
+def metric_points(uri: str, run_id: str, key: str) -> list[MetricPoint]:
+    """One metric by step; of steps that a resumed training repeated, the later value."""
     points = ask(uri, lambda client: client.get_metric_history(run_id, key))
-    return sorted({p.step: p.value for p in sorted(points, key=lambda p: int(p.timestamp))}.items())
+    by_step = {p.step: p for p in sorted(points, key=lambda p: int(p.timestamp))}
+    return [
+        MetricPoint(key=key, value=p.value, timestamp=int(p.timestamp), step=p.step) for _, p in sorted(by_step.items())
+    ]
+
+
+def metric_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of `metric_points`."""
+    return [(point.step, point.value) for point in metric_points(uri, run_id, key)]
 
 
 def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0) -> Answer:

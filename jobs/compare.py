@@ -12,7 +12,7 @@ from hemoco.errors import UsageError
 from hemoco.extra_sections import extra_sections
 from hemoco.section import print_section
 from hemoco.tracking import tracking_uri
-from jobs.session import print_comparison, results_folder, table_console, write_results
+from jobs.session import print_comparison, results_folder, table_console, write_report, write_results
 
 
 def main(argv: list[str]) -> None:
@@ -37,8 +37,8 @@ def compare(
     Args:
         runs: names of runs.
         out: folder for files; default: a folder in $HEMOCO_HOME/reports. One run writes comparison.json, .csv, .md and
-            report.html, and details.* with its curves and cost; several write comparison.json, .csv, .md and .tex. Both
-            add rows.csv (the single values) and a CSV file for each further table.
+            report.html, and details.* with its curves and cost; several write comparison.json, .csv, .md and .tex, and
+            report.html. Both add rows.csv (the single values) and a CSV file for each further table.
         format: what is printed.
     """
     if not runs:
@@ -47,6 +47,8 @@ def compare(
     many = compare_runs(tracking_uri(), runs)
     folder = results_folder(runs[0] if alone else _folder_name(runs), out)
     write_files(many, folder, "details" if alone else "comparison")
+    if not alone:
+        write_report(many, folder)
     if format != "table":
         if alone:
             write_results(runs[0], folder)

@@ -17,7 +17,7 @@ from hemoco import tracking
 from hemoco.comparison import comparison
 from hemoco.config import DataConfig, Recipe
 from hemoco.errors import TrainingError
-from hemoco.report import health_checks
+from hemoco.report_training import health_checks
 from hemoco.storage import home, join_url, read_bytes, write_bytes
 from jobs.digits import write_digits, write_scenes
 from jobs.options import load_recipe

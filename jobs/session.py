@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.local import local_ray
-from hemoco.comparison import Comparison, collect_report, comparison
+from hemoco.comparison import Comparison, comparison
+from hemoco.comparison_many import ManyComparison, compare_runs
 from hemoco.comparison_table import rich_table, write_comparison
 from hemoco.config import config_digest
 from hemoco.report import render_report
+from hemoco.report_data import collect_report
 from hemoco.storage import absolute_url, check_writable, home
 from hemoco.tracking import connect, find_run, log_artifact_bytes, tracking_uri
 from jobs.options import RunOptions
@@ -65,8 +67,13 @@ def write_results(run: str, folder: Path) -> Comparison:
     """Writes comparison.{json,csv,md} and report.html of a run."""
     found = comparison(tracking_uri(), run)
     write_comparison(found, folder)
-    (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), run)))
+    write_report(compare_runs(tracking_uri(), [run]), folder)
     return found
+
+
+def write_report(many: ManyComparison, folder: Path) -> None:
+    """Writes report.html of one run or of several."""
+    (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), many)), encoding="utf-8")
 
 
 def table_console() -> Console:

@@ -12,15 +12,16 @@ from hemoco.config import DataConfig, PretrainConfig
 from hemoco.data.counts import BadSampleFile
 from hemoco.data.loader import StreamPosition
 from hemoco.data.patience import patiently
-from hemoco.data.shards import read_index
+from hemoco.data.shards import ShardIndex, read_index
 from hemoco.data.stream import Batch, batches, load_images, pretraining_plan, steps_per_epoch
 from hemoco.distributed import rank, world_size
 from hemoco.encoder import Backbone
 from hemoco.errors import HemocoError, TrainingError
+from hemoco.feature_sample import FILE_NAME, encode_sample, sample_features
 from hemoco.knn import knn_accuracy
 from hemoco.machine import SystemMetrics
 from hemoco.storage import join_url
-from hemoco.tracking import Tracker, check_delivered
+from hemoco.tracking import Tracker, check_delivered, log_artifact_bytes
 from hemoco.train import StepMetrics, TrainState, build_state, train_steps
 from hemoco.transfer.frozen import extract_features
 from pipeline.interrupted import Interrupted
@@ -109,6 +110,7 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
     url = join_url(job.url, "backbone.safetensors")
     if rank() == 0:
         _export(job, state, url)
+        _record_sample(job, state, index)
     if tracker is not None:
         check_delivered(tracker)
     return Pretrained(run_id=job.run_id, backbone_url=url, metrics=last)
@@ -191,7 +193,22 @@ def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str
 
 
 def _export(job: PretrainJob, state: TrainState, url: str) -> None:
-    views = job.config.views
-    backbone = Backbone(state.model.query_encoder.encoder, job.config.encoder, views.mean, views.std)
-    metadata = {"data_digest": state.data_digest, "run_id": job.run_id}
+    backbone, metadata = _backbone(job, state), {"data_digest": state.data_digest, "run_id": job.run_id}
     patiently(lambda: checkpoint.export_backbone(backbone, url, metadata), job.config.stream.retry_s)
+
+
+def _record_sample(job: PretrainJob, state: TrainState, index: ShardIndex) -> None:
+    """Keeps some features with the run, for the report's map; without them the pretraining is as good."""
+    data, encoder = job.data, state.model.query_encoder.encoder
+    split = data.test_split if data.test_split in index.splits else data.pretrain_split
+    backbone = _backbone(job, state).to(next(encoder.parameters()).device)
+    try:
+        sample = sample_features(backbone, data.shards, index, split, job.config.views.size)
+        log_artifact_bytes(job.tracking_uri, job.run_id, FILE_NAME, encode_sample(sample))
+    except HemocoError as error:
+        logger.warning("event=no_feature_sample the report will have no feature map: %s", error)
+
+
+def _backbone(job: PretrainJob, state: TrainState) -> Backbone:
+    views = job.config.views
+    return Backbone(state.model.query_encoder.encoder, job.config.encoder, views.mean, views.std)

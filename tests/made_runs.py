@@ -98,3 +98,10 @@ def end_pretraining(run: MadeRun, *, at_s: float) -> None:
     """Ends it so many seconds after START_S."""
     end = int((START_S + at_s) * 1000)
     ask(run.uri, lambda client: client.set_terminated(run.pretraining, "FINISHED", end_time=end))
+
+
+def log_curve(run: MadeRun, name: str, values: Mapping[int, float]) -> None:
+    """A metric of the pretraining, by step, a step per second."""
+    points = [MetricPoint(key=name, value=v, timestamp=(START_S + s) * 1000, step=s) for s, v in values.items()]
+    for start in range(0, len(points), 1000):
+        send_points(run.uri, run.pretraining, points[start : start + 1000])

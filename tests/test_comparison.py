@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hemoco.comparison import Row, collect_report, comparison, summaries
+from hemoco.comparison import Row, comparison, summaries
 from hemoco.comparison_table import rich_table, to_csv, to_json, to_markdown, write_comparison
 from hemoco.errors import UsageError
 from hemoco.tracking import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
@@ -164,18 +164,6 @@ def test_files_are_written_to_a_new_folder(tracking: str, written: Written, tmp_
     write_comparison(comparison(tracking, written.name), tmp_path / "new" / "out")
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
     assert names == {"comparison.json", "comparison.csv", "comparison.md"}
-
-
-def test_report_data_has_settings_curves_and_images(tracking: str, written: Written) -> None:
-    data = collect_report(tracking, written.name)
-    assert data.params == {"name": "cells", "pretrain.moco.queue_length": "1023", "pretrain.epochs": "4"}
-    assert data.curves == {
-        "loss": [(10, 6.0), (20, 3.0)],
-        "embedding_std": [(10, 0.9), (20, 0.9)],
-        "knn_top1": [(20, 0.5)],
-    }
-    (image,) = data.images
-    assert (image.transfer, image.name, image.png) == ("mask|rcnn", "pretrained_seed_0_detections", b"\x89PNG")
 
 
 def test_transfers_alone_show_the_pretraining_of_another_run(tracking: str, written: Written) -> None:

@@ -1,28 +1,19 @@
 """A contact sheet: some samples of a shard folder side by side, for a person to look at."""
 
 import io
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, groupby
-from operator import itemgetter
-from threading import Lock
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import google_crc32c
 from PIL import Image, ImageDraw, ImageFont
 
 from hemoco.data.decode import UndecodableImage, decode_image
-from hemoco.data.fetch import FetchCounts, fetch_range
-from hemoco.data.shards import ShardIndex, read_table, shard_url
-from hemoco.errors import ShardError
+from hemoco.data.shards import ShardIndex
+from hemoco.data.spread_samples import spread_samples
 
-_decoding = Lock()  # Pillow's warnings are filtered for the whole process
 _COLUMNS = 8
 _SIDE = 160  # of a tile, pixels
 _LINE = 16  # of a caption, pixels
 _GAP = 6
-_THREADS = 16
 
 
 class SheetSample(NamedTuple):
@@ -41,11 +32,11 @@ def sheet_samples(url: str, index: ShardIndex, count: int) -> list[SheetSample]:
         ShardError: a table is missing or damaged, or the bytes of a sample are not those that were packed.
         StorageError: the storage refuses or does not answer.
     """
-    places = _spread([shard.samples for shard in index.shards], count)
-    chosen = {number: [row for _, row in rows] for number, rows in groupby(places, itemgetter(0))}
-    with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda number: _read_samples(url, index, number, chosen[number]), chosen)
-        return [sample for samples in found for sample in samples]
+    samples = []
+    for sample in spread_samples(url, index.shards, count):
+        caption = index.classes[sample.label] if 0 <= sample.label < len(index.classes) else sample.key
+        samples.append(SheetSample(_decoded(sample.image), caption, sample.split))
+    return samples
 
 
 def draw_sheet(samples: Sequence[SheetSample]) -> bytes:
@@ -69,33 +60,9 @@ def draw_sheet(samples: Sequence[SheetSample]) -> bytes:
     return buffer.getvalue()
 
 
-def _spread(sizes: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
-    """(shard number, row) of `count` samples evenly spaced over shards of these sizes; of all where there are fewer."""
-    ends = list(accumulate(sizes, initial=0))
-    count = min(count, ends[-1])
-    for place in (number * ends[-1] // count for number in range(count)):
-        shard = bisect_right(ends, place) - 1
-        yield shard, place - ends[shard]
-
-
-def _read_samples(url: str, index: ShardIndex, number: int, rows: Sequence[int]) -> list[SheetSample]:
-    shard, classes = index.shards[number], index.classes
-    table, where = read_table(url, shard), shard_url(url, shard)
-    samples = []
-    for row in rows:
-        offset, size, label = int(table.offsets[row]), int(table.sizes[row]), int(table.labels[row])
-        data = bytes(fetch_range(where, offset, offset + size, FetchCounts()))
-        if google_crc32c.value(data) != table.crcs[row]:
-            raise ShardError(f"{where}: sample {table.keys[row]} at byte {offset} is damaged or was replaced")
-        caption = classes[label] if 0 <= label < len(classes) else table.keys[row]
-        samples.append(SheetSample(_decoded(data), caption, shard.split))
-    return samples
-
-
 def _decoded(data: bytes) -> Image.Image | None:
     try:
-        with _decoding:
-            return Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())  # (H, W, 3)
+        return Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())  # (H, W, 3)
     except UndecodableImage:
         return None
 

@@ -1,0 +1,105 @@
+"""Some images of a data set with their features, small enough to be kept with a run: what a feature map is drawn from.
+
+Shapes: M images, S x S pixels each, F features, T x T pixels of a thumbnail.
+"""
+
+import json
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hemoco.data.decode import UndecodableImage, decode_image
+from hemoco.data.shards import ShardIndex
+from hemoco.data.spread_samples import spread_samples
+from hemoco.data.views import center_view, resize
+from hemoco.encoder import Backbone
+from hemoco.errors import ShardError
+from hemoco.tensor_file import parse_safetensors
+from hemoco.transfer.frozen import extract_features
+
+FILE_NAME = "feature_sample.safetensors"
+_IMAGES = 400
+_THUMBNAIL = 48  # pixels, at most
+_FORMAT = "hemoco-feature-sample-1"
+
+
+class FeatureSample(NamedTuple):
+    """Images, by row."""
+
+    features: Tensor
+    """float16 (M, F)."""
+    thumbnails: Tensor
+    """uint8 RGB (M, 3, T, T)."""
+    labels: Tensor
+    """int64 (M,), -1 where there is none."""
+    keys: tuple[str, ...]
+    classes: tuple[str, ...]
+    """By label; empty where the data set has none."""
+    split: str
+
+
+def sample_features(backbone: Backbone, data_url: str, index: ShardIndex, split: str, size: int) -> FeatureSample:
+    """The features of at most 400 images of a split, evenly spaced; those that cannot be decoded are left out.
+
+    Args:
+        backbone: on the device that computes; its mode is left as it was.
+        data_url: of the shard folder.
+        index: of the folder.
+        split: whose images.
+        size: S, of the centre view.
+
+    Raises:
+        ShardError: there is no such split, none of the images can be decoded, or they are not those that were packed.
+        StorageError: the storage refuses or does not answer.
+    """
+    found = spread_samples(data_url, index.split(split), _IMAGES)
+    views = [_view(sample.image, size) for sample in found]
+    shown = [(sample, view) for sample, view in zip(found, views, strict=True) if view is not None]
+    if not shown:
+        raise ShardError(f"{data_url}: no image of split {split!r} can be decoded, of {len(found)} that were looked at")
+    images = torch.stack([view for _, view in shown])  # (M, 3, S, S)
+    features = extract_features(backbone, images.to(next(backbone.parameters()).device))
+    side = min(size, _THUMBNAIL)
+    return FeatureSample(
+        features=features.to("cpu", torch.float16),
+        thumbnails=torch.stack([resize(view, (side, side)) for view in images]),
+        labels=torch.tensor([sample.label for sample, _ in shown]),
+        keys=tuple(sample.key for sample, _ in shown),
+        classes=index.classes,
+        split=split,
+    )
+
+
+def encode_sample(sample: FeatureSample) -> bytes:
+    """As a safetensors file."""
+    tensors = {"features": sample.features, "thumbnails": sample.thumbnails, "labels": sample.labels}
+    about = {"keys": sample.keys, "classes": sample.classes}
+    metadata = {"format": _FORMAT, "split": sample.split} | {name: json.dumps(value) for name, value in about.items()}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def decode_sample(data: bytes) -> FeatureSample:
+    """What `encode_sample` gave.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    metadata, tensors = parse_safetensors(FILE_NAME, data)
+    return FeatureSample(
+        features=tensors["features"],
+        thumbnails=tensors["thumbnails"],
+        labels=tensors["labels"],
+        keys=tuple(json.loads(metadata["keys"])),
+        classes=tuple(json.loads(metadata["classes"])),
+        split=metadata["split"],
+    )
+
+
+def _view(data: bytes, size: int) -> Tensor | None:
+    """The centre of an image, None if it cannot be decoded: large originals are not held side by side."""
+    try:
+        return center_view(decode_image(data), size, size)
+    except UndecodableImage:
+        return None

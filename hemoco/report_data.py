@@ -1,0 +1,91 @@
+"""All that a report shows, read from MLflow and nowhere else."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+from hemoco.comparison_many import ManyComparison, Run
+from hemoco.feature_sample import FILE_NAME, FeatureSample, decode_sample
+from hemoco.kept_metrics import MetricPoint
+from hemoco.tracking import metric_points, read_artifacts
+
+CURVES = (
+    "loss",
+    "pretext_top1",
+    "embedding_std",
+    "effective_rank",
+    "positive_similarity",
+    "negative_similarity",
+    "knn_top1",
+    "images_per_s",
+    "data_wait",
+)
+"""The pretraining's metrics that are drawn."""
+_THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferImage:
+    """A PNG that a transfer recorded."""
+
+    transfer: str
+    name: str
+    png: bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunDetail:
+    """One of the compared runs, beyond its results."""
+
+    run: Run
+    params: dict[str, str]
+    """Every setting by its dotted name; those of `pretrain` are the ones the backbone was trained with."""
+    curves: dict[str, list[MetricPoint]]
+    """The pretraining's metrics by step, by the names of CURVES; empty where not recorded."""
+    images: tuple[TransferImage, ...]
+    sample: FeatureSample | None
+    """None where none was recorded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All that a report shows."""
+
+    many: ManyComparison
+    details: tuple[RunDetail, ...]
+    """In the order of its runs."""
+
+
+def collect_report(uri: str, many: ManyComparison) -> ReportData:
+    """The comparison with the settings, curves and images of its runs.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+        CheckpointError: a file with features, recorded with a run, is damaged.
+    """
+    return ReportData(many=many, details=tuple(_detail(uri, run) for run in many.runs))
+
+
+def _detail(uri: str, run: Run) -> RunDetail:
+    records = run.records
+    source = records.pretraining
+    images = [
+        TransferImage(transfer=facts.tags["hemoco.transfer"], name=name.removesuffix(".png"), png=png)
+        for facts in records.transfers
+        for name, png in sorted(read_artifacts(uri, facts.run_id, ".png").items())
+    ]
+    curves: dict[str, list[MetricPoint]] = {name: [] for name in CURVES}
+    sample = None
+    if source is not None:
+        recorded = [name for name in CURVES if name in source.metrics]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            found = threads.map(lambda name: metric_points(uri, source.run_id, name), recorded)
+            curves |= zip(recorded, found, strict=True)
+        file = read_artifacts(uri, source.run_id, FILE_NAME).get(FILE_NAME)
+        sample = decode_sample(file) if file is not None else None
+    return RunDetail(
+        run=run,
+        params=records.parent.params | (source.params if source else {}),
+        curves=curves,
+        images=tuple(images),
+        sample=sample,
+    )
