@@ -62,6 +62,8 @@ class Panel:
     """Range of values that is shaded as normal."""
     until: tuple[float, str] | None = None
     """From 0 to this x is shaded, and what it says."""
+    shares: bool = False
+    """Values are in [0, 1]: intervals end there."""
     ticks: Sequence[tuple[float, str]] = ()
     """Of the x axis; chosen where none are given."""
 
@@ -97,7 +99,7 @@ def transfer_bars(many: ManyComparison) -> bytes:
                 middle = place + (number - (len(many.columns) - 1) / 2) * height
                 _draw_bar(axes, interval(measured), middle, height, colours[column.label], column.label)
     axes.set_yticks(range(len(many.lines)), [f"{line.label}\n{line.metric}" for line in many.lines])
-    axes.invert_yaxis()
+    axes.set_ylim(len(many.lines) - 0.5, -0.5)
     axes.set_xlim(0, 1.16)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid(visible=False, axis="y")
@@ -150,8 +152,11 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         axes.add_line(line)
         spread = [p for p in points if not math.isnan(p.half_width)]
         if spread:
-            xs, ys, widths = zip(*spread, strict=True)
-            axes.errorbar(xs, ys, yerr=widths, fmt="none", ecolor=line.get_color(), capsize=3)
+            low, high = (0.0, 1.0) if panel.shares else (-math.inf, math.inf)
+            below = [min(p.half_width, p.y - low) for p in spread]
+            above = [min(p.half_width, high - p.y) for p in spread]
+            xs, ys = [p.x for p in spread], [p.y for p in spread]
+            axes.errorbar(xs, ys, yerr=[below, above], fmt="none", ecolor=line.get_color(), capsize=3)
     axes.margins(y=0.14)
     axes.autoscale_view()
     if panel.ticks:
@@ -209,7 +214,7 @@ def _canvas(rows: int, columns: int, height: float) -> "tuple[Figure, list[Axes]
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    every = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#999999")

@@ -104,7 +104,7 @@ def _label_efficiency(many: ManyComparison) -> list[str]:
         if not series:
             continue
         ticks = [(float(number), _tick(point)) for number, point in enumerate(points)]
-        panel = Panel(series=series, x_label="labels", y_label=points[0].line.metric, ticks=ticks)
+        panel = Panel(series=series, x_label="labels", y_label=points[0].line.metric, shares=True, ticks=ticks)
         alt = "Lines: " + "; ".join(f"{one.label} ends at {one.points[-1].y:.3f}" for one in series)
         caption = "Low-shot transfers up to a linear classifier on all labels; 95% intervals."
         title = "Label efficiency" if place == 1 else f"Label efficiency, data set {place}"

@@ -174,7 +174,7 @@ def _transfer_curve(data: ReportData) -> str:
         series.append(numbered(label, points, number))
     if not series:
         return ""
-    panel = Panel(series=series, x_label="epoch", y_label="headline metric")
+    panel = Panel(series=series, x_label="epoch", y_label="headline metric", shares=True)
     alt = "Lines: " + "; ".join(f"{one.label} ends at {one.points[-1].y:.3f}" for one in series)
     caption = "Transfers of the backbones that were exported on the way, with their 95% intervals."
     return plot("Transfer over epochs of the pretraining", line_plot(panel), alt, caption)
