@@ -136,6 +136,21 @@ def summaries(found: Comparison) -> list[Summary]:
     return lines
 
 
+def headlines(found: Comparison) -> dict[str, float]:
+    """Means over the seeds by the names they have on a run's page: TRANSFER/METRIC/INIT, and the differences.
+
+    A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
+    """
+    values: dict[str, float] = {}
+    for line in summaries(found):
+        name = f"{line.transfer}/{line.metric}"
+        values[f"{name}/{PRETRAINED}"] = line.pretrained.mean
+        if line.baseline:
+            values[f"{name}/{line.baseline}"] = line.other.mean
+            values[f"{name}/over_{line.baseline}"] = line.difference.mean
+    return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
 def read_records(uri: str, run: str) -> Records:
     """What MLflow has of a run; the same errors as `comparison`."""
     experiment_id = connect(uri)

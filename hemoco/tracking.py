@@ -25,6 +25,7 @@ Answer = TypeVar("Answer")
 EXPERIMENT = "hemoco"
 DIGEST_LENGTH = 36
 """MLflow keeps so many characters of a data set's digest."""
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's pages open on evaluations of agents
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 with back-off block for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -76,7 +77,8 @@ def connect(uri: str) -> str:
     if found is None:
         folder = (database(uri).parent / "mlartifacts").as_uri() if local else None
         try:
-            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, artifact_location=folder)))
+            created = {"artifact_location": folder, "tags": _KIND}
+            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, **created)))
         except TrackingError:
             # another process may have created it in between
             found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT))
@@ -87,6 +89,8 @@ def connect(uri: str) -> str:
             f"experiment {EXPERIMENT!r} was deleted in MLflow at {shown(uri)}: restore it with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
+    if "mlflow.experimentKind" not in found.tags:  # made by an older version
+        ask(uri, lambda client: [client.set_experiment_tag(found.experiment_id, *tag) for tag in _KIND.items()])
     return str(found.experiment_id)
 
 

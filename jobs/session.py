@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +10,18 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.local import local_ray
-from hemoco.comparison import Comparison, comparison
+from hemoco.comparison import Comparison, comparison, headlines
 from hemoco.comparison_many import ManyComparison, compare_runs
-from hemoco.comparison_table import rich_table, write_comparison
+from hemoco.comparison_table import rich_table, to_markdown, write_comparison
 from hemoco.config import config_digest
+from hemoco.kept_metrics import MetricPoint
 from hemoco.report import render_report
 from hemoco.report_data import collect_report
 from hemoco.storage import absolute_url, check_writable, home
-from hemoco.tracking import connect, find_run, log_artifact_bytes, tracking_uri
+from hemoco.tracking import connect, find_run, log_artifact_bytes, send_points, set_tags, tracking_uri
 from jobs.options import RunOptions
 
+_PATIENCE_S = 60.0
 _FILE_WIDTH = 120  # columns where no terminal says how wide it is
 
 
@@ -82,9 +85,16 @@ def table_console() -> Console:
 
 
 def publish(run: str, folder: Path) -> None:
-    """Logs the comparison's files as artifacts of the run they describe."""
+    """Puts the results on the page of the run they are of: the files, the table as its note, the means as metrics."""
     uri = tracking_uri()
     parent = find_run(uri, connect(uri), {"hemoco.run": run, "hemoco.phase": "parent"})
     assert parent is not None, "the comparison was just read from it"
+    found = comparison(uri, run)
     for name in ("comparison.json", "comparison.csv", "comparison.md", "report.html"):
         log_artifact_bytes(uri, parent.run_id, name, (folder / name).read_bytes())
+    set_tags(
+        uri, parent.run_id, {"mlflow.note.content": f"{to_markdown(found)}\nMore: report.html among the artifacts."}
+    )
+    now = int(time.time() * 1000)
+    points = [MetricPoint(key=key, value=value, timestamp=now, step=0) for key, value in headlines(found).items()]
+    send_points(uri, parent.run_id, points, patience_s=_PATIENCE_S)

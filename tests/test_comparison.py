@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hemoco.comparison import Row, comparison, summaries
+from hemoco.comparison import Row, comparison, headlines, summaries
 from hemoco.comparison_table import rich_table, to_csv, to_json, to_markdown, write_comparison
 from hemoco.errors import UsageError
 from hemoco.tracking import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
@@ -137,6 +137,13 @@ def test_csv_has_one_line_per_row(tracking: str, written: Written) -> None:
     found = comparison(tracking, written.name)
     lines = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert [(line["transfer"], float(line["value"])) for line in lines] == [(r.transfer, r.value) for r in found.rows]
+
+
+def test_headlines_are_means_and_differences_by_name(tracking: str, written: Written) -> None:
+    found = headlines(comparison(tracking, written.name))
+    assert found["knn/top1/pretrained"] == 0.625 and found["knn/top1/random"] == 0.1875
+    assert found["knn/top1/over_random"] == 0.4375
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_markdown_has_one_line_per_transfer_and_names_what_failed(tracking: str, written: Written) -> None:

@@ -87,6 +87,16 @@ def test_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         connect(f"sqlite:///{tmp_path}/notes.db")
 
 
+def test_mlflow_shows_the_experiment_as_model_training(uri: str) -> None:
+    connect(uri)
+    client = MlflowClient(uri)
+    made = client.get_experiment_by_name("hemoco")
+    assert made.tags["mlflow.experimentKind"] == "custom_model_development"
+    client.delete_experiment_tag(made.experiment_id, "mlflow.experimentKind")  # as one of an older version
+    connect(uri)
+    assert client.get_experiment_by_name("hemoco").tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_deleted_experiment_says_how_to_restore_it(uri: str) -> None:
     MlflowClient(uri).delete_experiment(connect(uri))
     with pytest.raises(TrackingError, match="mlflow experiments restore --experiment-id"):
