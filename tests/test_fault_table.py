@@ -8,11 +8,11 @@ import pytest
 HERE = Path(__file__).parent
 FAULTS = {
     1: [  # worker killed
-        "pipeline.test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run",
-        "pipeline.test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_for_bit",
+        "broken_runs.test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run",
+        "broken_runs.test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_for_bit",
     ],
     2: [  # preempted by SIGTERM
-        "pipeline.test_kill_costs_at_most_the_steps_since_a_checkpoint_and_sigterm_none",
+        "broken_runs.test_kill_costs_at_most_the_steps_since_a_checkpoint_and_sigterm_none",
         "fan_out.test_training_process_that_is_told_to_go_away_says_so_at_the_next_step",
         "night.test_preemption_costs_no_step",
     ],
@@ -124,7 +124,7 @@ FAULTS = {
         "host_faults.test_a_loader_process_that_the_kernel_kills_is_named",
         "host_faults.test_a_unit_that_lost_a_loader_process_is_tried_again",
         "fan_out.test_unit_that_is_killed_each_time_is_given_up_with_its_reason",
-        "pipeline.test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run",
+        "broken_runs.test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run",
     ],
     26: [  # submitted twice
         "fan_out.test_second_driver_of_a_run_is_refused_while_the_first_is_at_it",
@@ -145,7 +145,7 @@ FAULTS = {
         "preflight_command.test_faults_of_the_access_are_told_apart",
     ],
     29: [  # another world size on resume
-        "pipeline.test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches",
+        "broken_runs.test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches",
         "stream_elastic.test_order_and_exactly_once_hold_over_kills_and_changes_of_the_world_size",
         "night.test_global_batches_of_all_attempts_are_those_of_an_unbroken_run",
         "checkpoint.test_resources_and_loader_workers_may_change",
