@@ -5,7 +5,7 @@ from html import escape
 
 from hemoco.comparison import Pretraining
 from hemoco.comparison_many import ManyComparison, Pair, Place
-from hemoco.comparison_sections import main_sections
+from hemoco.comparison_sections import main_sections, number
 from hemoco.config import config_difference
 from hemoco.extra_sections import extra_sections
 from hemoco.label_efficiency import LabelPoint, label_curves
@@ -85,7 +85,7 @@ def _bars(many: ManyComparison) -> str:
     words = [
         f"{line.label} {line.metric}: "
         + ", ".join(
-            f"{column.label} {_number(interval(many.values[place]).mean)}"
+            f"{column.label} {number(interval(many.values[place]).mean)}"
             for column in many.columns
             if (place := Place(line.label, column.label)) in many.values
         )
@@ -103,7 +103,7 @@ def _label_efficiency(many: ManyComparison) -> list[str]:
         series = [Series(label=label, points=found, colour=colours[label]) for label, found in measured if found]
         if not series:
             continue
-        ticks = [(float(number), _tick(point)) for number, point in enumerate(points)]
+        ticks = [(float(order), _tick(point)) for order, point in enumerate(points)]
         panel = Panel(series=series, x_label="labels", y_label=points[0].line.metric, shares=True, ticks=ticks)
         alt = "Lines: " + "; ".join(f"{one.label} ends at {one.points[-1].y:.3f}" for one in series)
         caption = "Low-shot transfers up to a linear classifier on all labels; 95% intervals."
@@ -113,9 +113,9 @@ def _label_efficiency(many: ManyComparison) -> list[str]:
 
 
 def _label_points(many: ManyComparison, points: list[LabelPoint], column: str) -> list[Point]:
-    places = [(number, Place(point.line.label, column)) for number, point in enumerate(points)]
-    found = [(number, interval(many.values[place])) for number, place in places if place in many.values]
-    return [Point(number, value.mean, value.half_width) for number, value in found]
+    places = [(order, Place(point.line.label, column)) for order, point in enumerate(points)]
+    found = [(order, interval(many.values[place])) for order, place in places if place in many.values]
+    return [Point(order, value.mean, value.half_width) for order, value in found]
 
 
 def _tick(point: LabelPoint) -> str:
@@ -143,7 +143,7 @@ def _checks(pretraining: Pretraining) -> str:
         )
     if not math.isnan(pretraining.knn_top1):
         items.append(
-            f"<li>kNN top-1 accuracy of the last measurement: <strong>{_number(pretraining.knn_top1)}</strong></li>"
+            f"<li>kNN top-1 accuracy of the last measurement: <strong>{number(pretraining.knn_top1)}</strong></li>"
         )
     return f"<ul>{''.join(items)}</ul>"
 
@@ -190,7 +190,3 @@ def _params(params: dict[str, str]) -> str:
     )
     head = '<thead><tr><th scope="col">name</th><th scope="col">value</th></tr></thead>'
     return f"<table>{head}<tbody>{rows}</tbody></table>"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from hemoco.comparison import Pretraining
+from hemoco.comparison_sections import number
 from hemoco.kept_metrics import MetricPoint
 from hemoco.plots import Panel, Point, Series, interval, line_plot, numbered, panels_plot
 from hemoco.report_data import ReportData, RunDetail
@@ -33,12 +34,12 @@ def health_checks(pretraining: Pretraining) -> list[HealthCheck]:
         HealthCheck(
             name="Loss well below chance",
             passed=None if math.isnan(loss - limit) else loss < limit,
-            finding=f"last value {_number(loss)}; must be below {HEALTHY_LOSS} x ln(K+1) = {_number(limit)}",
+            finding=f"last value {number(loss)}; must be below {HEALTHY_LOSS} x ln(K+1) = {number(limit)}",
         ),
         HealthCheck(
             name="Embeddings not collapsed",
             passed=None if math.isnan(std) else std > HEALTHY_STD,
-            finding=f"last std x sqrt(C) {_number(std)}; must be above {HEALTHY_STD} (1 is isotropic)",
+            finding=f"last std x sqrt(C) {number(std)}; must be above {HEALTHY_STD} (1 is isotropic)",
         ),
     ]
 
@@ -167,11 +168,11 @@ def _transfer_curve(data: ReportData) -> str:
     many = data.many
     places = list(dict.fromkeys(place for _, place in many.curve))
     series = []
-    for number, place in enumerate(places):
+    for order, place in enumerate(places):
         found = [(epoch, interval(many.curve[epoch, place])) for epoch, at in sorted(many.curve) if at == place]
         points = [Point(epoch, value.mean, value.half_width) for epoch, value in found]
         label = place.line if len({at.column for at in places}) == 1 else f"{place.line} {place.column}"
-        series.append(numbered(label, points, number))
+        series.append(numbered(label, points, order))
     if not series:
         return ""
     panel = Panel(series=series, x_label="epoch", y_label="headline metric", shares=True)
@@ -183,8 +184,8 @@ def _transfer_curve(data: ReportData) -> str:
 def _series(data: ReportData, name: str, place: Callable[[Sequence[MetricPoint]], list[Point]]) -> list[Series]:
     """One curve for each run that has the metric, in its run's colour."""
     return [
-        numbered(detail.run.label, place(detail.curves[name]), number)
-        for number, detail in enumerate(data.details)
+        numbered(detail.run.label, place(detail.curves[name]), order)
+        for order, detail in enumerate(data.details)
         if detail.curves[name]
     ]
 
@@ -222,7 +223,3 @@ def _fill_step(params: dict[str, str]) -> float | None:
     """The step after which no key of the queue is a random vector."""
     length, batch = params.get("pretrain.moco.queue_length"), params.get("pretrain.global_batch_size")
     return int(length) / int(batch) if length and batch else None
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
