@@ -20,6 +20,7 @@ from hemoco.errors import TrainingError
 from hemoco.report_training import health_checks
 from hemoco.storage import home, join_url, read_bytes, write_bytes
 from jobs.digits import write_digits, write_scenes
+from jobs.live import live_display
 from jobs.options import load_recipe
 from jobs.pack import pack_with_progress
 from jobs.session import print_comparison, publish
@@ -50,8 +51,8 @@ def demo(*, out: str = "", seed: int = 0) -> None:
             bucket = stack.enter_context(embedded_stack(Path(work) / "s3"))
             tracking.connect(tracking.tracking_uri())
         recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
-        with _phase("pretrain, then transfer"):
-            tags = {**git_facts(CHECKOUT), "hemoco.verb": "demo"}
+        tags = {**git_facts(CHECKOUT), "hemoco.verb": "demo"}
+        with _phase("pretrain, then transfer"), live_display(run, pretrain=recipe, transfers=recipe.transfers):
             pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)

@@ -1,6 +1,7 @@
 """`python -m jobs pretrain RECIPE`: the first half of a run."""
 
 from cluster.checkout import CHECKOUT, git_facts
+from jobs.live import live_display
 from jobs.options import RunOptions, parse_options
 from jobs.session import ray_session, run_name, storage_url
 from pipeline.study import check_pretraining
@@ -11,7 +12,7 @@ def main(argv: list[str]) -> None:
     options = parse_options("pretrain", argv, RunOptions)
     name = run_name(options)
     check_pretraining(options.recipe)
-    with ray_session():
+    with ray_session(), live_display(name, pretrain=options.recipe, transfers={}):
         from pipeline.graph import pretrain_only  # Ray Train takes seconds to import, errors should not
 
         done = pretrain_only(

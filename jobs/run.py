@@ -1,6 +1,7 @@
 """`python -m jobs run RECIPE`: pretraining -> transfers -> comparison."""
 
 from cluster.checkout import CHECKOUT, git_facts
+from jobs.live import live_display
 from jobs.options import ReportOptions, parse_options
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
 from pipeline.study import check_pretraining, check_transfers
@@ -12,7 +13,7 @@ def main(argv: list[str]) -> None:
     name = run_name(options)
     check_pretraining(options.recipe)
     check_transfers(options.recipe)
-    with ray_session():
+    with ray_session(), live_display(name, pretrain=options.recipe, transfers=options.recipe.transfers):
         from pipeline.graph import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
 
         pretrain_then_transfer(

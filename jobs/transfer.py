@@ -1,6 +1,7 @@
 """`python -m jobs transfer RECIPE --backbone URL`: the second half of a run."""
 
 from cluster.checkout import CHECKOUT, git_facts
+from jobs.live import live_display
 from jobs.options import parse_transfer
 from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
 from pipeline.study import check_transfers
@@ -11,7 +12,7 @@ def main(argv: list[str]) -> None:
     options = parse_transfer(argv)
     name = run_name(options, options.backbone)
     check_transfers(options.recipe)
-    with ray_session():
+    with ray_session(), live_display(name, pretrain=None, transfers=options.recipe.transfers):
         from pipeline.graph import transfer_only  # Ray Train takes seconds to import, errors should not
 
         transfer_only(

@@ -1,0 +1,157 @@
+"""The live display of a run where output is a terminal: what MLflow says of it, with all other lines scrolling above.
+
+It reads MLflow in a thread of its own and nothing else, so it shows alike what runs here and what runs on a cluster. It
+never raises into the run, and never makes it wait for MLflow.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TextIO, cast
+
+from rich.console import Console
+from rich.live import Live
+
+from hemoco.config import Recipe, TransferConfig
+from hemoco.data.shards import read_index
+from hemoco.data.stream import pretraining_plan, steps_per_epoch
+from hemoco.errors import HemocoError
+from hemoco.storage import absolute_url, first_line
+from hemoco.tracking import connect, tracking_uri
+from jobs.live_facts import Facts, read_facts
+from jobs.live_lines import Frames, lines_above
+from jobs.live_view import Pace, Picture, Plan
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+_BUSY = 4  # an MLflow that takes long is asked less often: so many times as long is it left alone
+_LAST_LOOK_S = 1.0
+_REFRESH_PER_S = 2
+_THREAD = "hemoco-live"
+
+
+@contextmanager
+def live_display(run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig]) -> Iterator[None]:
+    """Shows where a run is while the block works at it; where output is no terminal it does nothing.
+
+    MLflow must have been connected to before: two threads must not import it at the same time.
+
+    Args:
+        run: its name.
+        pretrain: the recipe it pretrains by; None: its backbone is given.
+        transfers: that it measures, by name.
+    """
+    console = terminal()
+    if console is None:
+        yield
+        return
+    plan = Plan(
+        run=run,
+        began_s=time.time(),
+        pretrain=pretrain.pretrain if pretrain else None,
+        steps_per_epoch=_steps_per_epoch(pretrain) if pretrain else None,
+        curve=bool(pretrain and pretrain.curve),
+        transfers=transfers,
+    )
+    watcher = _Watcher(plan, tracking_uri())
+    live = Live(
+        console=console,
+        get_renderable=watcher.picture,
+        refresh_per_second=_REFRESH_PER_S,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with ExitStack() as stack:
+        stack.callback(_end, live)
+        live.start(refresh=True)
+        stack.enter_context(lines_above(console))
+        stack.callback(watcher.end)
+        watcher.begin()
+        yield
+
+
+def terminal() -> Console | None:
+    """The terminal to draw on; None where plain lines are right: output goes elsewhere, or the terminal is dumb.
+
+    Both streams must be terminals: one that goes through a pipe, as to `tee`, mostly ends on the same terminal.
+    """
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return None
+    console = Console(file=cast(TextIO, Frames(sys.stdout)))
+    return console if console.is_terminal and console.is_interactive and not console.is_dumb_terminal else None
+
+
+class _Watcher:
+    """Asks MLflow every few seconds, in a daemon thread: one that waits for an answer must not keep the run."""
+
+    def __init__(self, plan: Plan, uri: str) -> None:
+        self._plan, self._uri = plan, uri
+        self._experiment_id = ""
+        self._facts, self._pace, self._problem = Facts(), Pace(), ""
+        self._answered_s = plan.began_s
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=_THREAD, daemon=True)
+
+    def begin(self) -> None:
+        """Asks from now on."""
+        logging.getLogger("urllib3.connectionpool").addFilter(_asked_by_others)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Asks a last time, if MLflow answers at once."""
+        self._ending.set()
+        self._thread.join(_LAST_LOOK_S)
+
+    def picture(self) -> Picture:
+        """Of what was last heard."""
+        now_s = time.time()
+        return Picture(
+            plan=self._plan,
+            facts=self._facts,
+            pace=self._pace,
+            now_s=now_s,
+            silence_s=now_s - self._answered_s,
+            problem=self._problem,
+        )
+
+    def _watch(self) -> None:
+        last = False
+        while not last:
+            last = self._ending.is_set()  # before asking: what the run said at its end is seen
+            began_s = time.monotonic()
+            try:
+                self._look()
+            except Exception as error:  # of any kind: it must not touch the run, and is shown
+                self._problem = first_line(error)
+                logger.debug("event=no_answer", exc_info=True)
+            self._ending.wait(max(_POLL_S, _BUSY * (time.monotonic() - began_s)))
+
+    def _look(self) -> None:
+        self._experiment_id = self._experiment_id or connect(self._uri)
+        self._facts = read_facts(self._uri, self._experiment_id, self._plan.run)
+        self._answered_s, self._problem = time.time(), ""
+        training = self._facts.pretraining
+        self._pace.note(training.steps.get("loss", 0) if training else 0, self._answered_s)
+
+
+def _asked_by_others(record: logging.LogRecord) -> bool:
+    """Whether a warning of the HTTP client is news: that MLflow does not answer us is shown already."""
+    return record.threadName != _THREAD
+
+
+def _end(live: Live) -> None:
+    with suppress(OSError):  # the terminal is gone: there is nothing to restore
+        live.stop()
+
+
+def _steps_per_epoch(recipe: Recipe) -> int | None:
+    try:
+        index = read_index(absolute_url(recipe.data.shards))
+        return steps_per_epoch(index, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain))
+    except HemocoError as error:  # the run will say so itself, and better
+        logger.debug("event=length_unknown %s", error)
+        return None

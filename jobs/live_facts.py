@@ -1,0 +1,60 @@
+"""What MLflow knows of a run while somebody watches it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from hemoco.tracking import RunFacts, ask
+
+
+class Phase(NamedTuple):
+    """One MLflow run: a pretraining or a transfer."""
+
+    facts: RunFacts
+    steps: dict[str, int]
+    """At which its metrics were last measured."""
+    ended_s: float | None
+    """When it last ended, in seconds since 1970."""
+
+
+class Facts(NamedTuple):
+    """What MLflow knows of a run."""
+
+    pretraining: Phase | None = None
+    transfers: Mapping[str, Phase] = {}
+    """By name; only those that were begun."""
+
+
+def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
+    """What MLflow knows of a run now, by one question that is asked once.
+
+    Raises:
+        TrackingError: MLflow does not answer.
+    """
+    wanted = f'tags.`hemoco.run` = "{run}" and tags.`hemoco.phase` != "curve"'
+    order = ["attributes.start_time ASC"]  # of repeated ones the newest counts, as in a comparison
+    found = ask(
+        uri,
+        lambda client: list(client.search_runs([experiment_id], wanted, max_results=500, order_by=order)),
+        patience_s=0.0,
+    )
+    phases = _by_phase(found)
+    transfers = {phase.facts.tags["hemoco.transfer"]: phase for phase in phases.get("transfer", [])}
+    return Facts(next(reversed(phases.get("pretrain", [])), None), transfers)
+
+
+def _by_phase(found: list[Any]) -> dict[str, list[Phase]]:
+    phases: dict[str, list[Phase]] = {}
+    for run in found:
+        info, data = run.info, run.data
+        facts = RunFacts(
+            run_id=info.run_id,
+            status=info.status,
+            tags=dict(data.tags),
+            params=dict(data.params),
+            metrics=dict(data.metrics),
+        )
+        # the public dictionary has lost the steps
+        steps = {point.key: int(point.step) for point in data._metric_objs}
+        ended_s = info.end_time / 1000 if info.end_time else None
+        phases.setdefault(facts.tags["hemoco.phase"], []).append(Phase(facts, steps, ended_s))
+    return phases
