@@ -183,8 +183,10 @@ def start_loader(source: CropSource, device: torch.device) -> Iterator[CropBatch
 def _watched(loaded: Iterator[CropBatch | HemocoError]) -> Iterator[CropBatch | HemocoError]:
     try:
         yield from loaded
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        # a process that has gone while its tensor is taken over leaves a broken connection, or none to connect to
+        lost = "DataLoader worker" in str(error) if isinstance(error, RuntimeError) else "Caught " not in str(error)
+        if not lost:
             raise
         raise LostLoaderError(
             f"a loader process was lost ({first_line(error)}): was it killed because memory ran out? {_LESS_MEMORY}"
