@@ -138,8 +138,11 @@ def packed(two_jobs: dict[str, Any]) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def training(head: str, s3: str) -> Iterator[tuple[str, list[str]]]:
-    """A job that pretrains for hours, begun with --fresh; its run, and the words that follow it."""
+def training(head: str, s3: str, two_jobs: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """A job that pretrains for hours, begun with --fresh; its run, and the words that follow it.
+
+    After the two jobs: it takes both cores, and those would wait for one.
+    """
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [128])
     words = ["pretrain", "demo", "--data.shards", shards, "--pretrain.epochs", "100000", "--storage", f"{s3}/runs"]
     words = ["submit", *words, "--pretrain.knn_every_epochs", "0", "--run", "long", "--address", head]

@@ -54,7 +54,7 @@ from jobs.digits import write_digits
 
 _WARM = 5  # steps that are not counted
 CONFIG = PretrainConfig(
-    epochs=2,
+    epochs=1,
     global_batch_size=128,
     log_every_steps=1,
     knn_every_epochs=0,
