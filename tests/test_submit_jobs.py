@@ -58,7 +58,11 @@ def run_jobs(*words: str, **environment: str) -> "subprocess.CompletedProcess[st
 
 def finished(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
     with process:
-        out, err = process.communicate(timeout=180)
+        try:
+            out, err = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            process.kill()  # else leaving the block would wait for it
+            raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
