@@ -24,6 +24,7 @@ _WIDTH, _HEIGHT = 34, 24  # cells of the map
 _CELL = 44  # pixels
 _FRAME = 4  # pixels
 _PERPLEXITY = 20.0
+_ALIKE = 1e-3  # float16 of vectors of length 1 resolves no less
 
 
 class NearImage(NamedTuple):
@@ -47,11 +48,17 @@ def draw_map(sample: FeatureSample) -> bytes:
     coloured = has_colours(sample)
     for row, (column, line) in enumerate(cells):
         label = int(sample.labels[row])
-        frame = Image.new("RGB", (_CELL - 2, _CELL - 2), CLASS_COLOURS[label] if coloured and label >= 0 else "#DDDDDD")
+        known = coloured and 0 <= label < len(sample.classes)
+        frame = Image.new("RGB", (_CELL - 2, _CELL - 2), CLASS_COLOURS[label] if known else "#DDDDDD")
         side = _CELL - 2 - 2 * _FRAME
         frame.paste(thumbnail(sample, row).resize((side, side), Image.Resampling.BICUBIC), (_FRAME, _FRAME))
         canvas.paste(frame, (column * _CELL + 1, line * _CELL + 1))
     return encode_png(canvas.quantize(256, dither=Image.Dither.NONE))
+
+
+def all_alike(sample: FeatureSample) -> bool:
+    """Whether all images have the same features: a collapsed backbone, of which there is no map."""
+    return bool((sample.features.float().std(dim=0, correction=0) < _ALIKE).all())
 
 
 def has_colours(sample: FeatureSample) -> bool:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hemoco.data.decode import UndecodableImage, decode_image
 from hemoco.data.shards import ShardIndex
 from hemoco.data.spread_samples import spread_samples
 from hemoco.data.views import center_view, resize
 from hemoco.encoder import Backbone
-from hemoco.errors import ShardError
+from hemoco.errors import CheckpointError, ShardError, TrainingError
 from hemoco.tensor_file import parse_safetensors
 from hemoco.transfer.frozen import extract_features
 
@@ -29,7 +30,7 @@ class FeatureSample(NamedTuple):
     """Images, by row."""
 
     features: Tensor
-    """float16 (M, F)."""
+    """float16 (M, F), of length 1: their directions are what is compared; 0 where a backbone gives 0."""
     thumbnails: Tensor
     """uint8 RGB (M, 3, T, T)."""
     labels: Tensor
@@ -53,6 +54,7 @@ def sample_features(backbone: Backbone, data_url: str, index: ShardIndex, split:
     Raises:
         ShardError: there is no such split, none of the images can be decoded, or they are not those that were packed.
         StorageError: the storage refuses or does not answer.
+        TrainingError: features are not finite.
     """
     found = spread_samples(data_url, index.split(split), _IMAGES)
     views = [_view(sample.image, size) for sample in found]
@@ -61,9 +63,11 @@ def sample_features(backbone: Backbone, data_url: str, index: ShardIndex, split:
         raise ShardError(f"{data_url}: no image of split {split!r} can be decoded, of {len(found)} that were looked at")
     images = torch.stack([view for _, view in shown])  # (M, 3, S, S)
     features = extract_features(backbone, images.to(next(backbone.parameters()).device))
+    if not features.isfinite().all():
+        raise TrainingError("the backbone gives features that are not finite")
     side = min(size, _THUMBNAIL)
     return FeatureSample(
-        features=features.to("cpu", torch.float16),
+        features=functional.normalize(features).to("cpu", torch.float16),
         thumbnails=torch.stack([resize(view, (side, side)) for view in images]),
         labels=torch.tensor([sample.label for sample, _ in shown]),
         keys=tuple(sample.key for sample, _ in shown),
@@ -84,9 +88,11 @@ def decode_sample(data: bytes) -> FeatureSample:
     """What `encode_sample` gave.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or of another version.
     """
     metadata, tensors = parse_safetensors(FILE_NAME, data)
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{FILE_NAME}: is of format {metadata.get('format')}, not {_FORMAT}")
     return FeatureSample(
         features=tensors["features"],
         thumbnails=tensors["thumbnails"],

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from hemoco.comparison import PRETRAINED
 from hemoco.comparison_many import ManyComparison, Place
 from hemoco.spread import Repetitions, confidence_half_width
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Of the runs or columns, in their order; from the seventh on they begin again with another dash."""
+"""Of the pretrainings, in their order; from the seventh on they begin again."""
 BASELINE_COLOURS = ("#8C8C8C", "#BFBFBF", "#5E5E5E", "#A6A6A6")
 _DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _INK, _LIMIT = "#333333", "#A84A00"
@@ -43,9 +44,9 @@ class Series:
     dashes: Literal["-", "--", ":", "-."] = "-"
 
 
-def numbered(label: str, points: Sequence[Point], number: int) -> Series:
-    """A curve in the colour of its number; beyond the colours there are, dashed."""
-    dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
+def numbered(label: str, points: Sequence[Point], number: int, repetition: int = 0) -> Series:
+    """A curve in the colour of its number; repetitions, and those beyond the colours there are, are dashed."""
+    dashes = _DASHES[(repetition + number // len(COLOURS)) % len(_DASHES)]
     return Series(label=label, points=points, colour=COLOURS[number % len(COLOURS)], dashes=dashes)
 
 
@@ -72,7 +73,7 @@ def line_plot(panel: Panel) -> bytes:
     """Curves in one frame."""
     figure, (axes,) = _canvas(rows=1, columns=1, height=2.9)
     _draw_panel(axes, panel)
-    _legend(figure, panel.series)
+    _legend(figure, [panel])
     return _svg(figure)
 
 
@@ -83,7 +84,7 @@ def panels_plot(panels: Sequence[Panel]) -> bytes:
         last = place == len(panels) - 1
         _draw_panel(axes, panel if last else dataclasses.replace(panel, x_label=""))
         axes.tick_params(labelbottom=last)
-    _legend(figure, panels[0].series)
+    _legend(figure, panels)
     return _svg(figure)
 
 
@@ -195,8 +196,10 @@ def _draw_marks(axes: "Axes", panel: Panel) -> None:
         )
 
 
-def _legend(figure: "Figure", series: Sequence[Series]) -> None:
-    if len(series) < 2:
+def _legend(figure: "Figure", panels: Sequence[Panel]) -> None:
+    """Names the curves; that of a run shown alone needs no name."""
+    series = list({one.label: one for panel in panels for one in panel.series}.values())
+    if [one.label for one in series] in ([], [PRETRAINED]):
         return
     lines = [_line(one, []) for one in series]
     names = [one.label for one in series]

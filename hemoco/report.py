@@ -47,7 +47,10 @@ def render_report(data: ReportData) -> str:
 
 def _verdict(many: ManyComparison) -> str:
     ill = [
-        run.label for run in many.runs if any(check.passed is False for check in health_checks(run.found.pretraining))
+        run.label
+        for run in many.runs
+        if run.found.pretraining.status == "FINISHED"  # one that goes on may be on its way
+        and any(check.passed is False for check in health_checks(run.found.pretraining))
     ]
     alone = len(many.runs) == 1
     warning = "" if not ill else " But the pretraining is not healthy." if alone else f" Not healthy: {', '.join(ill)}."
@@ -57,7 +60,7 @@ def _verdict(many: ManyComparison) -> str:
 
 def _winner(many: ManyComparison) -> str:
     pretrainings = [column.label for column in many.columns if not column.baseline]
-    theirs = pretrainings[1] if len(pretrainings) > 1 else "random"
+    theirs = pretrainings[1] if len(pretrainings) > 1 else _baseline(many, pretrainings[0])
     pairs = [pair for pair in many.pairs if (pair.ours, pair.theirs) == (pretrainings[0], theirs)]
     measured = [pair for pair in pairs if not math.isnan(pair.difference.mean)]
     if not measured:
@@ -66,9 +69,17 @@ def _winner(many: ManyComparison) -> str:
     noun = "transfer" if len(measured) == 1 else "transfers"
     beyond = f", {clear} beyond the noise of seeds" if any(pair.difference.noise for pair in measured) else ""
     if len(pretrainings) == 1:
-        return f"Pretraining beats random initialisation in {better} of {len(measured)} {noun}{beyond}."
+        whom = "random initialisation" if theirs == "random" else theirs
+        return f"Pretraining beats {whom} in {better} of {len(measured)} {noun}{beyond}."
     more = "" if len(pretrainings) == 2 else " All other pairs are in the tables."
     return f"{pretrainings[0]} beats {theirs} in {better} of {len(measured)} {noun}{beyond}.{more}"
+
+
+def _baseline(many: ManyComparison, ours: str) -> str:
+    """The random one, else the first that was measured beside the pretraining."""
+    measured = [pair.theirs for pair in many.pairs if pair.ours == ours]
+    random = [column.label for column in many.columns if column.baseline == "random" and column.label in measured]
+    return (*random, *measured, "random")[0]
 
 
 def _beats(pair: Pair, *, clearly: bool) -> bool:

@@ -1,12 +1,17 @@
 """All that a report shows, read from MLflow and nowhere else."""
 
 import dataclasses
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
+from hemoco.comparison import Records
 from hemoco.comparison_many import ManyComparison, Run
+from hemoco.errors import CheckpointError
 from hemoco.feature_sample import FILE_NAME, FeatureSample, decode_sample
 from hemoco.kept_metrics import MetricPoint
 from hemoco.tracking import metric_points, read_artifacts
+
+logger = logging.getLogger(__name__)
 
 CURVES = (
     "loss",
@@ -38,7 +43,7 @@ class RunDetail:
 
     run: Run
     params: dict[str, str]
-    """Every setting by its dotted name; those of `pretrain` are the ones the backbone was trained with."""
+    """Every setting by its dotted name; those of `pretrain` are the ones the backbone was trained with, if known."""
     curves: dict[str, list[MetricPoint]]
     """The pretraining's metrics by step, by the names of CURVES; empty where not recorded."""
     images: tuple[TransferImage, ...]
@@ -60,7 +65,6 @@ def collect_report(uri: str, many: ManyComparison) -> ReportData:
 
     Raises:
         TrackingError: MLflow cannot be used.
-        CheckpointError: a file with features, recorded with a run, is damaged.
     """
     return ReportData(many=many, details=tuple(_detail(uri, run) for run in many.runs))
 
@@ -81,11 +85,31 @@ def _detail(uri: str, run: Run) -> RunDetail:
             found = threads.map(lambda name: metric_points(uri, source.run_id, name), recorded)
             curves |= zip(recorded, found, strict=True)
         file = read_artifacts(uri, source.run_id, FILE_NAME).get(FILE_NAME)
-        sample = decode_sample(file) if file is not None else None
+        sample = _decoded(file) if file is not None else None
     return RunDetail(
         run=run,
-        params=records.parent.params | (source.params if source else {}),
+        params=_params(records),
         curves=curves,
         images=tuple(images),
         sample=sample,
     )
+
+
+def _params(records: Records) -> dict[str, str]:
+    """Of a backbone whose pretraining MLflow does not know, the recipe says what it must be, not how it came to be."""
+    if records.pretraining is not None:
+        return records.parent.params | records.pretraining.params
+    kept = ("pretrain.encoder.", "pretrain.views.")
+    return {
+        name: value
+        for name, value in records.parent.params.items()
+        if not name.startswith("pretrain.") or name.startswith(kept)
+    }
+
+
+def _decoded(file: bytes) -> FeatureSample | None:
+    try:
+        return decode_sample(file)
+    except CheckpointError as error:
+        logger.warning("event=no_feature_map %s", error)
+        return None

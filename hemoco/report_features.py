@@ -7,6 +7,7 @@ from hemoco.feature_map import (
     CLASS_COLOURS,
     MIN_IMAGES,
     NearImage,
+    all_alike,
     chosen_rows,
     draw_map,
     encode_png,
@@ -26,8 +27,8 @@ _MOST_RUNS = 6  # with a map each
 
 def feature_sections(data: ReportData) -> list[str]:
     """A map and nearest images for each pretraining that has recorded a sample of features."""
-    sampled = [detail for detail in data.details[:_MOST_RUNS] if detail.sample is not None]
-    return [part for detail in sampled for part in (_map(data, detail), _neighbours(data, detail))]
+    sampled = [detail for detail in data.details if detail.sample is not None]
+    return [part for detail in sampled[:_MOST_RUNS] for part in (_map(data, detail), _neighbours(data, detail))]
 
 
 def image_sections(data: ReportData) -> list[str]:
@@ -55,6 +56,8 @@ def _map(data: ReportData, detail: RunDetail) -> str:
     title = f"{_of(data, detail)}Feature map"
     if len(sample.keys) < MIN_IMAGES:
         return section(title, f"<p>Split {escape(sample.split)!r} has too few images for a map.</p>")
+    if all_alike(sample):
+        return section(title, "<p>All images have the same features: the backbone has collapsed.</p>")
     png = draw_map(sample)
     alt = f"{len(sample.keys)} thumbnails of split {sample.split}, those with similar features near each other"
     image = f'<img src="{data_uri(png, "image/png")}" alt="{escape(alt)}"/>'

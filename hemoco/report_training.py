@@ -80,8 +80,9 @@ def _loss(data: ReportData) -> str:
     series = _series(data, "loss", _by_step)
     if not series:
         return ""
-    chances = {chance for detail in data.details if (chance := _chance(detail.params)) is not None}
-    fills = {fill for detail in data.details if (fill := _fill_step(detail.params)) is not None}
+    trained = [detail.params for detail in data.details if detail.curves["loss"]]
+    chances = {chance for params in trained if (chance := _chance(params)) is not None}
+    fills = {fill for params in trained if (fill := _fill_step(params)) is not None}
     queue = len(fills) == 1 and len(chances) == 1
     panel = Panel(
         series=series,
@@ -113,7 +114,7 @@ def _last_step(series: Sequence[Series]) -> float:
 
 def _collapse(data: ReportData) -> str:
     step = "optimiser step"
-    gaps = [_gap(detail, place) for place, detail in enumerate(data.details)]
+    gaps = [_gap(data, detail) for detail in data.details]
     wanted = [
         Panel(
             series=_series(data, "embedding_std", _by_step),
@@ -139,22 +140,22 @@ def _collapse(data: ReportData) -> str:
     return plot("Collapse", panels_plot(panels), alt, caption)
 
 
-def _gap(detail: RunDetail, place: int) -> Series:
+def _gap(data: ReportData, detail: RunDetail) -> Series:
     negative = {point.step: point.value for point in detail.curves["negative_similarity"]}
     both = [point for point in detail.curves["positive_similarity"] if point.step in negative]
     points = [Point(point.step, point.value - negative[point.step]) for point in both]
-    return numbered(detail.run.label, points, place)
+    return _of_run(data, detail, points)
 
 
 def _knn(data: ReportData) -> str:
     series = []
-    for place, detail in enumerate(data.details):
+    for detail in data.details:
         points = detail.curves["knn_top1"]
         if points:
             # the first measurement is at the end of this epoch
             first = min(int(detail.params["pretrain.knn_every_epochs"]), int(detail.params["pretrain.epochs"]))
             by_epoch = [Point(point.step * first / points[0].step, point.value) for point in points]
-            series.append(numbered(detail.run.label, by_epoch, place))
+            series.append(_of_run(data, detail, by_epoch))
     if not series:
         return ""
     panel = Panel(series=series, x_label="epoch", y_label="kNN top-1 accuracy")
@@ -183,11 +184,15 @@ def _transfer_curve(data: ReportData) -> str:
 
 def _series(data: ReportData, name: str, place: Callable[[Sequence[MetricPoint]], list[Point]]) -> list[Series]:
     """One curve for each run that has the metric, in its run's colour."""
-    return [
-        numbered(detail.run.label, place(detail.curves[name]), order)
-        for order, detail in enumerate(data.details)
-        if detail.curves[name]
-    ]
+    return [_of_run(data, detail, place(detail.curves[name])) for detail in data.details if detail.curves[name]]
+
+
+def _of_run(data: ReportData, detail: RunDetail, points: Sequence[Point]) -> Series:
+    """A curve in the colour that its pretraining has in all plots; repetitions differ by their dashes."""
+    run = detail.run
+    pretrainings = [column for column in data.many.columns if not column.baseline]
+    number = next(place for place, column in enumerate(pretrainings) if run in column.runs)
+    return numbered(run.label, points, number, pretrainings[number].runs.index(run))
 
 
 def _by_step(points: Sequence[MetricPoint]) -> list[Point]:

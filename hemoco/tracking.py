@@ -3,6 +3,7 @@
 mlflow is imported inside functions: it takes seconds, and `import hemoco` must not need it.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -77,8 +78,7 @@ def connect(uri: str) -> str:
     if found is None:
         folder = (database(uri).parent / "mlartifacts").as_uri() if local else None
         try:
-            created = {"artifact_location": folder, "tags": _KIND}
-            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, **created)))
+            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, folder, _KIND)))
         except TrackingError:
             # another process may have created it in between
             found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT))
@@ -90,7 +90,11 @@ def connect(uri: str) -> str:
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
     if "mlflow.experimentKind" not in found.tags:  # made by an older version
-        ask(uri, lambda client: [client.set_experiment_tag(found.experiment_id, *tag) for tag in _KIND.items()])
+        with contextlib.suppress(TrackingError):  # who may only read sees it as it was
+            tags = _KIND.items()
+            ask(
+                uri, lambda client: [client.set_experiment_tag(found.experiment_id, *tag) for tag in tags], patience_s=0
+            )
     return str(found.experiment_id)
 
 

@@ -30,14 +30,14 @@ def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
     Raises:
         TrackingError: MLflow does not answer.
     """
-    wanted = f'tags.`hemoco.run` = "{run}" and tags.`hemoco.phase` != "curve"'
-    order = ["attributes.start_time ASC"]  # of repeated ones the newest counts, as in a comparison
+    wanted = f'tags.`hemoco.run` = "{run}" and tags.`hemoco.phase` != "curve" and tags.`hemoco.phase` != "parent"'
+    order = ["attributes.start_time DESC"]
     found = ask(
         uri,
         lambda client: list(client.search_runs([experiment_id], wanted, max_results=500, order_by=order)),
         patience_s=0.0,
     )
-    phases = _by_phase(found)
+    phases = _by_phase(found[::-1])  # of repeated ones the newest counts, as in a comparison
     transfers = {phase.facts.tags["hemoco.transfer"]: phase for phase in phases.get("transfer", [])}
     return Facts(next(reversed(phases.get("pretrain", [])), None), transfers)
 

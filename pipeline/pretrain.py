@@ -205,7 +205,7 @@ def _record_sample(job: PretrainJob, state: TrainState, index: ShardIndex) -> No
     try:
         sample = sample_features(backbone, data.shards, index, split, job.config.views.size)
         log_artifact_bytes(job.tracking_uri, job.run_id, FILE_NAME, encode_sample(sample))
-    except HemocoError as error:
+    except Exception as error:  # whatever it is, of storage, MLflow or memory: the backbone is exported
         logger.warning("event=no_feature_sample the report will have no feature map: %s", error)
 
 

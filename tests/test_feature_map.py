@@ -15,7 +15,7 @@ from hemoco.data.shards import read_index
 from hemoco.data.stream import load_images
 from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ShardError
-from hemoco.feature_map import chosen_rows, draw_map, nearest, place_in_cells, same_label_share
+from hemoco.feature_map import all_alike, chosen_rows, draw_map, nearest, place_in_cells, same_label_share
 from hemoco.feature_sample import decode_sample, encode_sample, sample_features
 from hemoco.transfer.frozen import extract_features
 
@@ -32,7 +32,8 @@ def test_a_sample_has_the_features_of_its_images(backbone: Backbone, tmp_path: P
     images, labels, keys = load_images(str(tmp_path), "train", 16)
     assert sample.keys == tuple(keys) and sample.labels.tolist() == labels.tolist()
     assert torch.equal(sample.thumbnails, images)
-    assert torch.equal(sample.features, extract_features(backbone, images).half())
+    features = extract_features(backbone, images)
+    assert torch.equal(sample.features, (features / features.norm(dim=1, keepdim=True)).half())
 
 
 def test_undecodable_images_are_left_out_and_labels_may_be_missing(backbone: Backbone, tmp_path: Path) -> None:
@@ -55,6 +56,19 @@ def test_a_kept_sample_comes_back_and_a_damaged_one_is_refused() -> None:
     assert back[3:] == sample[3:]
     with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
         decode_sample(encode_sample(sample)[:-10])
+
+
+def test_a_sample_of_another_version_is_refused() -> None:
+    data = encode_sample(sample_of(6)).replace(b"hemoco-feature-sample-1", b"hemoco-feature-sample-9")
+    with pytest.raises(CheckpointError, match="is of format hemoco-feature-sample-9"):
+        decode_sample(data)
+
+
+def test_a_collapsed_backbone_is_seen() -> None:
+    sample = sample_of(30)
+    assert not all_alike(sample)
+    assert all_alike(sample._replace(features=torch.zeros(30, 8, dtype=torch.float16)))
+    assert all_alike(sample._replace(features=torch.full((30, 8), 8**-0.5, dtype=torch.float16)))
 
 
 def test_nearest_agrees_with_a_loop_over_pairs() -> None:

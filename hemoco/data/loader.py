@@ -185,7 +185,8 @@ def _watched(loaded: Iterator[CropBatch | HemocoError]) -> Iterator[CropBatch | 
         yield from loaded
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
         # a process that has gone while its tensor is taken over leaves a broken connection, or none to connect to
-        lost = "DataLoader worker" in str(error) if isinstance(error, RuntimeError) else "Caught " not in str(error)
+        raised_inside = "Caught " in str(error)  # torch says so of what the process itself has raised
+        lost = not raised_inside and ("DataLoader worker" in str(error) or not isinstance(error, RuntimeError))
         if not lost:
             raise
         raise LostLoaderError(
