@@ -71,7 +71,7 @@ class Panel:
 
 def line_plot(panel: Panel) -> bytes:
     """Curves in one frame."""
-    figure, (axes,) = _canvas(rows=1, columns=1, height=2.9)
+    figure, (axes,) = _canvas(rows=1, height=2.9)
     _draw_panel(axes, panel)
     _legend(figure, [panel])
     return _svg(figure)
@@ -79,7 +79,7 @@ def line_plot(panel: Panel) -> bytes:
 
 def panels_plot(panels: Sequence[Panel]) -> bytes:
     """Small plots in one column, that share their curves' names."""
-    figure, every = _canvas(rows=len(panels), columns=1, height=0.4 + 1.35 * len(panels))
+    figure, every = _canvas(rows=len(panels), height=0.4 + 1.35 * len(panels))
     for place, (axes, panel) in enumerate(zip(every, panels, strict=True)):
         last = place == len(panels) - 1
         _draw_panel(axes, panel if last else dataclasses.replace(panel, x_label=""))
@@ -91,7 +91,7 @@ def panels_plot(panels: Sequence[Panel]) -> bytes:
 def transfer_bars(many: ManyComparison) -> bytes:
     """A bar for each transfer and column, the mean with its 95% interval; a dot for each value where there are some."""
     height = 0.78 / max(len(many.columns), 1)
-    figure, (axes,) = _canvas(rows=1, columns=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines))
+    figure, (axes,) = _canvas(rows=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines))
     colours = column_colours(many)
     for place, line in enumerate(many.lines):
         for number, column in enumerate(many.columns):
@@ -213,11 +213,11 @@ def _line(series: Series, points: Sequence[Point]) -> "Line2D":
     return Line2D([point.x for point in points], [point.y for point in points], **style)
 
 
-def _canvas(rows: int, columns: int, height: float) -> "tuple[Figure, list[Axes]]":
+def _canvas(rows: int, height: float) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+    every = list(figure.subplots(rows, squeeze=False, sharex=True).flat)
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#999999")

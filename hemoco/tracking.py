@@ -136,7 +136,7 @@ def find_runs(uri: str, experiment_id: str, tags: dict[str, str]) -> list[RunFac
             pages.append(client.search_runs([experiment_id], wanted, page_token=pages[-1].token, **options))
         return [run for page in pages for run in page]
 
-    return [_facts(run) for run in ask(uri, search)]
+    return [facts_of(run) for run in ask(uri, search)]
 
 
 def run_facts(uri: str, run_id: str) -> RunFacts:
@@ -145,7 +145,19 @@ def run_facts(uri: str, run_id: str) -> RunFacts:
     Raises:
         TrackingError: MLflow does not know it.
     """
-    return _facts(ask(uri, lambda client: client.get_run(run_id)))
+    return facts_of(ask(uri, lambda client: client.get_run(run_id)))
+
+
+def facts_of(run: Any) -> RunFacts:
+    """What a run that MLflow's client has given says."""
+    data = run.data
+    return RunFacts(
+        run_id=run.info.run_id,
+        status=run.info.status,
+        tags=dict(data.tags),
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+    )
 
 
 def reopen_run(uri: str, run_id: str) -> None:
@@ -304,17 +316,6 @@ def _client_type() -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient
-
-
-def _facts(run: Any) -> RunFacts:
-    data = run.data
-    return RunFacts(
-        run_id=run.info.run_id,
-        status=run.info.status,
-        tags=dict(data.tags),
-        params=dict(data.params),
-        metrics=dict(data.metrics),
-    )
 
 
 def _refusal(uri: str, error: Exception) -> TrackingError:

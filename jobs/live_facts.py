@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hemoco.tracking import RunFacts, ask
+from hemoco.tracking import RunFacts, ask, facts_of
 
 
 class Phase(NamedTuple):
@@ -45,16 +45,9 @@ def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
 def _by_phase(found: list[Any]) -> dict[str, list[Phase]]:
     phases: dict[str, list[Phase]] = {}
     for run in found:
-        info, data = run.info, run.data
-        facts = RunFacts(
-            run_id=info.run_id,
-            status=info.status,
-            tags=dict(data.tags),
-            params=dict(data.params),
-            metrics=dict(data.metrics),
-        )
+        facts = facts_of(run)
         # the public dictionary has lost the steps
-        steps = {point.key: int(point.step) for point in data._metric_objs}
-        ended_s = info.end_time / 1000 if info.end_time else None
+        steps = {point.key: int(point.step) for point in run.data._metric_objs}
+        ended_s = run.info.end_time / 1000 if run.info.end_time else None
         phases.setdefault(facts.tags["hemoco.phase"], []).append(Phase(facts, steps, ended_s))
     return phases

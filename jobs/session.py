@@ -68,9 +68,10 @@ def results_folder(name: str, out: str) -> Path:
 
 def write_results(run: str, folder: Path) -> Comparison:
     """Writes comparison.{json,csv,md} and report.html of a run."""
-    found = comparison(tracking_uri(), run)
+    many = compare_runs(tracking_uri(), [run])
+    found = many.runs[0].found
     write_comparison(found, folder)
-    write_report(compare_runs(tracking_uri(), [run]), folder)
+    write_report(many, folder)
     return found
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def chromium(folder: Path) -> Iterator[str]:
         try:
             while not (match := _LISTENS.search(log.read_bytes())):
                 assert process.poll() is None, log.read_text()
-                asyncio.run(asyncio.sleep(0.1))
+                time.sleep(0.1)
             yield match[1].decode().replace("ws:", "http:")
         finally:
             process.terminate()
