@@ -155,9 +155,9 @@ def _claim(dest: str, plans: Sequence[_ShardPlan], *, overwrite: bool) -> None:
 
 
 def _remove_unnamed(dest: str, index: ShardIndex) -> None:
-    """Removes what interrupted packs with other settings have left: no index will name it."""
+    """Removes what interrupted packs have left, of other settings or half written: no index will name it."""
     splits = "|".join(map(re.escape, index.splits))
-    tars = {name for name in list_names(dest) if re.fullmatch(rf"({splits})-\d{{6}}\.tar", name)}
+    tars = {name for name in list_names(dest) if re.fullmatch(rf"({splits})-\d{{6}}\.tar(\.\d+\.partial)?", name)}
     for name in tars - {shard.name for shard in index.shards}:
         remove(join_url(dest, name))
     tables = {name for name in list_names(join_url(dest, "samples"))}

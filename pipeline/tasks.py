@@ -76,7 +76,7 @@ def run_tasks(
         raise
     finally:
         for reference in running:
-            ray.cancel(reference)
+            ray.cancel(reference, force=True)  # an interrupt in the midst of `import torch` spoils a worker for others
 
 
 def attempt_tasks(
