@@ -106,12 +106,18 @@ def newest_complete(url: str) -> str | None:
 
 
 def close_running(uri: str, run: str) -> list[str]:
-    """Marks what of a run MLflow still takes for running as killed, for a process that has been ended cannot.
+    """Marks what of a run or a sweep MLflow still takes for running as killed: a process that has been ended cannot.
 
     Returns:
         The names of what was marked.
     """
-    left = [facts for facts in find_runs(uri, connect(uri), {"hemoco.run": run}) if facts.status == "RUNNING"]
+    experiment_id = connect(uri)
+    of_sweep = find_runs(uri, experiment_id, {"hemoco.sweep": run})
+    trials = [facts for facts in of_sweep if facts.tags["hemoco.phase"] == "trial"]
+    names = [run, *(f"{run}/{trial.tags['mlflow.runName']}" for trial in trials)]
+    of_runs = [facts for name in names for facts in find_runs(uri, experiment_id, {"hemoco.run": name})]
+    by_id = {facts.run_id: facts for facts in (*of_sweep, *of_runs)}
+    left = [facts for facts in by_id.values() if facts.status == "RUNNING"]
     for facts in left:
         close_run(uri, facts.run_id, "KILLED")
     return [facts.tags.get("mlflow.runName", facts.run_id) for facts in left]

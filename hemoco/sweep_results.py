@@ -55,6 +55,8 @@ class SweepResult:
     sweep: str
     run_id: str
     """In MLflow."""
+    status: str
+    """Of its run in MLflow."""
     recipe: str
     objective: str
     """Transfer and metric."""
@@ -89,16 +91,28 @@ def sweep_result(uri: str, sweep: str) -> SweepResult:
         UsageError: MLflow knows no sweep of this name.
         TrackingError: MLflow cannot be used.
     """
-    experiment_id = connect(uri)
-    found = find_runs(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "sweep"})
-    if not found:
-        known = {facts.tags["hemoco.sweep"] for facts in find_runs(uri, experiment_id, {"hemoco.phase": "sweep"})}
+    found = find_sweep(uri, sweep)
+    if found is None:
+        known = {facts.tags["hemoco.sweep"] for facts in find_runs(uri, connect(uri), {"hemoco.phase": "sweep"})}
         raise UsageError(f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}")
-    parent = found[0]
+    return found
+
+
+def find_sweep(uri: str, sweep: str) -> SweepResult | None:
+    """As `sweep_result`; None where MLflow knows no sweep of this name.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    experiment_id = connect(uri)
+    parent = find_run(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "sweep"})
+    if parent is None:
+        return None
     trials = find_runs(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "trial"})
     return SweepResult(
         sweep=sweep,
         run_id=parent.run_id,
+        status=parent.status,
         recipe=parent.tags["hemoco.recipe"],
         objective=f"{parent.params['sweep.objective']}/{parent.tags['hemoco.metric']}",
         watch=parent.params["sweep.watch"],
@@ -134,7 +148,10 @@ def sweep_section(result: SweepResult) -> Section:
 
 
 def sweep_json(result: SweepResult) -> str:
-    """Keys `sweep`, `run_id`, `recipe`, `objective`, `watch`, `data_digest`, `best` (a trial's number) and `trials`."""
+    """Keys `sweep`, `run_id`, `status`, `recipe`, `objective`, `watch`, `data_digest`, `best` and `trials`.
+
+    `best` is a trial's number; null where none has finished.
+    """
     facts: dict[str, Any] = dataclasses.asdict(result)
     del facts["params"]
     for trial in facts["trials"]:

@@ -1,5 +1,6 @@
 """Finding a recipe and reading a command line over it."""
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -8,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from hemoco.config import Recipe
+from hemoco.config import Recipe, flat_params
 from hemoco.errors import UsageError
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -88,6 +89,23 @@ def parse_transfer(argv: list[str]) -> TransferOptions:
         raise UsageError(f"--only {unknown[0]}: recipe {recipe.name} has no such transfer; it has {known}")
     kept = {name: config for name, config in recipe.transfers.items() if not options.only or name in options.only}
     return dataclasses.replace(options, recipe=dataclasses.replace(recipe, transfers=kept))
+
+
+def settings_words(params: dict[str, str], recipe: Recipe) -> list[str]:
+    """The flags that turn a recipe into one with these settings."""
+    words = []
+    for name, value in flat_params(recipe).items():
+        wanted = params.get(name, value)
+        if wanted == value:
+            continue
+        if wanted in ("True", "False"):
+            head, _, last = name.rpartition(".")
+            words.append(f"--{name}" if wanted == "True" else f"--{head}.no_{last}")
+        elif wanted.startswith("("):
+            words += [f"--{name}", *map(str, ast.literal_eval(wanted))]
+        else:
+            words += [f"--{name}", wanted]
+    return words
 
 
 def recipe_names() -> list[str]:

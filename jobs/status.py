@@ -1,6 +1,5 @@
 """`python -m jobs status [RUN]`: what runs, what has finished or failed, and how to go on."""
 
-import ast
 import os
 import shlex
 import sys
@@ -13,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.job_environment import words_again
-from hemoco.config import Recipe, flat_params
 from hemoco.errors import HemocoError, UsageError
 from hemoco.run_status import PhaseStatus, RunStatus, newest_complete, newest_runs, run_status
+from hemoco.section import print_section
 from hemoco.storage import join_url
+from hemoco.sweep_results import SweepResult, find_sweep, sweep_section
 from hemoco.tracking import tracking_uri
-from jobs.options import load_recipe
+from jobs.options import load_recipe, settings_words
 from jobs.submit import head_address
 
 if TYPE_CHECKING:
@@ -50,23 +50,6 @@ def status(run: Annotated[str, tyro.conf.Positional] = "", /, *, address: str = 
         _show_runs(console, newest_runs(tracking_uri(), _MOST), jobs, bool(named))
 
 
-def settings_words(params: dict[str, str], recipe: Recipe) -> list[str]:
-    """The flags that turn a recipe into one with these settings."""
-    words = []
-    for name, value in flat_params(recipe).items():
-        wanted = params.get(name, value)
-        if wanted == value:
-            continue
-        if wanted in ("True", "False"):
-            head, _, last = name.rpartition(".")
-            words.append(f"--{name}" if wanted == "True" else f"--{head}.no_{last}")
-        elif wanted.startswith("("):
-            words += [f"--{name}", *map(str, ast.literal_eval(wanted))]
-        else:
-            words += [f"--{name}", wanted]
-    return words
-
-
 def _jobs(address: str, run: str) -> list["Job"]:
     from cluster.submit import Cluster  # seconds to import, and mostly nobody asks
 
@@ -93,6 +76,8 @@ def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], asked
 
 def _show_run(console: Console, run: str, jobs: list["Job"], address: str) -> None:
     job = jobs[0] if jobs else None
+    if sweep := find_sweep(tracking_uri(), run):
+        return _show_sweep(console, sweep, job, address)
     try:
         found = run_status(tracking_uri(), run)
     except UsageError:
@@ -107,12 +92,31 @@ def _show_run(console: Console, run: str, jobs: list["Job"], address: str) -> No
     _show_phases(console, found.phases)
     if found.status == "FINISHED":
         _say(console, {"table": f"python -m jobs compare {run}"})
-    elif job is not None and not job.ended:
-        stop = shlex.join(["python", "-m", "jobs", "stop", run, "--address", address])
-        _say(console, {"follow": _resume_words(found, job, address), "stop": stop})
     else:
-        _say(console, {"resume": _resume_words(found, job, address)})
+        _say(console, _go_on(_resume_words(found, job, address), run, job, address))
     return None
+
+
+def _show_sweep(console: Console, sweep: SweepResult, job: "Job | None", address: str) -> None:
+    from jobs.sweep import best_lines  # torch, for what a sweep checks before it begins
+
+    lines = {"sweep": sweep.sweep, "recipe": sweep.recipe, "status": sweep.status}
+    if job is not None:
+        lines["job"] = _job_text(job)
+    _say(console, lines)
+    print_section(console, sweep_section(sweep))
+    console.print()
+    _say(console, best_lines(sweep, sweep.recipe))
+    if sweep.status != "FINISHED":
+        again = _submit_words(job, address) if job is not None else f"the words that began it, with --run {sweep.sweep}"
+        _say(console, _go_on(again, sweep.sweep, job, address))
+
+
+def _go_on(again: str, run: str, job: "Job | None", address: str) -> dict[str, str]:
+    """How to follow and to stop what runs as a job, how to resume what has ended."""
+    if job is None or job.ended:
+        return {"resume": again}
+    return {"follow": again, "stop": shlex.join(["python", "-m", "jobs", "stop", run, "--address", address])}
 
 
 def _show_phases(console: Console, phases: tuple[PhaseStatus, ...]) -> None:
@@ -141,8 +145,7 @@ def _checkpoint(found: RunStatus) -> str:
 def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> str:
     """The exact words where they are known: from the run's job, or from the recipe and the settings in MLflow."""
     if job is not None:
-        again = words_again(shlex.split(job.words))
-        return shlex.join(["python", "-m", "jobs", "submit", *again, "--address", address])
+        return _submit_words(job, address)
     assert found is not None, "one of both is known"
     if found.verb == "demo":
         return "cannot be, its storage has ended with it; python -m jobs demo begins another"
@@ -161,6 +164,11 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
     storage = ["--storage", found.storage.removesuffix(f"/{found.run}")] if found.storage else []
     words += [*settings_words(found.params, recipe), "--run", found.run, *storage]
     return shlex.join(["python", "-m", "jobs", *words])
+
+
+def _submit_words(job: "Job", address: str) -> str:
+    again = words_again(shlex.split(job.words))
+    return shlex.join(["python", "-m", "jobs", "submit", *again, "--address", address])
 
 
 def _at(found: RunStatus) -> str:

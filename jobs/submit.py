@@ -23,7 +23,7 @@ from jobs.session import run_name
 if TYPE_CHECKING:
     from cluster.submit import Cluster, Job
 
-_VERBS = ("run", "pretrain", "transfer", "pack", "preflight")
+_VERBS = ("run", "pretrain", "transfer", "sweep", "pack", "preflight")
 _NOT_IN_MLFLOW = ("pack", "preflight")
 _USAGE = f"""\
 usage: python -m jobs submit VERB ... [--address URL] [--detach]
@@ -112,16 +112,20 @@ def check_here(request: Request) -> None:
     verb, recipe = request.words[0], request.recipe
     if recipe is None or verb == "preflight":  # that one checks there
         return
-    from pipeline.study import check_pretraining, check_transfers  # torch
+    from jobs.sweep import check_sweep  # torch
+    from pipeline.study import check_pretraining, check_transfers
 
     try:
         _look_for_folders(recipe)
+        if verb == "sweep":
+            return check_sweep(recipe)
         if verb != "transfer":
             check_pretraining(recipe)
         if verb != "pretrain":
             check_transfers(recipe)
     except (StorageError, TrackingError) as error:  # the nodes may reach what this machine does not
         print(f"unchecked   whether the recipe fits its data, which cannot be read from here: {error}", flush=True)
+    return None
 
 
 def _look_for_folders(recipe: Recipe) -> None:
@@ -141,6 +145,11 @@ def _parse_recipe_verb(verb: str, rest: list[str]) -> Request:
     if verb == "transfer":
         options: RunOptions = parse_transfer(rest)
         run = run_name(options, options.backbone) if isinstance(options, TransferOptions) else ""
+    elif verb == "sweep":
+        from jobs.sweep import SweepOptions, sweep_name  # torch
+
+        options = parse_options(verb, rest, SweepOptions)
+        run = sweep_name(options)
     else:
         options = parse_options(verb, rest, ReportOptions if verb == "run" else RunOptions)
         run = run_name(options)
@@ -183,7 +192,8 @@ def _check_places(options: RunOptions) -> None:
         raise UsageError("--storage is missing: checkpoints on a node's own disk are lost with it; name an s3:// URL")
     if isinstance(options, ReportOptions) and options.out:
         raise UsageError(
-            "--out would be a folder of the cluster: leave it out, then python -m jobs compare RUN --out DIR"
+            "--out would be a folder of the cluster: leave it out; MLflow has a sweep's results, and those of a run go "
+            "to a folder here by python -m jobs compare RUN --out DIR"
         )
     places = {"--storage": options.storage, "--data.shards": recipe.data.shards}
     if isinstance(options, TransferOptions):
@@ -240,7 +250,7 @@ def _follow(cluster: "Cluster", job: "Job", again: str) -> None:
     if done.status == "SUCCEEDED":
         print(f"job         {job.id} done after {(time.monotonic() - began) / 60:.1f} min")
         if done.words.split(" ")[0] not in _NOT_IN_MLFLOW:
-            print(f"table       python -m jobs compare {job.run}")
+            print(f"table       {_table_words(job)}")
         return
     if done.status == "STOPPED":
         raise HemocoError(f"job {job.id} was stopped; go on: {again}")
@@ -253,6 +263,10 @@ def _follow(cluster: "Cluster", job: "Job", again: str) -> None:
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _table_words(job: "Job") -> str:
+    return f"python -m jobs {'status' if job.words.startswith('sweep ') else 'compare'} {job.run}"
 
 
 def _stop_words(job: "Job", address: str) -> str:

@@ -6,19 +6,18 @@ import shlex
 from rich.text import Text
 
 from cluster.checkout import CHECKOUT, git_facts
-from hemoco.config import Recipe, SweepConfig, config_digest, flat_params
+from hemoco.config import Recipe, config_digest, flat_params
 from hemoco.errors import UsageError
 from hemoco.section import print_section
 from hemoco.sweep_results import SweepResult, search_settings, sweep_json, sweep_result, sweep_section
 from hemoco.tracking import log_artifact_bytes, tracking_uri
-from jobs.options import RunOptions, load_recipe, parse_options
+from jobs.options import ReportOptions, load_recipe, parse_options, settings_words
 from jobs.session import ray_session, results_folder, storage_url, table_console
-from jobs.status import settings_words
 from pipeline.study import check_pretraining, check_transfers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions(RunOptions):
+class SweepOptions(ReportOptions):
     """Options of `sweep`."""
 
     out: str = ""
@@ -29,8 +28,7 @@ def main(argv: list[str]) -> None:
     """Runs or resumes a sweep; a finished one prints its table."""
     options = parse_options("sweep", argv, SweepOptions)
     recipe, name = options.recipe, sweep_name(options)
-    assert recipe.sweep is not None, "a recipe without one has no name"
-    _check(recipe, recipe.sweep)
+    check_sweep(recipe)
     with ray_session():
         from pipeline.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
 
@@ -38,7 +36,7 @@ def main(argv: list[str]) -> None:
     _show(sweep_result(tracking_uri(), name), argv[0], options.out)
 
 
-def sweep_name(options: RunOptions) -> str:
+def sweep_name(options: SweepOptions) -> str:
     """The sweep's identity: what was given, else recipe name and a digest of the recipe and of what is searched.
 
     Raises:
@@ -54,6 +52,33 @@ def sweep_name(options: RunOptions) -> str:
     return options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
 
 
+def check_sweep(recipe: Recipe) -> None:
+    """Raises what every trial would fail of later.
+
+    Raises:
+        UsageError: the recipe names no shards.
+        ConfigError: its pretraining or what the sweep measures does not fit the data.
+    """
+    sweep = recipe.sweep
+    assert sweep is not None, "a recipe without one has no name"
+    check_pretraining(recipe)
+    measured = {name: recipe.transfers[name] for name in recipe.transfers if name in (sweep.objective, sweep.watch)}
+    check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None))
+
+
+def best_lines(result: SweepResult, recipe_word: str) -> dict[str, str]:
+    """Which trial is the best, and how to go on from it where the recipe can be found; empty where none has ended."""
+    if result.best is None:
+        return {}
+    lines = {"best": f"trial {result.best.trial}, {result.best.run}"}
+    try:
+        original = load_recipe(recipe_word)
+    except UsageError:  # it was given by its path
+        return lines
+    transfer, run = again_words(result, recipe_word, original)
+    return lines | {"measure it": transfer, "repeat it": run}
+
+
 def again_words(result: SweepResult, recipe_word: str, original: Recipe) -> list[str]:
     """Two command lines from the best trial on: all transfers from its backbone, and the whole run anew."""
     best = result.best
@@ -66,13 +91,6 @@ def again_words(result: SweepResult, recipe_word: str, original: Recipe) -> list
     ]
 
 
-def _check(recipe: Recipe, sweep: SweepConfig) -> None:
-    """What every trial would fail of later."""
-    check_pretraining(recipe)
-    measured = {name: recipe.transfers[name] for name in recipe.transfers if name in (sweep.objective, sweep.watch)}
-    check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None))
-
-
 def _show(result: SweepResult, recipe_word: str, out: str) -> None:
     """Prints the table and how to go on, and writes sweep.json, also as an artifact of the sweep in MLflow."""
     folder, text = results_folder(result.sweep, out), sweep_json(result)
@@ -82,9 +100,6 @@ def _show(result: SweepResult, recipe_word: str, out: str) -> None:
     console = table_console()
     print_section(console, sweep_section(result))
     console.print()
-    lines = {"json": str(folder / "sweep.json")}
-    if result.best:
-        transfer, run = again_words(result, recipe_word, load_recipe(recipe_word))
-        lines |= {"best": f"trial {result.best.trial}, {result.best.run}", "measure it": transfer, "repeat it": run}
-    for name, line in lines.items():
+    lines = {"json": str(folder / "sweep.json"), "again": f"python -m jobs status {result.sweep}"}
+    for name, line in (lines | best_lines(result, recipe_word)).items():
         console.print(Text(f"{name:<12}{line}"), soft_wrap=True)

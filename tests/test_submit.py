@@ -16,8 +16,7 @@ from hemoco.errors import ConfigError, ShardError, UsageError
 from hemoco.storage import join_url, write_bytes
 from hemoco.tracking import connect, open_run
 from jobs.cli import main
-from jobs.options import RunOptions, load_recipe, parse_options
-from jobs.status import settings_words
+from jobs.options import RunOptions, load_recipe, parse_options, settings_words
 from jobs.submit import Request, _announce, _stop_words, check_here, parse_request
 
 NOWHERE = ("--address", "http://127.0.0.1:9")
@@ -41,7 +40,7 @@ def test_a_misspelt_flag_never_leaves_this_machine(capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["demo"], "on a cluster run run, pretrain, transfer, pack, preflight"),
+        (["demo"], "on a cluster run run, pretrain, transfer, sweep, pack, preflight"),
         (["run", "demo2"], "did you mean demo?"),
         (["run", "demo"], "--storage is missing"),
         (["run", "demo", "--storage", "runs"], "runs is a path below this folder"),

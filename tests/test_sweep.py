@@ -28,14 +28,16 @@ from hemoco.config import (
 )
 from hemoco.errors import ConfigError, TrainingError, UsageError
 from hemoco.kept_metrics import MetricPoint
+from hemoco.run_status import close_running
 from hemoco.storage import exists, join_url, list_names
 from hemoco.sweep_config import with_settings
 from hemoco.sweep_results import sweep_json, sweep_result, sweep_section
 from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points
 from jobs.cli import main
 from jobs.digits import write_digits
-from jobs.options import RunOptions, parse_options
-from jobs.sweep import again_words, sweep_name
+from jobs.options import parse_options
+from jobs.submit import parse_request
+from jobs.sweep import SweepOptions, again_words, sweep_name
 from pipeline.early_stop import EarlyStop, Halving, Watched
 from pipeline.interruption import TrainingProcess
 from pipeline.pack import pack
@@ -150,13 +152,13 @@ def test_a_sweep_beside_a_recipe_does_not_make_its_run_another():
 
 
 def test_more_trials_are_the_same_sweep_and_another_seed_is_not():
-    names = [sweep_name(RunOptions(recipe=searching(**c))) for c in ({}, {"trials": 9}, {"seed": 1})]
+    names = [sweep_name(SweepOptions(recipe=searching(**c))) for c in ({}, {"trials": 9}, {"seed": 1})]
     assert names[0] == names[1] != names[2]
 
 
 def test_settings_of_a_sweep_are_typed_as_all_others():
     words = ["cifar10_resnet18_sweep", "--sweep.trials", "3", f"--sweep.space.{LR}.low", "0.02"]
-    sweep = parse_options("sweep", words, RunOptions).recipe.sweep
+    sweep = parse_options("sweep", words, SweepOptions).recipe.sweep
     assert (sweep.trials, sweep.space[LR].low) == (3, 0.02)
 
 
@@ -347,3 +349,24 @@ def test_words_of_the_best_trial_make_its_recipe_again(made, tracking, tmp_path)
 def test_unknown_sweep_is_said_with_those_that_are_known(made, tracking):
     with pytest.raises(UsageError, match=made):
         sweep_result(tracking, "nowhere")
+
+
+def test_status_of_a_sweep_shows_its_trials_and_how_to_go_on(made, capsys):
+    assert main(["status", made]) == 0
+    said = capsys.readouterr().out
+    assert f"{made}: 4 trials of swept" in said
+    assert f"best        trial 1, {made}/trial_0001" in said
+    assert f"resume      the words that began it, with --run {made}" in said
+
+
+def test_a_sweep_that_was_ended_leaves_nothing_that_runs(made, tracking):
+    assert sorted(close_running(tracking, made)) == [made, "pretrain", "pretrain", "pretrain"]
+    assert sweep_result(tracking, made).status == "KILLED"
+    assert close_running(tracking, made) == []
+
+
+def test_a_submitted_sweep_has_the_name_that_it_has_here():
+    words = ["cifar10_resnet18_sweep", "--data.shards", "s3://b/shards", "--storage", "s3://b/runs"]
+    name = sweep_name(parse_options("sweep", words, SweepOptions))
+    request = parse_request(["sweep", *words])
+    assert (request.run, request.words) == (name, ["sweep", *words, "--run", name])
