@@ -164,29 +164,30 @@ def sweep_json(result: SweepResult) -> str:
 def _trial(uri: str, experiment_id: str, facts: RunFacts) -> TrialResult:
     run = f"{facts.tags['hemoco.sweep']}/{facts.tags['mlflow.runName']}"
     pretraining = find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "pretrain"})
-    outcome = _outcome(facts)
+    became = outcome(facts)
     return TrialResult(
         trial=int(facts.tags["hemoco.trial"]),
         run=run,
         settings=facts.params,
-        outcome=outcome,
-        objective=facts.metrics.get(OBJECTIVE, math.nan) if outcome == "finished" else math.nan,
+        outcome=became,
+        objective=facts.metrics.get(OBJECTIVE, math.nan) if became == "finished" else math.nan,
         epochs=_epochs(uri, facts, pretraining),
-        reason=_reason(facts, outcome),
+        reason=_reason(facts, became),
         run_id=facts.run_id,
         backbone_url=pretraining.tags.get("hemoco.backbone_url", "") if pretraining else "",
     )
 
 
-def _outcome(facts: RunFacts) -> Outcome:
+def outcome(facts: RunFacts) -> Outcome:
+    """What became of a trial, by its run."""
     if is_over(facts):
         return "finished" if facts.status == "FINISHED" else "stopped"
     return "failed" if facts.status == "FAILED" else "unfinished"
 
 
-def _reason(facts: RunFacts, outcome: Outcome) -> str:
+def _reason(facts: RunFacts, became: Outcome) -> str:
     error = _COLOUR.sub("", facts.tags.get("hemoco.error", ""))
-    return facts.tags.get(VERDICT, error) if outcome == "stopped" else error
+    return facts.tags.get(VERDICT, error) if became == "stopped" else error
 
 
 def _epochs(uri: str, trial: RunFacts, pretraining: RunFacts | None) -> int:

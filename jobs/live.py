@@ -8,11 +8,11 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TextIO, cast
+from typing import Protocol, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from hemoco.config import Recipe, TransferConfig
@@ -36,28 +36,54 @@ _THREAD = "hemoco-live"
 
 @contextmanager
 def live_display(run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig]) -> Iterator[None]:
-    """Shows where a run is while the block works at it; where output is no terminal it does nothing.
-
-    MLflow must have been connected to before: two threads must not import it at the same time.
+    """Shows where a run is while the block works at it, as `displayed` does.
 
     Args:
         run: its name.
         pretrain: the recipe it pretrains by; None: its backbone is given.
         transfers: that it measures, by name.
     """
+
+    def scene() -> _RunScene:
+        plan = Plan(
+            run=run,
+            began_s=time.time(),
+            pretrain=pretrain.pretrain if pretrain else None,
+            steps_per_epoch=_steps_per_epoch(pretrain) if pretrain else None,
+            curve=bool(pretrain and pretrain.curve),
+            transfers=transfers,
+        )
+        return _RunScene(plan)
+
+    with displayed(scene):
+        yield
+
+
+class Scene(Protocol):
+    """What a display shows, and how it learns of it."""
+
+    def look(self, uri: str, experiment_id: str) -> None:
+        """Asks MLflow once; in a thread of its own.
+
+        Raises:
+            TrackingError: it does not answer.
+        """
+
+    def picture(self, now_s: float, silence_s: float, problem: str) -> RenderableType:
+        """Of what was last heard: silence_s ago, because of the problem if one is named."""
+
+
+@contextmanager
+def displayed(scene: Callable[[], Scene]) -> Iterator[None]:
+    """Shows a scene while the block works; where output is no terminal it does nothing, and makes none.
+
+    MLflow must have been connected to before: two threads must not import it at the same time.
+    """
     console = terminal()
     if console is None:
         yield
         return
-    plan = Plan(
-        run=run,
-        began_s=time.time(),
-        pretrain=pretrain.pretrain if pretrain else None,
-        steps_per_epoch=_steps_per_epoch(pretrain) if pretrain else None,
-        curve=bool(pretrain and pretrain.curve),
-        transfers=transfers,
-    )
-    watcher = _Watcher(plan, tracking_uri())
+    watcher = _Watcher(scene(), tracking_uri())
     live = Live(
         console=console,
         get_renderable=watcher.picture,
@@ -85,14 +111,37 @@ def terminal() -> Console | None:
     return console if console.is_terminal and console.is_interactive and not console.is_dumb_terminal else None
 
 
+class _RunScene:
+    """A run, by its plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._facts, self._pace = plan, Facts(), Pace()
+
+    def look(self, uri: str, experiment_id: str) -> None:
+        """As `Scene` says."""
+        self._facts = read_facts(uri, experiment_id, self._plan.run)
+        training = self._facts.pretraining
+        self._pace.note(training.steps.get("loss", 0) if training else 0, time.time())
+
+    def picture(self, now_s: float, silence_s: float, problem: str) -> Picture:
+        """As `Scene` says."""
+        return Picture(
+            plan=self._plan,
+            facts=self._facts,
+            pace=self._pace,
+            now_s=now_s,
+            silence_s=silence_s,
+            problem=problem,
+        )
+
+
 class _Watcher:
     """Asks MLflow every few seconds, in a daemon thread: one that waits for an answer must not keep the run."""
 
-    def __init__(self, plan: Plan, uri: str) -> None:
-        self._plan, self._uri = plan, uri
-        self._experiment_id = ""
-        self._facts, self._pace, self._problem = Facts(), Pace(), ""
-        self._answered_s = plan.began_s
+    def __init__(self, scene: Scene, uri: str) -> None:
+        self._scene, self._uri = scene, uri
+        self._experiment_id, self._problem = "", ""
+        self._answered_s = time.time()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=_THREAD, daemon=True)
 
@@ -106,17 +155,10 @@ class _Watcher:
         self._ending.set()
         self._thread.join(_LAST_LOOK_S)
 
-    def picture(self) -> Picture:
+    def picture(self) -> RenderableType:
         """Of what was last heard."""
         now_s = time.time()
-        return Picture(
-            plan=self._plan,
-            facts=self._facts,
-            pace=self._pace,
-            now_s=now_s,
-            silence_s=now_s - self._answered_s,
-            problem=self._problem,
-        )
+        return self._scene.picture(now_s, now_s - self._answered_s, self._problem)
 
     def _watch(self) -> None:
         last = False
@@ -132,10 +174,8 @@ class _Watcher:
 
     def _look(self) -> None:
         self._experiment_id = self._experiment_id or connect(self._uri)
-        self._facts = read_facts(self._uri, self._experiment_id, self._plan.run)
+        self._scene.look(self._uri, self._experiment_id)
         self._answered_s, self._problem = time.time(), ""
-        training = self._facts.pretraining
-        self._pace.note(training.steps.get("loss", 0) if training else 0, self._answered_s)
 
 
 def _asked_by_others(record: logging.LogRecord) -> bool:

@@ -5,7 +5,7 @@ The number of lines stays the same throughout a run, so that nothing jumps and n
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,12 +18,12 @@ from hemoco.tracking import RunFacts
 from jobs.live_facts import Facts, Phase
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
-_STYLES: dict[State, str] = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "red", "stopped": "red"}
-_WARNING = "yellow"
+STYLES: dict[State, str] = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "red", "stopped": "red"}
+WARNING = "yellow"
 _BAR = 40  # columns, at most
 _REASON = 20  # columns, at least
 _OUTLOOK = 21  # columns, "last record 59:59 ago"
-_GAP = "  "
+GAP = "  "
 _DATA_WAIT = 0.1  # the share above which it is worth a word
 _SILENT_S = 10.0  # MLflow answers within a second; above this something is wrong
 _STALE_S = 60.0
@@ -92,31 +92,24 @@ class Picture:
     """Why it did not; empty where it did."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width - 1  # a letter in the last column makes some terminals begin a new line
-        try:
-            lines = list(self._lines(console, width))
-        except Exception as error:  # drawing must not fail whoever prints a line above, and must be seen
-            lines = [Text(f"the display failed, the run goes on: {type(error).__name__}: {error}", style=_WARNING)]
-        for line in lines:
-            line.truncate(width, overflow="crop")
-            yield line
+        yield from lines_within(options.max_width, lambda width: self._lines(console, width))
 
     def _lines(self, console: Console, width: int) -> Iterable[Text]:
         plan = self.plan
         named = max(map(len, ("pretrain", *plan.transfers)))
-        column = min(named, max(8, width // 3)) + len(_GAP)
+        column = name_column(named, width)
         yield Text()
         if plan.pretrain is not None:
-            yield _row("pretrain", column) + self._training(plan.pretrain, console, width - column)
-            yield _row("", column) + _fitting(self._details(plan.pretrain), width - column)
+            yield named_row("pretrain", column) + self._training(plan.pretrain, console, width - column)
+            yield named_row("", column) + fitting(self._details(plan.pretrain), width - column)
             if plan.curve:
-                yield _row("curve", column) + Text(_curve(self.facts.pretraining), style="dim")
+                yield named_row("curve", column) + Text(_curve(self.facts.pretraining), style="dim")
         for name in plan.transfers:
             state, detail = self._transfer(name)
-            yield (
-                _row(name, column) + Text(f"{state:<9}", style=_STYLES[state]) + _shortened(detail, width - column - 9)
-            )
-        yield _row("elapsed", column) + self._footer(width - column)
+            shown = Text(f"{state:<9}", style=STYLES[state]) + _shortened(detail, width - column - 9)
+            yield named_row(name, column) + shown
+        elapsed_s = self.now_s - plan.began_s
+        yield named_row("elapsed", column) + footer(plan.run, elapsed_s, self.silence_s, self.problem, width - column)
 
     def _training(self, config: PretrainConfig, console: Console, width: int) -> Text:
         """Bar, step and what to expect."""
@@ -124,9 +117,9 @@ class Picture:
         step = _step(phase)
         outlook = self._outlook(config)
         if per_epoch is None:
-            return Text(f"step {step}{_GAP}") + outlook
+            return Text(f"step {step}{GAP}") + outlook
         total = config.epochs * per_epoch
-        counted = f"{_GAP}{step:>{len(str(total))}}/{total}{_GAP}"
+        counted = f"{GAP}{step:>{len(str(total))}}/{total}{GAP}"
         room = min(_BAR, width - len(counted) - min(_OUTLOOK, max(10, width // 4)))
         bar = _bar(console, step, total, room) if room >= 5 else Text()
         return bar + Text(counted if bar else counted.lstrip()) + outlook
@@ -135,11 +128,11 @@ class Picture:
         state, silence_s = self._pretraining_state(), self.pace.silence_s(self.now_s)
         step, per_epoch = _step(self.facts.pretraining), self.plan.steps_per_epoch
         if state != "running":
-            return Text(state, style=_STYLES[state])
+            return Text(state, style=STYLES[state])
         if silence_s is None:
             return Text("resuming" if step else "starting", style="cyan")
         if silence_s > max(_STALE_S, 5 * (self.pace.interval_s() or 0.0)):
-            return Text(f"last record {clock(silence_s)} ago", style=_WARNING)
+            return Text(f"last record {clock(silence_s)} ago", style=WARNING)
         rate = self.facts.pretraining.facts.metrics.get("images_per_s", 0.0) if self.facts.pretraining else 0.0
         step_s = self.pace.step_s() or (config.global_batch_size / rate if rate > 0 else None)
         if per_epoch is None or step_s is None:
@@ -161,7 +154,7 @@ class Picture:
             if name in metrics:
                 parts.append(Text(f"{word} {metrics[name]:.3f}"))
         if self._pretraining_state() == "running" and metrics.get("data_wait", 0.0) > _DATA_WAIT:
-            parts.append(Text(f"data wait {metrics['data_wait']:.0%}", style=_WARNING))
+            parts.append(Text(f"data wait {metrics['data_wait']:.0%}", style=WARNING))
         if "images_per_s" in metrics:
             parts.append(Text(f"{metrics['images_per_s']:,.0f} images/s"))
         return parts
@@ -181,7 +174,7 @@ class Picture:
         if state == "waiting":
             return state, f"{len(done)} of {units} measured" if done else ""
         step = max((step for key, step in phase.steps.items() if "/".join(key.split("/")[:2]) not in done), default=0)
-        return state, f"{len(done)} of {units} measured" + (f"{_GAP}step {step}" if step else "")
+        return state, f"{len(done)} of {units} measured" + (f"{GAP}step {step}" if step else "")
 
     def _pretraining_state(self) -> State:
         return "waiting" if self.facts.pretraining is None else self._state(self.facts.pretraining)
@@ -195,13 +188,35 @@ class Picture:
             return "failed" if status == "FAILED" else "stopped"
         return "done" if status == "FINISHED" else "running"
 
-    def _footer(self, width: int) -> Text:
-        elapsed = Text(clock(self.now_s - self.plan.began_s) + _GAP)
-        if self.silence_s <= _SILENT_S:
-            return elapsed + Text(self.plan.run, style="dim")
-        silent = elapsed + Text(f"MLflow does not answer, {clock(self.silence_s)}", style=_WARNING)
-        room = width - silent.cell_len - len(_GAP)
-        return silent + Text(_GAP) + _shortened(self.problem, room) if room >= _REASON else silent
+
+def lines_within(max_width: int, draw: Callable[[int], Iterable[Text]]) -> Iterator[Text]:
+    """The lines that are drawn for a width, none longer; an error of drawing as a line, for it must be seen.
+
+    It must not fail whoever prints a line above the display.
+    """
+    width = max_width - 1  # a letter in the last column makes some terminals begin a new line
+    try:
+        lines = list(draw(width))
+    except Exception as error:
+        lines = [Text(f"the display failed, the run goes on: {type(error).__name__}: {error}", style=WARNING)]
+    for line in lines:
+        line.truncate(width, overflow="crop")
+        yield line
+
+
+def footer(name: str, elapsed_s: float, silence_s: float, problem: str, width: int) -> Text:
+    """How long it goes on, and what; or that MLflow does not answer, and why."""
+    elapsed = Text(clock(elapsed_s) + GAP)
+    if silence_s <= _SILENT_S:
+        return elapsed + Text(name, style="dim")
+    silent = elapsed + Text(f"MLflow does not answer, {clock(silence_s)}", style=WARNING)
+    room = width - silent.cell_len - len(GAP)
+    return silent + Text(GAP) + _shortened(problem, room) if room >= _REASON else silent
+
+
+def name_column(longest: int, width: int) -> int:
+    """Columns for the names of what is shown, of which one has `longest` letters."""
+    return min(longest, max(8, width // 3)) + len(GAP)
 
 
 def clock(seconds: float) -> str:
@@ -224,7 +239,7 @@ def _headline(facts: RunFacts) -> str:
         values.setdefault(row.init, []).append(row.value)
     means = {init: sum(found) / len(found) for init, found in values.items()}
     words = [f"{facts.tags['hemoco.metric']} {means.pop(PRETRAINED):.3f}"] if PRETRAINED in means else []
-    return _GAP.join([*words, *(f"{init} {mean:.3f}" for init, mean in means.items())])
+    return GAP.join([*words, *(f"{init} {mean:.3f}" for init, mean in means.items())])
 
 
 def _curve(phase: Phase | None) -> str:
@@ -233,11 +248,12 @@ def _curve(phase: Phase | None) -> str:
         return ""
     metrics = phase.facts.metrics
     points = {key.split("/")[1]: (metrics[key], phase.steps[key]) for key in metrics if key.startswith("curve/")}
-    return _GAP.join(f"{name} {value:.3f} after epoch {epoch}" for name, (value, epoch) in points.items())
+    return GAP.join(f"{name} {value:.3f} after epoch {epoch}" for name, (value, epoch) in points.items())
 
 
-def _row(name: str, column: int) -> Text:
-    return Text(f"{name[: column - len(_GAP)]:<{column}}")
+def named_row(name: str, column: int) -> Text:
+    """The beginning of a line: the name in its column."""
+    return Text(f"{name[: column - len(GAP)]:<{column}}")
 
 
 def _bar(console: Console, step: int, total: int, width: int) -> Text:
@@ -248,11 +264,11 @@ def _bar(console: Console, step: int, total: int, width: int) -> Text:
     return bar
 
 
-def _fitting(parts: list[Text], width: int) -> Text:
+def fitting(parts: list[Text], width: int) -> Text:
     """The parts in a row, as many as there is room for; the first one always."""
     row = Text()
     for part in parts:
-        longer = row + Text(_GAP if row else "") + part
+        longer = row + Text(GAP if row else "") + part
         if row and longer.cell_len > width:
             break
         row = longer

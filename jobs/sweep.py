@@ -11,6 +11,7 @@ from hemoco.errors import UsageError
 from hemoco.section import print_section
 from hemoco.sweep_results import SweepResult, search_settings, sweep_json, sweep_result, sweep_section
 from hemoco.tracking import log_artifact_bytes, tracking_uri
+from jobs.live_sweep import live_sweep
 from jobs.options import ReportOptions, load_recipe, parse_options, settings_words
 from jobs.session import ray_session, results_folder, storage_url, table_console
 from pipeline.study import check_pretraining, check_transfers
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     options = parse_options("sweep", argv, SweepOptions)
     recipe, name = options.recipe, sweep_name(options)
     check_sweep(recipe)
-    with ray_session():
+    with ray_session(), live_sweep(name, recipe):
         from pipeline.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
 
         run_sweep(recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh, tags=git_facts(CHECKOUT))
