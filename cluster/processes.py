@@ -96,7 +96,7 @@ def _end_descendants(grace_s: float) -> None:
     """SIGTERM to all, SIGKILL after the grace time to those that are left or were started meanwhile."""
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
-    while found := _descendants(os.getpid()):
+    while found := descendants(os.getpid()):
         late = time.monotonic() > deadline
         for pid in found if late else found - asked:
             with contextlib.suppress(ProcessLookupError):
@@ -108,7 +108,7 @@ def _end_descendants(grace_s: float) -> None:
                 pass
 
 
-def _descendants(root: int) -> set[int]:
+def descendants(root: int) -> set[int]:
     """Process ids below a process, from /proc."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

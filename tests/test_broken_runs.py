@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from waiting import wait_until
 
-from cluster.processes import _descendants
+from cluster.processes import descendants
 from hemoco.checkpoint import load_backbone
 from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
 from hemoco.storage import join_url, list_names
@@ -153,7 +153,7 @@ def _pretrain_in_thread(recipe, storage, failures, run="killed"):
 def _train_workers():
     """Pids of the training processes of this session's Ray, which set their title."""
     found = []
-    for pid in _descendants(os.getpid()):
+    for pid in descendants(os.getpid()):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.checkout import CHECKOUT
-from cluster.processes import _descendants
+from cluster.processes import descendants
 from cluster.servers import MlflowServer, mlflow_server
 from hemoco.tracking import connect, find_runs, metric_history
 
@@ -117,7 +117,7 @@ def _interrupt(
     while not (steps := _steps(server.uri, run)):
         assert process.poll() is None, f"{run} ended before MLflow could be killed"
         time.sleep(1)
-    for pid in _descendants(server.process.pid):
+    for pid in descendants(server.process.pid):
         os.kill(pid, signal.SIGKILL)
     print(f"-- MLflow was killed at step {max(steps)}, for {_OUTAGE_S:.0f} s", flush=True)
     time.sleep(_OUTAGE_S)
