@@ -185,7 +185,7 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
     Args:
         backbone: its encoder's tensors get timm's names.
         url: of the file.
-        metadata: `data_digest` and `run_id` of the pretraining, and where else it comes from.
+        metadata: `data_digest`, `run_id` and `size` of the images of the pretraining, and where else it comes from.
     """
     # contiguous: training keeps them channels-last, which safetensors cannot say
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.encoder.state_dict().items()}
@@ -202,7 +202,9 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
 
 
 def backbone_metadata(url: str) -> dict[str, str]:
-    """format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id; of imports also source.
+    """format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id and the pretraining's size.
+
+    Those of imports have a source and no size.
 
     Raises:
         CheckpointError: the file is not a hemoco backbone.

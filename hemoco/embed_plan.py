@@ -72,13 +72,14 @@ def fixed_url(backbone: str) -> str:
 
 
 def usual_size(backbone_url: str) -> int:
-    """Pixels of images for a backbone: 32 where its stem is the small one, else 224.
+    """Pixels of images for a backbone: those of its pretraining; if unknown, 32 for the small stem, else 224.
 
     Raises:
         CheckpointError: the file is no backbone.
         StorageError, TrackingError: it cannot be read.
     """
-    return _SMALL_SIZE if backbone_metadata(backbone_url).get("stem") == "small" else _IMAGENET_SIZE
+    metadata = backbone_metadata(backbone_url)
+    return int(metadata.get("size", _SMALL_SIZE if metadata.get("stem") == "small" else _IMAGENET_SIZE))
 
 
 def plan_embedding(shards: str, index: ShardIndex, backbone_url: str, dest: str, config: EmbedConfig) -> EmbedPlan:

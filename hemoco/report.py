@@ -177,10 +177,10 @@ def _lineage(data: ReportData) -> str:
 
 
 def _settings(data: ReportData) -> list[str]:
-    first = data.details[0]
-    found = [_difference(first, other) for other in data.details[1:]]
+    first, *others = data.examples
+    found = [_difference(first, other) for other in others]
     alone = len(data.details) == 1
-    for detail in data.details:
+    for detail in data.examples:
         if detail.params:
             title = "Settings" if alone else f"Settings of {detail.run.label}"
             found.append(section(title, folded(f"All {len(detail.params)}", _params(detail.params))))

@@ -59,6 +59,12 @@ class ReportData:
     details: tuple[RunDetail, ...]
     """In the order of its runs."""
 
+    @property
+    def examples(self) -> tuple[RunDetail, ...]:
+        """Of each pretraining the first run, for what need not be seen of each repetition."""
+        first = {column.runs[0].label for column in self.many.columns if not column.baseline}
+        return tuple(detail for detail in self.details if detail.run.label in first)
+
 
 def collect_report(uri: str, many: ManyComparison) -> ReportData:
     """The comparison with the settings, curves and images of its runs.

@@ -26,14 +26,14 @@ _MOST_RUNS = 6  # with a map each
 
 
 def feature_sections(data: ReportData) -> list[str]:
-    """A map and nearest images for each pretraining that has recorded a sample of features."""
-    sampled = [detail for detail in data.details if detail.sample is not None]
+    """A map and nearest images for each pretraining that has recorded a sample of features; of repeated ones once."""
+    sampled = [detail for detail in data.examples if detail.sample is not None]
     return [part for detail in sampled[:_MOST_RUNS] for part in (_map(data, detail), _neighbours(data, detail))]
 
 
 def image_sections(data: ReportData) -> list[str]:
     """What transfers have drawn: detections beside the ground truth, and confusion matrices, which are folded."""
-    drawn = [(detail, image) for detail in data.details for image in detail.images]
+    drawn = [(detail, image) for detail in data.examples for image in detail.images]
     detections = [_figure(data, *one) for one in drawn if not one[1].name.endswith(_CONFUSION)]
     confusions = [_figure(data, *one) for one in drawn if one[1].name.endswith(_CONFUSION)]
     note = (

@@ -37,6 +37,8 @@ class RunStatus:
 
     run: str
     recipe: str
+    recipe_file: str
+    """Where the recipe was, on the machine that began the run; empty for those that come with hemoco."""
     status: str
     """Of its parent run in MLflow."""
     started: float
@@ -137,6 +139,7 @@ def _status(parent: Any, children: list[Any]) -> RunStatus:
     return RunStatus(
         run=tags["hemoco.run"],
         recipe=tags.get("hemoco.recipe", ""),
+        recipe_file=tags.get("hemoco.recipe_file", ""),
         status=parent.info.status,
         started=parent.info.start_time / 1000,
         storage=tags.get("hemoco.storage", ""),

@@ -58,6 +58,10 @@ class SweepResult:
     status: str
     """Of its run in MLflow."""
     recipe: str
+    recipe_file: str
+    """Where the recipe was, on the machine that began the sweep; empty for those that come with hemoco."""
+    storage: str
+    """URL of the folder of the trials' folders; empty where an older version did not record it."""
     objective: str
     """Transfer and metric."""
     watch: str
@@ -114,6 +118,8 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         run_id=parent.run_id,
         status=parent.status,
         recipe=parent.tags["hemoco.recipe"],
+        recipe_file=parent.tags.get("hemoco.recipe_file", ""),
+        storage=parent.tags.get("hemoco.storage", ""),
         objective=f"{parent.params['sweep.objective']}/{parent.tags['hemoco.metric']}",
         watch=parent.params["sweep.watch"],
         data_digest=parent.tags["hemoco.data_digest"],
@@ -148,10 +154,7 @@ def sweep_section(result: SweepResult) -> Section:
 
 
 def sweep_json(result: SweepResult) -> str:
-    """Keys `sweep`, `run_id`, `status`, `recipe`, `objective`, `watch`, `data_digest`, `best` and `trials`.
-
-    `best` is a trial's number; null where none has finished.
-    """
+    """The fields of `SweepResult` without `params`, and `best`: a trial's number, null where none has finished."""
     facts: dict[str, Any] = dataclasses.asdict(result)
     del facts["params"]
     for trial in facts["trials"]:

@@ -29,7 +29,7 @@ _VERBS = {
     "status": "what runs, finished, failed, and how to go on",
     "stop": "ends a submitted run; the same words resume it",
     "sync": "delivers metrics that were kept while MLflow was away",
-    "recipes": "the recipes that come with hemoco",
+    "recipes": "the recipes that come with hemoco, or what the settings of a class are",
 }
 _MODULES = {
     "recipes": "list_recipes",  # jobs.recipes holds the recipes themselves

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import tyro
 
-from cluster.checkout import CHECKOUT, git_facts
 from cluster.local import embedded_stack
 from hemoco import tracking
 from hemoco.comparison import comparison
@@ -23,7 +22,7 @@ from jobs.digits import write_digits, write_scenes
 from jobs.live import live_display
 from jobs.options import load_recipe
 from jobs.pack import pack_with_progress
-from jobs.session import print_comparison, publish
+from jobs.session import print_comparison, publish, run_tags, take_sigterm_as_ctrl_c
 from pipeline.graph import pretrain_then_transfer
 
 
@@ -49,9 +48,10 @@ def demo(*, out: str = "", seed: int = 0) -> None:
     with tempfile.TemporaryDirectory(prefix="hemoco-demo-") as work, ExitStack() as stack:
         with _phase("start S3, Ray and MLflow"):
             bucket = stack.enter_context(embedded_stack(Path(work) / "s3"))
+            take_sigterm_as_ctrl_c()
             tracking.connect(tracking.tracking_uri())
         recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
-        tags = {**git_facts(CHECKOUT), "hemoco.verb": "demo"}
+        tags = run_tags("demo", "demo")
         with _phase("pretrain, then transfer"), live_display(run, pretrain=recipe, transfers=recipe.transfers):
             pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
         with _phase("keep the backbone"):

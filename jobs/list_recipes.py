@@ -1,15 +1,50 @@
-"""`python -m jobs recipes`: the recipes that come with hemoco."""
+"""`python -m jobs recipes [CLASS]`: the recipes that come with hemoco, or what the settings of a class are."""
 
 import ast
+import difflib
 from pathlib import Path
+from typing import Annotated
 
-from jobs.options import recipe_names
+import tyro
+
+from hemoco import config
+from hemoco.errors import UsageError
+from jobs.options import load_recipe, recipe_names
 
 
 def main(argv: list[str]) -> None:
-    """Prints each recipe with the first line of its docstring."""
-    del argv
-    for name in recipe_names():
-        text = (Path(__file__).parent / "recipes" / f"{name}.py").read_text()
+    """Prints."""
+    tyro.cli(recipes, args=argv, prog="python -m jobs recipes")
+
+
+def recipes(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASS")] = "", /) -> None:
+    """The recipes that come with hemoco, or the settings of a class of which recipes are made.
+
+    Args:
+        name: a class of hemoco.config, for example KnnConfig; default: the recipes.
+    """
+    if name:
+        _explain(name)
+    for recipe in recipe_names():
+        text = (Path(__file__).parent / "recipes" / f"{recipe}.py").read_text()
         doc = ast.get_docstring(ast.parse(text)) or ""
-        print(f"{name:<28} {doc.splitlines()[0] if doc else ''}")
+        print(f"{recipe:<28} {doc.splitlines()[0] if doc else ''}")
+
+
+def _explain(name: str) -> None:
+    """Prints the help of a class.
+
+    Raises:
+        UsageError: there is none of this name.
+        SystemExit: 0, after printing.
+    """
+    classes = {each: getattr(config, each) for each in config.__all__ if isinstance(getattr(config, each), type)}
+    known = {each: found for each, found in classes.items() if each.endswith("Config")}  # the others have no settings
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        raise UsageError(f"{name!r} is no class of hemoco.config: {hint}")
+    # its space has no values until somebody gives them
+    default = load_recipe("cifar10_resnet18_sweep").sweep if name == "SweepConfig" else tyro.MISSING_NONPROP
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    tyro.cli(known[name], args=["--help"], default=default, prog=name, config=options, use_underscores=True)

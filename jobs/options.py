@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from hemoco.config import Recipe, flat_params
-from hemoco.errors import UsageError
+from hemoco.errors import HemocoError, UsageError
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -120,14 +120,23 @@ def load_recipe(name: str) -> Recipe:
         UsageError: there is no such recipe, or the file has no `recipe`.
     """
     path = Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
+    if not path.is_file() and name.endswith(".py"):
+        raise UsageError(
+            f"{name}: no such file; give the path of a Python file that defines `recipe`, or a name: {_known()}"
+        )
     if not path.is_file():
         close = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f"did you mean {close[0]}?" if close and not name.endswith(".py") else _known()
+        hint = f"did you mean {close[0]}?" if close else _known()
         raise UsageError(f"unknown recipe {name!r}: {hint}")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except HemocoError:
+        raise
+    except Exception as error:  # whatever a user's file raises, it is the file that is wrong
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise UsageError(f"{path}: a recipe file must define `recipe = hemoco.config.Recipe(...)`")

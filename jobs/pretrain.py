@@ -1,9 +1,8 @@
 """`python -m jobs pretrain RECIPE`: the first half of a run."""
 
-from cluster.checkout import CHECKOUT, git_facts
 from jobs.live import live_display
 from jobs.options import RunOptions, parse_options
-from jobs.session import ray_session, run_name, storage_url
+from jobs.session import announce, ray_session, run_name, run_tags, storage_url
 from pipeline.study import check_pretraining
 
 
@@ -12,6 +11,7 @@ def main(argv: list[str]) -> None:
     options = parse_options("pretrain", argv, RunOptions)
     name = run_name(options)
     check_pretraining(options.recipe)
+    announce(name)
     with ray_session(), live_display(name, pretrain=options.recipe, transfers={}):
         from pipeline.graph import pretrain_only  # Ray Train takes seconds to import, errors should not
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags={**git_facts(CHECKOUT), "hemoco.verb": "pretrain"},
+            tags=run_tags("pretrain", argv[0]),
         )
     print(f"run {name}: backbone {done.backbone_url}")
     for key, value in sorted(done.metrics.items()):

@@ -1,9 +1,8 @@
 """`python -m jobs run RECIPE`: pretraining -> transfers -> comparison."""
 
-from cluster.checkout import CHECKOUT, git_facts
 from jobs.live import live_display
 from jobs.options import ReportOptions, parse_options
-from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
+from jobs.session import announce, print_comparison, publish, ray_session, run_name, run_tags, storage_url
 from pipeline.study import check_pretraining, check_transfers
 
 
@@ -13,6 +12,7 @@ def main(argv: list[str]) -> None:
     name = run_name(options)
     check_pretraining(options.recipe)
     check_transfers(options.recipe)
+    announce(name)
     with ray_session(), live_display(name, pretrain=options.recipe, transfers=options.recipe.transfers):
         from pipeline.graph import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
 
@@ -21,6 +21,6 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags={**git_facts(CHECKOUT), "hemoco.verb": "run"},
+            tags=run_tags("run", argv[0]),
         )
     publish(name, print_comparison(name, options.out))

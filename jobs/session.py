@@ -1,5 +1,6 @@
 """What the verbs share: names, places, the Ray session and the printed table."""
 
+import shlex
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.checkout import CHECKOUT, git_facts
 from cluster.local import local_ray
 from hemoco.comparison import Comparison, comparison, headlines
 from hemoco.comparison_many import ManyComparison, compare_runs
@@ -46,9 +48,24 @@ def ray_session() -> Iterator[None]:
     """Ray for this command, after MLflow has answered: what can fail at once fails before anything starts."""
     connect(tracking_uri())
     with local_ray():
-        # as Ctrl-C, so that MLflow learns of it; Ray puts its own handler there, which ends the process at once
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        take_sigterm_as_ctrl_c()
         yield
+
+
+def take_sigterm_as_ctrl_c() -> None:
+    """So that MLflow learns of it. To be said when Ray is there, whose own handler ends the process at once."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def announce(name: str) -> None:
+    """Says first what is worked at, for it may be long until anything else is said."""
+    print(f"run         {name}\nstatus      {shlex.join(['python', '-m', 'jobs', 'status', name])}", flush=True)
+
+
+def run_tags(verb: str, recipe_word: str) -> dict[str, str]:
+    """What MLflow gets to know of how a run was begun: the code, the verb, the file of a recipe given by its path."""
+    file = {"hemoco.recipe_file": str(Path(recipe_word).resolve())} if recipe_word.endswith(".py") else {}
+    return {**git_facts(CHECKOUT), "hemoco.verb": verb, **file}
 
 
 def print_comparison(run: str, out: str) -> Path:

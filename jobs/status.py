@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST = 20
 _FILE_WIDTH = 160  # columns where no terminal says how wide it is
+_UNDONE = {"FAILED": "failed", "KILLED": "interrupted"}
 
 
 def main(argv: list[str]) -> None:
@@ -106,9 +107,9 @@ def _show_sweep(console: Console, sweep: SweepResult, job: "Job | None", address
     _say(console, lines)
     print_section(console, sweep_section(sweep))
     console.print()
-    _say(console, best_lines(sweep, sweep.recipe))
+    _say(console, best_lines(sweep, sweep.recipe_file or sweep.recipe))
     if sweep.status != "FINISHED":
-        again = _submit_words(job, address) if job is not None else f"the words that began it, with --run {sweep.sweep}"
+        again = _submit_words(job, address) if job is not None else _sweep_words(sweep)
         _say(console, _go_on(again, sweep.sweep, job, address))
 
 
@@ -152,18 +153,29 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
     unknown = f"the words that began it, with --run {found.run}"
     if found.verb == "transfer" and not found.backbone:  # it ended before it had read one
         return unknown
+    recipe_word = found.recipe_file or found.recipe
     try:
-        recipe = load_recipe(found.recipe)
-    except UsageError:  # a recipe given by its path
+        recipe = load_recipe(recipe_word)
+    except UsageError:  # its file is elsewhere
         return unknown
-    words = [found.verb or "run", found.recipe]
+    words = [found.verb or "run", recipe_word]
     if found.backbone:
         measured = {name.split(".")[1] for name in found.params if name.startswith("transfers.")}
         only = ["--only", *sorted(measured)] if measured != recipe.transfers.keys() else []
-        words = ["transfer", found.recipe, "--backbone", found.backbone, *only]
+        words = ["transfer", recipe_word, "--backbone", found.backbone, *only]
     storage = ["--storage", found.storage.removesuffix(f"/{found.run}")] if found.storage else []
     words += [*settings_words(found.params, recipe), "--run", found.run, *storage]
     return shlex.join(["python", "-m", "jobs", *words])
+
+
+def _sweep_words(sweep: SweepResult) -> str:
+    word = sweep.recipe_file or sweep.recipe
+    try:
+        settings = settings_words(sweep.params, load_recipe(word))
+    except UsageError:  # its file is elsewhere
+        return f"the words that began it, with --run {sweep.sweep}"
+    storage = ["--storage", sweep.storage] if sweep.storage else []
+    return shlex.join(["python", "-m", "jobs", "sweep", word, *settings, "--run", sweep.sweep, *storage])
 
 
 def _submit_words(job: "Job", address: str) -> str:
@@ -179,8 +191,10 @@ def _at(found: RunStatus) -> str:
         step = f", step {training.step}" if training and training.step else ""
         return f"pretrain{step}" if training else ""
     done = sum(phase.status == "FINISHED" for phase in transfers)
-    failed = sum(phase.status in ("FAILED", "KILLED") for phase in transfers)
-    return f"transfers, {done} of {len(transfers)} done" + (f", {failed} failed" if failed else "")
+    others = {word: sum(phase.status == status for phase in transfers) for status, word in _UNDONE.items()}
+    return ", ".join(
+        [f"transfers, {done} of {len(transfers)} done", *(f"{count} {word}" for word, count in others.items() if count)]
+    )
 
 
 def _say(console: Console, lines: dict[str, str]) -> None:

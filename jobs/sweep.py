@@ -5,7 +5,6 @@ import shlex
 
 from rich.text import Text
 
-from cluster.checkout import CHECKOUT, git_facts
 from hemoco.config import Recipe, config_digest, flat_params
 from hemoco.errors import UsageError
 from hemoco.section import print_section
@@ -13,7 +12,7 @@ from hemoco.sweep_results import SweepResult, search_settings, sweep_json, sweep
 from hemoco.tracking import log_artifact_bytes, tracking_uri
 from jobs.live_sweep import live_sweep
 from jobs.options import ReportOptions, load_recipe, parse_options, settings_words
-from jobs.session import ray_session, results_folder, storage_url, table_console
+from jobs.session import announce, ray_session, results_folder, run_tags, storage_url, table_console
 from pipeline.study import check_pretraining, check_transfers
 
 
@@ -30,10 +29,17 @@ def main(argv: list[str]) -> None:
     options = parse_options("sweep", argv, SweepOptions)
     recipe, name = options.recipe, sweep_name(options)
     check_sweep(recipe)
+    announce(name)
     with ray_session(), live_sweep(name, recipe):
         from pipeline.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
 
-        run_sweep(recipe, run=name, storage=storage_url(options.storage), fresh=options.fresh, tags=git_facts(CHECKOUT))
+        run_sweep(
+            recipe,
+            run=name,
+            storage=storage_url(options.storage),
+            fresh=options.fresh,
+            tags=run_tags("sweep", argv[0]),
+        )
     _show(sweep_result(tracking_uri(), name), argv[0], options.out)
 
 

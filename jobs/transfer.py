@@ -1,9 +1,8 @@
 """`python -m jobs transfer RECIPE --backbone URL`: the second half of a run."""
 
-from cluster.checkout import CHECKOUT, git_facts
 from jobs.live import live_display
 from jobs.options import parse_transfer
-from jobs.session import print_comparison, publish, ray_session, run_name, storage_url
+from jobs.session import announce, print_comparison, publish, ray_session, run_name, run_tags, storage_url
 from pipeline.study import check_transfers
 
 
@@ -12,6 +11,7 @@ def main(argv: list[str]) -> None:
     options = parse_transfer(argv)
     name = run_name(options, options.backbone)
     check_transfers(options.recipe)
+    announce(name)
     with ray_session(), live_display(name, pretrain=None, transfers=options.recipe.transfers):
         from pipeline.graph import transfer_only  # Ray Train takes seconds to import, errors should not
 
@@ -21,6 +21,6 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags={**git_facts(CHECKOUT), "hemoco.verb": "transfer"},
+            tags=run_tags("transfer", argv[0]),
         )
     publish(name, print_comparison(name, options.out))

@@ -193,7 +193,8 @@ def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str
 
 
 def _export(job: PretrainJob, state: TrainState, url: str) -> None:
-    backbone, metadata = _backbone(job, state), {"data_digest": state.data_digest, "run_id": job.run_id}
+    backbone = _backbone(job, state)
+    metadata = {"data_digest": state.data_digest, "run_id": job.run_id, "size": str(job.config.views.size)}
     patiently(lambda: checkpoint.export_backbone(backbone, url, metadata), job.config.stream.retry_s)
 
 

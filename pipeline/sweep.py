@@ -76,7 +76,7 @@ def run_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict
         run: the sweep's identity; the trials are the runs `RUN/trial_0000`, ...
         storage: URL of the folder that receives checkpoints and backbones.
         fresh: forget what is there under that name.
-        tags: of the runs of the trials in MLflow, for example the commit of the code.
+        tags: of its run and those of the trials in MLflow, for example the commit of the code.
 
     Raises:
         UsageError: the name belongs to another sweep or to a run, or another process is at it.
@@ -146,8 +146,9 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
             "hemoco.recipe": recipe.name,
             "hemoco.data_digest": data.digest,
             "hemoco.metric": headline_metric(recipe.transfers[config.objective]),
+            "hemoco.storage": storage,
         }
-        run_id = tracking.open_run(uri, experiment_id, name=run, parent=None, tags=key | facts, params=params)
+        run_id = tracking.open_run(uri, experiment_id, name=run, parent=None, tags=tags | key | facts, params=params)
     else:
         run_id = known.run_id
         difference = config_difference(known.params | search_settings(known.params), params | search_settings(params))

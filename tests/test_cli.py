@@ -1,5 +1,6 @@
 """The command line as a person uses it: exit status and the one line that says what to do."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from shard_folders import write_shards
 
+from hemoco import config
 from hemoco.config import Recipe
 from jobs.cli import main
 from jobs.options import RunOptions, load_recipe, parse_options, recipe_names
@@ -54,6 +56,33 @@ def test_recipe_file_without_a_recipe_is_wrong_usage(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("x = 1\n")
     assert main(["run", str(tmp_path / "mine.py")]) == 2
     assert "must define `recipe" in one_line(capsys)
+
+
+def test_recipe_file_that_raises_is_named_with_the_reason(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    assert main(["run", str(tmp_path / "mine.py")]) == 2
+    assert f"{tmp_path}/mine.py: ZeroDivisionError: division by zero" in one_line(capsys)
+
+
+def test_recipe_file_that_is_not_there_is_no_misspelt_name(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "mine.py")]) == 2
+    assert "mine.py: no such file" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in config.__all__ if name.endswith("Config") and name != "AnyTransferConfig"]
+)
+def test_every_class_of_recipes_says_what_its_settings_are(capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        main(["recipes", name])
+    said = capsys.readouterr().out
+    undescribed = [field.name for field in dataclasses.fields(getattr(config, name)) if field.name not in said]
+    assert not undescribed
+
+
+def test_unknown_class_is_wrong_usage_with_a_suggestion(capsys):
+    assert main(["recipes", "KnnConfg"]) == 2
+    assert "did you mean KnnConfig?" in one_line(capsys)
 
 
 def test_misspelt_flag_gets_a_suggestion():

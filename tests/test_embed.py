@@ -263,10 +263,12 @@ def test_files_of_tars_elsewhere_have_names_of_their_own() -> None:
     assert not [name for name in found if "/" in name]
 
 
-def test_the_size_is_the_stems(tmp_path: Path, backbone: str) -> None:
+def test_the_size_is_that_of_the_pretraining_else_the_stems(tmp_path: Path, backbone: str) -> None:
     large = random_backbone(EncoderConfig(architecture="resnet10t"), 0, MEAN, STD)
-    export_backbone(large, str(tmp_path / "large"), {})
-    assert (usual_size(backbone), usual_size(str(tmp_path / "large"))) == (32, 224)
+    export_backbone(large, str(tmp_path / "imported"), {})
+    export_backbone(large, str(tmp_path / "pretrained"), {"size": "48"})
+    sizes = (usual_size(backbone), usual_size(str(tmp_path / "imported")), usual_size(str(tmp_path / "pretrained")))
+    assert sizes == (32, 224, 48)
 
 
 def test_a_crop_larger_than_its_image_is_wrong_usage() -> None:
@@ -314,7 +316,7 @@ def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert warning == f"warning: 1 images left out: not an image (first: 5 in {shards}/train-000001.tar)"
     assert result.startswith(f"{bucket}/features: 6 images in 2 files, ")
-    assert again == f"neighbours  python -m jobs neighbours {bucket}/features KEY"
+    assert again == f"neighbours  python -m jobs neighbours {bucket}/features 0"
     assert json.loads(read_bytes(where.removeprefix("all of them: "))) == {
         "shard": f"{shards}/train-000001.tar", "key": "5", "reason": "not an image"
     }  # fmt: skip

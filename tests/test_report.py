@@ -232,6 +232,18 @@ def test_two_runs_are_told_apart_in_tables_plots_and_settings(
     assert ElementTree.fromstring(svg_of(both, "Loss")) is not None and "<!-- B -->" in svg_of(both, "Loss")
 
 
+def test_of_a_repeated_pretraining_one_is_shown_as_an_example(tracking: str) -> None:
+    again = dataclasses.replace(RECIPE, pretrain=dataclasses.replace(RECIPE.pretrain, seed=1))
+    unique = uuid.uuid4().hex[:8]
+    repeated = [begin_run(tracking, f"{n} {unique}", recipe) for n, recipe in enumerate((RECIPE, again))]
+    for run in repeated:
+        fill(run)
+    text = render_report(collected(*repeated))
+    assert text.count(": Feature map</h2>") == text.count("<h2>Settings of A1</h2>") == 1
+    assert "Differences of settings" not in text
+    assert "<!-- A2 -->" in svg_of(text, "Loss")
+
+
 def test_equal_data_gives_an_equal_page(data: ReportData, page: str) -> None:
     assert render_report(data) == page
 

@@ -14,9 +14,10 @@ from hemoco import checkpoint, run_status
 from hemoco.config import flat_params
 from hemoco.errors import ConfigError, ShardError, UsageError
 from hemoco.storage import join_url, write_bytes
-from hemoco.tracking import connect, open_run
+from hemoco.tracking import close_run, connect, open_run
 from jobs.cli import main
 from jobs.options import RunOptions, load_recipe, parse_options, settings_words
+from jobs.session import run_tags
 from jobs.submit import Request, _announce, _stop_words, check_here, parse_request
 
 NOWHERE = ("--address", "http://127.0.0.1:9")
@@ -196,6 +197,26 @@ def test_the_words_that_resume_are_of_the_verb_that_began(tracking, capsys, verb
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params=params)
     assert main(["status", f"my-{verb}"]) == 0
     assert f"resume      python -m jobs {verb} demo --run my-{verb}" in capsys.readouterr().out
+
+
+def test_a_recipe_given_by_its_path_is_resumed_by_it(tracking, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("from jobs.recipes.demo import recipe")
+    tags = {"hemoco.run": "by-path", "hemoco.phase": "parent", "hemoco.recipe": "mine"}
+    params = flat_params(load_recipe("demo")) | {"pretrain.epochs": "7"}
+    tags |= run_tags("run", str(tmp_path / "mine.py"))
+    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params=params)
+    assert main(["status", "by-path"]) == 0
+    again = f"resume      python -m jobs run {tmp_path}/mine.py --pretrain.epochs 7 --run by-path"
+    assert again in capsys.readouterr().out
+
+
+def test_transfers_that_were_interrupted_have_not_failed(tracking, capsys):
+    tags = {"hemoco.run": "ctrl-c", "hemoco.phase": "parent", "hemoco.recipe": "demo"}
+    parent = open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
+    for name, status in (("knn", "FINISHED"), ("probe", "KILLED"), ("few", "FAILED")):
+        close_run(tracking, open_run(tracking, connect(tracking), name=name, parent=parent, tags={}, params={}), status)
+    assert main(["status"]) == 0
+    assert "transfers, 1 of 3 done, 1 failed, 1 interrupted" in capsys.readouterr().out
 
 
 def test_a_demo_is_not_resumed(tracking, capsys):

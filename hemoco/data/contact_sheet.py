@@ -22,7 +22,8 @@ class SheetSample(NamedTuple):
     image: Image.Image | None
     """None where it could not be decoded."""
     caption: str
-    split: str
+    detail: str
+    """Below the caption."""
 
 
 def sheet_samples(url: str, index: ShardIndex, count: int) -> list[SheetSample]:
@@ -34,13 +35,15 @@ def sheet_samples(url: str, index: ShardIndex, count: int) -> list[SheetSample]:
     """
     samples = []
     for sample in spread_samples(url, index.shards, count):
-        caption = index.classes[sample.label] if 0 <= sample.label < len(index.classes) else sample.key
-        samples.append(SheetSample(_decoded(sample.image), caption, sample.split))
+        caption, detail = sample.key, sample.split
+        if 0 <= sample.label < len(index.classes):
+            caption, detail = index.classes[sample.label], f"{sample.split} {sample.key}"
+        samples.append(SheetSample(_decoded(sample.image), caption, detail))
     return samples
 
 
 def draw_sheet(samples: Sequence[SheetSample]) -> bytes:
-    """A PNG of samples in rows of eight, each with its caption and split below."""
+    """A PNG of samples in rows of eight, each with its caption and detail below."""
     rows = -(-len(samples) // _COLUMNS)
     width, height = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
     sheet = Image.new("RGB", (_COLUMNS * width + _GAP, rows * height + _GAP), "white")
@@ -54,7 +57,7 @@ def draw_sheet(samples: Sequence[SheetSample]) -> bytes:
             tile = _fitted(sample.image)
             sheet.paste(tile, (left + (_SIDE - tile.width) // 2, top + (_SIDE - tile.height) // 2))
         pen.text((left, top + _SIDE), _shorten(sample.caption, font), fill="black", font=font)
-        pen.text((left, top + _SIDE + _LINE), _shorten(sample.split, font), fill="#777777", font=font)
+        pen.text((left, top + _SIDE + _LINE), _shorten(sample.detail, font), fill="#777777", font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
