@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from hemoco.comparison import Records
 from hemoco.comparison_many import ManyComparison, Run
+from hemoco.config import config_difference
 from hemoco.errors import CheckpointError
 from hemoco.feature_sample import FILE_NAME, FeatureSample, decode_sample
 from hemoco.kept_metrics import MetricPoint
@@ -61,9 +62,13 @@ class ReportData:
 
     @property
     def examples(self) -> tuple[RunDetail, ...]:
-        """Of each pretraining the first run, for what need not be seen of each repetition."""
-        first = {column.runs[0].label for column in self.many.columns if not column.baseline}
-        return tuple(detail for detail in self.details if detail.run.label in first)
+        """Of each pretraining the first run, and those of its repetitions that differ by more than their seed."""
+        by_label = {detail.run.label: detail for detail in self.details}
+        repeated = [[by_label[run.label] for run in column.runs] for column in self.many.columns if not column.baseline]
+        shown = {
+            id(one) for first, *others in repeated for one in (first, *others) if one is first or _differ(first, one)
+        }
+        return tuple(detail for detail in self.details if id(detail) in shown)
 
 
 def collect_report(uri: str, many: ManyComparison) -> ReportData:
@@ -99,6 +104,12 @@ def _detail(uri: str, run: Run) -> RunDetail:
         images=tuple(images),
         sample=sample,
     )
+
+
+def _differ(first: RunDetail, other: RunDetail) -> bool:
+    """Whether two runs of one pretraining differ in more than its seed: in what they measure, for example."""
+    changed = config_difference(first.params, other.params)
+    return any(not change.startswith("pretrain.seed:") for change in changed)
 
 
 def _params(records: Records) -> dict[str, str]:

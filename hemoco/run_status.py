@@ -49,6 +49,8 @@ class RunStatus:
     """URL of the backbone that it began with; empty if it pretrains its own."""
     verb: str
     """Of `python -m jobs`, which worked at it last; empty where an older version did not record it."""
+    is_sweep: bool
+    """Then its phases are its trials."""
     params: dict[str, str]
     """Every setting by its dotted name."""
     phases: tuple[PhaseStatus, ...]
@@ -61,15 +63,18 @@ class RunStatus:
 
 
 def newest_runs(uri: str, most: int) -> list[RunStatus]:
-    """The runs that began last, the newest first.
+    """The runs and sweeps that began last, the newest first; trials are part of their sweep.
 
     Raises:
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
     parents = _search(uri, experiment_id, "tags.`hemoco.phase` = 'parent'", 1000)
-    # a run that --fresh began anew has left its name to the new one
-    current = [parent for parent in parents if not parent.data.tags["hemoco.run"].endswith("(superseded)")]
+    found = [parent for parent in parents if "hemoco.sweep" not in parent.data.tags]
+    found += _search(uri, experiment_id, "tags.`hemoco.phase` = 'sweep'", 1000)
+    # one that --fresh began anew has left its name to the new one
+    current = [parent for parent in found if not _name(parent).endswith("(superseded)")]
+    current.sort(key=lambda parent: parent.info.start_time, reverse=True)
     return [_status(parent, _children(uri, experiment_id, parent)) for parent in current[:most]]
 
 
@@ -134,10 +139,15 @@ def _children(uri: str, experiment_id: str, parent: Any) -> list[Any]:
     return _search(uri, experiment_id, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", 1000)
 
 
+def _name(parent: Any) -> str:
+    tags = parent.data.tags
+    return str(tags["hemoco.sweep" if tags["hemoco.phase"] == "sweep" else "hemoco.run"])
+
+
 def _status(parent: Any, children: list[Any]) -> RunStatus:
     tags = parent.data.tags
     return RunStatus(
-        run=tags["hemoco.run"],
+        run=_name(parent),
         recipe=tags.get("hemoco.recipe", ""),
         recipe_file=tags.get("hemoco.recipe_file", ""),
         status=parent.info.status,
@@ -145,6 +155,7 @@ def _status(parent: Any, children: list[Any]) -> RunStatus:
         storage=tags.get("hemoco.storage", ""),
         backbone=tags.get("hemoco.backbone_url", ""),
         verb=tags.get("hemoco.verb", ""),
+        is_sweep=tags["hemoco.phase"] == "sweep",
         params=dict(parent.data.params),
         phases=tuple(_phase(child) for child in reversed(children)),
     )

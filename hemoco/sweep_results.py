@@ -61,7 +61,7 @@ class SweepResult:
     recipe_file: str
     """Where the recipe was, on the machine that began the sweep; empty for those that come with hemoco."""
     storage: str
-    """URL of the folder of the trials' folders; empty where an older version did not record it."""
+    """URL of its folder; empty where an older version did not record it."""
     objective: str
     """Transfer and metric."""
     watch: str

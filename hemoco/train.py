@@ -275,7 +275,7 @@ def _warn_of_collapse(embedding_std: float, epoch: int, step: int) -> None:
     # in the first epoch the embeddings of an untrained encoder are nearly alike too
     if epoch > 0 and embedding_std < COLLAPSED_STD:
         logger.warning(
-            "event=collapse step=%d embedding_std=%.3f expected=1; all images get nearly the same embedding: lower "
-            "pretrain.optimizer.lr, or raise pretrain.moco.momentum or the queue",
+            "event=collapse step=%d embedding_std=%.3f expected=1 "
+            "advice='lower pretrain.optimizer.lr, or raise pretrain.moco.momentum'",
             *(step, embedding_std),
         )

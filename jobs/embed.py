@@ -1,16 +1,15 @@
 """`python -m jobs embed SHARDS BACKBONE DEST`: features of a data set as Parquet."""
 
-import shlex
 from typing import Annotated
 
 import tyro
 
 from cluster.local import local_ray
-from hemoco.data.shards import read_index, read_table
+from hemoco.data.shards import read_index
 from hemoco.embed_plan import EmbedConfig, finished_files, fixed_url, plan_embedding, usual_size
 from hemoco.embedding import Precision
 from hemoco.errors import UsageError
-from hemoco.feature_files import BAD_SAMPLES_NAME, key_text
+from hemoco.feature_files import BAD_SAMPLES_NAME
 from hemoco.storage import absolute_url, check_writable, join_url
 from jobs.progress import follow, printable
 from pipeline.embed import Embedded, embed_steps
@@ -70,14 +69,14 @@ def embed(
     finished_files(plan)  # errors before Ray starts; to look twice is cheap
     with local_ray():
         done = follow(embed_steps(plan, chosen, cpus=cpus, gpus=gpus, max_bad_share=max_bad_share))
-    _print_result(plan.dest, done, key_text(read_table(absolute_url(shards), chosen[0]).keys[0]))
+    _print_result(plan.dest, done)
 
 
-def _print_result(dest: str, done: Embedded, key: str) -> None:
+def _print_result(dest: str, done: Embedded) -> None:
     for reason, count, first in done.bad:
         print(f"warning: {count} images left out: {reason} (first: {printable(first)})")
     if done.bad:
         print(f"all of them: {join_url(dest, BAD_SAMPLES_NAME)}")
     speed = f"{done.computed / done.seconds:.1f} images/s" if done.computed else "all were there"
     print(f"{dest}: {done.images} images in {done.files} files, {speed}")
-    print(f"neighbours  {shlex.join(['python', '-m', 'jobs', 'neighbours', dest, printable(key)])}")
+    print(f"neighbours  python -m jobs neighbours {dest} KEY")

@@ -1,9 +1,11 @@
 """`python -m jobs recipes [CLASS]`: the recipes that come with hemoco, or what the settings of a class are."""
 
 import ast
+import dataclasses
 import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -31,20 +33,25 @@ def recipes(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CL
         print(f"{recipe:<28} {doc.splitlines()[0] if doc else ''}")
 
 
-def _explain(name: str) -> None:
+def _explain(name: str) -> NoReturn:
     """Prints the help of a class.
 
     Raises:
         UsageError: there is none of this name.
         SystemExit: 0, after printing.
     """
-    classes = {each: getattr(config, each) for each in config.__all__ if isinstance(getattr(config, each), type)}
-    known = {each: found for each, found in classes.items() if each.endswith("Config")}  # the others have no settings
+    known = {each: getattr(config, each) for each in config.__all__ if dataclasses.is_dataclass(getattr(config, each))}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         raise UsageError(f"{name!r} is no class of hemoco.config: {hint}")
-    # its space has no values until somebody gives them
-    default = load_recipe("cifar10_resnet18_sweep").sweep if name == "SweepConfig" else tyro.MISSING_NONPROP
+    # what these hold has no type of its own until somebody gives it
+    examples: dict[str, Callable[[], object]] = {
+        "Choice": lambda: config.Choice((0.1, 0.2)),
+        "Recipe": lambda: load_recipe("demo"),
+        "SweepConfig": lambda: load_recipe("cifar10_resnet18_sweep").sweep,
+    }
+    default = examples[name]() if name in examples else tyro.MISSING_NONPROP
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     tyro.cli(known[name], args=["--help"], default=default, prog=name, config=options, use_underscores=True)
+    raise AssertionError("help ends it")

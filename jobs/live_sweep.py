@@ -145,7 +145,7 @@ class SweepPicture:
 
     def _counts(self, running: int) -> list[Text]:
         over = collections.Counter(outcome(trial) for trial in self.facts.trials if trial.status != "RUNNING")
-        over["unfinished"] += self.config.trials - len(self.facts.trials)
+        over["unfinished"] += max(0, self.config.trials - len(self.facts.trials))
         parts = [Text(f"{running} running", style=STYLES["running"])] if running else []
         for name, state in _STATES.items():
             if over[name]:

@@ -117,7 +117,8 @@ def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or the value `recipe` of a Python file by its path.
 
     Raises:
-        UsageError: there is no such recipe, or the file has no `recipe`.
+        UsageError: there is no such recipe, the file has no `recipe`, or it raises.
+        HemocoError: as the file raised it, for example of settings that do not fit together.
     """
     path = Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
     if not path.is_file() and name.endswith(".py"):

@@ -64,8 +64,11 @@ def announce(name: str) -> None:
 
 def run_tags(verb: str, recipe_word: str) -> dict[str, str]:
     """What MLflow gets to know of how a run was begun: the code, the verb, the file of a recipe given by its path."""
-    file = {"hemoco.recipe_file": str(Path(recipe_word).resolve())} if recipe_word.endswith(".py") else {}
-    return {**git_facts(CHECKOUT), "hemoco.verb": verb, **file}
+    tags = {**git_facts(CHECKOUT), "hemoco.verb": verb}
+    if recipe_word.endswith(".py"):
+        path = Path(recipe_word).resolve()  # in the checkout relative to it, for a submitted job has a copy of that
+        tags["hemoco.recipe_file"] = str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path)
+    return tags
 
 
 def print_comparison(run: str, out: str) -> Path:

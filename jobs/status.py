@@ -4,6 +4,8 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -107,7 +109,8 @@ def _show_sweep(console: Console, sweep: SweepResult, job: "Job | None", address
     _say(console, lines)
     print_section(console, sweep_section(sweep))
     console.print()
-    _say(console, best_lines(sweep, sweep.recipe_file or sweep.recipe))
+    recipe_word = shlex.split(job.words)[1] if job is not None else sweep.recipe_file or sweep.recipe
+    _say(console, best_lines(sweep, recipe_word))
     if sweep.status != "FINISHED":
         again = _submit_words(job, address) if job is not None else _sweep_words(sweep)
         _say(console, _go_on(again, sweep.sweep, job, address))
@@ -150,13 +153,16 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
     assert found is not None, "one of both is known"
     if found.verb == "demo":
         return "cannot be, its storage has ended with it; python -m jobs demo begins another"
+    if found.verb == "sweep":  # one of its trials
+        whole = find_sweep(tracking_uri(), found.run.rpartition("/")[0])
+        return _sweep_words(whole) if whole else "its sweep's words"
     unknown = f"the words that began it, with --run {found.run}"
     if found.verb == "transfer" and not found.backbone:  # it ended before it had read one
         return unknown
     recipe_word = found.recipe_file or found.recipe
     try:
         recipe = load_recipe(recipe_word)
-    except UsageError:  # its file is elsewhere
+    except HemocoError:  # its file is elsewhere, or has changed
         return unknown
     words = [found.verb or "run", recipe_word]
     if found.backbone:
@@ -171,10 +177,12 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
 def _sweep_words(sweep: SweepResult) -> str:
     word = sweep.recipe_file or sweep.recipe
     try:
-        settings = settings_words(sweep.params, load_recipe(word))
-    except UsageError:  # its file is elsewhere
+        # MLflow has the number that it began with; each one that was asked for is opened
+        trials = max(int(sweep.params["sweep.trials"]), len(sweep.trials))
+        settings = settings_words(sweep.params | {"sweep.trials": str(trials)}, load_recipe(word))
+    except HemocoError:  # its file is elsewhere, or has changed
         return f"the words that began it, with --run {sweep.sweep}"
-    storage = ["--storage", sweep.storage] if sweep.storage else []
+    storage = ["--storage", sweep.storage.removesuffix(f"/{sweep.sweep}")] if sweep.storage else []
     return shlex.join(["python", "-m", "jobs", "sweep", word, *settings, "--run", sweep.sweep, *storage])
 
 
@@ -185,16 +193,21 @@ def _submit_words(job: "Job", address: str) -> str:
 
 def _at(found: RunStatus) -> str:
     """What it works on, in few words: the pretraining's step, then how many transfers are done."""
+    if found.is_sweep:
+        return _counted("trials", found.phases, _UNDONE | {"KILLED": "stopped"})
     training = next((phase for phase in found.phases if phase.name == "pretrain"), None)
     transfers = [phase for phase in found.phases if phase.name != "pretrain" and "@" not in phase.name]
     if not transfers:
         step = f", step {training.step}" if training and training.step else ""
         return f"pretrain{step}" if training else ""
-    done = sum(phase.status == "FINISHED" for phase in transfers)
-    others = {word: sum(phase.status == status for phase in transfers) for status, word in _UNDONE.items()}
-    return ", ".join(
-        [f"transfers, {done} of {len(transfers)} done", *(f"{count} {word}" for word, count in others.items() if count)]
-    )
+    return _counted("transfers", transfers, _UNDONE)
+
+
+def _counted(what: str, phases: Sequence[PhaseStatus], undone: dict[str, str]) -> str:
+    """How many are done, and of how many one of these statuses says why not."""
+    counts = Counter(phase.status for phase in phases)
+    others = [f"{counts[status]} {word}" for status, word in undone.items() if counts[status]]
+    return ", ".join([f"{what}, {counts['FINISHED']} of {len(phases)} done", *others])
 
 
 def _say(console: Console, lines: dict[str, str]) -> None:

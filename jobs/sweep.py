@@ -6,7 +6,7 @@ import shlex
 from rich.text import Text
 
 from hemoco.config import Recipe, config_digest, flat_params
-from hemoco.errors import UsageError
+from hemoco.errors import HemocoError, UsageError
 from hemoco.section import print_section
 from hemoco.sweep_results import SweepResult, search_settings, sweep_json, sweep_result, sweep_section
 from hemoco.tracking import log_artifact_bytes, tracking_uri
@@ -80,7 +80,7 @@ def best_lines(result: SweepResult, recipe_word: str) -> dict[str, str]:
     lines = {"best": f"trial {result.best.trial}, {result.best.run}"}
     try:
         original = load_recipe(recipe_word)
-    except UsageError:  # it was given by its path
+    except HemocoError:  # its file is elsewhere, or has changed
         return lines
     transfer, run = again_words(result, recipe_word, original)
     return lines | {"measure it": transfer, "repeat it": run}

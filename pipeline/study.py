@@ -99,7 +99,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
                 f"run {run!r} exists with other settings ({'; '.join(difference[:5])}): "
                 "choose another --run name, or --fresh to start it anew"
             )
-        url = _same_folder(known, run, url)
+        url = same_folder(known, run, url)
         if known.status != "FINISHED":
             tracking.reopen_run(uri, parent_id)
     if known is None or known.status != "FINISHED":
@@ -108,8 +108,12 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
 
 
-def _same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
-    """Where a known run has its checkpoints: from another folder it would begin anew."""
+def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
+    """Where a known run has its checkpoints: from another folder it would begin anew.
+
+    Raises:
+        UsageError: it is not finished, and that is elsewhere than at `url`.
+    """
     before = known.tags.get("hemoco.storage", url)
     if before != url and known.status != "FINISHED":
         root = before.removesuffix("/" + run)

@@ -33,7 +33,7 @@ from pipeline.fan_out import in_threads
 from pipeline.graph import pretrain_then_transfer
 from pipeline.run_lock import only_driver
 from pipeline.stop_request import StoppedError
-from pipeline.study import closing_run
+from pipeline.study import closing_run, same_folder
 from pipeline.transfer import headline_metric
 
 
@@ -87,6 +87,7 @@ def run_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict
         trials = [_open_trial(sweep, number, settings) for number, settings in enumerate(drawn_settings(sweep.config))]
         try:
             with closing_run(sweep.uri, sweep.run_id, sweep.stopping):
+                _close_interrupted(sweep, trials)  # what a killed driver has left
                 _try_all(sweep, trials)
         finally:
             if sweep.stopping.is_set():  # the threads that would have told MLflow end with this process
@@ -139,16 +140,15 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
     if fresh:
         for old in tracking.find_runs(uri, experiment_id, {"hemoco.sweep": run}):
             tracking.set_tags(uri, old.run_id, {"hemoco.sweep": f"{run} (superseded)"})
-    key = {"hemoco.sweep": run, "hemoco.phase": "sweep"}
+    key, url = {"hemoco.sweep": run, "hemoco.phase": "sweep"}, join_url(storage, run)
     known = tracking.find_run(uri, experiment_id, key)
     if known is None:
         facts = {
             "hemoco.recipe": recipe.name,
             "hemoco.data_digest": data.digest,
             "hemoco.metric": headline_metric(recipe.transfers[config.objective]),
-            "hemoco.storage": storage,
         }
-        run_id = tracking.open_run(uri, experiment_id, name=run, parent=None, tags=tags | key | facts, params=params)
+        run_id = tracking.open_run(uri, experiment_id, name=run, parent=None, tags=key | facts, params=params)
     else:
         run_id = known.run_id
         difference = config_difference(known.params | search_settings(known.params), params | search_settings(params))
@@ -157,7 +157,10 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
                 f"sweep {run!r} exists with other settings ({'; '.join(difference[:5])}): choose another --run name, "
                 "or --fresh to start it anew"
             )
+        url = same_folder(known, run, url)
         tracking.reopen_run(uri, run_id)
+    # the last code that worked at it counts; the folder is where `status` says that it goes on
+    tracking.set_tags(uri, run_id, tags | {"hemoco.storage": url})
     return Sweep(
         recipe=recipe,
         config=config,
@@ -277,7 +280,7 @@ def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:
 
 
 def _close_interrupted(sweep: Sweep, trials: list[Trial]) -> None:
-    for trial in trials:
+    for trial in (trial for trial in trials if not trial.over):
         close_running(sweep.uri, trial.run)
         if tracking.run_facts(sweep.uri, trial.run_id).status == "RUNNING":
             tracking.set_tags(sweep.uri, trial.run_id, {"hemoco.error": "interrupted"})

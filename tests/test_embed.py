@@ -316,7 +316,7 @@ def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert warning == f"warning: 1 images left out: not an image (first: 5 in {shards}/train-000001.tar)"
     assert result.startswith(f"{bucket}/features: 6 images in 2 files, ")
-    assert again == f"neighbours  python -m jobs neighbours {bucket}/features 0"
+    assert again == f"neighbours  python -m jobs neighbours {bucket}/features KEY"
     assert json.loads(read_bytes(where.removeprefix("all of them: "))) == {
         "shard": f"{shards}/train-000001.tar", "key": "5", "reason": "not an image"
     }  # fmt: skip

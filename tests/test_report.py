@@ -244,6 +244,14 @@ def test_of_a_repeated_pretraining_one_is_shown_as_an_example(tracking: str) -> 
     assert "<!-- A2 -->" in svg_of(text, "Loss")
 
 
+def test_a_repetition_that_measures_something_else_is_shown_too(tracking: str) -> None:
+    transfers = RECIPE.transfers | {"knn": KnnConfig(seeds=(0, 1), neighbours=5)}
+    other = dataclasses.replace(RECIPE, pretrain=dataclasses.replace(RECIPE.pretrain, seed=1), transfers=transfers)
+    unique = uuid.uuid4().hex[:8]
+    some = [begin_run(tracking, f"{n} {unique}", recipe) for n, recipe in enumerate((RECIPE, other))]
+    assert "transfers.knn.neighbours: 200 -&gt; 5" in render_report(collected(*some))
+
+
 def test_equal_data_gives_an_equal_page(data: ReportData, page: str) -> None:
     assert render_report(data) == page
 

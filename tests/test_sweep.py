@@ -32,10 +32,11 @@ from hemoco.run_status import close_running
 from hemoco.storage import exists, join_url, list_names
 from hemoco.sweep_config import with_settings
 from hemoco.sweep_results import sweep_json, sweep_result, sweep_section
-from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points
+from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points, set_tags
 from jobs.cli import main
 from jobs.digits import write_digits
 from jobs.options import parse_options
+from jobs.session import run_tags
 from jobs.submit import parse_request
 from jobs.sweep import SweepOptions, again_words, sweep_name
 from pipeline.early_stop import EarlyStop, Halving, Watched
@@ -359,8 +360,38 @@ def test_status_of_a_sweep_shows_its_trials_and_how_to_go_on(made, capsys):
     assert f"resume      the words that began it, with --run {made}" in said
 
 
+def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_trials(made, tracking, capsys, tmp_path):
+    (tmp_path / "swept.py").write_text("from test_sweep import RECIPE as recipe\nimport dataclasses")
+    tags = run_tags("sweep", str(tmp_path / "swept.py")) | {"hemoco.storage": f"s3://b/runs/{made}"}
+    set_tags(tracking, sweep_result(tracking, made).run_id, tags)
+    for number in range(4, 9):
+        own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": str(number)}
+        open_run(tracking, connect(tracking), name=f"trial_{number:04d}", parent=None, tags=own, params={})
+    assert main(["status", made]) == 0
+    words = f"jobs sweep {tmp_path}/swept.py --sweep.trials 9 --run {made} --storage s3://b/runs\n"
+    assert words in capsys.readouterr().out
+
+
+def test_a_trial_goes_on_by_the_words_of_its_sweep(made, tracking, capsys):
+    tags = {"hemoco.run": f"{made}/trial_0000", "hemoco.phase": "parent", "hemoco.sweep": made, "hemoco.verb": "sweep"}
+    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
+    assert main(["status", f"{made}/trial_0000"]) == 0
+    assert f"resume      the words that began it, with --run {made}\n" in capsys.readouterr().out
+
+
+def test_a_sweep_is_one_line_among_the_runs(made, tracking, capsys):
+    sweep = sweep_result(tracking, made)
+    for trial in sweep.trials:
+        set_tags(tracking, trial.run_id, {"mlflow.parentRunId": sweep.run_id})
+    assert main(["status"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if made in line]
+    assert "trials, 2 of 4 done, 1 failed, 1 stopped" in line
+
+
 def test_a_sweep_that_was_ended_leaves_nothing_that_runs(made, tracking):
-    assert sorted(close_running(tracking, made)) == [made, "pretrain", "pretrain", "pretrain"]
+    own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": "4"}
+    open_run(tracking, connect(tracking), name="trial_0004", parent=None, tags=own, params={})
+    assert sorted(close_running(tracking, made)) == [made, "pretrain", "pretrain", "pretrain", "trial_0004"]
     assert sweep_result(tracking, made).status == "KILLED"
     assert close_running(tracking, made) == []
 
@@ -370,3 +401,5 @@ def test_a_submitted_sweep_has_the_name_that_it_has_here():
     name = sweep_name(parse_options("sweep", words, SweepOptions))
     request = parse_request(["sweep", *words])
     assert (request.run, request.words) == (name, ["sweep", *words, "--run", name])
+    with pytest.raises(UsageError, match="--out would be a folder of the cluster"):
+        parse_request(["sweep", *words, "--out", "/tmp/x"])

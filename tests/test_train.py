@@ -309,7 +309,7 @@ def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(caplog: pytes
     with caplog.at_level(logging.WARNING):
         train(state, 0, 3)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("event=collapse step=3 embedding_std=0.000 expected=1; ")
+    assert said.startswith("event=collapse step=3 embedding_std=0.000 expected=1 advice=")
 
 
 def test_rates_are_over_the_time_since_the_last_record() -> None:

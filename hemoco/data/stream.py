@@ -108,10 +108,9 @@ def batches(
         logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, stream.lanes)
     left_out = epoch_order(shards.samples, plan, epoch=0).left_out
     if rank == 0:
-        # another epoch leaves out others
         logger.info(
-            "event=stream split=%s samples=%d left_out_per_epoch=%d to fill global batches of %d",
-            *(split, shards.samples.sum(), left_out, size),
+            "event=stream split=%s samples=%d global_batch_size=%d left_out_per_epoch=%d",
+            *(split, shards.samples.sum(), size, left_out),
         )
     loaded = iter(source) if stream.workers == 0 else iter(start_loader(source, device))
     try:
