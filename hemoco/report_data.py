@@ -64,11 +64,13 @@ class ReportData:
     def examples(self) -> tuple[RunDetail, ...]:
         """Of each pretraining the first run, and those of its repetitions that differ by more than their seed."""
         by_label = {detail.run.label: detail for detail in self.details}
-        repeated = [[by_label[run.label] for run in column.runs] for column in self.many.columns if not column.baseline]
-        shown = {
-            id(one) for first, *others in repeated for one in (first, *others) if one is first or _differ(first, one)
-        }
-        return tuple(detail for detail in self.details if id(detail) in shown)
+        pretrainings = [column.runs for column in self.many.columns if not column.baseline]
+        first = {run.label: by_label[runs[0].label] for runs in pretrainings for run in runs}
+        return tuple(
+            detail
+            for detail in self.details
+            if detail is first[detail.run.label] or _differ(first[detail.run.label], detail)
+        )
 
 
 def collect_report(uri: str, many: ManyComparison) -> ReportData:

@@ -1,7 +1,6 @@
 """Sweeps: the search space, what ASHA decides, how a pretraining is stopped, and a whole one on a real Ray."""
 
 import dataclasses
-import json
 import math
 import time
 
@@ -24,21 +23,17 @@ from hemoco.config import (
     Uniform,
     ViewsConfig,
     config_digest,
-    flat_params,
 )
 from hemoco.errors import ConfigError, TrainingError, UsageError
 from hemoco.kept_metrics import MetricPoint
-from hemoco.run_status import close_running
 from hemoco.storage import exists, join_url, list_names
 from hemoco.sweep_config import with_settings
-from hemoco.sweep_results import sweep_json, sweep_result, sweep_section
-from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points, set_tags
+from hemoco.sweep_results import sweep_result
+from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points
 from jobs.cli import main
 from jobs.digits import write_digits
 from jobs.options import parse_options
-from jobs.session import run_tags
-from jobs.submit import parse_request
-from jobs.sweep import SweepOptions, again_words, sweep_name
+from jobs.sweep import SweepOptions, sweep_name
 from pipeline.early_stop import EarlyStop, Halving, Watched
 from pipeline.interruption import TrainingProcess
 from pipeline.pack import pack
@@ -294,112 +289,3 @@ def test_sweep_with_another_search_under_an_old_name_is_refused(recipe, bucket, 
         other = dataclasses.replace(recipe, sweep=dataclasses.replace(sweep, seed=seed))
         with pytest.raises(error, match=r"all 1 trials|its sweep.seed: 0 -> 1"):
             run_sweep(other, run="renamed", storage=bucket, fresh=False, tags={})
-
-
-@pytest.fixture
-def made(tracking):
-    """A sweep of four trials as MLflow has it: two finished, one stopped, one that could not be built."""
-    experiment = connect(tracking)
-    name = f"made-{time.time_ns()}"
-    tags = {"hemoco.recipe": "swept", "hemoco.data_digest": "d", "hemoco.metric": "top1"}
-    key = {"hemoco.sweep": name, "hemoco.phase": "sweep"}
-    open_run(tracking, experiment, name=name, parent=None, tags=key | tags, params=flat_params(RECIPE))
-    from mlflow import MlflowClient
-
-    rows = [("FINISHED", 0.4, 8, {}), ("FINISHED", 0.6, 8, {}), ("KILLED", None, 2, {"hemoco.stopped": "true"})]
-    for number, (status, value, epochs, more) in enumerate([*rows, ("FAILED", None, 0, {"hemoco.error": "no"})]):
-        shown = f"trial_{number:04d}"
-        own = {"hemoco.sweep": name, "hemoco.phase": "trial", "hemoco.trial": str(number)}
-        own |= {"hemoco.steps_per_epoch": "10"} | more
-        run_id = open_run(tracking, experiment, name=shown, parent=None, tags=own, params={LR: str(number / 10)})
-        if epochs:
-            below = {"hemoco.run": f"{name}/{shown}", "hemoco.phase": "pretrain", "hemoco.backbone_url": f"b{number}"}
-            pretraining = open_run(tracking, experiment, name="pretrain", parent=run_id, tags=below, params={})
-            record(tracking, pretraining, "loss", [(10 * epochs, 1.0)])
-        if value is not None:
-            record(tracking, run_id, "objective", [(0, value)])
-        MlflowClient(tracking).set_terminated(run_id, status)
-    return name
-
-
-def test_table_has_the_best_first_and_says_what_became_of_each(made, tracking):
-    section = sweep_section(sweep_result(tracking, made))
-    assert section.columns == ("trial", "optimizer.lr", "knn/top1", "epochs", "outcome", "reason")
-    assert section.rows == (
-        ("1", "0.1", "0.6000", "8", "finished", ""),
-        ("0", "0.0", "0.4000", "8", "finished", ""),
-        ("2", "0.2", "", "2", "stopped", ""),
-        ("3", "0.3", "", "0", "failed", "no"),
-    )
-
-
-def test_json_names_the_best_and_has_null_for_what_was_not_measured(made, tracking):
-    found = json.loads(sweep_json(sweep_result(tracking, made)))
-    assert (found["best"], found["objective"], found["watch"]) == (1, "knn/top1", "knn_top1")
-    assert [trial["objective"] for trial in found["trials"]] == [0.6, 0.4, None, None]
-    assert found["trials"][0]["settings"] == {LR: "0.1"}
-
-
-def test_words_of_the_best_trial_make_its_recipe_again(made, tracking, tmp_path):
-    result = sweep_result(tracking, made)
-    transfer, run = again_words(result, "swept.py", RECIPE)
-    assert transfer == f"python -m jobs transfer swept.py --backbone b1 --{LR} 0.1"
-    assert run == f"python -m jobs run swept.py --{LR} 0.1"
-
-
-def test_unknown_sweep_is_said_with_those_that_are_known(made, tracking):
-    with pytest.raises(UsageError, match=made):
-        sweep_result(tracking, "nowhere")
-
-
-def test_status_of_a_sweep_shows_its_trials_and_how_to_go_on(made, capsys):
-    assert main(["status", made]) == 0
-    said = capsys.readouterr().out
-    assert f"{made}: 4 trials of swept" in said
-    assert f"best        trial 1, {made}/trial_0001" in said
-    assert f"resume      the words that began it, with --run {made}" in said
-
-
-def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_trials(made, tracking, capsys, tmp_path):
-    (tmp_path / "swept.py").write_text("from test_sweep import RECIPE as recipe\nimport dataclasses")
-    tags = run_tags("sweep", str(tmp_path / "swept.py")) | {"hemoco.storage": f"s3://b/runs/{made}"}
-    set_tags(tracking, sweep_result(tracking, made).run_id, tags)
-    for number in range(4, 9):
-        own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": str(number)}
-        open_run(tracking, connect(tracking), name=f"trial_{number:04d}", parent=None, tags=own, params={})
-    assert main(["status", made]) == 0
-    words = f"jobs sweep {tmp_path}/swept.py --sweep.trials 9 --run {made} --storage s3://b/runs\n"
-    assert words in capsys.readouterr().out
-
-
-def test_a_trial_goes_on_by_the_words_of_its_sweep(made, tracking, capsys):
-    tags = {"hemoco.run": f"{made}/trial_0000", "hemoco.phase": "parent", "hemoco.sweep": made, "hemoco.verb": "sweep"}
-    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
-    assert main(["status", f"{made}/trial_0000"]) == 0
-    assert f"resume      the words that began it, with --run {made}\n" in capsys.readouterr().out
-
-
-def test_a_sweep_is_one_line_among_the_runs(made, tracking, capsys):
-    sweep = sweep_result(tracking, made)
-    for trial in sweep.trials:
-        set_tags(tracking, trial.run_id, {"mlflow.parentRunId": sweep.run_id})
-    assert main(["status"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if made in line]
-    assert "trials, 2 of 4 done, 1 failed, 1 stopped" in line
-
-
-def test_a_sweep_that_was_ended_leaves_nothing_that_runs(made, tracking):
-    own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": "4"}
-    open_run(tracking, connect(tracking), name="trial_0004", parent=None, tags=own, params={})
-    assert sorted(close_running(tracking, made)) == [made, "pretrain", "pretrain", "pretrain", "trial_0004"]
-    assert sweep_result(tracking, made).status == "KILLED"
-    assert close_running(tracking, made) == []
-
-
-def test_a_submitted_sweep_has_the_name_that_it_has_here():
-    words = ["cifar10_resnet18_sweep", "--data.shards", "s3://b/shards", "--storage", "s3://b/runs"]
-    name = sweep_name(parse_options("sweep", words, SweepOptions))
-    request = parse_request(["sweep", *words])
-    assert (request.run, request.words) == (name, ["sweep", *words, "--run", name])
-    with pytest.raises(UsageError, match="--out would be a folder of the cluster"):
-        parse_request(["sweep", *words, "--out", "/tmp/x"])
