@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hemoco.comparison import Comparison, Row, Summary, summaries
+from hemoco.results.records import Comparison, Row, Summary, summaries
 
 if TYPE_CHECKING:
     from rich.table import Table

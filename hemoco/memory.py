@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hemoco.errors import HemocoError, TrainingError
-from hemoco.storage import first_line
+from hemoco.storage.objects import first_line
 
 _SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 """Of torch's allocators; torch and NumPy raise a MemoryError only now and then."""

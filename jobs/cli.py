@@ -32,7 +32,6 @@ _VERBS = {
     "recipes": "the recipes that come with hemoco, or what the settings of a class are",
 }
 _MODULES = {
-    "recipes": "list_recipes",  # jobs.recipes holds the recipes themselves
     "import": "import_backbone",  # a word of Python
 }
 
@@ -75,7 +74,7 @@ def _verb(name: str) -> ModuleType:
         close = difflib.get_close_matches(name, _VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_VERBS)}"
         raise UsageError(f"unknown verb {name!r}: {hint}")
-    return importlib.import_module(f"jobs.{_MODULES.get(name, name)}")
+    return importlib.import_module(f"jobs.verbs.{_MODULES.get(name, name)}")
 
 
 def _failed(message: str, status: int, debug: bool) -> int:

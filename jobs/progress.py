@@ -6,7 +6,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from pipeline.tasks import Progress
+from pipeline.workers.tasks import Progress
 
 ResultT = TypeVar("ResultT")
 

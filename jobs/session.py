@@ -10,17 +10,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.checkout import CHECKOUT, git_facts
-from cluster.local import local_ray
-from hemoco.comparison import Comparison, comparison, headlines
-from hemoco.comparison_many import ManyComparison, compare_runs
+from cluster.local.ray import local_ray
+from cluster.submit.checkout import CHECKOUT, git_facts
 from hemoco.comparison_table import rich_table, to_markdown, write_comparison
 from hemoco.config import config_digest
-from hemoco.kept_metrics import MetricPoint
-from hemoco.report import render_report
-from hemoco.report_data import collect_report
-from hemoco.storage import absolute_url, check_writable, home
-from hemoco.tracking import connect, find_run, log_artifact_bytes, send_points, set_tags, tracking_uri
+from hemoco.report.data import collect_report
+from hemoco.report.page import render_report
+from hemoco.results.comparison import ManyComparison, compare_runs
+from hemoco.results.records import Comparison, comparison, headlines
+from hemoco.storage.objects import absolute_url, check_writable, home
+from hemoco.tracking.runs import connect, find_run, log_artifact_bytes, send_points, set_tags, tracking_uri
+from hemoco.tracking.unsent import MetricPoint
 from jobs.options import RunOptions
 
 _PATIENCE_S = 60.0

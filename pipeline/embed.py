@@ -14,16 +14,16 @@ from itertools import pairwise
 import torch
 
 from hemoco.config import ResourcesConfig
-from hemoco.data.counts import BadSample, BadSampleFile
-from hemoco.data.shards import Shard
-from hemoco.embed import EmbeddedShard, embed_shards
-from hemoco.embed_plan import EmbedPlan, finished_files
+from hemoco.data.shards.index import Shard
+from hemoco.data.stream.bad_samples import BadSample, BadSampleFile
 from hemoco.errors import ShardError
-from hemoco.feature_files import BAD_SAMPLES_NAME, file_name
-from hemoco.storage import check_writable, join_url
+from hemoco.features.embed import EmbeddedShard, embed_shards
+from hemoco.features.parquet import BAD_SAMPLES_NAME, file_name
+from hemoco.features.plan import EmbedPlan, finished_files
+from hemoco.storage.objects import check_writable, join_url
 from pipeline.findings import Finding, count_reasons
-from pipeline.room import possible_workers
-from pipeline.tasks import Progress, finish, run_tasks
+from pipeline.workers.capacity import possible_workers
+from pipeline.workers.tasks import Progress, finish, run_tasks
 
 logger = logging.getLogger(__name__)
 

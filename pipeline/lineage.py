@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from hemoco import registry, tracking
-from hemoco.checkpoint import backbone_metadata
 from hemoco.config import DataConfig, MoCoConfig, Recipe, TransferConfig, init_label, init_url
-from hemoco.data.shards import ShardIndex
-from hemoco.kept_metrics import RefusedError
-from hemoco.registry import BackboneRecord, Measured
-from pipeline.study import Study
+from hemoco.data.shards.index import ShardIndex
+from hemoco.tracking import models as registry
+from hemoco.tracking import runs as tracking
+from hemoco.tracking.models import BackboneRecord, Measured
+from hemoco.tracking.unsent import RefusedError
+from hemoco.train.checkpoint import backbone_metadata
+from pipeline.open_run import Study
 
 logger = logging.getLogger(__name__)
 

@@ -7,27 +7,27 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from hemoco import checkpoint
 from hemoco.config import DataConfig, PretrainConfig
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.loader import StreamPosition
-from hemoco.data.patience import patiently
-from hemoco.data.shards import ShardIndex, read_index
-from hemoco.data.stream import Batch, batches, load_images, pretraining_plan, steps_per_epoch
+from hemoco.data.shards.index import ShardIndex, read_index
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import Batch, batches, load_images, pretraining_plan, steps_per_epoch
+from hemoco.data.stream.loader import StreamPosition
 from hemoco.distributed import rank, world_size
-from hemoco.encoder import Backbone
 from hemoco.errors import HemocoError, TrainingError
-from hemoco.feature_sample import FILE_NAME, encode_sample, sample_features
-from hemoco.knn import knn_accuracy
-from hemoco.machine import SystemMetrics
-from hemoco.storage import join_url
-from hemoco.tracking import Tracker, check_delivered, log_artifact_bytes
-from hemoco.train import StepMetrics, TrainState, build_state, train_steps
-from hemoco.transfer.frozen import extract_features
+from hemoco.features.extract import extract_features
+from hemoco.features.sample import FILE_NAME, encode_sample, sample_features
+from hemoco.models.resnet import Backbone
+from hemoco.storage.objects import join_url
+from hemoco.storage.retry import patiently
+from hemoco.tracking.runs import Tracker, check_delivered, log_artifact_bytes
+from hemoco.tracking.system_metrics import SystemMetrics
+from hemoco.train import checkpoint
+from hemoco.train.pretrain import StepMetrics, TrainState, build_state, train_steps
+from hemoco.transfer.classification.knn import knn_accuracy
 from pipeline.interrupted import Interrupted
-from pipeline.interruption import TrainingProcess
-from pipeline.stop_request import watched_request
-from pipeline.workers import GroupSize, run_workers
+from pipeline.workers.group import GroupSize, run_workers
+from pipeline.workers.interruption import TrainingProcess
+from pipeline.workers.stop_request import watched_request
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.processes import child_process, last_line, wait_until
-from cluster.servers import S3Server
+from cluster.local.processes import child_process, last_line, wait_until
+from cluster.local.servers import S3Server
 
 _START_S = 180
 _CONFIG = """

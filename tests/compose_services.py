@@ -1,4 +1,4 @@
-"""Runs services of cluster/compose.yaml without containers, in namespaces of its own, where they have their names.
+"""Runs services of compose.yaml without containers, in namespaces of its own, where they have their names.
 
     unshare --net --mount --pid --fork --kill-child --mount-proc python tests/compose_services.py FOLDER IMAGE POSTGRES
 

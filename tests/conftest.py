@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 
-from cluster.local import local_ray
-from cluster.servers import BUCKET, s3_environment, s3_server
+from cluster.local.ray import local_ray
+from cluster.local.servers import BUCKET, s3_environment, s3_server
 
 
 def pytest_sessionfinish() -> None:

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 
 from hemoco.config import PretrainConfig
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.stream import batches, pretraining_plan
-from hemoco.train import batch_fingerprint
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import batches, pretraining_plan
+from hemoco.train.pretrain import batch_fingerprint
 
 
 def fingerprints(shards: str, split: str, config: PretrainConfig) -> dict[int, float]:

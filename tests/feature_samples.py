@@ -2,7 +2,7 @@
 
 import torch
 
-from hemoco.feature_sample import FeatureSample
+from hemoco.features.sample import FeatureSample
 
 
 def sample_of(images: int) -> FeatureSample:

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from hemoco.transfer.splits import LabelledSplit
+from hemoco.data.labelled import LabelledSplit
 
 
 def in_memory(images: Tensor, labels: Tensor, classes: tuple[str, ...] = ()) -> LabelledSplit:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from mlflow.entities import Param
 
 from hemoco.config import AnyTransferConfig, Recipe, flat_params
-from hemoco.kept_metrics import MetricPoint
-from hemoco.tracking import ask, close_run, connect, open_run, send_points, set_tags
+from hemoco.tracking.runs import ask, close_run, connect, open_run, send_points, set_tags
+from hemoco.tracking.unsent import MetricPoint
 
 Values = Mapping[tuple[str, int], float]
 """By init and seed."""

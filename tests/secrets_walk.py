@@ -11,13 +11,22 @@ from collections.abc import Callable
 import torch
 from shard_folders import write_shards
 
-from hemoco import tracking
-from hemoco.checkpoint import export_backbone, random_backbone, save_checkpoint
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, flat_params
-from hemoco.data.fetch import FetchCounts, fetch_range
 from hemoco.errors import HemocoError
-from hemoco.storage import check_writable, exists, filesystem, join_url, list_names, read_bytes, remove, write_bytes
-from hemoco.train import build_state
+from hemoco.storage.fetch import FetchCounts, fetch_range
+from hemoco.storage.objects import (
+    check_writable,
+    exists,
+    filesystem,
+    join_url,
+    list_names,
+    read_bytes,
+    remove,
+    write_bytes,
+)
+from hemoco.tracking import runs as tracking
+from hemoco.train.checkpoint import export_backbone, random_backbone, save_checkpoint
+from hemoco.train.pretrain import build_state
 from jobs.cli import main
 from jobs.options import load_recipe
 

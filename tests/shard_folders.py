@@ -8,9 +8,9 @@ from collections.abc import Container, Sequence
 import numpy as np
 from PIL import Image
 
-from hemoco.data.shards import Shard, ShardIndex, write_index, write_table
-from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
-from hemoco.storage import join_url, write_bytes
+from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
+from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
+from hemoco.storage.objects import join_url, write_bytes
 
 
 def png(number: int) -> bytes:

@@ -11,7 +11,6 @@ import torch
 from mlflow import MlflowClient
 from shard_folders import write_shards
 
-from hemoco.checkpoint import load_backbone
 from hemoco.config import (
     DataConfig,
     EncoderConfig,
@@ -21,10 +20,11 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.tracking import connect, open_run
+from hemoco.tracking.runs import connect, open_run
+from hemoco.train.checkpoint import load_backbone
 from pipeline.interrupted import Reason
-from pipeline.interruption import TrainingProcess
 from pipeline.pretrain import PretrainJob
+from pipeline.workers.interruption import TrainingProcess
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -21,10 +21,10 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.storage import join_url
-from hemoco.tracking import RunFacts, connect, find_run, tracking_uri
-from jobs.digits import write_digits
-from pipeline.pack import pack
+from hemoco.storage.objects import join_url
+from hemoco.tracking.runs import RunFacts, connect, find_run, tracking_uri
+from jobs.demo_data import write_digits
+from pipeline.shards.pack import pack
 
 INTERVAL = 5
 """Steps between two checkpoints."""

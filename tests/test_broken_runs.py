@@ -18,13 +18,13 @@ from mlflow import MlflowClient
 from small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from waiting import wait_until
 
-from cluster.processes import descendants
-from hemoco.checkpoint import load_backbone
+from cluster.local.processes import descendants
 from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
-from hemoco.storage import join_url, list_names
-from hemoco.tracking import tracking_uri
-from pipeline.graph import pretrain_only
-from pipeline.pack import pack
+from hemoco.storage.objects import join_url, list_names
+from hemoco.tracking.runs import tracking_uri
+from hemoco.train.checkpoint import load_backbone
+from pipeline.run import pretrain_only
+from pipeline.shards.pack import pack
 
 pytestmark = pytest.mark.slow
 

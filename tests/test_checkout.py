@@ -7,8 +7,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from cluster.checkout import CHECKOUT, EXCLUDES, git_facts, upload_problems, uploaded_files
-from cluster.job_environment import job_spec
+from cluster.submit.checkout import CHECKOUT, EXCLUDES, git_facts, upload_problems, uploaded_files
+from cluster.submit.environment import job_spec
 
 
 @pytest.fixture(autouse=True)

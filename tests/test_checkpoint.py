@@ -10,7 +10,12 @@ import safetensors.torch
 import torch
 
 from hemoco import load_backbone as load_from_the_front
-from hemoco.checkpoint import (
+from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, ResourcesConfig, StreamConfig
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.errors import CheckpointError
+from hemoco.models.resnet import Backbone
+from hemoco.train.checkpoint import (
     attempt_of,
     backbone_metadata,
     export_backbone,
@@ -20,12 +25,7 @@ from hemoco.checkpoint import (
     random_backbone,
     save_checkpoint,
 )
-from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, ResourcesConfig, StreamConfig
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
-from hemoco.encoder import Backbone
-from hemoco.errors import CheckpointError
-from hemoco.train import TrainState, build_state, train_steps
+from hemoco.train.pretrain import TrainState, build_state, train_steps
 
 CONFIG = PretrainConfig(
     epochs=2,

@@ -5,8 +5,9 @@ import torch
 from labelled import in_memory
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ShardError
-from hemoco.transfer.classification import (
+from hemoco.transfer.classification.scores import (
     ClassCounts,
     check_labels,
     class_metrics,
@@ -14,7 +15,6 @@ from hemoco.transfer.classification import (
     count_predictions,
     sum_counts,
 )
-from hemoco.transfer.splits import LabelledSplit
 
 PNG = b"\x89PNG\r\n"
 

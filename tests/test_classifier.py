@@ -12,25 +12,25 @@ from shard_folders import write_shards
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hemoco.checkpoint import load_checkpoint, random_backbone, save_checkpoint
 from hemoco.config import ClassifierConfig, EncoderConfig, FineTuneConfig, LinearClassifierConfig, StreamConfig
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.loader import StreamPosition
-from hemoco.data.shards import read_index
-from hemoco.data.stream import Batch, batches, load_images, steps_per_epoch
-from hemoco.data.views import center_view
+from hemoco.data.shards.index import read_index
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import Batch, batches, load_images, steps_per_epoch
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.data.transforms import center_view
 from hemoco.distributed import rank, world_size
-from hemoco.encoder import Backbone
 from hemoco.errors import CheckpointError, ShardError, TrainingError
-from hemoco.training_state import LoggedStep
-from hemoco.transfer.classifier import (
+from hemoco.models.resnet import Backbone
+from hemoco.train.checkpoint import load_checkpoint, random_backbone, save_checkpoint
+from hemoco.train.state import LoggedStep
+from hemoco.transfer.classification.classifier import (
     ClassifierState,
     build_classifier_state,
     classifier_lr_factor,
     classifier_plan,
     parameter_groups,
 )
-from hemoco.transfer.classifier_steps import classifier_steps, classify
+from hemoco.transfer.classification.training import classifier_steps, classify
 
 CPU = torch.device("cpu")
 SIZES = (9, 8, 11, 12)

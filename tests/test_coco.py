@@ -18,10 +18,10 @@ from pycocotools import mask as stock_rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hemoco.data.sources import open_source
+from hemoco.data.sources.folders import open_source
 from hemoco.errors import ShardError
-from hemoco.transfer.coco import coco_metrics, decode_mask, encode_mask, ground_truth_of, metric_names
-from hemoco.transfer.drawing import draw_scenes
+from hemoco.transfer.detection.coco_metric import coco_metrics, decode_mask, encode_mask, ground_truth_of, metric_names
+from hemoco.transfer.detection.drawing import draw_scenes
 
 REAL = {
     "coco_tiny": "coco_tiny/instances_val.json",

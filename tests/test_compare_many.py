@@ -14,8 +14,6 @@ from made_runs import MadeRun, begin_run, end_pretraining, log_rate, write_trans
 from rich.console import Console
 from scipy import stats
 
-from hemoco.comparison_files import render, sections, wide_records, write_files
-from hemoco.comparison_many import ManyComparison, Place, compare_runs
 from hemoco.config import (
     KnnConfig,
     LinearProbeConfig,
@@ -26,12 +24,14 @@ from hemoco.config import (
     Recipe,
     ResourcesConfig,
 )
-from hemoco.cost import run_cost
 from hemoco.errors import UsageError
-from hemoco.extra_sections import extra_sections
-from hemoco.label_efficiency import label_curves
-from hemoco.section import Section, print_section
-from hemoco.spread import repeated_spread
+from hemoco.intervals import repeated_spread
+from hemoco.report.extra_tables import extra_sections
+from hemoco.report.files import render, sections, wide_records, write_files
+from hemoco.report.tables import Section, print_section
+from hemoco.results.comparison import ManyComparison, Place, compare_runs
+from hemoco.results.cost import run_cost
+from hemoco.results.label_efficiency import label_curves
 from jobs.cli import main
 
 # raised inside mlflow by SQLAlchemy 2.1

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hemoco.comparison import Row, comparison, headlines, summaries
 from hemoco.comparison_table import rich_table, to_csv, to_json, to_markdown, write_comparison
 from hemoco.errors import UsageError
-from hemoco.tracking import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
+from hemoco.results.records import Row, comparison, headlines, summaries
+from hemoco.tracking.runs import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

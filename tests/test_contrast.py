@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hemoco import contrast
-from hemoco.contrast import batch_contrast, queue_contrast
+from hemoco.models import info_nce as contrast
+from hemoco.models.info_nce import batch_contrast, queue_contrast
 
 
 def unit_rows(count: int, size: int, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hemoco.cost import Activity, RateRecord, measure_activity
+from hemoco.results.cost import Activity, RateRecord, measure_activity
 
 
 @pytest.mark.parametrize(

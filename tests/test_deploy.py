@@ -27,9 +27,9 @@ from deploy_files import (
     problems,
 )
 
-from cluster.checkout import uploaded_files
 from cluster.drain import _drain
-from cluster.job_environment import job_spec
+from cluster.submit.checkout import uploaded_files
+from cluster.submit.environment import job_spec
 from hemoco.config import ResourcesConfig
 from jobs.cli import _VERBS
 from jobs.options import ReportOptions, parse_options
@@ -247,7 +247,7 @@ def test_the_verbs_that_the_guide_types_exist():
 
 
 def test_the_files_that_the_guide_names_exist():
-    named = set(re.findall(r"\b(?:cluster|tests|docs)/[\w.-]+\.\w+", DOC)) | {"cluster/Dockerfile"}
+    named = set(re.findall(r"\b(?:cluster|tests|docs)/[\w.-]+\.\w+", DOC)) | {"cluster/deploy/Dockerfile"}
     assert {f"cluster/{file}" for file in ("compose.yaml", "ray-aws.yaml")} <= named
     assert [name for name in named if not (ROOT / name).is_file()] == []
 

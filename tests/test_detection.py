@@ -17,10 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hemoco.config import DetectionConfig, EncoderConfig, FasterRcnnConfig
 from hemoco.distributed import rank, world_size
-from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import CheckpointError, ShardError, TrainingError
-from hemoco.transfer.coco import decode_mask, encode_mask
-from hemoco.transfer.detection import (
+from hemoco.models.resnet import Backbone, build_encoder
+from hemoco.transfer.detection.coco_metric import decode_mask, encode_mask
+from hemoco.transfer.detection.data import DetectionSample, detection_batches
+from hemoco.transfer.detection.predictions import measure, predict
+from hemoco.transfer.detection.training import (
     DetectionState,
     average_batch_norm,
     build_detection_state,
@@ -29,8 +31,6 @@ from hemoco.transfer.detection import (
     sorted_category_ids,
     take_step,
 )
-from hemoco.transfer.detection_data import DetectionSample, detection_batches
-from hemoco.transfer.detections import measure, predict
 from hemoco.transfer.result import TransferResult
 
 MASKS = dataclasses.replace(

@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from hemoco.config import FasterRcnnConfig, MaskRcnnConfig
-from hemoco.data.shards import Shard, ShardIndex, write_index
-from hemoco.data.sources import open_source, read_items
-from hemoco.data.tar_samples import Sample, encode_shard
+from hemoco.data.shards.index import Shard, ShardIndex, write_index
+from hemoco.data.shards.tar import Sample, encode_shard
+from hemoco.data.sources.folders import open_source, read_items
 from hemoco.errors import ConfigError, ShardError
-from hemoco.storage import join_url, write_bytes
-from hemoco.transfer.annotations import clean_annotations
-from hemoco.transfer.coco import encode_mask
-from hemoco.transfer.detection_data import (
+from hemoco.storage.objects import join_url, write_bytes
+from hemoco.transfer.detection.annotations import clean_annotations
+from hemoco.transfer.detection.coco_metric import encode_mask
+from hemoco.transfer.detection.data import (
     DetectionSample,
     Drawn,
     detection_batches,
@@ -29,7 +29,7 @@ from hemoco.transfer.detection_data import (
     load_detection_samples,
     make_example,
 )
-from hemoco.transfer.detection_targets import build_target, flip_horizontally, scale
+from hemoco.transfer.detection.targets import build_target, flip_horizontally, scale
 
 BOXES = FasterRcnnConfig(global_batch_size=4, train_sizes=(32, 48, 64), max_size=80, cpus=2)
 MASKS = MaskRcnnConfig(global_batch_size=4, train_sizes=(32, 48, 64), max_size=80, cpus=2)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from hemoco.checkpoint import export_backbone, random_backbone
-from hemoco.comparison import comparison
 from hemoco.config import DataConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig, PretrainConfig, Recipe
-from hemoco.storage import join_url
-from hemoco.tracking import connect, find_run, read_artifacts
-from pipeline.graph import transfer_only
-from pipeline.pack import pack
+from hemoco.results.records import comparison
+from hemoco.storage.objects import join_url
+from hemoco.tracking.runs import connect, find_run, read_artifacts
+from hemoco.train.checkpoint import export_backbone, random_backbone
+from pipeline.run import transfer_only
+from pipeline.shards.pack import pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")]
 ENCODER = EncoderConfig(architecture="resnet18")

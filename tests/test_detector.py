@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hemoco.config import DetectionConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig
 from hemoco.distributed import rank
-from hemoco.encoder import Backbone, build_encoder
 from hemoco.errors import ConfigError
-from hemoco.sync_bn import AllReduceBatchNorm, synchronise_batch_norms
-from hemoco.transfer.detector import (
+from hemoco.models.batch_norm import AllReduceBatchNorm, synchronise_batch_norms
+from hemoco.models.resnet import Backbone, build_encoder
+from hemoco.transfer.detection.detector import (
     Schedule,
     build_detector,
     detection_lr,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hemoco.diagnostics import (
+from hemoco.models.diagnostics import (
     COLLAPSED_STD,
     alignment,
     effective_rank,

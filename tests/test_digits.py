@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hemoco.transfer.coco import decode_mask
-from jobs import digits
+from hemoco.transfer.detection.coco_metric import decode_mask
+from jobs import demo_data as digits
 
 
 def pixels_of(path: Path) -> NDArray[np.uint8]:

@@ -8,8 +8,8 @@ import torchvision
 from torch import Tensor, nn
 
 from hemoco.config import EncoderConfig
-from hemoco.encoder import Backbone, build_encoder, feature_channels, init_convolution, seeded
 from hemoco.errors import ConfigError
+from hemoco.models.resnet import Backbone, build_encoder, feature_channels, init_convolution, seeded
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 PLAIN = EncoderConfig(architecture="resnet18", stem="small", shortcuts=False)

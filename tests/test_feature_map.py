@@ -11,13 +11,13 @@ from PIL import Image
 from shard_folders import write_shards
 
 from hemoco.config import EncoderConfig
-from hemoco.data.shards import read_index
-from hemoco.data.stream import load_images
-from hemoco.encoder import Backbone, build_encoder
+from hemoco.data.shards.index import read_index
+from hemoco.data.stream.batches import load_images
 from hemoco.errors import CheckpointError, ShardError
-from hemoco.feature_map import all_alike, chosen_rows, draw_map, nearest, place_in_cells, same_label_share
-from hemoco.feature_sample import decode_sample, encode_sample, sample_features
-from hemoco.transfer.frozen import extract_features
+from hemoco.features.extract import extract_features
+from hemoco.features.map import all_alike, chosen_rows, draw_map, nearest, place_in_cells, same_label_share
+from hemoco.features.sample import decode_sample, encode_sample, sample_features
+from hemoco.models.resnet import Backbone, build_encoder
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ import pytest
 import s3fs
 from fault_proxy import FaultProxy, fault_proxy
 
-from hemoco.data import fetch, http_range, patience
-from hemoco.data.fetch import FetchCounts, fetch_range, verified_shard
-from hemoco.data.patience import backoff_s
 from hemoco.errors import ShardError, StorageError
-from hemoco.storage import tls_context, write_bytes
+from hemoco.storage import fetch, http_range
+from hemoco.storage import retry as patience
+from hemoco.storage.fetch import FetchCounts, fetch_range, verified_shard
+from hemoco.storage.objects import tls_context, write_bytes
+from hemoco.storage.retry import backoff_s
 
 DATA = random.Random(0).randbytes(1_000_000)
 SIZE = len(DATA)

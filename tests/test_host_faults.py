@@ -24,16 +24,16 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.counts import BadSample, BadSampleFile
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch, batches, pretraining_plan
+from hemoco.data.stream.bad_samples import BadSample, BadSampleFile
+from hemoco.data.stream.batches import Batch, batches, pretraining_plan
+from hemoco.data.stream.loader import StreamPosition
 from hemoco.errors import TrainingError, UsageError
 from hemoco.memory import LostLoaderError, memory_errors
-from hemoco.train import build_state, train_steps
-from pipeline import run_lock
+from hemoco.train.pretrain import build_state, train_steps
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain_worker
-from pipeline.run_lock import only_driver
-from pipeline.tasks import attempt_tasks
+from pipeline.workers import run_lock
+from pipeline.workers.run_lock import only_driver
+from pipeline.workers.tasks import attempt_tasks
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

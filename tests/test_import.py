@@ -14,13 +14,13 @@ import torchvision
 from foreign_files import KEY, LAYOUTS, QUERY, State, body, hollow, moco_v1_v2, save, under
 from torch import nn
 
-from hemoco.checkpoint import backbone_metadata, export_backbone, load_backbone, random_backbone
+from hemoco.backbones.export import export_checkpoint
+from hemoco.backbones.imports import Imported, Normalisation, import_backbone
+from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, detectron2_name
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, ConfigError
-from hemoco.import_backbone import Imported, Normalisation, import_backbone
-from hemoco.interchange import export_checkpoint
-from hemoco.layouts import PLAIN_ARCHITECTURES, detectron2_name
-from hemoco.storage import write_bytes
+from hemoco.storage.objects import write_bytes
+from hemoco.train.checkpoint import backbone_metadata, export_backbone, load_backbone, random_backbone
 from jobs.cli import main
 
 IMAGES = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hemoco.data.shards import read_index, read_shard, read_table, write_table
-from hemoco.data.tar_samples import encode_shard
+from hemoco.data.shards.index import read_index, read_shard, read_table, write_table
+from hemoco.data.shards.tar import encode_shard
 from hemoco.errors import ShardError, StorageError, UsageError
-from hemoco.storage import join_url, list_names, write_bytes
+from hemoco.storage.objects import join_url, list_names, write_bytes
 from jobs.cli import main
-from jobs.pack import index_with_progress
+from jobs.verbs.pack import index_with_progress
 from pipeline.findings import Finding
-from pipeline.index_tars import Indexed, index_tars
-from pipeline.pack import pack
+from pipeline.shards.index_tars import Indexed, index_tars
+from pipeline.shards.pack import pack
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

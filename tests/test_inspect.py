@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from shard_folders import write_shards
 
-from hemoco.data.contact_sheet import SheetSample, draw_sheet, sheet_samples
 from hemoco.data.label_counts import count_labels
-from hemoco.data.shards import ShardIndex, read_index, read_table, write_index, write_table
+from hemoco.data.shards.contact_sheet import SheetSample, draw_sheet, sheet_samples
+from hemoco.data.shards.index import ShardIndex, read_index, read_table, write_index, write_table
 from hemoco.errors import ShardError
 from jobs.cli import main
-from pipeline.inspect import verify
-from pipeline.pack import pack
+from pipeline.shards.pack import pack
+from pipeline.shards.verify import verify
 
 ROOT = Path(__file__).parents[1]
 DAMAGES = {

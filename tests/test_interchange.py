@@ -12,14 +12,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from hemoco.checkpoint import export_backbone, load_backbone, random_backbone, save_checkpoint
+from hemoco.backbones.export import export_checkpoint, official_state
+from hemoco.backbones.imports import import_backbone
 from hemoco.config import EncoderConfig, MoCoConfig, MoCoV3Config, PretrainConfig
 from hemoco.errors import CheckpointError
-from hemoco.import_backbone import import_backbone
-from hemoco.interchange import export_checkpoint, official_state
-from hemoco.method import Method, build_method
-from hemoco.storage import read_bytes
-from hemoco.train import build_state
+from hemoco.models.build import Method, build_method
+from hemoco.storage.objects import read_bytes
+from hemoco.train.checkpoint import export_backbone, load_backbone, random_backbone, save_checkpoint
+from hemoco.train.pretrain import build_state
 from jobs.cli import main
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from shard_folders import write_shards
 
-from hemoco.storage import list_names
-from hemoco.tracking import connect, find_runs
+from hemoco.storage.objects import list_names
+from hemoco.tracking.runs import connect, find_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from labelled import images_of, in_memory
 
-from hemoco.checkpoint import random_backbone
 from hemoco.config import EncoderConfig, KnnConfig
-from hemoco.encoder import Backbone
 from hemoco.errors import ConfigError, ShardError
-from hemoco.knn import knn_accuracy, knn_votes, make_bank, run_knn
+from hemoco.models.resnet import Backbone
+from hemoco.train.checkpoint import random_backbone
+from hemoco.transfer.classification.knn import knn_accuracy, knn_votes, make_bank, run_knn
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -17,9 +17,9 @@ ROOMS = {
 }
 DOORS = {
     "ray": ("pipeline/", "cluster/"),
-    "mlflow": ("hemoco/tracking.py", "hemoco/registry.py"),
+    "mlflow": ("hemoco/tracking/runs.py", "hemoco/tracking/models.py"),
     "webdataset": ("hemoco/data/",),
-    "timm": ("hemoco/encoder.py",),
+    "timm": ("hemoco/models/resnet.py",),
     "tyro": ("jobs/",),
 }
 

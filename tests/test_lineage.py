@@ -19,10 +19,7 @@ from shard_folders import write_shards
 from waiting import wait_until
 
 import hemoco
-from cluster.servers import mlflow_server
-from hemoco.backbone_versions import backbone_versions
-from hemoco.checkpoint import backbone_metadata, export_backbone, random_backbone
-from hemoco.comparison import comparison
+from cluster.local.servers import mlflow_server
 from hemoco.config import (
     DataConfig,
     EncoderConfig,
@@ -34,14 +31,17 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.kept_metrics import kept_files, read_points
-from hemoco.machine import SystemMetrics, machine_facts, parse_gpu_usage
-from hemoco.registry import BackboneRecord, record_backbone, register_version
-from hemoco.storage import join_url
-from hemoco.tracking import Tracker, connect, log_dataset_input, open_run, set_tags, tracking_uri
+from hemoco.results.records import comparison
+from hemoco.storage.objects import join_url
+from hemoco.tracking.models import BackboneRecord, record_backbone, register_version
+from hemoco.tracking.runs import Tracker, connect, log_dataset_input, open_run, set_tags, tracking_uri
+from hemoco.tracking.system_metrics import SystemMetrics, machine_facts, parse_gpu_usage
+from hemoco.tracking.unsent import kept_files, read_points
+from hemoco.tracking.versions import backbone_versions
+from hemoco.train.checkpoint import backbone_metadata, export_backbone, random_backbone
 from jobs.options import load_recipe
-from pipeline.graph import pretrain_only, pretrain_then_transfer, transfer_only
-from pipeline.study import open_child, open_study
+from pipeline.open_run import open_child, open_study
+from pipeline.run import pretrain_only, pretrain_then_transfer, transfer_only
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

@@ -12,14 +12,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from hemoco.checkpoint import random_backbone
 from hemoco.config import EncoderConfig, LinearProbeConfig
-from hemoco.encoder import Backbone
+from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ConfigError, ShardError, TrainingError
-from hemoco.transfer import linear_probe
-from hemoco.transfer.features import FeatureCache
-from hemoco.transfer.frozen import calibrate_batch_norm, extract_features
-from hemoco.transfer.linear_probe import (
+from hemoco.features.cache import FeatureCache
+from hemoco.features.extract import calibrate_batch_norm, extract_features
+from hemoco.models.resnet import Backbone
+from hemoco.train.checkpoint import random_backbone
+from hemoco.transfer.classification import linear_probe
+from hemoco.transfer.classification.linear_probe import (
     Heads,
     Setting,
     evaluate_heads,
@@ -28,7 +29,6 @@ from hemoco.transfer.linear_probe import (
     stratified_split,
     train_heads,
 )
-from hemoco.transfer.splits import LabelledSplit
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 CONFIG = LinearProbeConfig(epochs=20, batch_size=32, lrs=(0.01, 0.3, 3.0))

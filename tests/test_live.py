@@ -21,12 +21,12 @@ from made_runs import MadeRun, begin_run, end_pretraining, log_rate, write_trans
 from rich.console import Console
 from waiting import wait_until
 
-from hemoco.data.loader import StreamPosition
-from hemoco.tracking import close_run, connect, set_tags
-from hemoco.train import StepMetrics
-from jobs.live import live_display, terminal
-from jobs.live_facts import Facts, read_facts
-from jobs.live_view import Pace, Picture, Plan, clock
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.tracking.runs import close_run, connect, set_tags
+from hemoco.train.pretrain import StepMetrics
+from jobs.display.facts import Facts, read_facts
+from jobs.display.live import live_display, terminal
+from jobs.display.run_view import Pace, Picture, Plan, clock
 from jobs.options import load_recipe
 from pipeline.pretrain import _progress
 

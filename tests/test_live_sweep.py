@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from hemoco.config import LogUniform, PretrainConfig, SweepConfig
-from hemoco.kept_metrics import MetricPoint
-from hemoco.tracking import ask, connect, open_run, send_points, set_tags
-from jobs.live_sweep import SweepFacts, SweepPicture, read_sweep
+from hemoco.tracking.runs import ask, connect, open_run, send_points, set_tags
+from hemoco.tracking.unsent import MetricPoint
+from jobs.display.sweep_view import SweepFacts, SweepPicture, read_sweep
 
 LR = "pretrain.optimizer.lr"
 CONFIG = SweepConfig(space={LR: LogUniform(0.01, 1.0)}, objective="knn", trials=6, max_concurrent=2)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from waiting import within
 
-from cluster.local import local_ray
-from cluster.processes import child_process
-from cluster.servers import s3_environment, s3_server
+from cluster.local.processes import child_process
+from cluster.local.ray import local_ray
+from cluster.local.servers import s3_environment, s3_server
 from hemoco.errors import HemocoError, UsageError
-from hemoco.storage import read_bytes, write_bytes
+from hemoco.storage.objects import read_bytes, write_bytes
 
 ROOT = Path(__file__).parents[1]
 SERVE = "import sys, time, pathlib; from cluster.servers import s3_server\nwith s3_server(pathlib.Path(sys.argv[1])): "
@@ -210,7 +210,7 @@ def test_up_ends_whole_when_a_part_or_itself_is_killed(tmp_path, part, named):
 
 def keepers() -> set[int]:
     """The processes that watch over servers."""
-    return set(alive("cluster/processes.py"))
+    return set(alive("cluster/local/processes.py"))
 
 
 def read_exports(up: "subprocess.Popen[str]") -> dict[str, str]:

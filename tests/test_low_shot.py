@@ -7,13 +7,19 @@ from labelled import images_of, in_memory
 from sklearn.linear_model import LogisticRegression
 from test_linear_probe import TINY, coloured, digest
 
-from hemoco.checkpoint import random_backbone
 from hemoco.config import LowShotConfig
-from hemoco.encoder import Backbone
+from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ConfigError, ShardError
-from hemoco.transfer.frozen import extract_features
-from hemoco.transfer.low_shot import Standardisation, count_shots, draw_shots, fit_logistic_regression, run_low_shot
-from hemoco.transfer.splits import LabelledSplit
+from hemoco.features.extract import extract_features
+from hemoco.models.resnet import Backbone
+from hemoco.train.checkpoint import random_backbone
+from hemoco.transfer.classification.low_shot import (
+    Standardisation,
+    count_shots,
+    draw_shots,
+    fit_logistic_regression,
+    run_low_shot,
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from waiting import within
 
-from hemoco import metric_queue
-from hemoco.kept_metrics import MetricPoint, RefusedError, kept_files, read_points, remove_points, write_points
-from hemoco.metric_queue import MetricQueue
-from hemoco.storage import list_names, write_bytes
+from hemoco.storage.objects import list_names, write_bytes
+from hemoco.tracking import metric_queue
+from hemoco.tracking.metric_queue import MetricQueue
+from hemoco.tracking.unsent import MetricPoint, RefusedError, kept_files, read_points, remove_points, write_points
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 from mlflow_proxy import MlflowProxy, mlflow_proxy
 from waiting import within
 
-from cluster.servers import MlflowServer, mlflow_server
+from cluster.local.servers import MlflowServer, mlflow_server
 from hemoco.errors import TrackingError
-from hemoco.kept_metrics import FOLDER, kept_files
-from hemoco.storage import join_url
-from hemoco.tracking import Tracker, connect, open_run
+from hemoco.storage.objects import join_url
+from hemoco.tracking.runs import Tracker, connect, open_run
+from hemoco.tracking.unsent import FOLDER, kept_files
 from jobs.cli import main
 
 # raised inside mlflow by SQLAlchemy 2.1

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig
-from hemoco.embedding import EmbeddingNetwork
 from hemoco.errors import ConfigError
-from hemoco.method import build_method
-from hemoco.moco import MoCo, MoCoOutput
-from hemoco.shuffle_bn import SplitBatchNorm
+from hemoco.models.build import build_method
+from hemoco.models.heads import EmbeddingNetwork
+from hemoco.models.moco import MoCo, MoCoOutput
+from hemoco.models.shuffle import SplitBatchNorm
 
 CONFIG = PretrainConfig(
     global_batch_size=8,

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hemoco.config import EncoderConfig, MoCoV3Config, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
 from hemoco.distributed import rank, world_size, wrap_for_gradients
 from hemoco.errors import ConfigError
-from hemoco.method import build_method
-from hemoco.moco_v3 import MoCoV3
-from hemoco.sync_bn import AllReduceBatchNorm, synchronise_batch_norms
-from hemoco.train import build_state, train_steps
+from hemoco.models.batch_norm import AllReduceBatchNorm, synchronise_batch_norms
+from hemoco.models.build import build_method
+from hemoco.models.moco_v3 import MoCoV3
+from hemoco.train.pretrain import build_state, train_steps
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig(

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from shard_folders import write_shards
 
-from hemoco.data.shards import read_index
+from hemoco.data.shards.index import read_index
 from hemoco.errors import UsageError
-from hemoco.feature_files import FeatureRows, encode_file
-from hemoco.neighbours import Neighbours
-from hemoco.storage import write_bytes
+from hemoco.features.neighbours import Neighbours
+from hemoco.features.parquet import FeatureRows, encode_file
+from hemoco.storage.objects import write_bytes
 from jobs.cli import main
 
 ABOUT = {"format": "hemoco-embedding-1", "backbone_sha256": "b", "layer": "pooled", "size": "8", "resize": "8"}

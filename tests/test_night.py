@@ -24,11 +24,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from waiting import wait_until
 
-from cluster.servers import BUCKET, _rclone
-from hemoco.comparison import comparison
-from hemoco.storage import list_names
-from hemoco.tracking import RunFacts, connect, find_run, find_runs
-from jobs.digits import write_digits
+from cluster.local.servers import BUCKET, _rclone
+from hemoco.results.records import comparison
+from hemoco.storage.objects import list_names
+from hemoco.tracking.runs import RunFacts, connect, find_run, find_runs
+from jobs.demo_data import write_digits
 from jobs.options import load_recipe
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hemoco.config import MoCoConfig, MoCoV3Config, OptimizerConfig
-from hemoco.optim import build_optimizer, cosine_lr, key_momentum, learning_rate, step_lr, warmup_factor
+from hemoco.train.optim import build_optimizer, cosine_lr, key_momentum, learning_rate, step_lr, warmup_factor
 
 
 @pytest.mark.parametrize(("epoch", "lr"), [(0, 0.03), (100, 0.015), (199, 1.85e-6)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hemoco.data.order import EpochOrder
+from hemoco.data.stream.order import EpochOrder
 from hemoco.errors import ConfigError
 
 SIZES = [31, 0, 7, 60, 1, 44, 12, 25, 58, 3, 19, 40, 33, 8]

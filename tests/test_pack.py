@@ -11,11 +11,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from hemoco.data.shards import ShardIndex, read_index, read_shard, read_table
+from hemoco.data.shards.index import ShardIndex, read_index, read_shard, read_table
 from hemoco.errors import ShardError, StorageError, UsageError
-from hemoco.storage import list_names
-from pipeline.pack import Packed, pack, pack_steps
-from pipeline.tasks import Progress
+from hemoco.storage.objects import list_names
+from pipeline.shards.pack import Packed, pack, pack_steps
+from pipeline.workers.tasks import Progress
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

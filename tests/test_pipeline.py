@@ -9,22 +9,22 @@ from mlflow import MlflowClient
 from small_study import child, pack_digits, small_recipe
 from torch.nn import functional
 
-from hemoco.checkpoint import load_backbone, save_checkpoint
-from hemoco.comparison import comparison
 from hemoco.config import (
     LowShotConfig,
     ResourcesConfig,
 )
-from hemoco.data.stream import load_images
+from hemoco.data.stream.batches import load_images
 from hemoco.errors import HemocoError, TrainingError, UsageError
-from hemoco.feature_sample import FILE_NAME, decode_sample
-from hemoco.storage import join_url, read_bytes, write_bytes
-from hemoco.tracking import read_artifacts, tracking_uri
-from hemoco.train import build_state
-from hemoco.transfer.frozen import extract_features
-from pipeline.graph import pretrain_then_transfer, transfer_only
+from hemoco.features.extract import extract_features
+from hemoco.features.sample import FILE_NAME, decode_sample
+from hemoco.results.records import comparison
+from hemoco.storage.objects import join_url, read_bytes, write_bytes
+from hemoco.tracking.runs import read_artifacts, tracking_uri
+from hemoco.train.checkpoint import load_backbone, save_checkpoint
+from hemoco.train.pretrain import build_state
+from pipeline.open_run import check_pretraining
 from pipeline.pretrain import _naming_checkpoint
-from pipeline.study import check_pretraining
+from pipeline.run import pretrain_then_transfer, transfer_only
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import io
 import torch
 
 from hemoco.config import EncoderConfig, MoCoConfig, MoCoV3Config, OptimizerConfig, PretrainConfig, StreamConfig
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
-from hemoco.preflight import checkpoint_bytes, doubtful_settings
-from hemoco.train import build_state, train_steps
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.train.advice import checkpoint_bytes, doubtful_settings
+from hemoco.train.pretrain import build_state, train_steps
 
 CONFIG = PretrainConfig(
     epochs=1,

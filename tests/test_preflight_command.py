@@ -15,15 +15,15 @@ import pytest
 import s3fs
 from shard_folders import write_shards
 
-import jobs.preflight
-from cluster.node_checks import Finding, NodeTask, clock_check, disk_check, judge_clock, look_at_node, shm_check
-from cluster.node_survey import compare_versions, over_nodes
-from cluster.preflight import Group, check_cluster, check_room, check_storage, check_token, check_tracking
+import jobs.verbs.preflight
+from cluster.preflight.checks import Group, check_cluster, check_room, check_storage, check_token, check_tracking
+from cluster.preflight.node import Finding, NodeTask, clock_check, disk_check, judge_clock, look_at_node, shm_check
+from cluster.preflight.survey import compare_versions, over_nodes
 from hemoco.config import FineTuneConfig, PretrainConfig, Recipe, StreamConfig, ViewsConfig
-from hemoco.data import loader
+from hemoco.data.stream import loader
 from hemoco.errors import StorageError
-from hemoco.storage import list_names, read_bytes, remove
-from hemoco.tracking import ask, connect
+from hemoco.storage.objects import list_names, read_bytes, remove
+from hemoco.tracking.runs import ask, connect
 from jobs.cli import main
 
 ROOT = Path(__file__).parents[1]

@@ -9,11 +9,11 @@ import pytest
 from shard_folders import png, write_shards
 
 from hemoco.config import StreamConfig
-from hemoco.data.order import EpochOrder
 from hemoco.data.portions import Portion, plan_portions, plan_ranges
-from hemoco.data.reader import SampleReader
-from hemoco.data.shard_cache import ShardCache
-from hemoco.data.shards import ShardColumns, read_index
+from hemoco.data.shards.index import ShardColumns, read_index
+from hemoco.data.stream.order import EpochOrder
+from hemoco.data.stream.reader import SampleReader
+from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError
 
 SIZES = [17, 5, 30, 0, 1, 22, 40, 9]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hemoco.config import MoCoConfig, MoCoV3Config, PretrainConfig, ResourcesConfig, StreamConfig
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
-from hemoco.optim import key_momentum, learning_rate
-from hemoco.train import build_state, train_steps
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.train.optim import key_momentum, learning_rate
+from hemoco.train.pretrain import build_state, train_steps
 from jobs.options import load_recipe, recipe_names
 
 OURS = {"demo", "degradation", "initialisation"}

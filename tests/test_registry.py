@@ -9,11 +9,10 @@ import torch
 from mlflow import MlflowClient
 
 import hemoco
-from hemoco.backbone_versions import backbone_versions, pinned
-from hemoco.checkpoint import backbone_metadata, export_backbone, random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, TrackingError, UsageError
-from hemoco.registry import (
+from hemoco.storage.objects import list_names, write_bytes
+from hemoco.tracking.models import (
     BackboneRecord,
     Data,
     Measured,
@@ -25,8 +24,9 @@ from hemoco.registry import (
     record_snapshot,
     register_version,
 )
-from hemoco.storage import list_names, write_bytes
-from hemoco.tracking import connect, log_dataset_input, open_run, set_tags
+from hemoco.tracking.runs import connect, log_dataset_input, open_run, set_tags
+from hemoco.tracking.versions import backbone_versions, pinned
+from hemoco.train.checkpoint import backbone_metadata, export_backbone, random_backbone
 from jobs.cli import main
 
 # raised inside mlflow by SQLAlchemy 2.1

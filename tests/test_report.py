@@ -14,8 +14,6 @@ from feature_samples import sample_of
 from made_runs import MadeRun, begin_run, end_pretraining, log_curve, log_rate, write_transfer
 from PIL import Image
 
-from hemoco.comparison import Pretraining
-from hemoco.comparison_many import compare_runs
 from hemoco.config import (
     KnnConfig,
     LinearProbeConfig,
@@ -25,11 +23,13 @@ from hemoco.config import (
     PretrainConfig,
     Recipe,
 )
-from hemoco.feature_sample import FILE_NAME, encode_sample
-from hemoco.report import render_report
-from hemoco.report_data import ReportData, collect_report
-from hemoco.report_training import health_checks
-from hemoco.tracking import log_artifact_bytes
+from hemoco.features.sample import FILE_NAME, encode_sample
+from hemoco.report.data import ReportData, collect_report
+from hemoco.report.page import render_report
+from hemoco.report.training import health_checks
+from hemoco.results.comparison import compare_runs
+from hemoco.results.records import Pretraining
+from hemoco.tracking.runs import log_artifact_bytes
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

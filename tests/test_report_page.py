@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from test_report import RECIPE, collected, fill
 
-from hemoco.feature_map import CLASS_COLOURS
-from hemoco.plots import BASELINE_COLOURS, COLOURS
-from hemoco.report import render_report
+from hemoco.features.map import CLASS_COLOURS
+from hemoco.report.page import render_report
+from hemoco.report.plots import BASELINE_COLOURS, COLOURS
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

@@ -17,7 +17,7 @@ import pytest
 from canary import places_with
 from mlflow import MlflowClient
 
-from cluster.servers import S3Server, s3_environment, s3_server
+from cluster.local.servers import S3Server, s3_environment, s3_server
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

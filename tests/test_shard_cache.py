@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from fault_proxy import fault_proxy
 
-from hemoco.data.fetch import FetchCounts
-from hemoco.data.shard_cache import ShardCache
+from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError, StorageError
-from hemoco.storage import read_bytes, remove, write_bytes
+from hemoco.storage.fetch import FetchCounts
+from hemoco.storage.objects import read_bytes, remove, write_bytes
 
 SIZE = 50_000
 SHARDS = [random.Random(seed).randbytes(SIZE) for seed in range(5)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import webdataset
 
-from hemoco.data.shards import (
+from hemoco.data.shards.index import (
     Shard,
     ShardColumns,
     ShardIndex,
@@ -23,7 +23,7 @@ from hemoco.data.shards import (
     write_index,
     write_table,
 )
-from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
+from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.errors import ShardError
 
 SAMPLES = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hemoco.data.sources import Source, open_source, read_items
+from hemoco.data.sources.folders import Source, open_source, read_items
 from hemoco.errors import HemocoError, ShardError, UsageError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hemoco.spread import (
+from hemoco.intervals import (
     Difference,
     RepeatedDifference,
     Repetitions,

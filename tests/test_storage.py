@@ -17,7 +17,7 @@ import pytest
 import s3fs
 
 from hemoco.errors import StorageError
-from hemoco.storage import (
+from hemoco.storage.objects import (
     absolute_url,
     check_writable,
     direct_url,

@@ -19,11 +19,11 @@ import s3fs
 from shard_folders import write_shards
 from small_pretraining import CONFIG, CPU, ROOT, Troubled, new_job, python, same_result, write_images
 
-from cluster.servers import BUCKET, S3Server, s3_environment, s3_server
-from hemoco.checkpoint import newest_checkpoint, save_checkpoint
+from cluster.local.servers import BUCKET, S3Server, s3_environment, s3_server
 from hemoco.errors import StorageError
-from hemoco.storage import list_names
-from hemoco.train import build_state
+from hemoco.storage.objects import list_names
+from hemoco.train.checkpoint import newest_checkpoint, save_checkpoint
+from hemoco.train.pretrain import build_state
 from pipeline.pretrain import PretrainJob, pretrain_worker
 
 # raised inside mlflow by SQLAlchemy 2.1

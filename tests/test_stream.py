@@ -9,11 +9,12 @@ import torch
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data import loader, stream
-from hemoco.data.counts import BadSampleFile, sum_counts
-from hemoco.data.loader import StreamPosition
-from hemoco.data.shards import read_index
-from hemoco.data.stream import Batch
+from hemoco.data.shards.index import read_index
+from hemoco.data.stream import batches as stream
+from hemoco.data.stream import loader
+from hemoco.data.stream.bad_samples import BadSampleFile, sum_counts
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
 from hemoco.errors import ConfigError, ShardError
 
 SIZES = [17, 5, 30, 1, 22]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data.loader import CropSource, StreamPosition
-from hemoco.data.order import EpochOrder
-from hemoco.data.shards import ShardColumns, read_index
-from hemoco.data.stream import pretraining_plan
+from hemoco.data.shards.index import ShardColumns, read_index
+from hemoco.data.stream.batches import pretraining_plan
+from hemoco.data.stream.loader import CropSource, StreamPosition
+from hemoco.data.stream.order import EpochOrder
 
 EPOCHS = 2
 Keys = dict[StreamPosition, list[str]]

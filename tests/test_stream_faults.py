@@ -13,12 +13,12 @@ from fault_proxy import FaultProxy, fault_proxy
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data import stream
-from hemoco.data.counts import BadSampleFile, ReadCounts, sum_counts
-from hemoco.data.shards import read_index, read_shard
-from hemoco.data.tar_samples import encode_shard
+from hemoco.data.shards.index import read_index, read_shard
+from hemoco.data.shards.tar import encode_shard
+from hemoco.data.stream import batches as stream
+from hemoco.data.stream.bad_samples import BadSampleFile, ReadCounts, sum_counts
 from hemoco.errors import HemocoError, ShardError, StorageError
-from hemoco.storage import read_bytes, remove, write_bytes
+from hemoco.storage.objects import read_bytes, remove, write_bytes
 
 SIZES = [40, 40, 40, 40]
 

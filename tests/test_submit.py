@@ -6,19 +6,20 @@ import shutil
 import pytest
 from shard_folders import write_shards
 
-from cluster.checkout import CHECKOUT
-from cluster.job_environment import JobSpec, job_spec, words_again
-from cluster.local import local_ray
-from cluster.submit import Job, _joined
-from hemoco import checkpoint, run_status
+from cluster.local.ray import local_ray
+from cluster.submit.checkout import CHECKOUT
+from cluster.submit.client import Job, _joined
+from cluster.submit.environment import JobSpec, job_spec, words_again
 from hemoco.config import flat_params
 from hemoco.errors import ConfigError, ShardError, UsageError
-from hemoco.storage import join_url, write_bytes
-from hemoco.tracking import close_run, connect, open_run
+from hemoco.results import status as run_status
+from hemoco.storage.objects import join_url, write_bytes
+from hemoco.tracking.runs import close_run, connect, open_run
+from hemoco.train import checkpoint
 from jobs.cli import main
 from jobs.options import RunOptions, load_recipe, parse_options, settings_words
 from jobs.session import run_tags
-from jobs.submit import Request, _announce, _stop_words, check_here, parse_request
+from jobs.verbs.submit import Request, _announce, _stop_words, check_here, parse_request
 
 NOWHERE = ("--address", "http://127.0.0.1:9")
 RUN = ("run", "demo", "--storage", "s3://b/runs", "--data.shards", "s3://b/shards")

@@ -21,9 +21,9 @@ from shard_folders import write_shards
 from tcp_relay import relay
 from waiting import within
 
-from cluster.checkout import CHECKOUT
-from cluster.processes import child_process, last_line, wait_until
-from hemoco.data.shards import read_index
+from cluster.local.processes import child_process, last_line, wait_until
+from cluster.submit.checkout import CHECKOUT
+from hemoco.data.shards.index import read_index
 
 CANARIES = {
     name: f"canary-{name.lower()}-{secrets.token_hex(8)}"

@@ -24,22 +24,22 @@ from hemoco.config import (
     ViewsConfig,
     config_digest,
 )
+from hemoco.config.sweep import with_settings
 from hemoco.errors import ConfigError, TrainingError, UsageError
-from hemoco.kept_metrics import MetricPoint
-from hemoco.storage import exists, join_url, list_names
-from hemoco.sweep_config import with_settings
-from hemoco.sweep_results import sweep_result
-from hemoco.tracking import connect, metric_history, open_run, run_facts, send_points
+from hemoco.results.sweep import sweep_result
+from hemoco.storage.objects import exists, join_url, list_names
+from hemoco.tracking.runs import connect, metric_history, open_run, run_facts, send_points
+from hemoco.tracking.unsent import MetricPoint
 from jobs.cli import main
-from jobs.digits import write_digits
+from jobs.demo_data import write_digits
 from jobs.options import parse_options
-from jobs.sweep import SweepOptions, sweep_name
-from pipeline.early_stop import EarlyStop, Halving, Watched
-from pipeline.interruption import TrainingProcess
-from pipeline.pack import pack
+from jobs.verbs.sweep import SweepOptions, sweep_name
 from pipeline.pretrain import PretrainJob, pretrain_worker
-from pipeline.stop_request import StoppedError, request_stop
-from pipeline.sweep import drawn_settings, run_sweep, trial_recipe
+from pipeline.shards.pack import pack
+from pipeline.sweep.early_stop import EarlyStop, Halving, Watched
+from pipeline.sweep.sweep import drawn_settings, run_sweep, trial_recipe
+from pipeline.workers.interruption import TrainingProcess
+from pipeline.workers.stop_request import StoppedError, request_stop
 
 LR, TEMPERATURE = "pretrain.optimizer.lr", "pretrain.moco.temperature"
 SPACE = {LR: LogUniform(0.01, 1.0), TEMPERATURE: Uniform(0.1, 0.4), "pretrain.moco.head": Choice(("linear", "mlp"))}

@@ -30,12 +30,12 @@ from hemoco.config import (
     SweepConfig,
     ViewsConfig,
 )
-from hemoco.data.shards import Shard, ShardIndex, write_index, write_table
-from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
-from hemoco.storage import join_url, write_bytes
-from jobs.digits import split_digits
+from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
+from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
+from hemoco.storage.objects import join_url, write_bytes
+from jobs.demo_data import split_digits
 from jobs.options import load_recipe
-from pipeline.sweep import drawn_settings, run_sweep
+from pipeline.sweep.sweep import drawn_settings, run_sweep
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

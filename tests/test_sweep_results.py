@@ -9,14 +9,14 @@ from test_sweep import LR, RECIPE, record
 
 from hemoco.config import flat_params
 from hemoco.errors import UsageError
-from hemoco.run_status import close_running
-from hemoco.sweep_results import sweep_json, sweep_result, sweep_section
-from hemoco.tracking import connect, open_run, set_tags
+from hemoco.results.status import close_running
+from hemoco.results.sweep import sweep_json, sweep_result, sweep_section
+from hemoco.tracking.runs import connect, open_run, set_tags
 from jobs.cli import main
 from jobs.options import parse_options
 from jobs.session import run_tags
-from jobs.submit import parse_request
-from jobs.sweep import SweepOptions, again_words, sweep_name
+from jobs.verbs.submit import parse_request
+from jobs.verbs.sweep import SweepOptions, again_words, sweep_name
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hemoco.data.tar_list import FoundTar, find_tars, split_of
+from hemoco.data.sources.tars import FoundTar, find_tars, split_of
 from hemoco.errors import StorageError, UsageError
-from hemoco.storage import join_url, write_bytes
+from hemoco.storage.objects import join_url, write_bytes
 
 
 @pytest.mark.parametrize(

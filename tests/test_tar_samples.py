@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from hemoco.data.sample_table import SampleTable, decode_table, encode_table
-from hemoco.data.tar_samples import TarContent, parse_tar
+from hemoco.data.shards.table import SampleTable, decode_table, encode_table
+from hemoco.data.shards.tar import TarContent, parse_tar
 from hemoco.errors import ShardError
 
 PHOTOS = [(f"{i}.{suffix}", f"{suffix} {i}".encode() * 90) for i in range(5) for suffix in ("jpg", "txt")]

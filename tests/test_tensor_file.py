@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from hemoco.errors import CheckpointError
-from hemoco.tensor_file import parse_file
+from hemoco.storage.tensor_files import parse_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}
 CONTENT = {"epoch": 3, "state_dict": TENSORS}

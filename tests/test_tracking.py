@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from hemoco import tracking as door
 from hemoco.errors import TrackingError, UsageError
-from hemoco.kept_metrics import MetricPoint, RefusedError, kept_files, read_points
-from hemoco.tracking import Tracker, close_run, connect, find_run, metric_history, open_run, run_facts, send_points
+from hemoco.tracking import runs as door
+from hemoco.tracking.runs import Tracker, close_run, connect, find_run, metric_history, open_run, run_facts, send_points
+from hemoco.tracking.unsent import MetricPoint, RefusedError, kept_files, read_points
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

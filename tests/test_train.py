@@ -11,13 +11,13 @@ from ranks import run_ranks
 from torch.nn import functional
 
 from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data.counts import BadSample, ReadCounts
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
+from hemoco.data.stream.bad_samples import BadSample, ReadCounts
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
 from hemoco.distributed import rank, world_size
 from hemoco.errors import CheckpointError, TrainingError
-from hemoco.shuffle_bn import shuffle_order
-from hemoco.train import StepMetrics, Throughput, TrainState, build_state, make_views, train_steps
+from hemoco.models.shuffle import shuffle_order
+from hemoco.train.pretrain import StepMetrics, Throughput, TrainState, build_state, make_views, train_steps
 
 CONFIG = PretrainConfig(
     epochs=3,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from shard_folders import write_shards
 
-from hemoco.checkpoint import export_backbone, random_backbone
+from hemoco.backbones.inits import check_architecture, init_backbone
 from hemoco.config import (
     DataConfig,
     EncoderConfig,
@@ -23,14 +23,14 @@ from hemoco.config import (
     ViewsConfig,
 )
 from hemoco.errors import CheckpointError, ConfigError
-from hemoco.storage import join_url, list_names, write_bytes
-from hemoco.tracking import connect, open_run, run_facts
+from hemoco.storage.objects import join_url, list_names, write_bytes
+from hemoco.tracking.runs import connect, open_run, run_facts
+from hemoco.train.checkpoint import export_backbone, random_backbone
 from hemoco.transfer.result import TransferResult
-from pipeline.backbones import check_architecture, init_backbone
 from pipeline.interrupted import Interrupted
-from pipeline.interruption import TrainingProcess, sigterm_noted
-from pipeline.transfer_job import TransferJob, TransferUnit, open_units, record_result
-from pipeline.transfer_training import train_alone, train_classifier
+from pipeline.transfer.job import TransferJob, TransferUnit, open_units, record_result
+from pipeline.transfer.training import train_alone, train_classifier
+from pipeline.workers.interruption import TrainingProcess, sigterm_noted
 
 ENCODER = EncoderConfig(architecture="resnet10t", stem="small")
 VIEWS = ViewsConfig(size=32)

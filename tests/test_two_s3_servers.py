@@ -31,21 +31,21 @@ import torch
 from ceph import add_user, ceph_server
 from shard_folders import png, write_shards
 
-from cluster.servers import BUCKET, S3Server, s3_environment, s3_server
-from hemoco.checkpoint import export_backbone, load_backbone, load_checkpoint, newest_checkpoint, save_checkpoint
+from cluster.local.servers import BUCKET, S3Server, s3_environment, s3_server
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data import stream
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.fetch import FetchCounts, fetch_range, verified_shard
-from hemoco.data.loader import StreamPosition
-from hemoco.data.shards import ShardIndex, read_index, read_shard, write_index
-from hemoco.data.sources import open_source
-from hemoco.encoder import Backbone
+from hemoco.data.shards.index import ShardIndex, read_index, read_shard, write_index
+from hemoco.data.sources.folders import open_source
+from hemoco.data.stream import batches as stream
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.loader import StreamPosition
 from hemoco.errors import CheckpointError, ShardError, StorageError
-from hemoco.storage import check_writable, direct_url, exists, list_names, read_bytes, remove, write_bytes
-from hemoco.train import TrainState, build_state
+from hemoco.models.resnet import Backbone
+from hemoco.storage.fetch import FetchCounts, fetch_range, verified_shard
+from hemoco.storage.objects import check_writable, direct_url, exists, list_names, read_bytes, remove, write_bytes
+from hemoco.train.checkpoint import export_backbone, load_backbone, load_checkpoint, newest_checkpoint, save_checkpoint
+from hemoco.train.pretrain import TrainState, build_state
 from jobs.cli import main
-from pipeline.pack import _pack_shard, _plan
+from pipeline.shards.pack import _pack_shard, _plan
 
 pytestmark = pytest.mark.system
 CONFIG = PretrainConfig(

@@ -13,7 +13,7 @@ from torchvision.transforms import functional
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from hemoco.config import ViewsConfig
-from hemoco.data import views
+from hemoco.data import transforms as views
 from hemoco.data.decode import decode_image
 
 ODD = Path(__file__).parents[2] / "shared/data/odd"

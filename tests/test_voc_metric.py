@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hemoco.data.sources import open_source
+from hemoco.data.sources.folders import open_source
 from hemoco.errors import ShardError
-from hemoco.transfer.coco import ground_truth_of
-from hemoco.transfer.voc import voc_metrics
+from hemoco.transfer.detection.coco_metric import ground_truth_of
+from hemoco.transfer.detection.voc_metric import voc_metrics
 
 CATEGORIES = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}, {"id": 6, "name": "absent"}]
 MEANS = ("box_ap", "box_ap50", "box_ap75", "box_ap_11point", "box_ap50_11point", "box_ap75_11point")

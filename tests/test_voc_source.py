@@ -8,7 +8,7 @@ from xml.dom import minidom
 
 import pytest
 
-from hemoco.data.sources import Item, Source, open_source, read_items
+from hemoco.data.sources.folders import Item, Source, open_source, read_items
 from hemoco.errors import ShardError, UsageError
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"

@@ -10,8 +10,8 @@ import webdataset
 from shard_folders import write_shards
 
 from hemoco.config import StreamConfig
-from hemoco.data.order import EpochOrder
-from hemoco.data.webdataset_stage import SampleSource
+from hemoco.data.stream.order import EpochOrder
+from hemoco.data.stream.webdataset import SampleSource
 from hemoco.errors import ConfigError
 
 SIZES = [17, 5, 30, 0, 1, 22]

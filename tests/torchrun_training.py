@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.shards import read_index
-from hemoco.data.stream import batches, pretraining_plan, steps_per_epoch
+from hemoco.data.shards.index import read_index
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import batches, pretraining_plan, steps_per_epoch
 from hemoco.distributed import rank, world_size
-from hemoco.train import build_state, train_steps
+from hemoco.train.pretrain import build_state, train_steps
 
 CONFIG = PretrainConfig(
     epochs=1,

@@ -6,7 +6,7 @@ Shapes: C classes.
 import numpy as np
 from numpy.typing import NDArray
 
-from hemoco.data.shards import Shard, ShardIndex, read_tables
+from hemoco.data.shards.index import Shard, ShardIndex, read_tables
 from hemoco.errors import ShardError
 
 

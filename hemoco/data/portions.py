@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hemoco.data.order import Block, EpochOrder
+from hemoco.data.stream.order import Block, EpochOrder
 
 _REQUEST_BYTES = 1 << 20  # a request costs about as much time as this many bytes
 

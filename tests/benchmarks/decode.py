@@ -29,7 +29,7 @@ from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, R
 
 from hemoco.config import ViewsConfig
 from hemoco.data.decode import decode_image
-from hemoco.data.views import CropDraws, crop_into, draw_crops
+from hemoco.data.transforms import CropDraws, crop_into, draw_crops
 
 DATA = Path(__file__).parents[3] / "shared/data"
 SMALL_IMAGES, ROUNDS = 1000, 9

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hemoco.config import EncoderConfig
-from hemoco.encoder import init_convolution, remove_shortcuts, seeded, use_small_stem
+from hemoco.models.resnet import init_convolution, remove_shortcuts, seeded, use_small_stem
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 """Of the four layers, by depth."""

@@ -26,8 +26,8 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
 from hemoco.config import EncoderConfig, MaskRcnnConfig
-from hemoco.encoder import Backbone, build_encoder
-from hemoco.transfer.detection import build_detection_state, take_step
+from hemoco.models.resnet import Backbone, build_encoder
+from hemoco.transfer.detection.training import build_detection_state, take_step
 
 OURS, FLOAT, FROZEN, WHOLE = "ours: bf16, channels_last", "ours, float32", "torchvision, frozen", "torchvision, whole"
 CLASSES, IMAGES, OBJECTS, SIDE = 91, 2, 5, 320

@@ -33,7 +33,7 @@ from pycocotools import mask as stock_rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hemoco.transfer.coco import coco_metrics, ground_truth_of
+from hemoco.transfer.detection.coco_metric import coco_metrics, ground_truth_of
 
 HEIGHT, WIDTH, CATEGORIES, OBJECTS, DETECTIONS = 480, 640, 80, 7, 100
 KINDS = {"bbox": "box", "segm": "mask"}

@@ -43,14 +43,14 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.shards import Shard, ShardIndex, read_index, write_index, write_table
-from hemoco.data.stream import batches, pretraining_plan, steps_per_epoch
-from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
+from hemoco.data.shards.index import Shard, ShardIndex, read_index, write_index, write_table
+from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import batches, pretraining_plan, steps_per_epoch
 from hemoco.distributed import rank, world_size
-from hemoco.storage import join_url, write_bytes
-from hemoco.train import build_state, train_steps
-from jobs.digits import write_digits
+from hemoco.storage.objects import join_url, write_bytes
+from hemoco.train.pretrain import build_state, train_steps
+from jobs.demo_data import write_digits
 
 _WARM = 5  # steps that are not counted
 CONFIG = PretrainConfig(
@@ -102,8 +102,8 @@ def main() -> None:
 def _measure(
     ways: dict[str, Callable[[str, Path], Times]], shards: str, folder: Path, rounds: int
 ) -> dict[str, list[Times]]:
-    from cluster.local import local_ray
-    from hemoco.tracking import connect, tracking_uri
+    from cluster.local.ray import local_ray
+    from hemoco.tracking.runs import connect, tracking_uri
 
     connect(tracking_uri())
     found: dict[str, list[Times]] = {way: [] for way in ways}
@@ -144,8 +144,8 @@ def _by_ray(shards: str, folder: Path) -> Times:
     """As `python -m jobs pretrain` does; the ends of the steps are when MLflow says that they were logged."""
     from mlflow import MlflowClient
 
-    from hemoco.tracking import tracking_uri
-    from pipeline.graph import pretrain_only
+    from hemoco.tracking.runs import tracking_uri
+    from pipeline.run import pretrain_only
 
     recipe = Recipe(name="overhead", data=DataConfig(shards=shards), pretrain=CONFIG)
     began = time.time()

@@ -29,9 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hemoco.config import LinearProbeConfig
-from hemoco.encoder import Backbone
-from hemoco.transfer.frozen import extract_features
-from hemoco.transfer.linear_probe import Heads, Setting, evaluate_heads, new_heads, stratified_split, train_heads
+from hemoco.features.extract import extract_features
+from hemoco.models.resnet import Backbone
+from hemoco.transfer.classification.linear_probe import (
+    Heads,
+    Setting,
+    evaluate_heads,
+    new_heads,
+    stratified_split,
+    train_heads,
+)
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3)

@@ -14,7 +14,7 @@ import numpy as np
 import webdataset.filters
 from numpy.typing import NDArray
 
-from hemoco.data.order import EpochOrder
+from hemoco.data.stream.order import EpochOrder
 
 CLASSES = 1000
 Samples = NDArray[np.int64]

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from hemoco.data.shards import Shard, ShardIndex, write_index, write_table
-from hemoco.data.tar_samples import Sample, encode_shard, parse_tar
+from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
+from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data"
 LONGEST_SIDE, QUALITY = 500, 90

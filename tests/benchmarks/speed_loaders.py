@@ -23,13 +23,13 @@ from torchvision import transforms
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.decode import decode_image
-from hemoco.data.loader import CropSource, start_loader
-from hemoco.data.shards import ShardColumns, read_index
-from hemoco.data.stream import pretraining_plan
-from hemoco.data.views import crop_into, draw_crops, resize
-from hemoco.data.webdataset_stage import SampleSource
+from hemoco.data.shards.index import ShardColumns, read_index
+from hemoco.data.stream.batches import pretraining_plan
+from hemoco.data.stream.loader import CropSource, start_loader
+from hemoco.data.stream.webdataset import SampleSource
+from hemoco.data.transforms import crop_into, draw_crops, resize
 from hemoco.errors import HemocoError
-from hemoco.storage import filesystem
+from hemoco.storage.objects import filesystem
 
 PROCESSES, BATCH, SIZE = 2, 64, 224
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

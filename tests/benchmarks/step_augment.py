@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from hemoco.config import ViewsConfig
-from hemoco.data.views import augment, crop_into, draw_augmentation, draw_crops
+from hemoco.data.transforms import augment, crop_into, draw_augmentation, draw_crops
 
 DATA = Path(__file__).parents[3] / "shared/data"
 OURS, FLOATS, BYTES = "hemoco, batched", "torchvision v2, floats", "torchvision v2, uint8"

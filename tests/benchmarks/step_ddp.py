@@ -24,7 +24,7 @@ from torch import Tensor
 
 import hemoco.distributed
 from hemoco.config import PretrainConfig
-from hemoco.train import TrainState, build_state, trained_parameters
+from hemoco.train.pretrain import TrainState, build_state, trained_parameters
 
 RANKS, EQUAL_STEPS = 2, 3
 DDP, ALONE = "DDP", "not communicating"

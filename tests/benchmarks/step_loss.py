@@ -19,7 +19,7 @@ from step_rounds import Goal, over_rounds, print_goals, take_turns
 from torch import Tensor
 from torch.nn import functional
 
-from hemoco.contrast import queue_contrast
+from hemoco.models.info_nce import queue_contrast
 
 BATCH, EMBEDDING_SIZE = 256, 128
 FUSED, PLAIN = "queue_contrast", "cat + cross_entropy"

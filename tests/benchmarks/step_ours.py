@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
-from hemoco.shuffle_bn import SplitBatchNorm
-from hemoco.train import TrainState, build_state, train_steps
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.models.shuffle import SplitBatchNorm
+from hemoco.train.pretrain import TrainState, build_state, train_steps
 
 OURS, SPLIT, FLOAT, LOGGED, COMPILED, TUNED = (
     "ours: bf16, channels_last",

@@ -28,7 +28,7 @@ from machine import describe_machine, table
 from speed_data import SIZES, read_photos, write_tars
 from speed_run import FROM_S3, IN_MEMORY, PEERS, READING
 
-from cluster.servers import BUCKET, s3_environment, s3_server
+from cluster.local.servers import BUCKET, s3_environment, s3_server
 
 HERE = Path(__file__).parent
 LIMIT = "limit: simplejpeg decodes"

@@ -43,12 +43,12 @@ from step_case import Case, made_crops
 from step_ours import NEVER
 from step_rounds import Found, Goal, print_goals
 
-from cluster.servers import MlflowServer, mlflow_server
-from hemoco.data.loader import StreamPosition
-from hemoco.data.stream import Batch
-from hemoco.machine import SystemMetrics
-from hemoco.tracking import Tracker, check_delivered, connect, metric_history, open_run
-from hemoco.train import StepMetrics, build_state, train_steps
+from cluster.local.servers import MlflowServer, mlflow_server
+from hemoco.data.stream.batches import Batch
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.tracking.runs import Tracker, check_delivered, connect, metric_history, open_run
+from hemoco.tracking.system_metrics import SystemMetrics
+from hemoco.train.pretrain import StepMetrics, build_state, train_steps
 from jobs.recipes.demo import recipe
 
 Listener = Callable[[StepMetrics], None]

@@ -22,10 +22,10 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from cluster.checkout import CHECKOUT
-from cluster.processes import descendants
-from cluster.servers import MlflowServer, mlflow_server
-from hemoco.tracking import connect, find_runs, metric_history
+from cluster.local.processes import descendants
+from cluster.local.servers import MlflowServer, mlflow_server
+from cluster.submit.checkout import CHECKOUT
+from hemoco.tracking.runs import connect, find_runs, metric_history
 
 _DATA = CHECKOUT.parent / "shared" / "data" / "cifar10"
 _OUTAGE_S = 60.0

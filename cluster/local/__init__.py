@@ -1,0 +1,1 @@
+"""Ray, S3 and MLflow on this machine."""

@@ -1,0 +1,1 @@
+"""Checks of a cluster and its nodes before a run."""

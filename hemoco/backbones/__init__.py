@@ -1,0 +1,1 @@
+"""Backbones: the file a pretraining leaves, starting weights, export and import."""

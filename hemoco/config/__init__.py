@@ -1,0 +1,63 @@
+"""The settings of a run: `from hemoco.config import Recipe, PretrainConfig, ...` is all a recipe needs."""
+
+from hemoco.config.data import DataConfig, StreamConfig
+from hemoco.config.detection import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig
+from hemoco.config.method import EncoderConfig, MoCoConfig, MoCoV3Config, OptimizerConfig, ViewsConfig
+from hemoco.config.recipe import (
+    AnyTransferConfig,
+    PretrainConfig,
+    Recipe,
+    ResourcesConfig,
+    config_difference,
+    config_digest,
+    flat_params,
+    world_sizes,
+)
+from hemoco.config.sweep import Choice, LogUniform, SweepConfig, Uniform
+from hemoco.config.transfer import (
+    ClassifierConfig,
+    FineTuneConfig,
+    KnnConfig,
+    LinearClassifierConfig,
+    LinearProbeConfig,
+    LowShotConfig,
+    TrainedConfig,
+    TransferConfig,
+    init_label,
+    init_url,
+)
+
+__all__ = [
+    "AnyTransferConfig",
+    "Choice",
+    "ClassifierConfig",
+    "DataConfig",
+    "DetectionConfig",
+    "EncoderConfig",
+    "FasterRcnnConfig",
+    "FineTuneConfig",
+    "KnnConfig",
+    "LinearClassifierConfig",
+    "LinearProbeConfig",
+    "LogUniform",
+    "LowShotConfig",
+    "MaskRcnnConfig",
+    "MoCoConfig",
+    "MoCoV3Config",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "Recipe",
+    "ResourcesConfig",
+    "StreamConfig",
+    "SweepConfig",
+    "TrainedConfig",
+    "TransferConfig",
+    "Uniform",
+    "ViewsConfig",
+    "config_difference",
+    "config_digest",
+    "flat_params",
+    "init_label",
+    "init_url",
+    "world_sizes",
+]

@@ -1,0 +1,1 @@
+"""The contents of a shard folder: its index, tables of samples, tar files."""

@@ -1,0 +1,1 @@
+"""Images and annotations in the forms that people bring to `pack`."""

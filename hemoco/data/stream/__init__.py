@@ -1,0 +1,1 @@
+"""Exact elastic batches from shards in object storage."""

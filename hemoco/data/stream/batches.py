@@ -1,0 +1,187 @@
+"""Batches of cropped views from shards, and labelled images for evaluation.
+
+Shapes: N images on this rank, V crops of each, S x S a crop, M images of a split.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hemoco.config import PretrainConfig
+from hemoco.data.decode import decode_image
+from hemoco.data.shards.index import Shard, ShardColumns, ShardIndex, read_index, read_shard
+from hemoco.data.shards.tar import Sample
+from hemoco.data.stream.bad_samples import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
+from hemoco.data.stream.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
+from hemoco.data.transforms import center_view
+from hemoco.errors import HemocoError, ShardError
+from hemoco.storage.retry import EVALUATION_PATIENCE_S
+
+logger = logging.getLogger(__name__)
+
+
+class LabelledView(NamedTuple):
+    """The centre of an image."""
+
+    image: Tensor
+    """uint8 (3, S, S)."""
+    label: int
+    key: str
+
+
+class Batch(NamedTuple):
+    """One rank's part of a global batch, on the device."""
+
+    crops: Tensor
+    """uint8 (N, V, 3, S, S), not yet augmented; for pretraining those of query and key."""
+    keys: list[str]
+    """Of the images, in their order."""
+    position: StreamPosition
+    reading: ReadCounts = ReadCounts()
+    """What was read since the batch before, on this rank."""
+    labels: tuple[int, ...] = ()
+    """Of the images, -1 where there is none."""
+
+
+def pretraining_plan(config: PretrainConfig) -> CropPlan:
+    """What a pretraining asks of the stream."""
+    return CropPlan(
+        seed=config.seed,
+        epochs=config.epochs,
+        global_batch_size=config.global_batch_size,
+        views=config.views,
+        crops=2,
+        stream=config.stream,
+    )
+
+
+def steps_per_epoch(index: ShardIndex, split: str, plan: CropPlan) -> int:
+    """Global batches in an epoch of a split, the same in every epoch and on every rank.
+
+    Raises:
+        ConfigError: the split has fewer samples than one global batch.
+        ShardError: there is no such split.
+    """
+    return epoch_order(ShardColumns(index.split(split)).samples, plan, epoch=0).steps
+
+
+def batches(
+    data_url: str,
+    split: str,
+    plan: CropPlan,
+    *,
+    rank: int,
+    world_size: int,
+    start: StreamPosition | None,
+    device: torch.device,
+    bad_samples: BadSampleFile,
+) -> Generator[Batch, None, None]:
+    """This rank's batches after the position `start` to the end of the last epoch.
+
+    A batch is a function of data, plan, position and rank; the global batch does not depend on the world size, nor on
+    the loader processes. Bad samples are replaced by the next good one of their shard and reported in `Batch.reading`.
+    Closing the generator ends the loader processes.
+
+    Args:
+        start: position of the last batch consumed; None starts at the beginning.
+        bad_samples: receives those of this rank; the caller writes it.
+
+    Raises:
+        ConfigError: the split is smaller than a global batch, or the shards in use exceed the memory allowed.
+        ShardError: a shard is missing or another than was packed, or too many images are bad.
+        StorageError: the storage refuses, or did not answer in time.
+    """
+    size, stream = plan.global_batch_size, plan.stream
+    slots = (size * rank // world_size, size * (rank + 1) // world_size)
+    index = read_index(data_url, patience_s=stream.retry_s)
+    shards = ShardColumns(index.split(split))
+    source = CropSource(data_url, shards, plan, slots=slots, start=start)
+    limit = BadSampleLimit(stream.max_bad_share)
+    if world_size * source.parts > stream.lanes:
+        processes = f"{world_size} x {source.parts}"
+        logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, stream.lanes)
+    left_out = epoch_order(shards.samples, plan, epoch=0).left_out
+    if rank == 0:
+        logger.info(
+            "event=stream split=%s samples=%d global_batch_size=%d left_out_per_epoch=%d",
+            *(split, shards.samples.sum(), size, left_out),
+        )
+    loaded = iter(source) if stream.workers == 0 else iter(start_loader(source, device))
+    try:
+        began = time.perf_counter()
+        for first in loaded:
+            parts = [_raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]]
+            waited = ReadCounts(wait_s=time.perf_counter() - began)
+            batch = _batch(parts, waited, device)
+            bad_samples.add(batch.reading.bad)
+            limit.add(batch.reading)
+            yield batch
+            began = time.perf_counter()
+    finally:
+        del loaded  # ends the processes now: left to the garbage collector, each is waited for in vain for seconds
+
+
+def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """All centre views of a split that fits in memory: uint8 (M, 3, S, S), labels (M,) and keys.
+
+    Raises:
+        ShardError: an image has no label or cannot be decoded.
+    """
+    shards = read_index(data_url, patience_s=EVALUATION_PATIENCE_S).split(split)
+    images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
+    labels, keys = [], []
+    for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):
+        images[row] = view.image
+        labels.append(view.label)
+        keys.append(view.key)
+    return images, torch.tensor(labels, dtype=torch.int64), keys
+
+
+def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter: int) -> Iterator[LabelledView]:
+    """The centre views of some shards, one after the other.
+
+    Args:
+        data_url: of the shard folder.
+        shards: some of its index.
+        size: S.
+        shorter: side in pixels to which the shorter one is scaled before the centre is cut out.
+
+    Raises:
+        ShardError: an image has no label or cannot be decoded.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for shard in shards:
+            where = f"{data_url}/{shard.name}"
+            yield from threads.map(
+                lambda sample, where=where: _labelled_view(sample, where, size, shorter), read_shard(data_url, shard)
+            )
+
+
+def _labelled_view(sample: Sample, where: str, size: int, shorter: int) -> LabelledView:
+    if sample.label is None:
+        raise ShardError(f"{where}: sample {sample.key} has no label; evaluate on a labelled split")
+    try:
+        image = decode_image(sample.image)
+    except ShardError as error:
+        raise ShardError(f"{where}: sample {sample.key}: {error}") from error
+    return LabelledView(center_view(image, size, shorter), sample.label, sample.key)
+
+
+def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:
+    crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, V, 3, S, S)
+    keys = [key for part in parts for key in part.keys]
+    labels = tuple(label for part in parts for label in part.labels)
+    reading = sum_counts([waited, *(part.reading for part in parts)])
+    return Batch(crops, keys, parts[0].position, reading, labels)
+
+
+def _raise_error(part: CropBatch | HemocoError) -> CropBatch:
+    if isinstance(part, HemocoError):
+        raise part
+    return part

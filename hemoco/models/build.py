@@ -1,0 +1,58 @@
+"""The method of a config with its initial weights.
+
+Shapes: F backbone features.
+"""
+
+import torch
+from torch import nn
+
+from hemoco.config import MoCoConfig, PretrainConfig
+from hemoco.errors import ConfigError
+from hemoco.models.batch_norm import synchronise_batch_norms
+from hemoco.models.heads import EmbeddingNetwork
+from hemoco.models.moco import MoCo, build_head
+from hemoco.models.moco_v3 import MoCoV3, build_predictor, build_projector
+from hemoco.models.resnet import build_encoder, seeded
+from hemoco.models.shuffle import split_batch_norms
+
+Method = MoCo | MoCoV3
+
+
+def build_method(config: PretrainConfig, device: torch.device) -> Method:
+    """The method on a device, a function of the config alone: on every rank the same.
+
+    Raises:
+        ConfigError: unknown architecture, or all images share their batch statistics though keys are shuffled.
+    """
+    encoder, moco = build_encoder(config.encoder, config.seed), config.moco
+    features = int(encoder.num_features)  # type: ignore[arg-type]
+    method: Method
+    if isinstance(moco, MoCoConfig):
+        if moco.bn_group_size == config.global_batch_size:
+            raise ConfigError(
+                f"pretrain.moco.bn_group_size is {moco.bn_group_size}: it must be smaller than "
+                f"pretrain.global_batch_size ({config.global_batch_size}), else shuffling cannot part a key from its "
+                "query"
+            )
+        with seeded(config.seed + 1):
+            head = build_head(moco.head, features, moco.embedding_size)
+        network = EmbeddingNetwork(encoder, head, config.precision)
+        split_batch_norms(network, moco.bn_group_size)
+        method = MoCo(network, moco, config.seed)
+    else:
+        with seeded(config.seed + 1):
+            head = build_projector(features, moco.hidden_size, moco.embedding_size)
+            predictor = build_predictor(moco.embedding_size, moco.hidden_size)
+        network = EmbeddingNetwork(encoder, head, config.precision)
+        method = MoCoV3(network, predictor, moco)
+        synchronise_batch_norms(method, device)
+    if config.compile:
+        for each in (method.query_encoder, method.key_encoder):
+            each.encoder.compile()
+    method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return method
+
+
+def trained_parameters(method: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the optimiser moves."""
+    return [parameter for parameter in method.parameters() if parameter.requires_grad]

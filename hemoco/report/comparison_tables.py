@@ -1,0 +1,266 @@
+"""Runs side by side as tables: what they are, how they transfer, and how they differ."""
+
+import math
+from collections.abc import Sequence
+
+from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_spread
+from hemoco.report.tables import Section, Value
+from hemoco.results.comparison import Column, ManyComparison, Pair, Place, Run, seed_values
+from hemoco.results.records import PRETRAINED
+
+_MOST_SETTINGS = 8
+
+
+def main_sections(many: ManyComparison) -> list[Section]:
+    """What the runs are, how they transfer, and how they differ; those that there is something for."""
+    found = [
+        _pretrainings(many),
+        _transfers(many),
+        _differences(many),
+        *(_repetitions(many, column) for column in many.columns if not column.baseline and len(column.runs) > 1),
+    ]
+    return [section for section in found if section.rows]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A dash where it is unknown."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def known(value: float) -> float | None:
+    """None where it is unknown."""
+    return value if math.isfinite(value) else None
+
+
+def _pretrainings(many: ManyComparison) -> Section:
+    runs = [run for column in many.columns if not column.baseline for run in column.runs]
+    notes = [note for column in many.columns if not column.baseline for note in _about(column, many.columns[0])]
+    if any(run.settings is None for run in runs):
+        unknown = ", ".join(run.label for run in runs if run.settings is None)
+        notes.append(f"{unknown}: MLflow does not know the pretraining")
+    return Section(
+        name="pretrainings",
+        title="Pretrainings",
+        columns=("", "run", "seed", "status", "loss", "kNN"),
+        heads=2,
+        rows=tuple((run.label, run.name, *_health(run)) for run in runs),
+        notes=tuple(notes),
+        records=tuple(
+            _pretraining_record(run, column) for column in many.columns if not column.baseline for run in column.runs
+        ),
+    )
+
+
+def _health(run: Run) -> tuple[str, ...]:
+    facts = run.found.pretraining
+    return run.seed or "-", facts.status or "-", number(facts.loss), number(facts.knn_top1)
+
+
+def _about(column: Column, first: Column) -> list[str]:
+    notes = []
+    if len(column.runs) > 1:
+        names = ", ".join(run.label for run in column.runs)
+        notes.append(f"{column.label} is {names} together: their settings differ by pretrain.seed only")
+    if column.differs:
+        more = len(column.differs) - _MOST_SETTINGS
+        shown = "; ".join(column.differs[:_MOST_SETTINGS]) + (f"; and {more} more" if more > 0 else "")
+        notes.append(f"{first.label} -> {column.label}: {shown}")
+    return notes
+
+
+def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
+    facts = run.found.pretraining
+    return {
+        "label": run.label,
+        "column": column.label,
+        "run": run.name,
+        "run_id": facts.run_id,
+        "recipe": facts.recipe,
+        "seed": run.seed,
+        "status": facts.status,
+        "loss": known(facts.loss),
+        "chance_loss": known(facts.chance_loss),
+        "embedding_std": known(facts.embedding_std),
+        "knn_top1": known(facts.knn_top1),
+        "backbone_url": facts.backbone_url,
+        "data_digest": facts.data_digest,
+        "differs": "; ".join(column.differs),
+    }
+
+
+def _transfers(many: ManyComparison) -> Section:
+    rows, best, records = [], set(), []
+    for place, line in enumerate(many.lines):
+        spreads = {c.label: repeated_spread(many.values.get(Place(line.label, c.label), ())) for c in many.columns}
+        rows.append((line.label, line.metric, *(value_cell(many, line.label, column) for column in many.columns)))
+        means = [-math.inf if math.isnan(spread.mean) else spread.mean for spread in spreads.values()]
+        if len(many.columns) > 1 and max(means) > -math.inf:
+            best |= {(place, 2 + position) for position, mean in enumerate(means) if mean == max(means)}
+        records += [mean_record(line.label, line.metric, label, spread) for label, spread in spreads.items()]
+    return Section(
+        name="transfers",
+        title="Transfers: mean ± deviation (how many values)",
+        columns=("transfer", "metric", *(column.label for column in many.columns)),
+        heads=2,
+        rows=tuple(rows),
+        best=frozenset(best),
+        notes=tuple(_transfer_notes(many)),
+        records=tuple(records),
+    )
+
+
+def value_cell(many: ManyComparison, line: str, column: Column) -> str:
+    """What stands in the table of transfers: the values, or why there are none."""
+    values = many.values.get(Place(line, column.label))
+    state = "" if column.baseline else _state(many, line, column)
+    return f"{spread_cell(values)}{' †' if state else ''}" if values else state or "-"
+
+
+def spread_cell(values: Repetitions) -> str:
+    """Mean ± deviation (seeds), or (pretrainings x seeds)."""
+    spread = repeated_spread(values)
+    margin = "" if math.isnan(spread.sd) else f" ± {spread.sd:.3f}"
+    alike = len({len(by_seed) for by_seed in values}) == 1
+    each = str(len(values[0])) if alike else f"{spread.values / len(values):.1f}"
+    return f"{number(spread.mean)}{margin} ({f'{len(values)}x' if len(values) > 1 else ''}{each})"
+
+
+def _state(many: ManyComparison, line: str, column: Column) -> str:
+    """Why a pretraining has no value; empty where nobody asked for one."""
+    (transfer,) = (known.transfer for known in many.lines if known.label == line)
+    states = []
+    for run in column.runs:
+        states += ["failed" for item in run.found.failed if item.transfer == transfer]
+        states += [
+            "unfinished" if item.run_id else item.reason for item in run.found.unfinished if item.transfer == transfer
+        ]
+    return states[0] if states else ""
+
+
+def _transfer_notes(many: ManyComparison) -> list[str]:
+    notes = [f"{line.label} has other settings: {'; '.join(line.differs)}" for line in many.lines if line.differs]
+    repeated = [column.label for column in many.columns if not column.baseline and len(column.runs) > 1]
+    if repeated:
+        notes.append(f"± of {', '.join(repeated)}: between pretrainings; of the others: over the transfer's seeds")
+    for run in many.runs:
+        notes += [f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.found.failed]
+        notes += [f"† {run.label}: {item.transfer} is unfinished: {item.reason}" for item in run.found.unfinished]
+    return notes
+
+
+def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> dict[str, Value]:
+    """A cell for programs."""
+    return {
+        "transfer": line,
+        "metric": metric,
+        "column": column,
+        "mean": known(spread.mean),
+        "sd": known(spread.sd),
+        "between_pretrainings_sd": known(spread.between),
+        "over_seeds_sd": known(spread.within),
+        "pretrainings": spread.pretrainings,
+        "values": spread.values,
+    }
+
+
+def _differences(many: ManyComparison) -> Section:
+    kinds = list(dict.fromkeys((pair.ours, pair.theirs) for pair in many.pairs))
+    of_place = {(pair.line, pair.ours, pair.theirs): pair.difference for pair in many.pairs}
+    rows = [
+        (line.label, *(_difference_cell(of_place.get((line.label, *kind))) for kind in kinds)) for line in many.lines
+    ]
+    if len(rows) > 1:
+        scores = [_scores(many.pairs, kind) for kind in kinds]
+        rows.append(("higher, beyond noise", *(higher for higher, _ in scores)))
+        rows.append(("lower, beyond noise", *(lower for _, lower in scores)))
+    return Section(
+        name="differences",
+        title="Differences: mean ± 95% interval",
+        columns=("transfer", *(f"{ours} - {theirs}" for ours, theirs in kinds)),
+        rows=tuple(rows) if kinds else (),
+        notes=tuple(_difference_notes(many)),
+        records=tuple(_difference_record(pair) for pair in many.pairs),
+    )
+
+
+def _difference_cell(difference: RepeatedDifference | None) -> str:
+    if difference is None or math.isnan(difference.mean):
+        return "-"
+    margin = "" if math.isnan(difference.half_width) else f" ± {difference.half_width:.3f}"
+    return f"{difference.mean:+.3f}{margin} {_mark(difference)}".rstrip()
+
+
+def _mark(difference: RepeatedDifference) -> str:
+    return {True: "*", False: "", None: "?"}[difference.stands_out]
+
+
+def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
+    """In how many transfers the first is higher, and lower, and in how many of them beyond the noise."""
+    differences = [pair.difference for pair in pairs if (pair.ours, pair.theirs) == kind and pair.difference.seeds]
+    higher = [difference for difference in differences if difference.mean > 0]
+    lower = [difference for difference in differences if difference.mean < 0]
+
+    def score(some: list[RepeatedDifference]) -> str:
+        beyond = sum(difference.stands_out is True for difference in some)
+        return f"{len(some)} of {len(differences)}, {beyond}"
+
+    return score(higher), score(lower)
+
+
+def _difference_notes(many: ManyComparison) -> list[str]:
+    notes = [
+        "paired by the transfer's seed; *: the interval leaves out 0; ?: no noise was seen, nobody can say",
+        "each interval stands alone: of twenty differences of equals one leaves out 0 by chance",
+    ]
+    with_pretrainings = dict.fromkeys(
+        f"{p.ours} - {p.theirs}" for p in many.pairs if "pretrainings" in p.difference.noise
+    )
+    others = dict.fromkeys(f"{p.ours} - {p.theirs}" for p in many.pairs if p.difference.noise == ("seeds",))
+    if with_pretrainings:
+        notes.append(f"noise of the pretraining's seed is in the intervals of {', '.join(with_pretrainings)}")
+        single = [column.label for column in many.columns if not column.baseline and len(column.runs) == 1]
+        compared = [label for label in single if any(label in name.split(" - ") for name in with_pretrainings)]
+        if compared:
+            notes.append(f"{', '.join(compared)} has one pretraining, which is taken to scatter as the other's")
+    if others:
+        notes.append(
+            f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they speak of these "
+            "backbones; of their recipes, pretrainings with other values of --pretrain.seed would"
+        )
+    if any(pair.difference.seeds == 0 for pair in many.pairs):
+        notes.append("-: no seed in common")
+    return notes
+
+
+def _difference_record(pair: Pair) -> dict[str, Value]:
+    difference = pair.difference
+    return {
+        "transfer": pair.line,
+        "of": pair.ours,
+        "minus": pair.theirs,
+        "mean": known(difference.mean),
+        "half_width": known(difference.half_width),
+        "seeds": difference.seeds,
+        "noise": "+".join(difference.noise),
+        "stands_out": difference.stands_out,
+    }
+
+
+def _repetitions(many: ManyComparison, column: Column) -> Section:
+    """Each pretraining of a column, and how far they lie apart."""
+    lines = [line for line in many.lines if Place(line.label, column.label) in many.values]
+    rows, records = [], []
+    for line in lines:
+        spread = repeated_spread(many.values[Place(line.label, column.label)])
+        of_run = {run.label: seed_values(run, line.transfer, PRETRAINED) for run in column.runs if run in line.runs}
+        cells = [spread_cell([of_run[run.label]]) if of_run.get(run.label) else "-" for run in column.runs]
+        rows.append((line.label, *cells, number(spread.between), number(spread.within)))
+        records.append(mean_record(line.label, line.metric, column.label, spread))
+    return Section(
+        name=f"repetitions_{column.label}",
+        title=f"Repetitions of {column.label}: what the pretraining's seed does",
+        columns=("transfer", *(run.label for run in column.runs), "sd between", "sd over seeds"),
+        rows=tuple(rows),
+        notes=("the noise of the transfer's seeds is in sd between, divided by the root of their number",),
+        records=tuple(records),
+    )

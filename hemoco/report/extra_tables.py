@@ -1,0 +1,138 @@
+"""Runs side by side as tables, beyond their results: quality over epochs, by labels, and what they took."""
+
+import math
+
+from hemoco.intervals import repeated_spread
+from hemoco.report.comparison_tables import known, mean_record, number, spread_cell, value_cell
+from hemoco.report.tables import Section, Value
+from hemoco.results.comparison import ManyComparison, Place, Run
+from hemoco.results.label_efficiency import label_curves
+
+
+def extra_sections(many: ManyComparison) -> list[Section]:
+    """Those that there is something for."""
+    found = [_curve(many), *_label_efficiency(many), _pretraining_cost(many), _transfer_times(many)]
+    return [section for section in found if section.rows]
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it; a dash where it is unknown."""
+    if math.isnan(seconds):
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _pretraining_cost(many: ManyComparison) -> Section:
+    notes = [
+        "active: training steps, and what lies between two records unless it is more than 10 minutes; device hours: "
+        "active time of the devices asked for at the start; images: repeated steps count once"
+    ]
+    paused = [f"{run.label} {run.cost.pauses}" for run in many.runs if run.cost.pauses]
+    if paused:
+        notes.append(f"pauses, not counted: {', '.join(paused)}")
+    return Section(
+        name="cost",
+        title="Cost of the pretraining",
+        columns=("run", "active", "device hours", "images", "images/s"),
+        rows=tuple((run.label, *_cost_cells(run)) for run in many.runs if run.cost.images),
+        notes=tuple(notes),
+        records=tuple(_cost_record(run) for run in many.runs),
+    )
+
+
+def _cost_cells(run: Run) -> tuple[str, ...]:
+    cost = run.cost
+    hours = "-" if math.isnan(cost.device_hours) else f"{cost.device_hours:.3g} {cost.device} h"
+    rate = "-" if math.isnan(cost.images_per_s) else f"{cost.images_per_s:,.0f}"
+    return duration(cost.active_s), hours, f"{cost.images:,}", rate
+
+
+def _cost_record(run: Run) -> dict[str, Value]:
+    cost = run.cost
+    record: dict[str, Value] = {"label": run.label, "run": run.name, "device": cost.device, "devices": cost.devices}
+    numbers = {
+        "active_s": cost.active_s,
+        "device_hours": cost.device_hours,
+        "images": float(cost.images) if cost.images else math.nan,
+        "images_per_s": cost.images_per_s,
+    }
+    return record | {name: known(value) for name, value in numbers.items()} | {"pauses": cost.pauses}
+
+
+def _transfer_times(many: ManyComparison) -> Section:
+    transfers = list(dict.fromkeys(time.transfer for run in many.runs for time in run.cost.transfers))
+    cells = {(run.label, time.transfer): time for run in many.runs for time in run.cost.transfers}
+    rows = []
+    for transfer in transfers:
+        times = [cells.get((run.label, transfer)) for run in many.runs]
+        shown = ("-" if time is None else duration(time.wall_s) + (" +" if time.again else "") for time in times)
+        rows.append((transfer, *shown))
+    notes = ["from the first start to the last end, pauses included; all inits and seeds"]
+    if any(time.again for time in cells.values()):
+        notes.append("+: some of it was started more than once")
+    return Section(
+        name="transfer_times",
+        title="Wall time of the transfers",
+        columns=("transfer", *(run.label for run in many.runs)),
+        rows=tuple(rows),
+        notes=tuple(notes),
+        records=tuple(
+            {
+                "transfer": time.transfer,
+                "label": run.label,
+                "run": run.name,
+                "wall_s": known(time.wall_s),
+                "started_again": time.again,
+            }
+            for run in many.runs
+            for time in run.cost.transfers
+        ),
+    )
+
+
+def _curve(many: ManyComparison) -> Section:
+    places = [place for place in _places(many) if any(at == place for _, at in many.curve)]
+    epochs = sorted({epoch for epoch, _ in many.curve})
+    metrics = {line.label: line.metric for line in many.lines}
+    alone = len({place.column for place in places}) == 1
+    return Section(
+        name="curve",
+        title="Transfer over epochs of the pretraining",
+        columns=("epoch", *(place.line if alone else f"{place.line} {place.column}" for place in places)),
+        rows=tuple(
+            (str(e), *(spread_cell(many.curve[e, p]) if (e, p) in many.curve else "-" for p in places)) for e in epochs
+        ),
+        records=tuple(
+            {"epoch": epoch} | mean_record(place.line, metrics[place.line], place.column, repeated_spread(values))
+            for (epoch, place), values in sorted(many.curve.items())
+        ),
+    )
+
+
+def _places(many: ManyComparison) -> list[Place]:
+    return [Place(line.label, column.label) for line in many.lines for column in many.columns]
+
+
+def _label_efficiency(many: ManyComparison) -> list[Section]:
+    found = []
+    for place, points in enumerate(label_curves(many), start=1):
+        rows, records = [], []
+        for labels, images, line in points:
+            cells = [value_cell(many, line.label, column) for column in many.columns]
+            rows.append((labels, number(images, 0), line.label, *cells))
+            for column in many.columns:
+                spread = repeated_spread(many.values.get(Place(line.label, column.label), ()))
+                record = mean_record(line.label, line.metric, column.label, spread)
+                records.append({"labels": labels, "images": known(images)} | record)
+        section = Section(
+            name="label_efficiency" if place == 1 else f"label_efficiency_{place}",
+            title="Label efficiency" if place == 1 else f"Label efficiency, data set {place}",
+            columns=("labels", "images", "transfer", *(column.label for column in many.columns)),
+            heads=3,
+            rows=tuple(rows),
+            records=tuple(records),
+        )
+        found.append(section)
+    return found

@@ -1,0 +1,1 @@
+"""Results read from MLflow and computed from them, without any text for people."""

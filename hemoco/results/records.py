@@ -1,0 +1,259 @@
+"""What a run came to: its pretraining and the results of its transfers, read from MLflow and nowhere else.
+
+A value counts if its unit, one init and one seed of a transfer, is recorded as done: the tag `hemoco.done/INIT/seed_N`
+of the transfer's run. What a training logs on its way has the same name.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hemoco.errors import UsageError
+from hemoco.intervals import Difference, Spread, paired_difference, spread_of
+from hemoco.tracking.runs import RunFacts, connect, find_runs
+
+PRETRAINED = "pretrained"
+"""The init that all others are baselines of."""
+_VALUE = re.compile(r"(?P<init>[^/]+)/seed_(?P<seed>\d+)/(?P<metric>.+)")
+_TRANSFER = re.compile(r"transfers\.(.+)\.seeds")  # the parameter that every transfer has
+_DONE = "hemoco.done/"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """The training that made the backbone; unknown numbers are nan, unknown strings empty."""
+
+    run: str
+    """Name of the run."""
+    run_id: str
+    """Of the pretraining in MLflow."""
+    status: str
+    backbone_url: str
+    recipe: str
+    data_digest: str
+    loss: float
+    chance_loss: float
+    """ln(K + 1), the loss of constant embeddings."""
+    embedding_std: float
+    """Times sqrt(C)."""
+    knn_top1: float
+    """Measured during pretraining."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """The headline metric of one transfer from one backbone with one seed."""
+
+    transfer: str
+    metric: str
+    init: str
+    seed: int
+    value: float
+    run_id: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A transfer that did not finish, and why."""
+
+    transfer: str
+    reason: str
+    run_id: str
+    """Empty where it has not begun."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A pretraining and what its transfers measured."""
+
+    pretraining: Pretraining
+    rows: tuple[Row, ...]
+    failed: tuple[Failure, ...]
+    unfinished: tuple[Failure, ...] = ()
+    """Transfers that are running, were left by a process that is gone, or have not begun."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One transfer of the pretrained backbone against one baseline, over the seeds."""
+
+    transfer: str
+    metric: str
+    pretrained: Spread
+    baseline: str
+    """Its init; empty where none was measured."""
+    other: Spread
+    """Of the baseline."""
+    difference: Difference
+    """Pretrained minus baseline."""
+
+
+class Records(NamedTuple):
+    """The MLflow runs of one run; of repeated ones the newest."""
+
+    run: str
+    parent: RunFacts
+    pretraining: RunFacts | None
+    """None where MLflow does not know it: the backbone came from elsewhere."""
+    transfers: list[RunFacts]
+    curve: list[RunFacts]
+    """Transfers of backbones exported during the pretraining, one for each transfer and epoch."""
+
+
+def comparison(uri: str, run: str) -> Comparison:
+    """What MLflow has recorded of a run so far.
+
+    Raises:
+        UsageError: MLflow knows no run of this name.
+        TrackingError: MLflow cannot be used.
+    """
+    return compare_records(read_records(uri, run))
+
+
+def summaries(found: Comparison) -> list[Summary]:
+    """One line per transfer and baseline, in the order of the rows."""
+    lines = []
+    for transfer, metric in dict.fromkeys((row.transfer, row.metric) for row in found.rows):
+        values: dict[str, dict[int, float]] = {}
+        for row in found.rows:
+            if row.transfer == transfer:
+                values.setdefault(row.init, {})[row.seed] = row.value
+        ours = values.pop(PRETRAINED, {})
+        for baseline, theirs in values.items() or [("", {})]:
+            line = Summary(
+                transfer=transfer,
+                metric=metric,
+                pretrained=spread_of(list(ours.values())),
+                baseline=baseline,
+                other=spread_of(list(theirs.values())),
+                difference=paired_difference(ours, theirs),
+            )
+            lines.append(line)
+    return lines
+
+
+def headlines(found: Comparison) -> dict[str, float]:
+    """Means over the seeds by the names they have on a run's page: TRANSFER/METRIC/INIT, and the differences.
+
+    A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
+    """
+    values: dict[str, float] = {}
+    for line in summaries(found):
+        name = f"{line.transfer}/{line.metric}"
+        values[f"{name}/{PRETRAINED}"] = line.pretrained.mean
+        if line.baseline:
+            values[f"{name}/{line.baseline}"] = line.other.mean
+            values[f"{name}/over_{line.baseline}"] = line.difference.mean
+    return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def read_records(uri: str, run: str) -> Records:
+    """What MLflow has of a run; the same errors as `comparison`."""
+    experiment_id = connect(uri)
+    found = find_runs(uri, experiment_id, {"hemoco.run": run})
+    phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": [], "curve": []}
+    for facts in reversed(found):  # the oldest first
+        phases[facts.tags["hemoco.phase"]].append(facts)
+    if not phases["parent"]:
+        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
+    parent = phases["parent"][-1]
+    newest = {facts.tags["hemoco.transfer"]: facts for facts in phases["transfer"]}
+    curve = {(facts.tags["hemoco.transfer"], facts.tags["hemoco.epoch"]): facts for facts in phases["curve"]}
+    source = parent.tags.get("hemoco.pretrain_run_id")
+    if source is not None:  # the backbone is another run's, which this MLflow need not know
+        known = find_runs(uri, experiment_id, {"hemoco.phase": "pretrain"})
+        phases["pretrain"] = [facts for facts in known if facts.run_id == source]
+    pretraining = next(reversed(phases["pretrain"]), None)
+    return Records(run, parent, pretraining, list(newest.values()), list(curve.values()))
+
+
+def compare_records(records: Records) -> Comparison:
+    """The comparison that a run's records make."""
+    rows = [row for facts in records.transfers for row in done_rows(facts)]
+    ended = [facts for facts in records.transfers if facts.status in ("FAILED", "KILLED")]
+    return Comparison(
+        pretraining=_pretraining(records),
+        rows=tuple(rows),
+        failed=tuple(_failure(facts, facts.tags.get("hemoco.error", "no reason was recorded")) for facts in ended),
+        unfinished=tuple(_unfinished(records)),
+    )
+
+
+def _unfinished(records: Records) -> Iterator[Failure]:
+    for facts in records.transfers:
+        if facts.status not in ("FAILED", "KILLED", "FINISHED"):
+            yield _failure(facts, _measured(facts))
+    begun = {facts.tags["hemoco.transfer"] for facts in records.transfers}
+    for match in filter(None, map(_TRANSFER.fullmatch, records.parent.params)):
+        if match[1] not in begun:
+            yield Failure(transfer=match[1], reason="not begun", run_id="")
+
+
+def _measured(facts: RunFacts) -> str:
+    """How much of a transfer is done."""
+    done = sum(tag.startswith(_DONE) for tag in facts.tags)
+    name = f"transfers.{facts.tags['hemoco.transfer']}"
+    inits, seeds = (facts.params.get(f"{name}.{field}") for field in ("inits", "seeds"))
+    if inits is None or seeds is None:
+        return f"{done} measured"
+    return f"{done} of {len(ast.literal_eval(inits)) * len(ast.literal_eval(seeds))} measured"
+
+
+def _failure(facts: RunFacts, reason: str) -> Failure:
+    return Failure(transfer=facts.tags["hemoco.transfer"], reason=reason, run_id=facts.run_id)
+
+
+def _pretraining(records: Records) -> Pretraining:
+    parent, facts = records.parent, records.pretraining
+    tags = parent.tags | (facts.tags if facts else {})
+    metrics = facts.metrics if facts else {}
+    queue_length = facts.params.get("pretrain.moco.queue_length") if facts else None
+    return Pretraining(
+        run=records.run,
+        run_id=facts.run_id if facts else tags.get("hemoco.pretrain_run_id", ""),
+        status=facts.status if facts else "",
+        backbone_url=parent.tags.get("hemoco.backbone_url") or tags.get("hemoco.backbone_url", ""),
+        recipe=tags.get("hemoco.recipe", ""),
+        data_digest=tags.get("hemoco.data_digest", ""),
+        loss=metrics.get("loss", math.nan),
+        chance_loss=math.log(int(queue_length) + 1) if queue_length else math.nan,
+        embedding_std=metrics.get("embedding_std", math.nan),
+        knn_top1=metrics.get("knn_top1", math.nan),
+    )
+
+
+def done_rows(facts: RunFacts) -> list[Row]:
+    """The headline values of a transfer's run that are recorded as done."""
+    return done_values(facts, facts.tags["hemoco.metric"])
+
+
+def done_values(facts: RunFacts, metric: str) -> list[Row]:
+    """The values of one metric of a transfer's run, of the units that are recorded as done."""
+    rows = []
+    for key, value in facts.metrics.items():
+        match = _VALUE.fullmatch(key)
+        done = match is not None and f"{_DONE}{match['init']}/seed_{match['seed']}" in facts.tags
+        if match and done and match["metric"] == metric:
+            row = Row(
+                transfer=facts.tags["hemoco.transfer"],
+                metric=match["metric"],
+                init=match["init"],
+                seed=int(match["seed"]),
+                value=value,
+                run_id=facts.run_id,
+            )
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row.init, row.seed))
+
+
+def unknown_run(run: str, parents: list[RunFacts]) -> str:
+    """What to say of a name that MLflow does not know; `parents` are those of all runs."""
+    names = list(dict.fromkeys(facts.tags["hemoco.run"] for facts in parents))
+    if not names:
+        return f"run {run!r} is not in MLflow, which has none: begin one with `python -m jobs run RECIPE`"
+    shown = difflib.get_close_matches(run, names, n=3) or names[:10]
+    return f"run {run!r} is not in MLflow; there are {len(names)}, among them {', '.join(shown)}"

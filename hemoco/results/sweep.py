@@ -1,0 +1,205 @@
+"""What a sweep came to, read from MLflow and nowhere else."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from hemoco.errors import UsageError
+from hemoco.report.tables import Section
+from hemoco.tracking.runs import RunFacts, connect, find_run, find_runs, metric_history
+
+OBJECTIVE = "objective"
+"""The metric of a trial's run in MLflow."""
+STOPPED = "hemoco.stopped"
+"""The tag of a trial that was stopped early; its status is KILLED, as that of an interrupted one."""
+STEPS_PER_EPOCH = "hemoco.steps_per_epoch"
+"""A tag of a trial."""
+VERDICT = "hemoco.verdict"
+"""The tag of a trial that says why it is to stop."""
+Outcome = Literal["finished", "stopped", "failed", "unfinished"]
+_FREE = ("sweep.trials", "sweep.max_concurrent")
+"""A sweep goes on with others."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of Ray's messages
+_ORDER: tuple[Outcome, ...] = ("finished", "stopped", "unfinished", "failed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One trial."""
+
+    trial: int
+    run: str
+    """Name of its run: `python -m jobs status RUN` shows it whole."""
+    settings: dict[str, str]
+    """What it has of the space, by dotted names."""
+    outcome: Outcome
+    objective: float
+    """nan where it was not measured."""
+    epochs: int
+    """Done by its pretraining."""
+    reason: str
+    """Why it stopped or failed."""
+    run_id: str
+    """Of the trial in MLflow."""
+    backbone_url: str
+    """Empty where there is none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """A sweep and its trials, the best first."""
+
+    sweep: str
+    run_id: str
+    """In MLflow."""
+    status: str
+    """Of its run in MLflow."""
+    recipe: str
+    recipe_file: str
+    """Where the recipe was, on the machine that began the sweep; empty for those that come with hemoco."""
+    storage: str
+    """URL of its folder; empty where an older version did not record it."""
+    objective: str
+    """Transfer and metric."""
+    watch: str
+    """What decided about early stops; empty where nothing did."""
+    data_digest: str
+    params: dict[str, str]
+    """Every setting of the recipe by its dotted name."""
+    trials: tuple[TrialResult, ...]
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The one with the highest objective."""
+        return self.trials[0] if self.trials and self.trials[0].outcome == "finished" else None
+
+
+def search_settings(params: Mapping[str, str]) -> dict[str, str]:
+    """What of a recipe's flat settings makes a search what it is, by names that a run does not ignore."""
+    searched = {name: value for name, value in params.items() if name.startswith("sweep.") and name not in _FREE}
+    return {f"its {name}": value for name, value in searched.items()}
+
+
+def is_over(trial: RunFacts) -> bool:
+    """Whether a trial has come to its end or was stopped for good; the others are begun again by the same words."""
+    return trial.status == "FINISHED" or STOPPED in trial.tags
+
+
+def sweep_result(uri: str, sweep: str) -> SweepResult:
+    """What MLflow has recorded of a sweep so far.
+
+    Raises:
+        UsageError: MLflow knows no sweep of this name.
+        TrackingError: MLflow cannot be used.
+    """
+    found = find_sweep(uri, sweep)
+    if found is None:
+        known = {facts.tags["hemoco.sweep"] for facts in find_runs(uri, connect(uri), {"hemoco.phase": "sweep"})}
+        raise UsageError(f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}")
+    return found
+
+
+def find_sweep(uri: str, sweep: str) -> SweepResult | None:
+    """As `sweep_result`; None where MLflow knows no sweep of this name.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    experiment_id = connect(uri)
+    parent = find_run(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "sweep"})
+    if parent is None:
+        return None
+    trials = find_runs(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "trial"})
+    return SweepResult(
+        sweep=sweep,
+        run_id=parent.run_id,
+        status=parent.status,
+        recipe=parent.tags["hemoco.recipe"],
+        recipe_file=parent.tags.get("hemoco.recipe_file", ""),
+        storage=parent.tags.get("hemoco.storage", ""),
+        objective=f"{parent.params['sweep.objective']}/{parent.tags['hemoco.metric']}",
+        watch=parent.params["sweep.watch"],
+        data_digest=parent.tags["hemoco.data_digest"],
+        params=parent.params,
+        trials=tuple(sorted((_trial(uri, experiment_id, facts) for facts in trials), key=_rank)),
+    )
+
+
+def sweep_section(result: SweepResult) -> Section:
+    """A line for each trial, the best first."""
+    names = list(dict.fromkeys(name for trial in result.trials for name in trial.settings))
+    short = {name: name.removeprefix("pretrain.") for name in names}
+    rows = [
+        (
+            str(trial.trial),
+            *(trial.settings.get(name, "") for name in names),
+            "" if math.isnan(trial.objective) else f"{trial.objective:.4f}",
+            str(trial.epochs),
+            trial.outcome,
+            trial.reason,
+        )
+        for trial in result.trials
+    ]
+    watched = f"early stops by {result.watch}" if result.watch else "no early stops"
+    return Section(
+        name="sweep",
+        title=f"{result.sweep}: {len(rows)} trials of {result.recipe}, {watched}",
+        columns=("trial", *short.values(), result.objective, "epochs", "outcome", "reason"),
+        rows=tuple(rows),
+        best=frozenset({(0, 1 + len(names))} if result.best else ()),
+    )
+
+
+def sweep_json(result: SweepResult) -> str:
+    """The fields of `SweepResult` without `params`, and `best`: a trial's number, null where none has finished."""
+    facts: dict[str, Any] = dataclasses.asdict(result)
+    del facts["params"]
+    for trial in facts["trials"]:
+        trial["objective"] = None if math.isnan(trial["objective"]) else trial["objective"]
+    trials = facts.pop("trials")
+    best = result.best.trial if result.best else None
+    return json.dumps(facts | {"best": best, "trials": trials}, indent=2) + "\n"
+
+
+def _trial(uri: str, experiment_id: str, facts: RunFacts) -> TrialResult:
+    run = f"{facts.tags['hemoco.sweep']}/{facts.tags['mlflow.runName']}"
+    pretraining = find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "pretrain"})
+    became = outcome(facts)
+    return TrialResult(
+        trial=int(facts.tags["hemoco.trial"]),
+        run=run,
+        settings=facts.params,
+        outcome=became,
+        objective=facts.metrics.get(OBJECTIVE, math.nan) if became == "finished" else math.nan,
+        epochs=_epochs(uri, facts, pretraining),
+        reason=_reason(facts, became),
+        run_id=facts.run_id,
+        backbone_url=pretraining.tags.get("hemoco.backbone_url", "") if pretraining else "",
+    )
+
+
+def outcome(facts: RunFacts) -> Outcome:
+    """What became of a trial, by its run."""
+    if is_over(facts):
+        return "finished" if facts.status == "FINISHED" else "stopped"
+    return "failed" if facts.status == "FAILED" else "unfinished"
+
+
+def _reason(facts: RunFacts, became: Outcome) -> str:
+    error = _COLOUR.sub("", facts.tags.get("hemoco.error", ""))
+    return facts.tags.get(VERDICT, error) if became == "stopped" else error
+
+
+def _epochs(uri: str, trial: RunFacts, pretraining: RunFacts | None) -> int:
+    if pretraining is None:
+        return 0
+    steps = [step for step, _ in metric_history(uri, pretraining.run_id, "loss")]
+    return max(steps, default=0) // int(trial.tags[STEPS_PER_EPOCH])
+
+
+def _rank(trial: TrialResult) -> tuple[int, float, int, int]:
+    value = -math.inf if math.isnan(trial.objective) else trial.objective
+    return _ORDER.index(trial.outcome), -value, -trial.epochs, trial.trial

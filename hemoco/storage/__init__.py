@@ -1,0 +1,1 @@
+"""Bytes by URL: objects, byte ranges, retries and a cache on disk."""

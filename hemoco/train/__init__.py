@@ -1,0 +1,1 @@
+"""The pretraining loop with its state, optimiser and checkpoints."""

@@ -1,0 +1,1 @@
+"""Transfers that classify: kNN, linear probe, low-shot, fine-tuning."""

@@ -1,0 +1,1 @@
+"""Transfers that detect and segment: Faster and Mask R-CNN, COCO and VOC metrics."""

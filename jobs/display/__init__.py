@@ -1,0 +1,1 @@
+"""The live display of runs and sweeps in a terminal."""

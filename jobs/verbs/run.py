@@ -1,0 +1,26 @@
+"""`python -m jobs run RECIPE`: pretraining -> transfers -> comparison."""
+
+from jobs.display.live import live_display
+from jobs.options import ReportOptions, parse_options
+from jobs.session import announce, print_comparison, publish, ray_session, run_name, run_tags, storage_url
+from pipeline.open_run import check_pretraining, check_transfers
+
+
+def main(argv: list[str]) -> None:
+    """Runs or resumes a whole run; a finished one prints its table."""
+    options = parse_options("run", argv, ReportOptions)
+    name = run_name(options)
+    check_pretraining(options.recipe)
+    check_transfers(options.recipe)
+    announce(name)
+    with ray_session(), live_display(name, pretrain=options.recipe, transfers=options.recipe.transfers):
+        from pipeline.run import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
+
+        pretrain_then_transfer(
+            options.recipe,
+            run=name,
+            storage=storage_url(options.storage),
+            fresh=options.fresh,
+            tags=run_tags("run", argv[0]),
+        )
+    publish(name, print_comparison(name, options.out))

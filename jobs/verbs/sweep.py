@@ -1,0 +1,112 @@
+"""`python -m jobs sweep RECIPE`: pretrainings with settings from the recipe's `sweep`, the bad ones stopped early."""
+
+import dataclasses
+import shlex
+
+from rich.text import Text
+
+from hemoco.config import Recipe, config_digest, flat_params
+from hemoco.errors import HemocoError, UsageError
+from hemoco.report.tables import print_section
+from hemoco.results.sweep import SweepResult, search_settings, sweep_json, sweep_result, sweep_section
+from hemoco.tracking.runs import log_artifact_bytes, tracking_uri
+from jobs.display.sweep_view import live_sweep
+from jobs.options import ReportOptions, load_recipe, parse_options, settings_words
+from jobs.session import announce, ray_session, results_folder, run_tags, storage_url, table_console
+from pipeline.open_run import check_pretraining, check_transfers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(ReportOptions):
+    """Options of `sweep`."""
+
+    out: str = ""
+    """Folder for sweep.json; default: the sweep's folder in $HEMOCO_HOME/reports."""
+
+
+def main(argv: list[str]) -> None:
+    """Runs or resumes a sweep; a finished one prints its table."""
+    options = parse_options("sweep", argv, SweepOptions)
+    recipe, name = options.recipe, sweep_name(options)
+    check_sweep(recipe)
+    announce(name)
+    with ray_session(), live_sweep(name, recipe):
+        from pipeline.sweep.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
+
+        run_sweep(
+            recipe,
+            run=name,
+            storage=storage_url(options.storage),
+            fresh=options.fresh,
+            tags=run_tags("sweep", argv[0]),
+        )
+    _show(sweep_result(tracking_uri(), name), argv[0], options.out)
+
+
+def sweep_name(options: SweepOptions) -> str:
+    """The sweep's identity: what was given, else recipe name and a digest of the recipe and of what is searched.
+
+    Raises:
+        UsageError: the recipe has no sweep.
+    """
+    recipe = options.recipe
+    if recipe.sweep is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no sweep: give it one, for example sweep=SweepConfig(objective='knn', "
+            "space={'pretrain.optimizer.lr': LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
+        )
+    search = search_settings(flat_params(recipe))
+    return options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
+
+
+def check_sweep(recipe: Recipe) -> None:
+    """Raises what every trial would fail of later.
+
+    Raises:
+        UsageError: the recipe names no shards.
+        ConfigError: its pretraining or what the sweep measures does not fit the data.
+    """
+    sweep = recipe.sweep
+    assert sweep is not None, "a recipe without one has no name"
+    check_pretraining(recipe)
+    measured = {name: recipe.transfers[name] for name in recipe.transfers if name in (sweep.objective, sweep.watch)}
+    check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None))
+
+
+def best_lines(result: SweepResult, recipe_word: str) -> dict[str, str]:
+    """Which trial is the best, and how to go on from it where the recipe can be found; empty where none has ended."""
+    if result.best is None:
+        return {}
+    lines = {"best": f"trial {result.best.trial}, {result.best.run}"}
+    try:
+        original = load_recipe(recipe_word)
+    except HemocoError:  # its file is elsewhere, or has changed
+        return lines
+    transfer, run = again_words(result, recipe_word, original)
+    return lines | {"measure it": transfer, "repeat it": run}
+
+
+def again_words(result: SweepResult, recipe_word: str, original: Recipe) -> list[str]:
+    """Two command lines from the best trial on: all transfers from its backbone, and the whole run anew."""
+    best = result.best
+    assert best is not None, "checked by the caller"
+    params = {name: value for name, value in result.params.items() if not name.startswith("sweep.")}
+    words = settings_words(params | best.settings, original)
+    return [
+        shlex.join(["python", "-m", "jobs", "transfer", recipe_word, "--backbone", best.backbone_url, *words]),
+        shlex.join(["python", "-m", "jobs", "run", recipe_word, *words]),
+    ]
+
+
+def _show(result: SweepResult, recipe_word: str, out: str) -> None:
+    """Prints the table and how to go on, and writes sweep.json, also as an artifact of the sweep in MLflow."""
+    folder, text = results_folder(result.sweep, out), sweep_json(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(text)
+    log_artifact_bytes(tracking_uri(), result.run_id, "sweep.json", text.encode())
+    console = table_console()
+    print_section(console, sweep_section(result))
+    console.print()
+    lines = {"json": str(folder / "sweep.json"), "again": f"python -m jobs status {result.sweep}"}
+    for name, line in (lines | best_lines(result, recipe_word)).items():
+        console.print(Text(f"{name:<12}{line}"), soft_wrap=True)

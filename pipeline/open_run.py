@@ -1,0 +1,250 @@
+"""A run opened by its name: checked, with its parent run in MLflow."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from hemoco.backbones.inits import check_architecture
+from hemoco.config import (
+    ClassifierConfig,
+    DataConfig,
+    DetectionConfig,
+    KnnConfig,
+    PretrainConfig,
+    Recipe,
+    TransferConfig,
+    config_difference,
+    flat_params,
+    init_label,
+    init_url,
+)
+from hemoco.data.shards.index import ShardIndex, read_index
+from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
+from hemoco.errors import ConfigError, ShardError, TrackingError, UsageError
+from hemoco.mlflow_uri import shown
+from hemoco.models.resnet import check_supervised
+from hemoco.storage.objects import absolute_url, first_line, join_url, list_names, remove
+from hemoco.tracking import runs as tracking
+from hemoco.train.advice import checkpoint_bytes, doubtful_settings
+from hemoco.transfer.classification.classifier import classifier_plan
+from hemoco.transfer.classification.knn import check_neighbours
+
+logger = logging.getLogger(__name__)
+
+_IDENTITY = ("hemoco.run", "hemoco.phase", "hemoco.transfer", "hemoco.epoch")  # tags by which a child run is found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """An opened run: its recipe with all URLs absolute, its parent run in MLflow, its folder."""
+
+    recipe: Recipe
+    run: str
+    uri: str
+    experiment_id: str
+    parent_id: str
+    url: str
+    data: ShardIndex
+    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """Set when all of it is given up, as by Ctrl-C."""
+
+
+class Origin(NamedTuple):
+    """The backbone that transfers start from."""
+
+    backbone_url: str
+    run_id: str
+    """Of its pretraining in MLflow."""
+
+
+def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Study:
+    """Finds the run by its name or opens it; its parent run gets the tags.
+
+    Raises:
+        UsageError: the name belongs to a run with other settings (the difference is shown), or with its checkpoints
+            elsewhere; or there are checkpoints of a run that MLflow does not know.
+    """
+    recipe = _with_absolute_urls(recipe)
+    index = read_index(recipe.data.shards)
+    uri = tracking.tracking_uri()
+    experiment_id = tracking.connect(uri)
+    params = flat_params(recipe)
+    known = None if fresh else tracking.find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"})
+    url = join_url(storage, run)
+    if known is None:
+        if fresh:
+            _forget(uri, experiment_id, run)
+            remove(url)
+        elif list_names(url):
+            raise UsageError(
+                f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not know it: set "
+                "MLFLOW_TRACKING_URI to the one that does, choose another --run name, or --fresh to remove it"
+            )
+        parent_id = tracking.open_run(
+            uri,
+            experiment_id,
+            name=run,
+            parent=None,
+            tags={"hemoco.run": run, "hemoco.phase": "parent", "hemoco.recipe": recipe.name},
+            params=params,
+        )
+    else:
+        parent_id = known.run_id
+        difference = config_difference(known.params, params)
+        if difference:
+            raise UsageError(
+                f"run {run!r} exists with other settings ({'; '.join(difference[:5])}): "
+                "choose another --run name, or --fresh to start it anew"
+            )
+        url = same_folder(known, run, url)
+        if known.status != "FINISHED":
+            tracking.reopen_run(uri, parent_id)
+    if known is None or known.status != "FINISHED":
+        # the last code that worked at it counts; the folder is where `status` and `sync` look
+        tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
+    return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
+
+
+def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
+    """Where a known run has its checkpoints: from another folder it would begin anew.
+
+    Raises:
+        UsageError: it is not finished, and that is elsewhere than at `url`.
+    """
+    before = known.tags.get("hemoco.storage", url)
+    if before != url and known.status != "FINISHED":
+        root = before.removesuffix("/" + run)
+        raise UsageError(
+            f"run {run!r} has its checkpoints at {before}: say --storage {root} to go on, choose another --run name, "
+            "or --fresh to start it anew"
+        )
+    return before
+
+
+def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, tracking.RunFacts | None]:
+    """The id of a child run, opened, reopened, or found finished (then with its facts)."""
+    key = {tag: tags[tag] for tag in _IDENTITY if tag in tags}
+    known = tracking.find_run(study.uri, study.experiment_id, key)
+    if known is not None and known.status == "FINISHED":
+        return known.run_id, known
+    if known is not None:
+        tracking.reopen_run(study.uri, known.run_id)
+        return known.run_id, None
+    config: Any = study.recipe.transfers[name] if "hemoco.transfer" in tags else study.recipe.pretrain
+    prefix = f"transfers.{name}" if "hemoco.transfer" in tags else "pretrain"
+    params = flat_params({prefix: config})
+    shown = f"{name}@{tags['hemoco.epoch']}" if "hemoco.epoch" in tags else name
+    run_id = tracking.open_run(
+        study.uri, study.experiment_id, name=shown, parent=study.parent_id, tags=tags, params=params
+    )
+    return run_id, None
+
+
+@contextmanager
+def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[None]:
+    """Ends an MLflow run as what became of it; the reason of a failure stands in its tag `hemoco.error`."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            stopping.set()
+        reason = "interrupted" if stopping.is_set() else first_line(error)
+        try:
+            tracking.set_tags(uri, run_id, {"hemoco.error": reason})
+            tracking.close_run(uri, run_id, "KILLED" if stopping.is_set() else "FAILED")
+        except TrackingError as silent:  # the first error says more
+            logger.warning("event=run_left_open run_id=%s %s", run_id, silent)
+        raise
+    tracking.close_run(uri, run_id, "FINISHED")
+
+
+def transfer_data(recipe: Recipe, config: TransferConfig) -> DataConfig:
+    """A transfer's own data, or the recipe's where it names none."""
+    return config.data if config.data.shards else recipe.data
+
+
+def check_pretraining(recipe: Recipe) -> None:
+    """What a pretraining would fail of later, found in seconds and without Ray; settings that rarely work are logged.
+
+    Raises:
+        UsageError: the recipe names no shards.
+        ShardError: there are none, or not the splits it names.
+        ConfigError: the recipe does not fit its data.
+    """
+    recipe = _with_absolute_urls(recipe)
+    data, index = recipe.data, read_index(recipe.data.shards)
+    index.split(data.pretrain_split)
+    steps = steps_per_epoch(index, data.pretrain_split, pretraining_plan(recipe.pretrain))
+    for doubt in doubtful_settings(recipe.pretrain, steps):
+        logger.warning("%s", doubt)
+    _say_checkpoints(recipe.pretrain)
+    if not recipe.pretrain.knn_every_epochs:
+        return
+    if not index.classes:
+        raise ConfigError(
+            f"pretrain.knn_every_epochs is {recipe.pretrain.knn_every_epochs} but {data.shards} has no labels: "
+            "set it to 0"
+        )
+    for split in (data.train_split, data.test_split):
+        index.split(split)
+
+
+def check_transfers(recipe: Recipe) -> None:
+    """As `check_pretraining`, of the transfers."""
+    recipe = _with_absolute_urls(recipe)
+    for name, config in recipe.transfers.items():
+        for url in filter(None, map(init_url, config.inits)):
+            check_architecture(url, recipe.pretrain.encoder)
+        if "supervised" in config.inits:
+            check_supervised(recipe.pretrain.encoder)
+        used = transfer_data(recipe, config)
+        found = read_index(used.shards)
+        for split in (used.train_split, used.test_split):
+            try:
+                found.split(split)
+            except ShardError as error:
+                raise ShardError(f"transfers.{name}: {used.shards}: {error}") from error
+        if isinstance(config, ClassifierConfig):
+            steps_per_epoch(found, used.train_split, classifier_plan(config, 0))
+        if isinstance(config, KnnConfig):
+            check_neighbours(config.neighbours, sum(shard.samples for shard in found.split(used.train_split)))
+        if isinstance(config, DetectionConfig) and not found.categories:
+            raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO or VOC folder")
+        if not isinstance(config, DetectionConfig) and not found.classes:
+            raise ConfigError(f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders")
+
+
+def _say_checkpoints(config: PretrainConfig) -> None:
+    kept = f"{config.keep_last} kept"
+    if config.keep_every_steps:
+        kept += f" and one every {config.keep_every_steps} steps"
+    logger.info("a checkpoint takes %.2f GB, %s", checkpoint_bytes(config) / 1e9, kept)
+
+
+def _with_absolute_urls(recipe: Recipe) -> Recipe:
+    """Workers run in other folders and on other machines: a relative path means nothing there."""
+    if not recipe.data.shards:
+        raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
+    transfers = {
+        name: dataclasses.replace(config, data=_absolute(config.data), inits=tuple(map(_absolute_init, config.inits)))
+        for name, config in recipe.transfers.items()
+    }
+    return dataclasses.replace(recipe, data=_absolute(recipe.data), transfers=transfers)
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, shards=absolute_url(data.shards)) if data.shards else data
+
+
+def _absolute_init(init: str) -> str:
+    url = init_url(init)
+    return f"{init_label(init)}={absolute_url(url)}" if url else init
+
+
+def _forget(uri: str, experiment_id: str, run: str) -> None:
+    """Takes the name from earlier runs: they stay in MLflow under a tag of their own."""
+    while (old := tracking.find_run(uri, experiment_id, {"hemoco.run": run})) is not None:
+        tracking.set_tags(uri, old.run_id, {"hemoco.run": f"{run} (superseded)"})

@@ -1,0 +1,1 @@
+"""Packing, indexing and verifying shards as Ray tasks."""

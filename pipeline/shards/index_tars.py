@@ -1,0 +1,154 @@
+"""Indexing: tars that others made in webdataset's form become shards where they lie, one Ray task per tar.
+
+Only the index and the tables of samples are written. Undecodable images are named but stay in, for the tars are not
+touched: the stream replaces them. The same call again verifies what is there.
+"""
+
+import hashlib
+import re
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
+from hemoco.data.shards.tar import parse_tar
+from hemoco.data.sources.tars import FoundTar, find_tars
+from hemoco.errors import HemocoError, ShardError
+from hemoco.storage.objects import absolute_url, check_writable, join_url, list_names, read_bytes, remove
+from pipeline.findings import Finding, count_reasons, unite_findings
+from pipeline.shards.pack import (
+    existing_index,
+    image_flaw,
+    log_restored,
+    other_shards,
+    remove_tables,
+    replaceable_index,
+    restore_table,
+)
+from pipeline.workers.tasks import Progress, finish, run_tasks
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What came of indexing."""
+
+    index: ShardIndex
+    left_out: tuple[Finding, ...]
+    """Members that belong to no sample, or are not read."""
+    undecodable: tuple[Finding, ...]
+    """Images that stay in the index."""
+    empty: tuple[str, ...]
+    """Tars without samples."""
+
+
+class _IndexedTar(NamedTuple):
+    shard: Shard
+    last_label: int
+    left_out: list[Finding]
+    undecodable: list[Finding]
+    restored: list[str]
+
+
+def index_tars(sources: Sequence[str], dest: str, *, split: str, overwrite: bool = False) -> Indexed:
+    """As `index_steps`, without progress."""
+    return finish(index_steps(sources, dest, split=split, overwrite=overwrite))
+
+
+def index_steps(
+    sources: Sequence[str], dest: str, *, split: str, overwrite: bool
+) -> Generator[Progress, None, Indexed]:
+    """Makes the index of tars; yields before the first tar and after each, returns the result.
+
+    Labels are the numbers in `.cls`; the classes are named by them.
+
+    Args:
+        sources: folders, tars or patterns, see `hemoco.data.tar_list`.
+        dest: URL of the shard folder; tars in it are named relative to it, so that the whole can be moved.
+        split: of tars whose name and folder tell none.
+        overwrite: replace another index at `dest`, but no tars.
+
+    Raises:
+        UsageError: a source or the split is wrong, or another index is at `dest`.
+        ShardError: a tar is damaged, or none holds a sample; then nothing is left at `dest`.
+        StorageError: a tar cannot be read, or `dest` cannot be written.
+    """
+    dest = absolute_url(dest)
+    check_writable(dest)
+    tars = find_tars(sources, split)
+    replaced = replaceable_index(dest) if overwrite else None
+    existing = None if overwrite else existing_index(dest)
+    promised = {shard.name: shard for shard in existing.shards} if existing is not None else {}
+    if existing is not None and (existing.packed or promised.keys() != {_name(tar, dest) for tar in tars}):
+        raise other_shards(dest)
+    arguments = ((tar, dest, existing is None, promised.get(_name(tar, dest))) for tar in tars)
+    before = list_names(join_url(dest, "samples"))
+    results = []
+    yield Progress(0, len(tars))
+    try:
+        with closing(run_tasks(_index_tar, arguments)) as finished:
+            for result in finished:
+                if existing is not None and result.shard != promised[result.shard.name]:
+                    raise other_shards(dest)
+                results.append(result)
+                yield Progress(len(results), len(tars))
+        indexed = _sum_up(results)
+    except HemocoError:
+        _remove_new_tables(dest, before)
+        raise
+    if existing is None:
+        write_index(dest, indexed.index)
+        kept = {shard.sha256 for shard in indexed.index.shards}
+        remove_tables(dest, (shard for shard in (replaced.shards if replaced else ()) if shard.sha256 not in kept))
+    elif existing != indexed.index:
+        raise other_shards(dest)
+    return indexed
+
+
+def _index_tar(tar: FoundTar, dest: str, new: bool, promised: Shard | None) -> _IndexedTar:
+    """Runs on a Ray worker: reads one tar, and writes its table where it is new, restores it where it was promised."""
+    data = read_bytes(tar.url)
+    content = parse_tar(data, tar.url)
+    shard = Shard(_name(tar, dest), tar.split, len(content.samples), len(data), hashlib.sha256(data).hexdigest())
+    where = tar.url.rpartition("/")[2]
+    flaws = ((sample.key, image_flaw(sample.image)) for sample in content.samples)
+    restored = []
+    if new:
+        write_table(dest, shard, content.table)
+    elif shard == promised:
+        restored = restore_table(dest, shard, content.table)
+    return _IndexedTar(
+        shard=shard,
+        last_label=int(content.table.labels.max(initial=-1)),
+        left_out=count_reasons((f"{name} in {where}", reason) for name, reason in content.odd),
+        undecodable=count_reasons((f"{key} in {where}", flaw.reason) for key, flaw in flaws if flaw is not None),
+        restored=restored,
+    )
+
+
+def _sum_up(results: Sequence[_IndexedTar]) -> Indexed:
+    ordered = sorted(results, key=lambda result: result.shard.name)
+    left_out = tuple(unite_findings(finding for result in ordered for finding in result.left_out))
+    undecodable = tuple(unite_findings(finding for result in ordered for finding in result.undecodable))
+    log_restored([flaw for result in ordered for flaw in result.restored])
+    shards = tuple(result.shard for result in ordered)
+    if not any(shard.samples for shard in shards):
+        odd = f"; {left_out[0].reason}: {left_out[0].first}" if left_out else ""
+        raise ShardError(f"none of the {len(shards)} tars holds a sample{odd}")
+    classes = tuple(str(label) for label in range(max(result.last_label for result in ordered) + 1))
+    empty = tuple(shard.name for shard in shards if shard.samples == 0)
+    return Indexed(ShardIndex(shards, classes, (), packed=False), left_out, undecodable, empty)
+
+
+def _remove_new_tables(dest: str, before: Sequence[str]) -> None:
+    """Leaves of `samples/` what was there before."""
+    folder = join_url(dest, "samples")
+    for name in set(list_names(folder)) - set(before):
+        if re.fullmatch(r"[0-9a-f]{64}\.[a-z]+", name):
+            remove(join_url(folder, name))
+    if not list_names(folder):
+        remove(folder)
+
+
+def _name(tar: FoundTar, dest: str) -> str:
+    return tar.url.removeprefix(f"{dest}/")

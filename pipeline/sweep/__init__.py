@@ -1,0 +1,1 @@
+"""Pretrainings with settings drawn from a space, bad ones stopped early."""

@@ -1,0 +1,1 @@
+"""Transfers fanned out from one driver: units, jobs, training, curves."""

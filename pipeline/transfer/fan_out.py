@@ -1,0 +1,121 @@
+"""The fan-out: transfers side by side from one driver, each a child run that fails and is tried again alone."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from hemoco.config import TransferConfig
+from hemoco.data.shards.index import read_index
+from hemoco.storage.objects import join_url
+from hemoco.tracking import runs as tracking
+from hemoco.tracking.models import Data
+from pipeline.lineage import BackboneModels, data_counts, data_name, link_models, log_results
+from pipeline.open_run import Origin, Study, closing_run, open_child, transfer_data
+from pipeline.transfer.job import TransferJob
+from pipeline.transfer.units import headline_metric, measure_transfer
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 10.0
+_POLL_S = 0.2
+
+
+def transfer_once(study: Study, name: str, origin: Origin, models: BackboneModels) -> None:
+    """One transfer of a run: measured, unless it is recorded already.
+
+    Raises:
+        HemocoError: it failed; the reason stands in its run.
+    """
+    config = study.recipe.transfers[name]
+    tags = {"hemoco.phase": "transfer", "hemoco.transfer": name} | models.tags(config)
+    record_transfer(study, name, config, origin, tags=tags, url=join_url(study.url, name))
+
+
+def record_transfer(
+    study: Study, name: str, config: TransferConfig, origin: Origin, *, tags: dict[str, str], url: str
+) -> str:
+    """Measures a transfer in a child run of its own, unless one with these tags is finished; returns the child's id.
+
+    Args:
+        study: the run it belongs to.
+        name: of the transfer in the recipe.
+        config: what is measured.
+        origin: the backbone.
+        tags: of the child run, by which it is found again; `hemoco.model/INIT` names an init's logged model.
+        url: of its folder.
+    """
+    data = transfer_data(study.recipe, config)
+    index = read_index(data.shards)
+    facts = {
+        "hemoco.run": study.run,
+        "hemoco.metric": headline_metric(config),
+        "hemoco.backbone_url": origin.backbone_url,
+        "hemoco.pretrain_run_id": origin.run_id,
+        "hemoco.data_digest": study.data.digest,
+        "hemoco.transfer_data_digest": index.digest,
+    }
+    run_id, finished = open_child(study, name, facts | tags)
+    if finished is not None:
+        return run_id
+    measured_on = Data(data_name(data), index.digest)
+    tracking.log_dataset_input(
+        *(study.uri, run_id, measured_on.name, data.shards, index.digest, "transfer"), counts=data_counts(index)
+    )
+    link_models(study, run_id, tags)
+    job = TransferJob(
+        name=name,
+        config=config,
+        data=data,
+        backbone_url=origin.backbone_url,
+        encoder=study.recipe.pretrain.encoder,
+        views=study.recipe.pretrain.views,
+        url=url,
+        tracking_uri=study.uri,
+        run_id=run_id,
+    )
+    began = time.monotonic()
+    with closing_run(study.uri, run_id, study.stopping):
+        measure_transfer(job, study.stopping)
+        log_results(study, run_id, name, measured_on, facts | tags)
+    logger.info("transfer %s done in %.0f s", name, time.monotonic() - began)
+    return run_id
+
+
+def in_threads(
+    calls: Mapping[str, Callable[[], None]], *, at_once: int, stopping: threading.Event
+) -> dict[str, Exception]:
+    """Makes all calls, some at the same time, and returns the exceptions of those that failed.
+
+    Daemon threads: one that waits for Ray cannot be ended, and must not keep an interrupted process alive.
+
+    Args:
+        calls: by name.
+        at_once: how many, at most.
+        stopping: is set when this thread is interrupted; the calls must then come to their end.
+    """
+    failed: dict[str, Exception] = {}
+    slots = threading.Semaphore(at_once)
+
+    def work(name: str, call: Callable[[], None]) -> None:
+        with slots:
+            if stopping.is_set():
+                return
+            try:
+                call()
+            except Exception as error:  # whatever it is: the other calls go on, and it is reported
+                failed[name] = error
+
+    threads = [threading.Thread(target=work, args=item, name=item[0], daemon=True) for item in calls.items()]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):  # a join without end would hold Ctrl-C back on some systems
+            time.sleep(_POLL_S)
+    except BaseException:
+        stopping.set()
+        deadline = time.monotonic() + _GRACE_S
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        raise
+    return failed

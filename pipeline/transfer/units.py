@@ -1,0 +1,151 @@
+"""The transfer stage: the units of one transfer, side by side where one process does for each; it fails as a whole."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from hemoco.config import (
+    DetectionConfig,
+    KnnConfig,
+    LinearProbeConfig,
+    LowShotConfig,
+    ResourcesConfig,
+    TrainedConfig,
+    TransferConfig,
+)
+from hemoco.data.labelled import LabelledSplit, open_split
+from hemoco.errors import HemocoError, TrackingError, TrainingError
+from hemoco.features.cache import FeatureCache
+from hemoco.features.extract import calibrate_batch_norm
+from hemoco.memory import memory_errors
+from hemoco.storage.objects import first_line, home
+from hemoco.transfer.classification.knn import run_knn
+from hemoco.transfer.classification.linear_probe import run_linear_probe
+from hemoco.transfer.classification.low_shot import run_low_shot
+from hemoco.transfer.detection import predictions as detections
+from hemoco.transfer.result import TransferResult
+from pipeline.transfer.job import (
+    TransferJob,
+    TransferUnit,
+    begin_attempt,
+    calibration_images,
+    open_units,
+    record_result,
+    result_line,
+)
+from pipeline.transfer.training import train_alone, train_as_rank
+from pipeline.workers.group import GroupSize, run_workers
+from pipeline.workers.tasks import CancelledError, Outcome, attempt_tasks, try_again
+
+logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = "lower max_parallel_transfers or take machines with more memory: the same words try only what is missing"
+
+
+def measure_transfer(job: TransferJob, stopping: threading.Event) -> None:
+    """Measures all units of a transfer that are not yet recorded, on Ray; every one is tried.
+
+    Args:
+        job: the transfer.
+        stopping: gives it up.
+
+    Raises:
+        TrainingError: units failed, named with their reasons; the others are recorded.
+        CancelledError: `stopping` was set.
+    """
+    units, config = open_units(job), job.config
+    logger.info("transfer %s: %d to measure", job.name, len(units))
+    failed: dict[TransferUnit, HemocoError] = {}
+    for outcome in _measure_units(units, config, stopping):
+        for line in outcome.result or []:
+            logger.info("transfer %s", line)
+        if outcome.error is not None:
+            failed |= dict.fromkeys(_units_of(outcome), outcome.error)
+    left = _still_open(job, list(failed)) if failed else []
+    if left:
+        raise TrainingError("; ".join(sorted(f"{unit.prefix}: {first_line(failed[unit])}" for unit in left)))
+
+
+def _measure_units(units: list[TransferUnit], config: TransferConfig, stopping: threading.Event) -> Iterator[Outcome]:
+    """What became of the units: lines of results, or the error of those that are not recorded."""
+    run = partial(attempt_tasks, cpus=config.cpus, gpus=config.gpus, stopping=stopping)
+    if not isinstance(config, TrainedConfig):
+        by_init = [[unit for unit in units if unit.init == init] for init in config.inits]
+        yield from run(measure_frozen, [(some,) for some in by_init if some])
+    elif config.workers == 1:
+        yield from run(train_alone, [(unit,) for unit in units])
+    else:
+        for unit in units:  # each takes as many processes as were wished for
+            if stopping.is_set():
+                raise CancelledError("cancelled with its run")
+            yield try_again(partial(_train_together, unit, config), (unit,))
+
+
+def _still_open(job: TransferJob, failed: list[TransferUnit]) -> list[TransferUnit]:
+    """Those that are not recorded: of units measured together some may be."""
+    try:
+        return [unit for unit in failed if unit in open_units(job)]
+    except TrackingError:  # likely what they failed of, and their own errors say more
+        return failed
+
+
+def _units_of(outcome: Outcome) -> list[TransferUnit]:
+    (units,) = outcome.arguments
+    return units if isinstance(units, list) else [units]
+
+
+def headline_metric(config: TransferConfig) -> str:
+    """The metric a comparison shows for this kind of transfer."""
+    return detections.headline_metric(config) if isinstance(config, DetectionConfig) else "top1"
+
+
+def measure_frozen(units: list[TransferUnit]) -> list[str]:
+    """Units of one transfer from one frozen backbone: what a Ray task runs; the results in lines.
+
+    Raises:
+        HemocoError: as the first unit that failed raised it; all were tried.
+    """
+    job = units[0].job
+    torch.set_num_threads(job.config.cpus)
+    still_open = open_units(job)  # it may be a second attempt
+    data, size = job.data, job.views.size
+    train, test = (open_split(data.shards, split, size) for split in (data.train_split, data.test_split))
+    lines, errors = [], []
+    for unit in (unit for unit in units if unit in still_open):
+        begin_attempt(unit)
+        try:
+            with memory_errors(lambda unit=unit: unit.prefix, _LESS_MEMORY):  # type: ignore[misc]
+                result = _measure(unit, train, test)
+        except HemocoError as error:
+            errors.append(error)
+            continue
+        record_result(unit, result, result.history[-1][0] if result.history else 0)
+        lines.append(result_line(unit, result))
+    if errors:
+        raise errors[0]
+    return lines
+
+
+def _train_together(unit: TransferUnit, config: TrainedConfig) -> list[str]:
+    batch = config.global_batch_size
+    resources = ResourcesConfig(workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
+    size = GroupSize(resources, [workers for workers in range(1, config.workers + 1) if batch % workers == 0])
+    name = f"{unit.job.name}-{unit.prefix.replace('/', '-')}"
+    lines: list[str] = run_workers(train_as_rank, unit, name=name, size=size, storage=unit.url)
+    return lines
+
+
+def _measure(unit: TransferUnit, train: LabelledSplit, test: LabelledSplit) -> TransferResult:
+    config, backbone = unit.job.config, unit.backbone().to("cuda" if unit.job.config.gpus else "cpu")
+    if unit.init == "random":
+        calibrate_batch_norm(backbone, calibration_images(unit, train.size))
+    cache = FeatureCache(home() / "features")
+    if isinstance(config, KnnConfig):
+        return run_knn(config, backbone, train, test, unit.seed, cache)
+    if isinstance(config, LinearProbeConfig):
+        return run_linear_probe(config, backbone, train, test, unit.seed, cache)
+    assert isinstance(config, LowShotConfig)
+    return run_low_shot(config, backbone, train, test, unit.seed, cache)

@@ -1,0 +1,1 @@
+"""The only package of the pipeline that talks to Ray: worker groups, tasks, capacity, interruption."""

@@ -1,0 +1,179 @@
+"""Ray tasks, their results as they get ready."""
+
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from hemoco.errors import HemocoError, StorageError, TrackingError
+from hemoco.memory import LostLoaderError
+from hemoco.storage.objects import first_line
+from pipeline.interrupted import Interrupted
+
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+_RETRIES = 2
+_POLL_S = 1.0
+
+
+class Progress(NamedTuple):
+    """How far work over shards is."""
+
+    done: int
+    total: int
+
+
+class Outcome(NamedTuple):
+    """What became of one call."""
+
+    arguments: tuple[Any, ...]
+    result: Any
+    error: HemocoError | None
+
+
+class LostWorkerError(HemocoError):
+    """A Ray worker ended without a word: killed, out of memory, or its node is gone."""
+
+
+class CancelledError(HemocoError):
+    """The work was given up because the whole run is."""
+
+
+def run_tasks(
+    function: Callable[..., ResultT], arguments: Iterable[tuple[Any, ...]], *, cpus: int = 1, gpus: int = 0
+) -> Generator[ResultT, None, None]:
+    """Yields what the function returns on Ray workers, in any order; closing it stops the rest.
+
+    After an error no more are begun, and those that run come to their end before it is raised.
+
+    Args:
+        function: of an importable module.
+        arguments: of each call.
+        cpus: cores of each call.
+        gpus: GPUs of each call.
+
+    Raises:
+        HemocoError: as the function raised it, or workers were lost again and again.
+    """
+    import ray  # seconds to import, and what only names the progress does without
+
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(function)
+    waiting = iter(arguments)
+    # some more than cores, so that no core waits for this process
+    in_flight = int(ray.cluster_resources().get("CPU", 1)) + 2
+    running = [task.remote(*words) for words in islice(waiting, in_flight)]
+    try:
+        while running:
+            (ready,), running = ray.wait(running)
+            running += [task.remote(*words) for words in islice(waiting, 1)]
+            yield _result(ready)
+    except HemocoError:
+        if running:
+            ray.wait(running, num_returns=len(running))  # so that whoever cleans up finds all that they wrote
+        running = []
+        raise
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)  # an interrupt in the midst of `import torch` spoils a worker for others
+
+
+def attempt_tasks(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    cpus: int,
+    gpus: int,
+    stopping: threading.Event,
+) -> Generator[Outcome, None, None]:
+    """Yields what became of every call, in any order: one that fails leaves the others alone.
+
+    What may pass is tried again, twice: a lost worker or loader, storage or MLflow that did not answer. A call that
+    returns `Interrupted` is begun again.
+
+    Args:
+        function: of an importable module.
+        arguments: of each call.
+        cpus: cores of each call.
+        gpus: GPUs of each call.
+        stopping: ends it; what runs is cancelled.
+
+    Raises:
+        CancelledError: `stopping` was set.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(function)
+    running = {task.remote(*words): (words, 0) for words in arguments}
+    try:
+        while running:
+            ready, _ = ray.wait(list(running), timeout=_POLL_S)
+            if stopping.is_set():
+                raise CancelledError("cancelled with its run")
+            for reference in ready:
+                words, failures = running.pop(reference)
+                outcome = _outcome(reference, words)
+                if isinstance(outcome.result, Interrupted):
+                    running[task.remote(*words)] = words, failures
+                elif failures < _RETRIES and _may_pass(outcome.error):
+                    logger.warning("event=retry attempt=%d reason=%s", failures + 2, outcome.error)
+                    running[task.remote(*words)] = words, failures + 1
+                else:
+                    yield outcome
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
+    """What became of a call in this process, tried again as by `attempt_tasks`."""
+    for failures in range(_RETRIES + 1):
+        try:
+            return Outcome(arguments, call(), None)
+        except HemocoError as error:
+            if failures == _RETRIES or not _may_pass(error):
+                return Outcome(arguments, None, error)
+            logger.warning("event=retry attempt=%d reason=%s", failures + 2, error)
+    raise AssertionError("unreachable")
+
+
+def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
+    """What steps return in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: ResultT = done.value
+            return result
+
+
+def _may_pass(error: HemocoError | None) -> bool:
+    return isinstance(error, StorageError | TrackingError | LostLoaderError | LostWorkerError)
+
+
+def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:
+    import ray
+
+    try:
+        return Outcome(words, _result(reference), None)
+    except HemocoError as error:
+        return Outcome(words, None, error)
+    except ray.exceptions.RayTaskError as error:
+        logger.debug("%s", error)  # with the traceback of the worker
+        cause = error.cause
+        return Outcome(words, None, HemocoError(f"{type(cause).__name__}: {first_line(cause)} (this looks like a bug)"))
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HemocoError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = first_line(error)
+        raise LostWorkerError(f"a Ray worker was lost ({reason}); run the same command again") from error
