@@ -2,17 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from hemoco.train.checkpoint import load_backbone
+from hemoco.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from hemoco.backbones.file import load_backbone
+
 __all__ = ["__version__", "load_backbone"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports `load_backbone` when it is first asked for: `import hemoco` alone must stay light."""
     if name == "load_backbone":
-        from hemoco.train.checkpoint import load_backbone
+        from hemoco.backbones.file import load_backbone
 
         return load_backbone
     raise AttributeError(f"module 'hemoco' has no attribute {name!r}")

@@ -1,5 +1,11 @@
 """Errors a user can act on. Every message says what was given, what is allowed and what to do."""
 
+import contextlib
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 
 class HemocoError(Exception):
     """Base of all errors that `python -m jobs` reports in one line, with exit status 1."""
@@ -33,21 +39,71 @@ class UsageError(HemocoError):
     """The command itself is wrong: `python -m jobs` exits with status 2."""
 
 
-def require(holds: bool, message: str) -> None:
-    """Raises ConfigError unless a condition on the settings holds."""
-    if not holds:
-        raise ConfigError(message)
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def require_positive(config: object, component: str, *names: str) -> None:
-    """Raises ConfigError unless these settings of a component are above 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{component}.{name} is {value}: it must be positive")
+class RefusedError(TrackingError):
+    """MLflow answered, and would answer the same again: the run was deleted, the password is wrong."""
 
 
-def require_not_negative(config: object, component: str, *names: str) -> None:
-    """Raises ConfigError unless these settings of a component are 0 or more."""
-    for name in names:
-        value = getattr(config, name)
-        require(value >= 0, f"{component}.{name} is {value}: it must not be negative")
+_SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+"""Of torch's allocators; torch and NumPy raise a MemoryError only now and then."""
+
+
+_PREFIX = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")
+
+
+_STATUS, _MACHINE = Path("/proc/self/status"), Path("/proc/meminfo")
+
+
+class LostLoaderError(HemocoError):
+    """A loader process ended without a word, killed most likely: another attempt may go well."""
+
+
+@contextlib.contextmanager
+def memory_errors(doing: Callable[[], str], advice: str) -> Iterator[None]:
+    """Names what was being done where an allocation in the block fails, on the host or on a GPU.
+
+    What the kernel kills for its memory says nothing; who waits for such a process has to.
+
+    Args:
+        doing: asked after the failure, as "step 7".
+        advice: what needs less memory.
+
+    Raises:
+        TrainingError: memory ran out in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        said = _out_of_memory(doing(), error, advice)
+        # what the block held is free again, for whoever looks for a checkpoint now
+        traceback.clear_frames(error.__traceback__)
+        raise said from error
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    return isinstance(error, MemoryError) or any(saying in str(error).lower() for saying in _SAYINGS)
+
+
+def _out_of_memory(doing: str, error: BaseException, advice: str) -> TrainingError:
+    reason = _PREFIX.sub("", first_line(error))
+    return TrainingError(f"out of memory at {doing}: {reason}; {_held()}; {advice}")
+
+
+def _held() -> str:
+    """Memory of this process and of the machine, where the kernel tells."""
+    try:
+        own, free = _kilobytes(_STATUS, "VmRSS"), _kilobytes(_MACHINE, "MemAvailable")
+    except (OSError, LookupError):
+        return "this system does not say how much is in use"
+    return f"this process holds {own / 1e6:.2f} GB, {free / 1e6:.2f} GB of the machine are free"
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    fields = {line.partition(":")[0]: line.partition(":")[2] for line in path.read_text().splitlines()}
+    return int(fields[name].split()[0])

@@ -12,14 +12,16 @@ from rich.console import Console
 
 from cluster.local.ray import local_ray
 from cluster.submit.checkout import CHECKOUT, git_facts
-from hemoco.comparison_table import rich_table, to_markdown, write_comparison
 from hemoco.config import config_digest
 from hemoco.report.data import collect_report
+from hemoco.report.files import rich_table, to_markdown, write_comparison
 from hemoco.report.page import render_report
 from hemoco.results.comparison import ManyComparison, compare_runs
 from hemoco.results.records import Comparison, comparison, headlines
 from hemoco.storage.objects import absolute_url, check_writable, home
-from hemoco.tracking.runs import connect, find_run, log_artifact_bytes, send_points, set_tags, tracking_uri
+from hemoco.tracking.client import connect, tracking_uri
+from hemoco.tracking.metric_queue import send_points
+from hemoco.tracking.runs import find_run, log_artifact_bytes, set_tags
 from hemoco.tracking.unsent import MetricPoint
 from jobs.options import RunOptions
 

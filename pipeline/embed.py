@@ -21,9 +21,8 @@ from hemoco.features.embed import EmbeddedShard, embed_shards
 from hemoco.features.parquet import BAD_SAMPLES_NAME, file_name
 from hemoco.features.plan import EmbedPlan, finished_files
 from hemoco.storage.objects import check_writable, join_url
-from pipeline.findings import Finding, count_reasons
 from pipeline.workers.capacity import possible_workers
-from pipeline.workers.tasks import Progress, finish, run_tasks
+from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from hemoco.backbones.file import backbone_metadata
 from hemoco.config import DataConfig, MoCoConfig, Recipe, TransferConfig, init_label, init_url
 from hemoco.data.shards.index import ShardIndex
+from hemoco.errors import RefusedError
 from hemoco.tracking import models as registry
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import BackboneRecord, Measured
-from hemoco.tracking.unsent import RefusedError
-from hemoco.train.checkpoint import backbone_metadata
 from pipeline.open_run import Study
 
 logger = logging.getLogger(__name__)

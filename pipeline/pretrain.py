@@ -7,10 +7,12 @@ from contextlib import closing, nullcontext
 
 import torch
 
+from hemoco.backbones import file
 from hemoco.config import DataConfig, PretrainConfig
+from hemoco.data.labelled import load_images
 from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.data.stream.bad_samples import BadSampleFile
-from hemoco.data.stream.batches import Batch, batches, load_images, pretraining_plan, steps_per_epoch
+from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.distributed import rank, world_size
 from hemoco.errors import HemocoError, TrainingError
@@ -19,15 +21,16 @@ from hemoco.features.sample import FILE_NAME, encode_sample, sample_features
 from hemoco.models.resnet import Backbone
 from hemoco.storage.objects import join_url
 from hemoco.storage.retry import patiently
-from hemoco.tracking.runs import Tracker, check_delivered, log_artifact_bytes
+from hemoco.tracking.metric_queue import Tracker, check_delivered
+from hemoco.tracking.runs import log_artifact_bytes
 from hemoco.tracking.system_metrics import SystemMetrics
 from hemoco.train import checkpoint
 from hemoco.train.pretrain import StepMetrics, TrainState, build_state, train_steps
 from hemoco.transfer.classification.knn import knn_accuracy
-from pipeline.interrupted import Interrupted
 from pipeline.workers.group import GroupSize, run_workers
 from pipeline.workers.interruption import TrainingProcess
 from pipeline.workers.stop_request import watched_request
+from pipeline.workers.tasks import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +198,7 @@ def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str
 def _export(job: PretrainJob, state: TrainState, url: str) -> None:
     backbone = _backbone(job, state)
     metadata = {"data_digest": state.data_digest, "run_id": job.run_id, "size": str(job.config.views.size)}
-    patiently(lambda: checkpoint.export_backbone(backbone, url, metadata), job.config.stream.retry_s)
+    patiently(lambda: file.export_backbone(backbone, url, metadata), job.config.stream.retry_s)
 
 
 def _record_sample(job: PretrainJob, state: TrainState, index: ShardIndex) -> None:

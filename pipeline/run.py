@@ -9,15 +9,15 @@ import pprint
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hemoco.backbones.file import backbone_metadata, read_backbone
 from hemoco.backbones.inits import check_architecture
 from hemoco.config import Recipe, world_sizes
-from hemoco.errors import TrackingError, TrainingError, UsageError
+from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.results.status import close_running
-from hemoco.storage.objects import absolute_url, first_line, join_url, write_bytes
+from hemoco.storage.objects import absolute_url, join_url, write_bytes
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import SCHEME
 from hemoco.tracking.versions import pinned
-from hemoco.train.checkpoint import backbone_metadata, read_backbone
 from pipeline.lineage import BackboneModels, data_counts, data_name, record_given, record_pretrained
 from pipeline.open_run import Origin, Study, closing_run, open_child, open_study
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from mlflow.entities import Param
 
 from hemoco.config import AnyTransferConfig, Recipe, flat_params
-from hemoco.tracking.runs import ask, close_run, connect, open_run, send_points, set_tags
+from hemoco.tracking.client import ask, connect
+from hemoco.tracking.metric_queue import send_points
+from hemoco.tracking.runs import close_run, open_run, set_tags
 from hemoco.tracking.unsent import MetricPoint
 
 Values = Mapping[tuple[str, int], float]

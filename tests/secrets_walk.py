@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from shard_folders import write_shards
 
+from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, flat_params
 from hemoco.errors import HemocoError
 from hemoco.storage.fetch import FetchCounts, fetch_range
@@ -24,8 +25,9 @@ from hemoco.storage.objects import (
     remove,
     write_bytes,
 )
+from hemoco.tracking import client, metric_queue
 from hemoco.tracking import runs as tracking
-from hemoco.train.checkpoint import export_backbone, random_backbone, save_checkpoint
+from hemoco.train.checkpoint import save_checkpoint
 from hemoco.train.pretrain import build_state
 from jobs.cli import main
 from jobs.options import load_recipe
@@ -72,17 +74,17 @@ def use_wrong_secret(url: str) -> None:
 
 
 def use_tracking(url: str, refusing: str, sqlite: str) -> None:
-    expect_error(lambda: tracking.connect(refusing))
-    expect_error(lambda: tracking.connect(refusing.replace("://", f"://someone:{os.environ['URI_PASSWORD']}@")))
+    expect_error(lambda: client.connect(refusing))
+    expect_error(lambda: client.connect(refusing.replace("://", f"://someone:{os.environ['URI_PASSWORD']}@")))
     recipe = load_recipe("demo")
     tags = {"hemoco.run": "a", "hemoco.storage": url}
     params = flat_params(recipe)
-    run_id = tracking.open_run(sqlite, tracking.connect(sqlite), name="a", parent=None, tags=tags, params=params)
+    run_id = tracking.open_run(sqlite, client.connect(sqlite), name="a", parent=None, tags=tags, params=params)
     tracking.set_tags(sqlite, run_id, {"hemoco.backbone_url": join_url(url, "backbone.safetensors")})
     tracking.log_dataset_input(sqlite, run_id, "cells", join_url(url, "shards"), "d" * 64, "pretraining")
     tracking.log_artifact_bytes(sqlite, run_id, "a.txt", repr((recipe, tracking.run_facts(sqlite, run_id))).encode())
     for uri in (sqlite, refusing):
-        tracker = tracking.Tracker(uri, run_id, join_url(url, "unsent_metrics", run_id))
+        tracker = metric_queue.Tracker(uri, run_id, join_url(url, "unsent_metrics", run_id))
         tracker.log(1, {"loss": 1.0})
         tracker.close(timeout_s=3)
         print(tracker, vars(tracker))

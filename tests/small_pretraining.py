@@ -11,6 +11,7 @@ import torch
 from mlflow import MlflowClient
 from shard_folders import write_shards
 
+from hemoco.backbones.file import load_backbone
 from hemoco.config import (
     DataConfig,
     EncoderConfig,
@@ -20,11 +21,11 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.tracking.runs import connect, open_run
-from hemoco.train.checkpoint import load_backbone
-from pipeline.interrupted import Reason
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import open_run
 from pipeline.pretrain import PretrainJob
 from pipeline.workers.interruption import TrainingProcess
+from pipeline.workers.tasks import Reason
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

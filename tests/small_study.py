@@ -22,7 +22,8 @@ from hemoco.config import (
     ViewsConfig,
 )
 from hemoco.storage.objects import join_url
-from hemoco.tracking.runs import RunFacts, connect, find_run, tracking_uri
+from hemoco.tracking.client import connect, tracking_uri
+from hemoco.tracking.runs import RunFacts, find_run
 from jobs.demo_data import write_digits
 from pipeline.shards.pack import pack
 

@@ -19,10 +19,10 @@ from small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from waiting import wait_until
 
 from cluster.local.processes import descendants
+from hemoco.backbones.file import load_backbone
 from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
 from hemoco.storage.objects import join_url, list_names
-from hemoco.tracking.runs import tracking_uri
-from hemoco.train.checkpoint import load_backbone
+from hemoco.tracking.client import tracking_uri
 from pipeline.run import pretrain_only
 from pipeline.shards.pack import pack
 

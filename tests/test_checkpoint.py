@@ -10,21 +10,13 @@ import safetensors.torch
 import torch
 
 from hemoco import load_backbone as load_from_the_front
+from hemoco.backbones.file import backbone_metadata, export_backbone, load_backbone, random_backbone
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, ResourcesConfig, StreamConfig
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.errors import CheckpointError
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import (
-    attempt_of,
-    backbone_metadata,
-    export_backbone,
-    load_backbone,
-    load_checkpoint,
-    newest_checkpoint,
-    random_backbone,
-    save_checkpoint,
-)
+from hemoco.train.checkpoint import attempt_of, load_checkpoint, newest_checkpoint, save_checkpoint
 from hemoco.train.pretrain import TrainState, build_state, train_steps
 
 CONFIG = PretrainConfig(

@@ -12,16 +12,18 @@ from shard_folders import write_shards
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import ClassifierConfig, EncoderConfig, FineTuneConfig, LinearClassifierConfig, StreamConfig
+from hemoco.data.labelled import load_images
 from hemoco.data.shards.index import read_index
 from hemoco.data.stream.bad_samples import BadSampleFile
-from hemoco.data.stream.batches import Batch, batches, load_images, steps_per_epoch
+from hemoco.data.stream.batches import Batch, batches, steps_per_epoch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.data.transforms import center_view
 from hemoco.distributed import rank, world_size
 from hemoco.errors import CheckpointError, ShardError, TrainingError
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import load_checkpoint, random_backbone, save_checkpoint
+from hemoco.train.checkpoint import load_checkpoint, save_checkpoint
 from hemoco.train.state import LoggedStep
 from hemoco.transfer.classification.classifier import (
     ClassifierState,

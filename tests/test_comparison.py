@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hemoco.comparison_table import rich_table, to_csv, to_json, to_markdown, write_comparison
 from hemoco.errors import UsageError
+from hemoco.report.files import rich_table, to_csv, to_json, to_markdown, write_comparison
 from hemoco.results.records import Row, comparison, headlines, summaries
-from hemoco.tracking.runs import Tracker, close_run, connect, log_artifact_bytes, open_run, set_tags
+from hemoco.tracking.client import connect
+from hemoco.tracking.metric_queue import Tracker
+from hemoco.tracking.runs import close_run, log_artifact_bytes, open_run, set_tags
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

@@ -2,11 +2,12 @@
 
 import pytest
 
+from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.config import DataConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig, PretrainConfig, Recipe
 from hemoco.results.records import comparison
 from hemoco.storage.objects import join_url
-from hemoco.tracking.runs import connect, find_run, read_artifacts
-from hemoco.train.checkpoint import export_backbone, random_backbone
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import find_run, read_artifacts
 from pipeline.run import transfer_only
 from pipeline.shards.pack import pack
 

@@ -19,6 +19,7 @@ from PIL import Image
 from shard_folders import png, write_shards
 
 from hemoco import load_backbone
+from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.data.shards.index import Shard, ShardIndex, read_index, read_table, write_index, write_table
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
@@ -28,7 +29,6 @@ from hemoco.features.embed import EmbeddedShard, embed_shards
 from hemoco.features.parquet import file_name
 from hemoco.features.plan import EmbedConfig, EmbedPlan, finished_files, fixed_url, plan_embedding, usual_size
 from hemoco.storage.objects import list_names, read_bytes, write_bytes
-from hemoco.train.checkpoint import export_backbone, random_backbone
 from jobs.cli import main
 from pipeline.embed import embed
 

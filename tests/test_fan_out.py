@@ -12,11 +12,10 @@ from waiting import wait_until
 
 from hemoco.config import ResourcesConfig
 from hemoco.errors import ConfigError, HemocoError, StorageError, UsageError
-from pipeline.interrupted import Interrupted
 from pipeline.transfer.fan_out import in_threads
 from pipeline.workers.interruption import TrainingProcess, sigterm_noted
 from pipeline.workers.run_lock import only_driver
-from pipeline.workers.tasks import CancelledError, LostWorkerError, attempt_tasks
+from pipeline.workers.tasks import CancelledError, Interrupted, LostWorkerError, attempt_tasks
 
 
 def outcomes(function, arguments, stopping=None):

@@ -11,8 +11,8 @@ from PIL import Image
 from shard_folders import write_shards
 
 from hemoco.config import EncoderConfig
+from hemoco.data.labelled import load_images
 from hemoco.data.shards.index import read_index
-from hemoco.data.stream.batches import load_images
 from hemoco.errors import CheckpointError, ShardError
 from hemoco.features.extract import extract_features
 from hemoco.features.map import all_alike, chosen_rows, draw_map, nearest, place_in_cells, same_label_share

@@ -7,13 +7,13 @@ import torch
 from labelled import images_of, in_memory
 from safetensors import safe_open
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import TrainingError
 from hemoco.features.cache import FeatureCache, split_features
 from hemoco.features.extract import calibrate_batch_norm, extract_features
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import random_backbone
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -27,8 +27,7 @@ from hemoco.config import (
 from hemoco.data.stream.bad_samples import BadSample, BadSampleFile
 from hemoco.data.stream.batches import Batch, batches, pretraining_plan
 from hemoco.data.stream.loader import StreamPosition
-from hemoco.errors import TrainingError, UsageError
-from hemoco.memory import LostLoaderError, memory_errors
+from hemoco.errors import LostLoaderError, TrainingError, UsageError, memory_errors
 from hemoco.train.pretrain import build_state, train_steps
 from pipeline.pretrain import Pretrained, PretrainJob, pretrain_worker
 from pipeline.workers import run_lock

@@ -15,12 +15,12 @@ from foreign_files import KEY, LAYOUTS, QUERY, State, body, hollow, moco_v1_v2, 
 from torch import nn
 
 from hemoco.backbones.export import export_checkpoint
+from hemoco.backbones.file import backbone_metadata, export_backbone, load_backbone, random_backbone
 from hemoco.backbones.imports import Imported, Normalisation, import_backbone
 from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, detectron2_name
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.storage.objects import write_bytes
-from hemoco.train.checkpoint import backbone_metadata, export_backbone, load_backbone, random_backbone
 from jobs.cli import main
 
 IMAGES = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from hemoco.errors import ShardError, StorageError, UsageError
 from hemoco.storage.objects import join_url, list_names, write_bytes
 from jobs.cli import main
 from jobs.verbs.pack import index_with_progress
-from pipeline.findings import Finding
 from pipeline.shards.index_tars import Indexed, index_tars
 from pipeline.shards.pack import pack
+from pipeline.workers.tasks import Finding
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from shard_folders import write_shards
 
-from hemoco.data.label_counts import count_labels
 from hemoco.data.shards.contact_sheet import SheetSample, draw_sheet, sheet_samples
 from hemoco.data.shards.index import ShardIndex, read_index, read_table, write_index, write_table
+from hemoco.data.shards.sampling import count_labels
 from hemoco.errors import ShardError
 from jobs.cli import main
 from pipeline.shards.pack import pack

@@ -13,12 +13,13 @@ import torchvision
 from torch import Tensor, nn
 
 from hemoco.backbones.export import export_checkpoint, official_state
+from hemoco.backbones.file import export_backbone, load_backbone, random_backbone
 from hemoco.backbones.imports import import_backbone
 from hemoco.config import EncoderConfig, MoCoConfig, MoCoV3Config, PretrainConfig
 from hemoco.errors import CheckpointError
 from hemoco.models.build import Method, build_method
 from hemoco.storage.objects import read_bytes
-from hemoco.train.checkpoint import export_backbone, load_backbone, random_backbone, save_checkpoint
+from hemoco.train.checkpoint import save_checkpoint
 from hemoco.train.pretrain import build_state
 from jobs.cli import main
 

@@ -11,7 +11,8 @@ import pytest
 from shard_folders import write_shards
 
 from hemoco.storage.objects import list_names
-from hemoco.tracking.runs import connect, find_runs
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import find_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from labelled import images_of, in_memory
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import EncoderConfig, KnnConfig
 from hemoco.errors import ConfigError, ShardError
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import random_backbone
 from hemoco.transfer.classification.knn import knn_accuracy, knn_votes, make_bank, run_knn
 
 TINY = EncoderConfig(architecture="resnet10t", stem="small")

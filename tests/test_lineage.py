@@ -20,6 +20,7 @@ from waiting import wait_until
 
 import hemoco
 from cluster.local.servers import mlflow_server
+from hemoco.backbones.file import backbone_metadata, export_backbone, random_backbone
 from hemoco.config import (
     DataConfig,
     EncoderConfig,
@@ -33,12 +34,13 @@ from hemoco.config import (
 )
 from hemoco.results.records import comparison
 from hemoco.storage.objects import join_url
+from hemoco.tracking.client import connect, tracking_uri
+from hemoco.tracking.metric_queue import Tracker
 from hemoco.tracking.models import BackboneRecord, record_backbone, register_version
-from hemoco.tracking.runs import Tracker, connect, log_dataset_input, open_run, set_tags, tracking_uri
+from hemoco.tracking.runs import log_dataset_input, open_run, set_tags
 from hemoco.tracking.system_metrics import SystemMetrics, machine_facts, parse_gpu_usage
 from hemoco.tracking.unsent import kept_files, read_points
 from hemoco.tracking.versions import backbone_versions
-from hemoco.train.checkpoint import backbone_metadata, export_backbone, random_backbone
 from jobs.options import load_recipe
 from pipeline.open_run import open_child, open_study
 from pipeline.run import pretrain_only, pretrain_then_transfer, transfer_only

@@ -12,13 +12,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import EncoderConfig, LinearProbeConfig
 from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ConfigError, ShardError, TrainingError
 from hemoco.features.cache import FeatureCache
 from hemoco.features.extract import calibrate_batch_norm, extract_features
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import random_backbone
 from hemoco.transfer.classification import linear_probe
 from hemoco.transfer.classification.linear_probe import (
     Heads,

@@ -22,7 +22,8 @@ from rich.console import Console
 from waiting import wait_until
 
 from hemoco.data.stream.loader import StreamPosition
-from hemoco.tracking.runs import close_run, connect, set_tags
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import close_run, set_tags
 from hemoco.train.pretrain import StepMetrics
 from jobs.display.facts import Facts, read_facts
 from jobs.display.live import live_display, terminal

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from hemoco.config import LogUniform, PretrainConfig, SweepConfig
-from hemoco.tracking.runs import ask, connect, open_run, send_points, set_tags
+from hemoco.tracking.client import ask, connect
+from hemoco.tracking.metric_queue import send_points
+from hemoco.tracking.runs import open_run, set_tags
 from hemoco.tracking.unsent import MetricPoint
 from jobs.display.sweep_view import SweepFacts, SweepPicture, read_sweep
 

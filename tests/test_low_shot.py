@@ -7,12 +7,12 @@ from labelled import images_of, in_memory
 from sklearn.linear_model import LogisticRegression
 from test_linear_probe import TINY, coloured, digest
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import LowShotConfig
 from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ConfigError, ShardError
 from hemoco.features.extract import extract_features
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import random_backbone
 from hemoco.transfer.classification.low_shot import (
     Standardisation,
     count_shots,

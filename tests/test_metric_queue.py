@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from waiting import within
 
+from hemoco.errors import RefusedError
 from hemoco.storage.objects import list_names, write_bytes
 from hemoco.tracking import metric_queue
 from hemoco.tracking.metric_queue import MetricQueue
-from hemoco.tracking.unsent import MetricPoint, RefusedError, kept_files, read_points, remove_points, write_points
+from hemoco.tracking.unsent import MetricPoint, kept_files, read_points, remove_points, write_points
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,9 @@ from waiting import within
 from cluster.local.servers import MlflowServer, mlflow_server
 from hemoco.errors import TrackingError
 from hemoco.storage.objects import join_url
-from hemoco.tracking.runs import Tracker, connect, open_run
+from hemoco.tracking.client import connect
+from hemoco.tracking.metric_queue import Tracker
+from hemoco.tracking.runs import open_run
 from hemoco.tracking.unsent import FOLDER, kept_files
 from jobs.cli import main
 

@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig
 from hemoco.errors import ConfigError
+from hemoco.models.batch_norm import SplitBatchNorm
 from hemoco.models.build import build_method
 from hemoco.models.heads import EmbeddingNetwork
 from hemoco.models.moco import MoCo, MoCoOutput
-from hemoco.models.shuffle import SplitBatchNorm
 
 CONFIG = PretrainConfig(
     global_batch_size=8,

@@ -27,7 +27,8 @@ from waiting import wait_until
 from cluster.local.servers import BUCKET, _rclone
 from hemoco.results.records import comparison
 from hemoco.storage.objects import list_names
-from hemoco.tracking.runs import RunFacts, connect, find_run, find_runs
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import RunFacts, find_run, find_runs
 from jobs.demo_data import write_digits
 from jobs.options import load_recipe
 

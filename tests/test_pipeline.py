@@ -9,20 +9,22 @@ from mlflow import MlflowClient
 from small_study import child, pack_digits, small_recipe
 from torch.nn import functional
 
+from hemoco.backbones.file import load_backbone
 from hemoco.config import (
     LowShotConfig,
     ResourcesConfig,
 )
-from hemoco.data.stream.batches import load_images
+from hemoco.data.labelled import load_images
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.features.extract import extract_features
 from hemoco.features.sample import FILE_NAME, decode_sample
 from hemoco.results.records import comparison
 from hemoco.storage.objects import join_url, read_bytes, write_bytes
-from hemoco.tracking.runs import read_artifacts, tracking_uri
-from hemoco.train.checkpoint import load_backbone, save_checkpoint
+from hemoco.tracking.client import tracking_uri
+from hemoco.tracking.runs import read_artifacts
+from hemoco.train.checkpoint import save_checkpoint
 from hemoco.train.pretrain import build_state
-from pipeline.open_run import check_pretraining
+from pipeline.checks import check_pretraining
 from pipeline.pretrain import _naming_checkpoint
 from pipeline.run import pretrain_then_transfer, transfer_only
 

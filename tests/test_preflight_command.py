@@ -23,7 +23,7 @@ from hemoco.config import FineTuneConfig, PretrainConfig, Recipe, StreamConfig, 
 from hemoco.data.stream import loader
 from hemoco.errors import StorageError
 from hemoco.storage.objects import list_names, read_bytes, remove
-from hemoco.tracking.runs import ask, connect
+from hemoco.tracking.client import ask, connect
 from jobs.cli import main
 
 ROOT = Path(__file__).parents[1]

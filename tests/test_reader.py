@@ -9,9 +9,8 @@ import pytest
 from shard_folders import png, write_shards
 
 from hemoco.config import StreamConfig
-from hemoco.data.portions import Portion, plan_portions, plan_ranges
 from hemoco.data.shards.index import ShardColumns, read_index
-from hemoco.data.stream.order import EpochOrder
+from hemoco.data.stream.order import EpochOrder, Portion, plan_portions, plan_ranges
 from hemoco.data.stream.reader import SampleReader
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError

@@ -9,9 +9,11 @@ import torch
 from mlflow import MlflowClient
 
 import hemoco
+from hemoco.backbones.file import backbone_metadata, export_backbone, random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, TrackingError, UsageError
 from hemoco.storage.objects import list_names, write_bytes
+from hemoco.tracking.client import connect
 from hemoco.tracking.models import (
     BackboneRecord,
     Data,
@@ -24,9 +26,8 @@ from hemoco.tracking.models import (
     record_snapshot,
     register_version,
 )
-from hemoco.tracking.runs import connect, log_dataset_input, open_run, set_tags
+from hemoco.tracking.runs import log_dataset_input, open_run, set_tags
 from hemoco.tracking.versions import backbone_versions, pinned
-from hemoco.train.checkpoint import backbone_metadata, export_backbone, random_backbone
 from jobs.cli import main
 
 # raised inside mlflow by SQLAlchemy 2.1

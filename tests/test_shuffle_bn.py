@@ -7,7 +7,8 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from hemoco.distributed import all_gather_cat, broadcast_object, mean_over_ranks, rank, world_size
-from hemoco.models.shuffle import SplitBatchNorm, permute_global, shuffle_order, split_batch_norms
+from hemoco.models.batch_norm import SplitBatchNorm, split_batch_norms
+from hemoco.models.shuffle import permute_global, shuffle_order
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:

@@ -5,14 +5,13 @@ import torch
 from labelled import in_memory
 from shard_folders import write_shards
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import EncoderConfig
-from hemoco.data.labelled import open_split, some_images
+from hemoco.data.labelled import load_images, open_split, some_images
 from hemoco.data.shards.index import read_index
-from hemoco.data.stream.batches import load_images
 from hemoco.errors import ShardError
 from hemoco.features.cache import FeatureCache, split_features
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import random_backbone
 from hemoco.transfer.classification.scores import check_labels
 
 SIZES = (300, 1, 250)

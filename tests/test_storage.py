@@ -22,13 +22,13 @@ from hemoco.storage.objects import (
     check_writable,
     direct_url,
     exists,
-    is_transient,
     join_url,
     list_names,
     read_bytes,
     remove,
     write_bytes,
 )
+from hemoco.storage.retry import is_transient
 
 
 @pytest.fixture

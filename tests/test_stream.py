@@ -9,6 +9,7 @@ import torch
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.data import labelled
 from hemoco.data.shards.index import read_index
 from hemoco.data.stream import batches as stream
 from hemoco.data.stream import loader
@@ -191,7 +192,7 @@ def test_batches_say_what_was_read(shards: str) -> None:
 
 
 def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:
-    images, labels, keys = stream.load_images(shards, "train", 8)
+    images, labels, keys = labelled.load_images(shards, "train", 8)
     assert images.shape == (75, 3, 8, 8) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [int(key) for key in keys] == list(range(75))
     assert labels.tolist() == [number % 3 for number in range(75)]
@@ -200,7 +201,7 @@ def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:
 def test_evaluation_names_an_image_without_label_or_with_damage(tmp_path: Path) -> None:
     unlabelled = write_shards(f"file://{tmp_path}/a", SIZES, labelled=False)
     with pytest.raises(ShardError, match=r"train-000000\.tar: sample 0 has no label"):
-        stream.load_images(unlabelled, "train", 8)
+        labelled.load_images(unlabelled, "train", 8)
     damaged = write_shards(f"file://{tmp_path}/b", SIZES, bad=(3,))
     with pytest.raises(ShardError, match=r"sample 3: its 12 bytes are not an image"):
-        stream.load_images(damaged, "train", 8)
+        labelled.load_images(damaged, "train", 8)

@@ -13,6 +13,7 @@ from fault_proxy import FaultProxy, fault_proxy
 from shard_folders import write_shards
 
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.data import labelled
 from hemoco.data.shards.index import read_index, read_shard
 from hemoco.data.shards.tar import encode_shard
 from hemoco.data.stream import batches as stream
@@ -89,7 +90,7 @@ def test_an_outage_of_some_seconds_is_waited_out_by_training_and_evaluation(buck
     proxy.fail("status", times=10**6, for_s=8, match="")
     assert keys_and_counts(bucket, config())[0] == expected
     proxy.fail("status", times=10**6, for_s=8, match="")
-    assert len(stream.load_images(bucket, "train", 8)[2]) == sum(SIZES)
+    assert len(labelled.load_images(bucket, "train", 8)[2]) == sum(SIZES)
 
 
 def test_a_sample_table_that_comes_late_is_waited_for(bucket: str, proxy: FaultProxy) -> None:

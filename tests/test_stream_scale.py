@@ -27,8 +27,7 @@ from benchmarks.shuffle_quality import (
     worker_batches,
 )
 
-from hemoco.data.portions import Portion
-from hemoco.data.stream.order import Block
+from hemoco.data.stream.order import Block, Portion
 
 SMALL = DataSet("small", samples=9_000, shards=60, shard_bytes=1000, shards_per_block=3)
 GAP = 1 << 20

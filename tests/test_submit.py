@@ -14,7 +14,8 @@ from hemoco.config import flat_params
 from hemoco.errors import ConfigError, ShardError, UsageError
 from hemoco.results import status as run_status
 from hemoco.storage.objects import join_url, write_bytes
-from hemoco.tracking.runs import close_run, connect, open_run
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import close_run, open_run
 from hemoco.train import checkpoint
 from jobs.cli import main
 from jobs.options import RunOptions, load_recipe, parse_options, settings_words

@@ -28,7 +28,9 @@ from hemoco.config.sweep import with_settings
 from hemoco.errors import ConfigError, TrainingError, UsageError
 from hemoco.results.sweep import sweep_result
 from hemoco.storage.objects import exists, join_url, list_names
-from hemoco.tracking.runs import connect, metric_history, open_run, run_facts, send_points
+from hemoco.tracking.client import connect
+from hemoco.tracking.metric_queue import send_points
+from hemoco.tracking.runs import metric_history, open_run, run_facts
 from hemoco.tracking.unsent import MetricPoint
 from jobs.cli import main
 from jobs.demo_data import write_digits

@@ -9,9 +9,11 @@ from test_sweep import LR, RECIPE, record
 
 from hemoco.config import flat_params
 from hemoco.errors import UsageError
+from hemoco.report.extra_tables import sweep_section
 from hemoco.results.status import close_running
-from hemoco.results.sweep import sweep_json, sweep_result, sweep_section
-from hemoco.tracking.runs import connect, open_run, set_tags
+from hemoco.results.sweep import sweep_json, sweep_result
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import open_run, set_tags
 from jobs.cli import main
 from jobs.options import parse_options
 from jobs.session import run_tags

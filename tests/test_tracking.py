@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from hemoco.errors import TrackingError, UsageError
+from hemoco.errors import RefusedError, TrackingError, UsageError
+from hemoco.tracking import client
 from hemoco.tracking import runs as door
-from hemoco.tracking.runs import Tracker, close_run, connect, find_run, metric_history, open_run, run_facts, send_points
-from hemoco.tracking.unsent import MetricPoint, RefusedError, kept_files, read_points
+from hemoco.tracking.client import connect
+from hemoco.tracking.metric_queue import Tracker, send_points
+from hemoco.tracking.runs import close_run, find_run, metric_history, open_run, run_facts
+from hemoco.tracking.unsent import MetricPoint, kept_files, read_points
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -51,13 +54,13 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_server_runs_are_kept_in_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert door.tracking_uri() == f"sqlite:///{tmp_path}/home/mlflow.db"
+    assert client.tracking_uri() == f"sqlite:///{tmp_path}/home/mlflow.db"
 
 
 def test_relative_sqlite_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
-    assert door.tracking_uri() == f"sqlite:///{tmp_path}/here.db"
+    assert client.tracking_uri() == f"sqlite:///{tmp_path}/here.db"
 
 
 def test_connecting_twice_finds_the_same_experiment(uri: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from shard_folders import write_shards
 
+from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.backbones.inits import check_architecture, init_backbone
 from hemoco.config import (
     DataConfig,
@@ -24,13 +25,13 @@ from hemoco.config import (
 )
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.storage.objects import join_url, list_names, write_bytes
-from hemoco.tracking.runs import connect, open_run, run_facts
-from hemoco.train.checkpoint import export_backbone, random_backbone
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import open_run, run_facts
 from hemoco.transfer.result import TransferResult
-from pipeline.interrupted import Interrupted
 from pipeline.transfer.job import TransferJob, TransferUnit, open_units, record_result
 from pipeline.transfer.training import train_alone, train_classifier
 from pipeline.workers.interruption import TrainingProcess, sigterm_noted
+from pipeline.workers.tasks import Interrupted
 
 ENCODER = EncoderConfig(architecture="resnet10t", stem="small")
 VIEWS = ViewsConfig(size=32)

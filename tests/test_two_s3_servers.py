@@ -32,6 +32,7 @@ from ceph import add_user, ceph_server
 from shard_folders import png, write_shards
 
 from cluster.local.servers import BUCKET, S3Server, s3_environment, s3_server
+from hemoco.backbones.file import export_backbone, load_backbone
 from hemoco.config import EncoderConfig, MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.shards.index import ShardIndex, read_index, read_shard, write_index
 from hemoco.data.sources.folders import open_source
@@ -42,7 +43,7 @@ from hemoco.errors import CheckpointError, ShardError, StorageError
 from hemoco.models.resnet import Backbone
 from hemoco.storage.fetch import FetchCounts, fetch_range, verified_shard
 from hemoco.storage.objects import check_writable, direct_url, exists, list_names, read_bytes, remove, write_bytes
-from hemoco.train.checkpoint import export_backbone, load_backbone, load_checkpoint, newest_checkpoint, save_checkpoint
+from hemoco.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hemoco.train.pretrain import TrainState, build_state
 from jobs.cli import main
 from pipeline.shards.pack import _pack_shard, _plan

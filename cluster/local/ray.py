@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from cluster.local.processes import answers, last_line
 from cluster.local.servers import BUCKET, MlflowServer, S3Server, mlflow_server, s3_environment, s3_server
 from cluster.submit.checkout import CHECKOUT
-from hemoco.errors import HemocoError, UsageError
-from hemoco.storage.objects import first_line, home
+from hemoco.errors import HemocoError, UsageError, first_line
+from hemoco.storage.objects import home
 
 _CONNECT_S = 5.0
 RAY_DEFAULTS = {

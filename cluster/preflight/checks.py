@@ -14,10 +14,10 @@ from cluster.preflight.node import Finding, checked, disk_check, shm_check, size
 from cluster.preflight.survey import Needs, Node, survey
 from hemoco.data.shards.index import read_index, shard_url
 from hemoco.errors import HemocoError, ShardError, StorageError
-from hemoco.mlflow_uri import shown
 from hemoco.storage.fetch import FetchCounts, fetch_range
 from hemoco.storage.objects import join_url, list_names, read_bytes, remove, write_bytes
-from hemoco.tracking.runs import ask, connect, log_artifact_bytes, open_run
+from hemoco.tracking.client import ask, connect, shown
+from hemoco.tracking.runs import log_artifact_bytes, open_run
 
 _READ_S = 10.0
 

@@ -217,8 +217,7 @@ def _share_storage(task: NodeTask) -> str:
 
 
 def _ask_tracking(uri: str) -> str:
-    from hemoco.mlflow_uri import shown
-    from hemoco.tracking.runs import connect
+    from hemoco.tracking.client import connect, shown
 
     connect(uri)
     return f"{shown(uri)} answers"

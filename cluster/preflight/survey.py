@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from cluster.preflight import node as node_checks
 from cluster.preflight.node import Finding, NodeTask, checked, judge_clock
 from hemoco.errors import StorageError
-from hemoco.mlflow_uri import shown
 from hemoco.storage.objects import join_url, list_names, remove, write_bytes
+from hemoco.tracking.client import shown
 
 _NODE_S = 180.0  # a node imports torch and mlflow first
 _SHOWN = 3  # nodes in one line

@@ -14,12 +14,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hemoco.backbones.file import backbone_metadata, load_backbone
 from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, detectron2_name
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError
 from hemoco.models.build import Method
 from hemoco.storage.objects import write_bytes
-from hemoco.train.checkpoint import backbone_metadata, load_backbone, load_method
+from hemoco.train.checkpoint import load_method
 
 Format = Literal["torchvision", "timm", "detectron2", "moco"]
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hemoco.backbones.file import export_backbone
 from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, EncoderChoice, find_backbone
 from hemoco.config import EncoderConfig, ViewsConfig
-from hemoco.errors import CheckpointError, ConfigError, require
+from hemoco.config.checks import require
+from hemoco.errors import CheckpointError, ConfigError
 from hemoco.models.resnet import Backbone, build_encoder
 from hemoco.storage.objects import read_bytes
 from hemoco.storage.tensor_files import parse_file
-from hemoco.train.checkpoint import export_backbone
 
 _NAMED_DIFFERENCES = 3
 _NAMED_TENSORS = 12

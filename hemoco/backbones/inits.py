@@ -2,10 +2,13 @@
 
 import json
 
+import timm
+from torch import nn
+
+from hemoco.backbones.file import backbone_metadata, load_backbone, random_backbone
 from hemoco.config import EncoderConfig, ViewsConfig, init_url
 from hemoco.errors import ConfigError
-from hemoco.models.resnet import Backbone, supervised_backbone
-from hemoco.train.checkpoint import backbone_metadata, load_backbone, random_backbone
+from hemoco.models.resnet import Backbone, check_timm_architecture
 
 
 def init_backbone(init: str, backbone_url: str, encoder: EncoderConfig, views: ViewsConfig, seed: int) -> Backbone:
@@ -50,3 +53,44 @@ def check_architecture(url: str, encoder: EncoderConfig) -> None:
                 f"{url}: its {name} is {value}, the recipe's pretrain.encoder.{name} is {wanted}: backbones "
                 f"are compared at equal size; set --pretrain.encoder.{name} {value} or give another one"
             )
+
+
+def supervised_backbone(config: EncoderConfig) -> Backbone:
+    """The architecture with the supervised weights that timm has for it, in evaluation mode; they are downloaded.
+
+    They are torchvision's of its first recipe (tag tv_in1k) where timm has them, as the papers' baseline; timm's own
+    are trained longer.
+
+    Raises:
+        ConfigError: there are none, they do not fit the stem, or they cannot be reached.
+    """
+    check_timm_architecture(config.architecture)
+    check_supervised(config)
+    try:
+        encoder: nn.Module = timm.create_model(_supervised_name(config.architecture), pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"timm's supervised weights of {config.architecture} cannot be had ({' '.join(str(error).split())[:200]}); "
+            "where there is no way to them, `python -m jobs import FILE DEST` a file of them and name it in "
+            "transfers.inits as supervised_file=DEST"
+        ) from error
+    described: dict[str, tuple[float, float, float]] = encoder.pretrained_cfg  # type: ignore[assignment]
+    return Backbone(encoder, config, described["mean"], described["std"]).eval()
+
+
+def check_supervised(config: EncoderConfig) -> None:
+    """Refuses what timm's supervised weights cannot fit.
+
+    Raises:
+        ConfigError: the small stem, or no shortcuts.
+    """
+    if config.stem != "imagenet" or not config.shortcuts:
+        raise ConfigError(
+            f"timm's supervised weights are of the plain {config.architecture}: not of the small stem, and not without "
+            "shortcuts; leave `supervised` out of transfers.inits"
+        )
+
+
+def _supervised_name(architecture: str) -> str:
+    tagged = f"{architecture}.tv_in1k"
+    return tagged if tagged in timm.list_pretrained(f"{architecture}.*") else architecture

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hemoco.errors import require_not_negative, require_positive
+from hemoco.config.checks import require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from hemoco.config.checks import require, require_not_negative, require_positive
 from hemoco.config.transfer import TrainedConfig
-from hemoco.errors import require, require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from hemoco.errors import require, require_not_negative, require_positive
+from hemoco.config.checks import require, require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from hemoco.errors import require, require_positive
+from hemoco.config.checks import require, require_positive
 
 ConfigT = TypeVar("ConfigT")
 KNN = "knn_top1"

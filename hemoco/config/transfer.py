@@ -4,8 +4,8 @@ import dataclasses
 import re
 from typing import Literal
 
+from hemoco.config.checks import require, require_not_negative, require_positive
 from hemoco.config.data import DataConfig, StreamConfig
-from hemoco.errors import require, require_not_negative, require_positive
 
 _INIT = re.compile(r"(?P<label>[A-Za-z0-9_.-]+)(=(?P<source>.+))?")
 _OWN_INITS = ("pretrained", "random", "supervised")

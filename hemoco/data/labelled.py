@@ -4,6 +4,7 @@ Shapes: M images, B of them at a time, S x S pixels each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -12,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hemoco.data.shards.index import Shard, read_index, read_tables
-from hemoco.data.stream.batches import labelled_views
+from hemoco.data.decode import decode_image
+from hemoco.data.shards.index import Shard, read_index, read_shard, read_tables
+from hemoco.data.shards.tar import Sample
+from hemoco.data.transforms import center_view
+from hemoco.errors import ShardError
 from hemoco.storage.retry import EVALUATION_PATIENCE_S
 
 _BATCH = 256
@@ -70,3 +74,58 @@ def _image_batches(data_url: str, shards: Sequence[Shard], size: int) -> Iterato
     views = labelled_views(data_url, shards, size=size, shorter=size)
     while some := [view.image for view in islice(views, _BATCH)]:
         yield torch.stack(some)
+
+
+class LabelledView(NamedTuple):
+    """The centre of an image."""
+
+    image: Tensor
+    """uint8 (3, S, S)."""
+    label: int
+    key: str
+
+
+def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """All centre views of a split that fits in memory: uint8 (M, 3, S, S), labels (M,) and keys.
+
+    Raises:
+        ShardError: an image has no label or cannot be decoded.
+    """
+    shards = read_index(data_url, patience_s=EVALUATION_PATIENCE_S).split(split)
+    images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
+    labels, keys = [], []
+    for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):
+        images[row] = view.image
+        labels.append(view.label)
+        keys.append(view.key)
+    return images, torch.tensor(labels, dtype=torch.int64), keys
+
+
+def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter: int) -> Iterator[LabelledView]:
+    """The centre views of some shards, one after the other.
+
+    Args:
+        data_url: of the shard folder.
+        shards: some of its index.
+        size: S.
+        shorter: side in pixels to which the shorter one is scaled before the centre is cut out.
+
+    Raises:
+        ShardError: an image has no label or cannot be decoded.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for shard in shards:
+            where = f"{data_url}/{shard.name}"
+            yield from threads.map(
+                lambda sample, where=where: _labelled_view(sample, where, size, shorter), read_shard(data_url, shard)
+            )
+
+
+def _labelled_view(sample: Sample, where: str, size: int, shorter: int) -> LabelledView:
+    if sample.label is None:
+        raise ShardError(f"{where}: sample {sample.key} has no label; evaluate on a labelled split")
+    try:
+        image = decode_image(sample.image)
+    except ShardError as error:
+        raise ShardError(f"{where}: sample {sample.key}: {error}") from error
+    return LabelledView(center_view(image, size, shorter), sample.label, sample.key)

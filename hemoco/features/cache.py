@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from hemoco.data.labelled import LabelledSplit
-from hemoco.errors import CheckpointError, TrainingError
+from hemoco.errors import CheckpointError, TrainingError, first_line
 from hemoco.features.extract import extract_features
-from hemoco.file_lock import file_lock
 from hemoco.models.resnet import Backbone
-from hemoco.storage.objects import first_line
+from hemoco.storage.disk_cache import file_lock
 from hemoco.storage.tensor_files import parse_safetensors
 
 logger = logging.getLogger(__name__)

@@ -14,14 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
-import google_crc32c
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hemoco.backbones.file import load_backbone
 from hemoco.data.decode import UndecodableImage, decode_image
 from hemoco.data.shards.index import Shard, read_table, shard_url
+from hemoco.data.shards.read import damaged_images
 from hemoco.data.shards.table import SampleTable
 from hemoco.data.stream.bad_samples import DAMAGED, BadSample
 from hemoco.data.transforms import center_view
@@ -34,7 +35,6 @@ from hemoco.models.resnet import Backbone
 from hemoco.storage.fetch import ChecksumError, FetchCounts, fetch_range, verified_shard
 from hemoco.storage.objects import join_url, write_bytes
 from hemoco.storage.retry import EVALUATION_PATIENCE_S, patiently
-from hemoco.train.checkpoint import load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _read_shard(plan: EmbedPlan, shard: Shard) -> _ReadShard:
         data = verified_shard(where, shard.bytes, shard.sha256, FetchCounts(), budget_s=EVALUATION_PATIENCE_S)
     except ChecksumError as error:
         data = fetch_range(where, 0, shard.bytes, FetchCounts(), budget_s=EVALUATION_PATIENCE_S)
-        damaged = _damaged(_cut_out(data, table), table)
+        damaged = damaged_images(_cut_out(data, table), table)
         if 2 * damaged.sum() >= len(damaged):  # not damaged but another
             raise
         logger.warning("event=damaged_shard samples=%d damaged=%d %s", len(damaged), damaged.sum(), error)
@@ -146,13 +146,6 @@ def _read_shard(plan: EmbedPlan, shard: Shard) -> _ReadShard:
 def _cut_out(data: memoryview, table: SampleTable) -> list[memoryview]:
     places = zip(table.offsets.tolist(), table.sizes.tolist(), strict=True)
     return [data[offset : offset + size] for offset, size in places]
-
-
-def _damaged(images: Sequence[memoryview], table: SampleTable) -> NDArray[np.bool_]:
-    """Which images are not those that were packed (M,)."""
-    crcs = [google_crc32c.value(bytes(image)) for image in images]
-    found: NDArray[np.bool_] = np.array(crcs, np.uint32) != table.crcs
-    return found
 
 
 def _begin_batches(

@@ -3,15 +3,16 @@
 import dataclasses
 import hashlib
 
+from hemoco.backbones.file import backbone_metadata, read_backbone
 from hemoco.config import config_difference
+from hemoco.config.checks import require, require_positive
 from hemoco.data.shards.index import ShardIndex
-from hemoco.errors import UsageError, require, require_positive
+from hemoco.errors import UsageError
 from hemoco.features.parquet import FORMAT, FeatureFile, list_files, read_files
 from hemoco.models.heads import Precision
 from hemoco.storage.objects import absolute_url
 from hemoco.tracking.models import SCHEME
 from hemoco.tracking.versions import pinned
-from hemoco.train.checkpoint import backbone_metadata, read_backbone
 
 _IMAGENET_SIZE, _SMALL_SIZE = 224, 32
 

@@ -8,12 +8,11 @@ from torch import nn
 
 from hemoco.config import MoCoConfig, PretrainConfig
 from hemoco.errors import ConfigError
-from hemoco.models.batch_norm import synchronise_batch_norms
-from hemoco.models.heads import EmbeddingNetwork
-from hemoco.models.moco import MoCo, build_head
-from hemoco.models.moco_v3 import MoCoV3, build_predictor, build_projector
+from hemoco.models.batch_norm import split_batch_norms, synchronise_batch_norms
+from hemoco.models.heads import EmbeddingNetwork, build_head, build_predictor, build_projector
+from hemoco.models.moco import MoCo
+from hemoco.models.moco_v3 import MoCoV3
 from hemoco.models.resnet import build_encoder, seeded
-from hemoco.models.shuffle import split_batch_norms
 
 Method = MoCo | MoCoV3
 

@@ -4,7 +4,7 @@ Shapes: N images on this rank, G on all ranks, C embedding size, K queue length,
 """
 
 import copy
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,17 +87,3 @@ class MoCo(nn.Module):
     def update_key_encoder(self, momentum: float) -> None:
         """Moves the key parameters towards the query's; BN statistics stay the key encoder's."""
         move_towards(self.key_encoder.parameters(), self.query_encoder.parameters(), momentum)
-
-
-def build_head(kind: Literal["linear", "mlp", "mlp_bn"], features: int, embedding_size: int) -> nn.Module:
-    """The projection head of v1 (linear) or v2 (mlp), (N, F) -> (N, C)."""
-    if kind == "linear":
-        return nn.Linear(features, embedding_size)
-    if kind == "mlp":
-        return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding_size))
-    return nn.Sequential(
-        nn.Linear(features, features, bias=False),  # BN has the bias
-        nn.BatchNorm1d(features),
-        nn.ReLU(),
-        nn.Linear(features, embedding_size),
-    )

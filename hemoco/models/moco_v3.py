@@ -77,23 +77,3 @@ class MoCoV3(nn.Module):
     def _contrast(self, queries: Tensor, keys: Tensor) -> Contrast:
         first = rank() * len(queries)
         return batch_contrast(queries, all_gather_cat(keys), first, self.config.temperature)
-
-
-def build_projector(features: int, hidden_size: int, embedding_size: int) -> nn.Module:
-    """F -> D -> C, its last layer followed by batch normalisation without scale and shift."""
-    return nn.Sequential(
-        *_hidden_layer(features, hidden_size),
-        nn.Linear(hidden_size, embedding_size, bias=False),
-        nn.BatchNorm1d(embedding_size, affine=False),
-    )
-
-
-def build_predictor(embedding_size: int, hidden_size: int) -> nn.Module:
-    """C -> D -> C, its last layer bare: that is how ResNets have it."""
-    return nn.Sequential(
-        *_hidden_layer(embedding_size, hidden_size), nn.Linear(hidden_size, embedding_size, bias=False)
-    )
-
-
-def _hidden_layer(size: int, hidden_size: int) -> tuple[nn.Module, ...]:
-    return nn.Linear(size, hidden_size, bias=False), nn.BatchNorm1d(hidden_size), nn.ReLU()

@@ -34,7 +34,7 @@ def build_encoder(config: EncoderConfig, seed: int) -> nn.Module:
     Raises:
         ConfigError: the architecture is not a ResNet that timm knows.
     """
-    _check_architecture(config.architecture)
+    check_timm_architecture(config.architecture)
     with seeded(seed):
         encoder: nn.Module = timm.create_model(
             config.architecture, pretrained=False, num_classes=0, zero_init_last=config.zero_init_last
@@ -123,48 +123,7 @@ class Backbone(nn.Module):
         return (scaled - self.pixel_mean) / self.pixel_std
 
 
-def supervised_backbone(config: EncoderConfig) -> Backbone:
-    """The architecture with the supervised weights that timm has for it, in evaluation mode; they are downloaded.
-
-    They are torchvision's of its first recipe (tag tv_in1k) where timm has them, as the papers' baseline; timm's own
-    are trained longer.
-
-    Raises:
-        ConfigError: there are none, they do not fit the stem, or they cannot be reached.
-    """
-    _check_architecture(config.architecture)
-    check_supervised(config)
-    try:
-        encoder: nn.Module = timm.create_model(_supervised_name(config.architecture), pretrained=True, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"timm's supervised weights of {config.architecture} cannot be had ({' '.join(str(error).split())[:200]}); "
-            "where there is no way to them, `python -m jobs import FILE DEST` a file of them and name it in "
-            "transfers.inits as supervised_file=DEST"
-        ) from error
-    described: dict[str, tuple[float, float, float]] = encoder.pretrained_cfg  # type: ignore[assignment]
-    return Backbone(encoder, config, described["mean"], described["std"]).eval()
-
-
-def check_supervised(config: EncoderConfig) -> None:
-    """Refuses what timm's supervised weights cannot fit.
-
-    Raises:
-        ConfigError: the small stem, or no shortcuts.
-    """
-    if config.stem != "imagenet" or not config.shortcuts:
-        raise ConfigError(
-            f"timm's supervised weights are of the plain {config.architecture}: not of the small stem, and not without "
-            "shortcuts; leave `supervised` out of transfers.inits"
-        )
-
-
-def _supervised_name(architecture: str) -> str:
-    tagged = f"{architecture}.tv_in1k"
-    return tagged if tagged in timm.list_pretrained(f"{architecture}.*") else architecture
-
-
-def _check_architecture(name: str) -> None:
+def check_timm_architecture(name: str) -> None:
     resnets = timm.list_models(module="resnet")
     if name not in resnets:
         close = difflib.get_close_matches(name, resnets, n=3) or ["resnet18", "resnet50"]

@@ -7,6 +7,7 @@ from hemoco.report.comparison_tables import known, mean_record, number, spread_c
 from hemoco.report.tables import Section, Value
 from hemoco.results.comparison import ManyComparison, Place, Run
 from hemoco.results.label_efficiency import label_curves
+from hemoco.results.sweep import SweepResult
 
 
 def extra_sections(many: ManyComparison) -> list[Section]:
@@ -136,3 +137,28 @@ def _label_efficiency(many: ManyComparison) -> list[Section]:
         )
         found.append(section)
     return found
+
+
+def sweep_section(result: SweepResult) -> Section:
+    """A line for each trial, the best first."""
+    names = list(dict.fromkeys(name for trial in result.trials for name in trial.settings))
+    short = {name: name.removeprefix("pretrain.") for name in names}
+    rows = [
+        (
+            str(trial.trial),
+            *(trial.settings.get(name, "") for name in names),
+            "" if math.isnan(trial.objective) else f"{trial.objective:.4f}",
+            str(trial.epochs),
+            trial.outcome,
+            trial.reason,
+        )
+        for trial in result.trials
+    ]
+    watched = f"early stops by {result.watch}" if result.watch else "no early stops"
+    return Section(
+        name="sweep",
+        title=f"{result.sweep}: {len(rows)} trials of {result.recipe}, {watched}",
+        columns=("trial", *short.values(), result.objective, "epochs", "outcome", "reason"),
+        rows=tuple(rows),
+        best=frozenset({(0, 1 + len(names))} if result.best else ()),
+    )

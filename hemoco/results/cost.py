@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from hemoco.results.records import Records
-from hemoco.tracking.runs import RunFacts, ask
+from hemoco.tracking.client import ask
+from hemoco.tracking.runs import RunFacts
 
 PAUSE_S = 600.0
 """Seconds between two records, training apart, above which they are a pause."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from hemoco.errors import UsageError
 from hemoco.intervals import Difference, Spread, paired_difference, spread_of
-from hemoco.tracking.runs import RunFacts, connect, find_runs
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import RunFacts, find_runs
 
 PRETRAINED = "pretrained"
 """The init that all others are baselines of."""

@@ -7,7 +7,8 @@ from typing import Any
 from hemoco.errors import UsageError
 from hemoco.results.records import unknown_run
 from hemoco.storage.objects import join_url, list_names
-from hemoco.tracking.runs import ask, close_run, connect, find_runs
+from hemoco.tracking.client import ask, connect
+from hemoco.tracking.runs import close_run, find_runs
 
 # as hemoco.checkpoint names them, which imports torch; a test lets it write one
 _CHECKPOINT, _MANIFEST = re.compile(r"step_(\d{8,})_a(\d+)"), "manifest.json"

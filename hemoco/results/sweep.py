@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from hemoco.errors import UsageError
-from hemoco.report.tables import Section
-from hemoco.tracking.runs import RunFacts, connect, find_run, find_runs, metric_history
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import RunFacts, find_run, find_runs, metric_history
 
 OBJECTIVE = "objective"
 """The metric of a trial's run in MLflow."""
@@ -125,31 +125,6 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         data_digest=parent.tags["hemoco.data_digest"],
         params=parent.params,
         trials=tuple(sorted((_trial(uri, experiment_id, facts) for facts in trials), key=_rank)),
-    )
-
-
-def sweep_section(result: SweepResult) -> Section:
-    """A line for each trial, the best first."""
-    names = list(dict.fromkeys(name for trial in result.trials for name in trial.settings))
-    short = {name: name.removeprefix("pretrain.") for name in names}
-    rows = [
-        (
-            str(trial.trial),
-            *(trial.settings.get(name, "") for name in names),
-            "" if math.isnan(trial.objective) else f"{trial.objective:.4f}",
-            str(trial.epochs),
-            trial.outcome,
-            trial.reason,
-        )
-        for trial in result.trials
-    ]
-    watched = f"early stops by {result.watch}" if result.watch else "no early stops"
-    return Section(
-        name="sweep",
-        title=f"{result.sweep}: {len(rows)} trials of {result.recipe}, {watched}",
-        columns=("trial", *short.values(), result.objective, "epochs", "outcome", "reason"),
-        rows=tuple(rows),
-        best=frozenset({(0, 1 + len(names))} if result.best else ()),
     )
 
 

@@ -15,20 +15,10 @@ from threading import Lock
 
 import numpy as np
 
-from hemoco.errors import ShardError, StorageError
+from hemoco.errors import ShardError, StorageError, first_line
 from hemoco.storage.http_range import RangeAnswer, get_range
-from hemoco.storage.objects import (
-    BUSY,
-    absolute_url,
-    direct_url,
-    filesystem,
-    first_line,
-    http_status,
-    is_transient,
-    storage_errors,
-    storage_hint,
-)
-from hemoco.storage.retry import Patience
+from hemoco.storage.objects import absolute_url, direct_url, filesystem, storage_errors, storage_hint
+from hemoco.storage.retry import BUSY, Patience, http_status, is_transient
 
 logger = logging.getLogger(__name__)
 

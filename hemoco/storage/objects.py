@@ -10,7 +10,6 @@ import os
 import re
 import ssl
 import string
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,8 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from hemoco.errors import StorageError
+from hemoco.errors import StorageError, first_line
+from hemoco.storage.retry import loaded_classes
 from hemoco.storage.s3_errors import S3Answer, s3_advice, s3_answer
 
 _S3, _GOOGLE, _AZURE, _WEB = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs"), ("http", "https")
@@ -49,9 +49,6 @@ _S3_CONFIG = {
 _SIGNED_S = 900
 # kept for ever: a forked child that let go of its parent's would close their connections, and the parent would hang
 _made: dict[int, AbstractFileSystem] = {}
-BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
-"""HTTP statuses below 500 that pass."""
-_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 
 
 def home() -> Path:
@@ -250,39 +247,6 @@ def storage_hint(url: str, error: Exception) -> str:
     return "check the path and the disk"
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether the network or the server is at fault and not the request, so that asking again may help."""
-    status = http_status(error)
-    if status is not None:
-        return status >= http.HTTPStatus.INTERNAL_SERVER_ERROR or status in BUSY
-    network = _loaded(
-        "botocore.exceptions:HTTPClientError",
-        "botocore.exceptions:EndpointConnectionError",
-        "aiohttp:ClientError",
-        "azure.core.exceptions:ServiceRequestError",
-        "azure.core.exceptions:ServiceResponseError",
-        "google.auth.exceptions:TransportError",
-    )
-    # the certificate's is an OSError, too
-    permanent: tuple[type[Exception], ...] = (*_PERMANENT, *_loaded("botocore.exceptions:SSLError"))
-    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, permanent)
-
-
-def http_status(error: BaseException) -> int | None:
-    """The HTTP status that an error of fsspec's packages carries, if any."""
-    for carrier in (error, error.__cause__):  # s3fs gives botocore's as the cause
-        if isinstance(response := getattr(carrier, "response", None), dict):
-            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-    # aiohttp; azure; gcsfs
-    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    return next((status for status in found if isinstance(status, int)), None)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 def _explanation(url: str, error: Exception) -> str:
     """What is wrong and what to do about it."""
     if urlsplit(url).scheme in _S3 and (answer := _reason(url, error)) is not None:
@@ -316,7 +280,7 @@ def _endpoint() -> str:
 
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
-    own = _loaded(
+    own = loaded_classes(
         "botocore.exceptions:BotoCoreError",
         "botocore.parsers:ResponseParserError",
         "aiohttp:ClientError",
@@ -325,13 +289,6 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
         "gcsfs.retry:HttpError",
     )
     return (OSError, ValueError, ImportError, http.client.HTTPException, *own)
-
-
-def _loaded(*names: str) -> Iterator[type[Exception]]:
-    """Those of the classes `module:name` that something has imported: local files need no client installed."""
-    for module, _, name in (path.partition(":") for path in names):
-        if found := sys.modules.get(module):
-            yield getattr(found, name)
 
 
 def _goes_by_proxy(url: str) -> bool:

@@ -1,12 +1,13 @@
 """How long to go on after faults of the network, and how long to wait between attempts."""
 
+import http.client
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from hemoco.errors import StorageError
-from hemoco.storage.objects import is_transient
 
 Answer = TypeVar("Answer")
 
@@ -74,3 +75,45 @@ class Patience:
             return False
         time.sleep(min(backoff_s(self._row, random.random()), left_s))
         return True
+
+
+BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
+"""HTTP statuses below 500 that pass."""
+
+
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the network or the server is at fault and not the request, so that asking again may help."""
+    status = http_status(error)
+    if status is not None:
+        return status >= http.HTTPStatus.INTERNAL_SERVER_ERROR or status in BUSY
+    network = loaded_classes(
+        "botocore.exceptions:HTTPClientError",
+        "botocore.exceptions:EndpointConnectionError",
+        "aiohttp:ClientError",
+        "azure.core.exceptions:ServiceRequestError",
+        "azure.core.exceptions:ServiceResponseError",
+        "google.auth.exceptions:TransportError",
+    )
+    # the certificate's is an OSError, too
+    permanent: tuple[type[Exception], ...] = (*_PERMANENT, *loaded_classes("botocore.exceptions:SSLError"))
+    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, permanent)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of fsspec's packages carries, if any."""
+    for carrier in (error, error.__cause__):  # s3fs gives botocore's as the cause
+        if isinstance(response := getattr(carrier, "response", None), dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+    # aiohttp; azure; gcsfs
+    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def loaded_classes(*names: str) -> Iterator[type[Exception]]:
+    """Those of the classes `module:name` that something has imported: local files need no client installed."""
+    for module, _, name in (path.partition(":") for path in names):
+        if found := sys.modules.get(module):
+            yield getattr(found, name)

@@ -10,19 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from hemoco.errors import StorageError, TrackingError
-from hemoco.tracking.unsent import (
-    POINTS_PER_CALL,
-    MetricPoint,
-    RefusedError,
-    kept_files,
-    read_points,
-    remove_points,
-    write_points,
-)
+from hemoco.errors import RefusedError, StorageError, TrackingError
+from hemoco.tracking.client import ask, client_type
+from hemoco.tracking.unsent import POINTS_PER_CALL, MetricPoint, kept_files, read_points, remove_points, write_points
 
 logger = logging.getLogger(__name__)
 
@@ -225,3 +219,54 @@ class MetricQueue:
         if not self._storage_warned:
             logger.warning("event=metrics_storage %s; until it answers, undelivered metrics are in memory alone", error)
         self._storage_warned = True
+
+
+class Tracker(MetricQueue):
+    """Metrics of one MLflow run, sent while training goes on.
+
+    Args:
+        uri: of MLflow.
+        run_id: the run.
+        unsent: URL of a folder for points that are not delivered yet, `JOB/unsent_metrics/RUN_ID`: there a resumed
+            training and `python -m jobs sync` find them.
+    """
+
+    def __init__(self, uri: str, run_id: str, unsent: str) -> None:
+        client_type()  # here, because two threads must not import mlflow at the same time
+        self.step: int | None = None
+        """The last one that was logged; None before."""
+        super().__init__(partial(send_points, uri, run_id), unsent)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """As of MetricQueue."""
+        self.step = step
+        super().log(step, metrics)
+
+
+def check_delivered(tracker: Tracker) -> None:
+    """Refuses to call work done whose metrics MLflow does not have, for a comparison reads nothing else.
+
+    Args:
+        tracker: closed.
+
+    Raises:
+        TrackingError: it still has some.
+    """
+    if not tracker.delivered:
+        raise TrackingError(
+            "MLflow has not taken all metrics, which are kept beside the checkpoints: when it answers again, say the "
+            "same words, and the work goes on from its last checkpoint"
+        )
+
+
+def send_points(uri: str, run_id: str, points: list[MetricPoint], *, patience_s: float = 0.0) -> None:
+    """Sends at most 1000 points, however often they were sent before.
+
+    Raises:
+        RefusedError: MLflow would refuse them for ever.
+        TrackingError: no answer in time.
+    """
+    from mlflow.entities import Metric
+
+    metrics = [Metric(point.key, point.value, point.timestamp, point.step) for point in points]
+    ask(uri, lambda client: client.log_batch(run_id, metrics=metrics), patience_s=patience_s)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from hemoco.errors import CheckpointError, TrackingError
-from hemoco.storage.objects import first_line, read_bytes
-from hemoco.tracking.runs import DIGEST_LENGTH, ask
-from hemoco.tracking.unsent import RefusedError
+from hemoco.errors import CheckpointError, RefusedError, TrackingError, first_line
+from hemoco.storage.objects import read_bytes
+from hemoco.tracking.client import ask
+from hemoco.tracking.runs import DIGEST_LENGTH
 
 MODEL_TYPE = "moco-backbone"
 SNAPSHOT_TYPE = "moco-backbone-snapshot"

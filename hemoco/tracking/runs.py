@@ -3,46 +3,19 @@
 mlflow is imported inside functions: it takes seconds, and `import hemoco` must not need it.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import json
-import os
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from hemoco.errors import TrackingError, UsageError
-from hemoco.mlflow_uri import check_uri, database, shown
-from hemoco.storage.objects import first_line, home
-from hemoco.tracking.metric_queue import MetricQueue
-from hemoco.tracking.unsent import MetricPoint, RefusedError
+from hemoco.errors import UsageError
+from hemoco.tracking.client import ask
+from hemoco.tracking.unsent import MetricPoint
 
-Answer = TypeVar("Answer")
-EXPERIMENT = "hemoco"
 DIGEST_LENGTH = 36
 """MLflow keeps so many characters of a data set's digest."""
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's pages open on evaluations of agents
-_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 with back-off block for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-}
-# asking again would give the same answer
-_FINAL_ERRORS = (
-    "RESOURCE_DOES_NOT_EXIST",
-    "RESOURCE_ALREADY_EXISTS",
-    "INVALID_PARAMETER_VALUE",
-    "INVALID_STATE",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,48 +27,6 @@ class RunFacts:
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
-
-
-def tracking_uri() -> str:
-    """`$MLFLOW_TRACKING_URI`, default SQLite below `home()`; absolute, because workers run in other folders."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
-    return f"sqlite:///{database(uri).resolve()}" if uri.startswith("sqlite:///") else uri
-
-
-def connect(uri: str) -> str:
-    """Checks that MLflow answers, and finds or creates the experiment `hemoco`.
-
-    Returns:
-        The experiment's id.
-
-    Raises:
-        TrackingError: the URI is of a wrong kind, nothing answers there, or the experiment was deleted.
-    """
-    check_uri(uri)
-    local = uri.startswith("sqlite:")
-    patience_s = 30.0 if local else 0.0  # a file may be locked for a moment; a server that is not there stays away
-    found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT), patience_s=patience_s)
-    if found is None:
-        folder = (database(uri).parent / "mlartifacts").as_uri() if local else None
-        try:
-            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, folder, _KIND)))
-        except TrackingError:
-            # another process may have created it in between
-            found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT))
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        raise TrackingError(
-            f"experiment {EXPERIMENT!r} was deleted in MLflow at {shown(uri)}: restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
-        )
-    if "mlflow.experimentKind" not in found.tags:  # made by an older version
-        with contextlib.suppress(TrackingError):  # who may only read sees it as it was
-            tags = _KIND.items()
-            ask(
-                uri, lambda client: [client.set_experiment_tag(found.experiment_id, *tag) for tag in tags], patience_s=0
-            )
-    return str(found.experiment_id)
 
 
 def open_run(
@@ -231,102 +162,3 @@ def metric_points(uri: str, run_id: str, key: str) -> list[MetricPoint]:
 def metric_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     """(step, value) of `metric_points`."""
     return [(point.step, point.value) for point in metric_points(uri, run_id, key)]
-
-
-def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0) -> Answer:
-    """Asks MLflow, again and again for a while where that can help: server restarting, database locked.
-
-    Args:
-        uri: of MLflow.
-        question: gets an MlflowClient.
-        patience_s: after that time no new attempt begins.
-
-    Raises:
-        TrackingError: no answer in time, or a refusal (RefusedError).
-    """
-    client = _client_type()
-    from mlflow.exceptions import MlflowException
-
-    end = time.monotonic() + patience_s
-    for pause_s in itertools.chain((0.2, 0.5, 1.0, 2.0, 4.0), itertools.repeat(8.0)):
-        try:
-            return question(client(tracking_uri=uri))
-        except MlflowException as error:
-            if error.error_code in _FINAL_ERRORS or time.monotonic() + pause_s > end:
-                raise _refusal(uri, error) from error
-        time.sleep(pause_s)
-    raise AssertionError("endless")
-
-
-class Tracker(MetricQueue):
-    """Metrics of one MLflow run, sent while training goes on.
-
-    Args:
-        uri: of MLflow.
-        run_id: the run.
-        unsent: URL of a folder for points that are not delivered yet, `JOB/unsent_metrics/RUN_ID`: there a resumed
-            training and `python -m jobs sync` find them.
-    """
-
-    def __init__(self, uri: str, run_id: str, unsent: str) -> None:
-        _client_type()  # here, because two threads must not import mlflow at the same time
-        self.step: int | None = None
-        """The last one that was logged; None before."""
-        super().__init__(partial(send_points, uri, run_id), unsent)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """As of MetricQueue."""
-        self.step = step
-        super().log(step, metrics)
-
-
-def check_delivered(tracker: Tracker) -> None:
-    """Refuses to call work done whose metrics MLflow does not have, for a comparison reads nothing else.
-
-    Args:
-        tracker: closed.
-
-    Raises:
-        TrackingError: it still has some.
-    """
-    if not tracker.delivered:
-        raise TrackingError(
-            "MLflow has not taken all metrics, which are kept beside the checkpoints: when it answers again, say the "
-            "same words, and the work goes on from its last checkpoint"
-        )
-
-
-def send_points(uri: str, run_id: str, points: list[MetricPoint], *, patience_s: float = 0.0) -> None:
-    """Sends at most 1000 points, however often they were sent before.
-
-    Raises:
-        RefusedError: MLflow would refuse them for ever.
-        TrackingError: no answer in time.
-    """
-    from mlflow.entities import Metric
-
-    metrics = [Metric(point.key, point.value, point.timestamp, point.step) for point in points]
-    ask(uri, lambda client: client.log_batch(run_id, metrics=metrics), patience_s=patience_s)
-
-
-def _client_type() -> Any:
-    """MlflowClient, imported with our defaults in the environment; the user's own values win."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    return MlflowClient
-
-
-def _refusal(uri: str, error: Exception) -> TrackingError:
-    reason = first_line(error)
-    if "Max retries exceeded" in str(error) or "timed out" in str(error):
-        reason = "it does not answer"
-    advice = "start the server or correct MLFLOW_TRACKING_URI (unset: SQLite in $HEMOCO_HOME)"
-    code = getattr(error, "error_code", "")
-    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    elif "'active' state" in reason:
-        advice = "it was deleted, `mlflow runs restore --run-id` brings it back"
-    kind = RefusedError if code in _FINAL_ERRORS else TrackingError
-    return kind(f"MLflow at {shown(uri)}: {reason}; {advice}")

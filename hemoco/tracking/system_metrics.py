@@ -21,10 +21,11 @@ from typing import NamedTuple, Self
 
 import torch
 
-from hemoco import __version__
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import home
-from hemoco.tracking.runs import Tracker, ask
+from hemoco.tracking.client import ask
+from hemoco.tracking.metric_queue import Tracker
+from hemoco.version import __version__
 
 logger = logging.getLogger(__name__)
 

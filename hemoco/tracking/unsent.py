@@ -31,10 +31,6 @@ class MetricPoint:
     step: int
 
 
-class RefusedError(TrackingError):
-    """MLflow answered, and would answer the same again: the run was deleted, the password is wrong."""
-
-
 def write_points(folder: str, points: list[MetricPoint]) -> str:
     """Writes a new file below the folder; returns its URL.
 

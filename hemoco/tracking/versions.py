@@ -5,10 +5,9 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from hemoco.errors import UsageError
+from hemoco.errors import RefusedError, UsageError
+from hemoco.tracking.client import ask, tracking_uri
 from hemoco.tracking.models import MODEL_ID, SCHEME, VERSIONS, alias_name, read_model_file
-from hemoco.tracking.runs import ask, tracking_uri
-from hemoco.tracking.unsent import RefusedError
 
 _FORMS = re.compile(
     r"models:/(?:(?P<id>m-[0-9a-f]{32})|(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest)))"

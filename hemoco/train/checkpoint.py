@@ -13,24 +13,19 @@ import pickle
 import re
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 
 from hemoco.config import EncoderConfig, config_difference
 from hemoco.distributed import broadcast_object, rank
-from hemoco.errors import CheckpointError, ConfigError
-from hemoco.models.resnet import Backbone, build_encoder
+from hemoco.errors import CheckpointError
 from hemoco.storage.objects import join_url, list_names, read_bytes, remove, write_bytes
-from hemoco.storage.tensor_files import parse_safetensors
-from hemoco.tracking.models import SCHEME
-from hemoco.tracking.versions import read_model
 from hemoco.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = "hemoco-checkpoint-1"
 _STATE, _MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
-_CHECKPOINT_FORMAT, _BACKBONE_FORMAT = "hemoco-checkpoint-1", "hemoco-backbone-1"
 
 
 class SavedMethod(NamedTuple):
@@ -71,7 +66,7 @@ def save_checkpoint(state: TrainingState, url: str, *, attempt: int, keep_last: 
     torch.save(state.state_dict(), file)
     data = file.getvalue()
     manifest = {
-        "format": _CHECKPOINT_FORMAT,
+        "format": _FORMAT,
         "step": state.step,
         "attempt": attempt,
         "bytes": len(data),
@@ -179,90 +174,6 @@ def load_method(url: str) -> SavedMethod:
     return SavedMethod(encoder, epoch, saved["model"])
 
 
-def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> None:
-    """Writes one safetensors file.
-
-    Args:
-        backbone: its encoder's tensors get timm's names.
-        url: of the file.
-        metadata: `data_digest`, `run_id` and `size` of the images of the pretraining, and where else it comes from.
-    """
-    # contiguous: training keeps them channels-last, which safetensors cannot say
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.encoder.state_dict().items()}
-    own = {
-        "format": _BACKBONE_FORMAT,
-        "architecture": backbone.config.architecture,
-        "stem": backbone.config.stem,
-        "shortcuts": json.dumps(backbone.config.shortcuts),
-        "zero_init_last": json.dumps(backbone.config.zero_init_last),
-        "mean": json.dumps(backbone.mean),
-        "std": json.dumps(backbone.std),
-    }
-    write_bytes(url, safetensors.torch.save(tensors, metadata | own))
-
-
-def backbone_metadata(url: str) -> dict[str, str]:
-    """format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id and the pretraining's size.
-
-    Those of imports have a source and no size.
-
-    Raises:
-        CheckpointError: the file is not a hemoco backbone.
-    """
-    return _parse_backbone(url, read_backbone(url))[0]
-
-
-def read_backbone(url: str) -> bytes:
-    """The bytes of a backbone's file, wherever `load_backbone` would read it."""
-    return read_model(url) if url.startswith(SCHEME) else read_bytes(url)
-
-
-def load_backbone(url: str) -> Backbone:
-    """A backbone in evaluation mode on the CPU: normalised (N, 3, H, W) -> features (N, F).
-
-    Args:
-        url: URL or path of a backbone.safetensors, or its name in MLflow's registry: models:/NAME@ALIAS,
-            models:/NAME/VERSION, models:/NAME/latest or models:/m-...
-
-    Raises:
-        CheckpointError: the file is not a hemoco backbone, or its tensors are not exactly those of its architecture.
-        StorageError: the file cannot be read.
-        TrackingError: MLflow has no such model, or cannot be used.
-        UsageError: a name beginning with models:/ is none of these.
-    """
-    metadata, tensors = _parse_backbone(url, read_backbone(url))
-    try:
-        config = EncoderConfig(
-            architecture=metadata["architecture"],
-            stem="small" if metadata["stem"] == "small" else "imagenet",
-            shortcuts=json.loads(metadata.get("shortcuts", "true")),  # older files do not say so
-            zero_init_last=json.loads(metadata["zero_init_last"]),
-        )
-        mean, std = (_triple(json.loads(metadata[name])) for name in ("mean", "std"))
-        backbone = random_backbone(config, 0, mean, std)
-        # torch's strict loading lets BN's counters be absent
-        if absent := backbone.encoder.state_dict().keys() - tensors.keys():
-            raise CheckpointError(f"{sorted(absent)} are missing")
-        backbone.encoder.load_state_dict(tensors)
-    except KeyError as error:
-        raise CheckpointError(f"{url}: its metadata lacks {error}; export the backbone again") from error
-    except (ConfigError, CheckpointError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{url}: does not fit its architecture: {' '.join(str(error).split())}") from error
-    return backbone
-
-
-def random_backbone(
-    config: EncoderConfig, seed: int, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Backbone:
-    """An untrained backbone in evaluation mode; to use it frozen, calibrate its BN statistics first."""
-    return Backbone(build_encoder(config, seed), config, mean, std).eval()
-
-
-def _triple(values: list[float]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return red, green, blue
-
-
 def _folder_name(place: _Place) -> str:
     return f"step_{place.step:08d}_a{place.attempt}"
 
@@ -287,11 +198,11 @@ def _read_manifest(url: str) -> dict[str, Any]:
     text = read_bytes(join_url(url, _MANIFEST))
     try:
         manifest: dict[str, Any] = json.loads(text)
-        known = manifest["format"] == _CHECKPOINT_FORMAT
+        known = manifest["format"] == _FORMAT
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{url}: {_MANIFEST} is damaged") from error
     if not known:
-        raise CheckpointError(f"{url}: its format is {manifest['format']}, this version reads {_CHECKPOINT_FORMAT}")
+        raise CheckpointError(f"{url}: its format is {manifest['format']}, this version reads {_FORMAT}")
     return manifest
 
 
@@ -314,13 +225,3 @@ def _load_state(url: str, manifest: dict[str, Any]) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f"{url}: {_STATE} holds more than tensors and plain values; it was not run") from error
     return saved
-
-
-def _parse_backbone(url: str, data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    metadata, tensors = parse_safetensors(url, data)
-    if metadata.get("format") != _BACKBONE_FORMAT:
-        raise CheckpointError(
-            f"{url}: is not a hemoco backbone: its metadata says format {metadata.get('format')}, "
-            f"not {_BACKBONE_FORMAT}; pretrain writes backbone.safetensors"
-        )
-    return metadata, tensors

@@ -27,8 +27,7 @@ from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.data.transforms import augment, draw_augmentation
 from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, wrap_for_gradients
-from hemoco.errors import TrainingError
-from hemoco.memory import memory_errors
+from hemoco.errors import TrainingError, memory_errors
 from hemoco.models.build import Method, build_method, trained_parameters
 from hemoco.models.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
 from hemoco.models.moco import MoCoOutput

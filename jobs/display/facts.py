@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hemoco.tracking.runs import RunFacts, ask, facts_of
+from hemoco.tracking.client import ask
+from hemoco.tracking.runs import RunFacts, facts_of
 
 
 class Phase(NamedTuple):

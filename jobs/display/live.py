@@ -18,9 +18,9 @@ from rich.live import Live
 from hemoco.config import Recipe, TransferConfig
 from hemoco.data.shards.index import read_index
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
-from hemoco.errors import HemocoError
-from hemoco.storage.objects import absolute_url, first_line
-from hemoco.tracking.runs import connect, tracking_uri
+from hemoco.errors import HemocoError, first_line
+from hemoco.storage.objects import absolute_url
+from hemoco.tracking.client import connect, tracking_uri
 from jobs.display.facts import Facts, read_facts
 from jobs.display.lines import Frames, lines_above
 from jobs.display.run_view import Pace, Picture, Plan

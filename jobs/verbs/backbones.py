@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hemoco.errors import UsageError
+from hemoco.errors import RefusedError, UsageError
 from hemoco.storage.objects import join_url, list_names, remove
-from hemoco.tracking.runs import connect, find_runs, run_facts, tracking_uri
-from hemoco.tracking.unsent import RefusedError
+from hemoco.tracking.client import connect, tracking_uri
+from hemoco.tracking.runs import find_runs, run_facts
 from hemoco.tracking.versions import BackboneVersion, backbone_version, backbone_versions, delete_version, set_alias
 
 _FILE_WIDTH = 200  # columns where no terminal says how wide it is

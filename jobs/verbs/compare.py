@@ -11,7 +11,7 @@ from hemoco.report.extra_tables import extra_sections
 from hemoco.report.files import render, sections, write_files
 from hemoco.report.tables import print_section
 from hemoco.results.comparison import compare_runs
-from hemoco.tracking.runs import tracking_uri
+from hemoco.tracking.client import tracking_uri
 from jobs.session import print_comparison, results_folder, table_console, write_report, write_results
 
 

@@ -17,6 +17,7 @@ from hemoco.errors import TrainingError
 from hemoco.report.training import health_checks
 from hemoco.results.records import comparison
 from hemoco.storage.objects import home, join_url, read_bytes, write_bytes
+from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from jobs.demo_data import write_digits, write_scenes
 from jobs.display.live import live_display
@@ -49,7 +50,7 @@ def demo(*, out: str = "", seed: int = 0) -> None:
         with _phase("start S3, Ray and MLflow"):
             bucket = stack.enter_context(embedded_stack(Path(work) / "s3"))
             take_sigterm_as_ctrl_c()
-            tracking.connect(tracking.tracking_uri())
+            client.connect(client.tracking_uri())
         recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
         tags = run_tags("demo", "demo")
         with _phase("pretrain, then transfer"), live_display(run, pretrain=recipe, transfers=recipe.transfers):
@@ -57,7 +58,7 @@ def demo(*, out: str = "", seed: int = 0) -> None:
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)
     publish(run, print_comparison(run, str(folder)))
-    print(f"MLflow UI   uv run mlflow ui --backend-store-uri {tracking.tracking_uri()}")
+    print(f"MLflow UI   uv run mlflow ui --backend-store-uri {client.tracking_uri()}")
     check_learned(run)
 
 
@@ -67,7 +68,7 @@ def check_learned(run: str) -> None:
     Raises:
         TrainingError: the loss is not well below chance, ln(K + 1), or the embeddings have collapsed.
     """
-    checks = health_checks(comparison(tracking.tracking_uri(), run).pretraining)
+    checks = health_checks(comparison(client.tracking_uri(), run).pretraining)
     findings = [f"{check.name}: {check.finding}" for check in checks if not check.passed]
     if findings:
         raise TrainingError(f"{run}: pretraining learned nothing: {'; '.join(findings)}")
@@ -103,7 +104,7 @@ def _data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
 
 def _keep_backbone(run: str, folder: Path) -> None:
     """Copies the backbone out of the S3 server that is about to end, and says so in MLflow."""
-    uri = tracking.tracking_uri()
+    uri = client.tracking_uri()
     pretraining = comparison(uri, run).pretraining
     kept = join_url(folder.as_uri(), "backbone.safetensors")
     write_bytes(kept, read_bytes(pretraining.backbone_url))

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cluster.local.ray import local_ray
-from hemoco.data.label_counts import count_labels
 from hemoco.data.shards.index import INDEX_VERSION, ShardIndex, read_index
+from hemoco.data.shards.sampling import count_labels
 from hemoco.errors import ShardError
 from hemoco.storage.objects import absolute_url, write_bytes
 from jobs.progress import follow, printable

@@ -15,9 +15,9 @@ from cluster.submit.checkout import CHECKOUT, upload_problems
 from hemoco.config import ClassifierConfig, Recipe, StreamConfig, TrainedConfig, world_sizes
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import absolute_url, home
-from hemoco.tracking.runs import tracking_uri
+from hemoco.tracking.client import tracking_uri
 from jobs.options import RunOptions, parse_options
-from pipeline.open_run import check_pretraining, check_transfers
+from pipeline.checks import check_pretraining, check_transfers
 
 _BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.loader
 _MODULES = (

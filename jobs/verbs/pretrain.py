@@ -3,7 +3,7 @@
 from jobs.display.live import live_display
 from jobs.options import RunOptions, parse_options
 from jobs.session import announce, ray_session, run_name, run_tags, storage_url
-from pipeline.open_run import check_pretraining
+from pipeline.checks import check_pretraining
 
 
 def main(argv: list[str]) -> None:

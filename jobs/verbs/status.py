@@ -15,11 +15,12 @@ from rich.text import Text
 
 from cluster.submit.environment import words_again
 from hemoco.errors import HemocoError, UsageError
+from hemoco.report.extra_tables import sweep_section
 from hemoco.report.tables import print_section
 from hemoco.results.status import PhaseStatus, RunStatus, newest_complete, newest_runs, run_status
-from hemoco.results.sweep import SweepResult, find_sweep, sweep_section
+from hemoco.results.sweep import SweepResult, find_sweep
 from hemoco.storage.objects import join_url
-from hemoco.tracking.runs import tracking_uri
+from hemoco.tracking.client import tracking_uri
 from jobs.options import load_recipe, settings_words
 from jobs.verbs.submit import head_address
 

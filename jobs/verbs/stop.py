@@ -8,7 +8,7 @@ import tyro
 from cluster.submit.environment import words_again
 from hemoco.errors import UsageError
 from hemoco.results.status import close_running
-from hemoco.tracking.runs import connect, tracking_uri
+from hemoco.tracking.client import connect, tracking_uri
 from jobs.verbs.submit import head_address, in_mlflow
 
 

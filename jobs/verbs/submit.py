@@ -113,7 +113,7 @@ def check_here(request: Request) -> None:
     if recipe is None or verb == "preflight":  # that one checks there
         return
     from jobs.verbs.sweep import check_sweep  # torch
-    from pipeline.open_run import check_pretraining, check_transfers
+    from pipeline.checks import check_pretraining, check_transfers
 
     try:
         _look_for_folders(recipe)

@@ -7,13 +7,15 @@ from rich.text import Text
 
 from hemoco.config import Recipe, config_digest, flat_params
 from hemoco.errors import HemocoError, UsageError
+from hemoco.report.extra_tables import sweep_section
 from hemoco.report.tables import print_section
-from hemoco.results.sweep import SweepResult, search_settings, sweep_json, sweep_result, sweep_section
-from hemoco.tracking.runs import log_artifact_bytes, tracking_uri
+from hemoco.results.sweep import SweepResult, search_settings, sweep_json, sweep_result
+from hemoco.tracking.client import tracking_uri
+from hemoco.tracking.runs import log_artifact_bytes
 from jobs.display.sweep_view import live_sweep
 from jobs.options import ReportOptions, load_recipe, parse_options, settings_words
 from jobs.session import announce, ray_session, results_folder, run_tags, storage_url, table_console
-from pipeline.open_run import check_pretraining, check_transfers
+from pipeline.checks import check_pretraining, check_transfers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

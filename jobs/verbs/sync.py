@@ -5,9 +5,11 @@ from typing import Annotated
 
 import tyro
 
-from hemoco.errors import TrackingError, UsageError
-from hemoco.tracking.runs import RunFacts, connect, find_runs, send_points, tracking_uri
-from hemoco.tracking.unsent import RefusedError, deliver_file, kept_files, kept_folders
+from hemoco.errors import RefusedError, TrackingError, UsageError
+from hemoco.tracking.client import connect, tracking_uri
+from hemoco.tracking.metric_queue import send_points
+from hemoco.tracking.runs import RunFacts, find_runs
+from hemoco.tracking.unsent import deliver_file, kept_files, kept_folders
 
 _PATIENCE_S = 10.0
 

@@ -3,7 +3,7 @@
 from jobs.display.live import live_display
 from jobs.options import parse_transfer
 from jobs.session import announce, print_comparison, publish, ray_session, run_name, run_tags, storage_url
-from pipeline.open_run import check_transfers
+from pipeline.checks import check_transfers
 
 
 def main(argv: list[str]) -> None:

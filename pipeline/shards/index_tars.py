@@ -16,7 +16,6 @@ from hemoco.data.shards.tar import parse_tar
 from hemoco.data.sources.tars import FoundTar, find_tars
 from hemoco.errors import HemocoError, ShardError
 from hemoco.storage.objects import absolute_url, check_writable, join_url, list_names, read_bytes, remove
-from pipeline.findings import Finding, count_reasons, unite_findings
 from pipeline.shards.pack import (
     existing_index,
     image_flaw,
@@ -26,7 +25,7 @@ from pipeline.shards.pack import (
     replaceable_index,
     restore_table,
 )
-from pipeline.workers.tasks import Progress, finish, run_tasks
+from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks, unite_findings
 
 
 @dataclass(frozen=True)

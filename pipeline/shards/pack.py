@@ -41,9 +41,8 @@ from hemoco.storage.objects import (
     remove,
     write_bytes,
 )
-from pipeline.findings import Finding, count_reasons
 from pipeline.shards import markers as unfinished
-from pipeline.workers.tasks import Progress, finish, run_tasks
+from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks
 
 if TYPE_CHECKING:
     from hemoco.data.decode import UndecodableImage

@@ -13,6 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from hemoco.errors import HemocoError
 from hemoco.results.sweep import VERDICT
+from hemoco.tracking import metric_queue
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.unsent import MetricPoint
 from pipeline.workers.stop_request import request_stop
@@ -154,7 +155,7 @@ class EarlyStop:
     def _judge(self, trial: Watched, epoch: int, value: float) -> None:
         if epoch not in trial.recorded:
             point = MetricPoint(key=self.metric, value=value, timestamp=time.time_ns() // 1_000_000, step=epoch)
-            tracking.send_points(self.uri, trial.run_id, [point], patience_s=60.0)
+            metric_queue.send_points(self.uri, trial.run_id, [point], patience_s=60.0)
             trial.recorded |= {epoch}
         trial.condemned |= self.rule.is_bad(trial.run, epoch, value)
         trial.judged.add(epoch)

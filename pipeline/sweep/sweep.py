@@ -21,11 +21,12 @@ from hemoco.config import Choice, Recipe, SweepConfig, Uniform, config_differenc
 from hemoco.config.sweep import KNN, Range, with_settings
 from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
-from hemoco.errors import TrackingError, TrainingError, UsageError
+from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.results.records import PRETRAINED, comparison
 from hemoco.results.status import close_running
 from hemoco.results.sweep import OBJECTIVE, STEPS_PER_EPOCH, STOPPED, is_over, search_settings
-from hemoco.storage.objects import absolute_url, first_line, join_url
+from hemoco.storage.objects import absolute_url, join_url
+from hemoco.tracking import client, metric_queue
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.unsent import MetricPoint
 from pipeline.open_run import closing_run, same_folder
@@ -133,8 +134,8 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
     config = recipe.sweep
     assert config is not None, "checked by the caller"
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=absolute_url(recipe.data.shards)))
-    data, uri, params = read_index(recipe.data.shards), tracking.tracking_uri(), flat_params(recipe)
-    experiment_id = tracking.connect(uri)
+    data, uri, params = read_index(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
+    experiment_id = client.connect(uri)
     if tracking.find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"}) is not None:
         raise UsageError(f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name")
     if fresh:
@@ -184,7 +185,7 @@ def _open_trial(sweep: Sweep, number: int, settings: dict[str, object]) -> Trial
             *(sweep.uri, sweep.experiment_id), name=name, parent=sweep.run_id, tags=key, params=flat_params(settings)
         )
         # until its turn comes
-        tracking.ask(sweep.uri, lambda client: client.update_run(run_id, status="SCHEDULED"))
+        client.ask(sweep.uri, lambda client: client.update_run(run_id, status="SCHEDULED"))
     else:
         run_id = known.run_id
     return Trial(number, settings, f"{sweep.run}/{name}", run_id, known is not None and is_over(known))
@@ -266,7 +267,7 @@ def _enter(sweep: Sweep, trial: Trial, recipe: Recipe, judge: EarlyStop | None) 
 
 def _log_objective(uri: str, run_id: str, value: float) -> None:
     point = MetricPoint(key=OBJECTIVE, value=value, timestamp=time.time_ns() // 1_000_000, step=0)
-    tracking.send_points(uri, run_id, [point], patience_s=60.0)
+    metric_queue.send_points(uri, run_id, [point], patience_s=60.0)
 
 
 def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from hemoco.config import ResourcesConfig, TrainedConfig, TransferConfig
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import join_url, list_names
+from hemoco.tracking import metric_queue
 from hemoco.tracking import runs as tracking
 from pipeline.lineage import PRETRAINED, record_snapshot, seed_values
 from pipeline.open_run import Origin, Study
@@ -126,5 +127,5 @@ def _add_to_curve(study: Study, run_id: str, child: str, name: str, metric: str,
         return
     metrics = tracking.run_facts(study.uri, child).metrics
     values = seed_values(metrics, PRETRAINED, metric)
-    with tracking.Tracker(study.uri, run_id, join_url(study.url, "curve", "unsent_metrics", run_id)) as tracker:
+    with metric_queue.Tracker(study.uri, run_id, join_url(study.url, "curve", "unsent_metrics", run_id)) as tracker:
         tracker.log(epoch, {key: sum(values) / len(values)})

@@ -10,8 +10,9 @@ from hemoco.data.shards.index import read_index
 from hemoco.storage.objects import join_url
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import Data
+from pipeline.checks import transfer_data
 from pipeline.lineage import BackboneModels, data_counts, data_name, link_models, log_results
-from pipeline.open_run import Origin, Study, closing_run, open_child, transfer_data
+from pipeline.open_run import Origin, Study, closing_run, open_child
 from pipeline.transfer.job import TransferJob
 from pipeline.transfer.units import headline_metric, measure_transfer
 

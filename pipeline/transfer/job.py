@@ -10,7 +10,8 @@ from hemoco.data.labelled import some_images
 from hemoco.features.extract import CALIBRATION_IMAGES
 from hemoco.models.resnet import Backbone
 from hemoco.storage.objects import join_url
-from hemoco.tracking.runs import Tracker, check_delivered, log_artifact_bytes, run_facts, set_tags
+from hemoco.tracking.metric_queue import Tracker, check_delivered
+from hemoco.tracking.runs import log_artifact_bytes, run_facts, set_tags
 from hemoco.tracking.system_metrics import machine_facts
 from hemoco.transfer.result import TransferResult
 

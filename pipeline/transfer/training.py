@@ -25,11 +25,11 @@ from hemoco.data.shards.index import read_index
 from hemoco.data.stream.bad_samples import BadSampleFile
 from hemoco.data.stream.batches import batches, steps_per_epoch
 from hemoco.distributed import rank, world_size
+from hemoco.errors import memory_errors
 from hemoco.features.extract import calibrate_batch_norm
-from hemoco.memory import memory_errors
 from hemoco.storage.objects import join_url
 from hemoco.storage.retry import EVALUATION_PATIENCE_S, patiently
-from hemoco.tracking.runs import Tracker
+from hemoco.tracking.metric_queue import Tracker
 from hemoco.train.checkpoint import resume_newest, save_checkpoint
 from hemoco.train.state import LoggedStep, TrainingState
 from hemoco.transfer.classification.classifier import build_classifier_state, classifier_plan
@@ -43,7 +43,6 @@ from hemoco.transfer.detection.training import (
     sorted_category_ids,
 )
 from hemoco.transfer.result import TransferResult
-from pipeline.interrupted import Interrupted
 from pipeline.transfer.job import (
     TransferUnit,
     begin_attempt,
@@ -54,6 +53,7 @@ from pipeline.transfer.job import (
     unit_tracker,
 )
 from pipeline.workers.interruption import TrainingProcess, sigterm_noted
+from pipeline.workers.tasks import Interrupted
 
 _LESS_MEMORY = (
     "take more workers for this transfer or machines with more memory: the same words go on from the last checkpoint"

@@ -17,11 +17,10 @@ from hemoco.config import (
     TransferConfig,
 )
 from hemoco.data.labelled import LabelledSplit, open_split
-from hemoco.errors import HemocoError, TrackingError, TrainingError
+from hemoco.errors import HemocoError, TrackingError, TrainingError, first_line, memory_errors
 from hemoco.features.cache import FeatureCache
 from hemoco.features.extract import calibrate_batch_norm
-from hemoco.memory import memory_errors
-from hemoco.storage.objects import first_line, home
+from hemoco.storage.objects import home
 from hemoco.transfer.classification.knn import run_knn
 from hemoco.transfer.classification.linear_probe import run_linear_probe
 from hemoco.transfer.classification.low_shot import run_low_shot

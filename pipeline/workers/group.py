@@ -23,12 +23,11 @@ from ray.train.torch.config import _TorchBackend
 
 from hemoco.config import ResourcesConfig
 from hemoco.distributed import rank
-from hemoco.errors import HemocoError, StorageError, TrainingError
-from hemoco.memory import LostLoaderError, memory_errors
+from hemoco.errors import HemocoError, LostLoaderError, StorageError, TrainingError, memory_errors
 from hemoco.storage.objects import filesystem, join_url, list_names, remove
-from pipeline.interrupted import Interrupted
 from pipeline.workers.capacity import wait_for_room
 from pipeline.workers.interruption import TrainingProcess, note_sigterm
+from pipeline.workers.tasks import Interrupted
 
 logger = logging.getLogger(__name__)
 

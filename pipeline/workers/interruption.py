@@ -13,8 +13,8 @@ import torch
 
 from hemoco.config import ResourcesConfig
 from hemoco.distributed import rank, sum_over_ranks, world_size
-from pipeline.interrupted import Reason
 from pipeline.workers.capacity import fitting_workers
+from pipeline.workers.tasks import Reason
 
 _REASONS: tuple[Reason, ...] = ("stopped", "preempted", "grow")
 _told = threading.Event()  # a signal belongs to the process, not to any part of it

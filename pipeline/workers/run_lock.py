@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hemoco.errors import UsageError
-from hemoco.storage.objects import first_line, home
+from hemoco.errors import UsageError, first_line
+from hemoco.storage.objects import home
 
 logger = logging.getLogger(__name__)
 

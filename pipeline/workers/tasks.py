@@ -4,12 +4,9 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from hemoco.errors import HemocoError, StorageError, TrackingError
-from hemoco.memory import LostLoaderError
-from hemoco.storage.objects import first_line
-from pipeline.interrupted import Interrupted
+from hemoco.errors import HemocoError, LostLoaderError, StorageError, TrackingError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -177,3 +174,37 @@ def _result(reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         reason = first_line(error)
         raise LostWorkerError(f"a Ray worker was lost ({reason}); run the same command again") from error
+
+
+Reason = Literal["stopped", "preempted", "grow"]
+
+
+class Interrupted(NamedTuple):
+    """A training that stopped before its end: begun again, it goes on from the checkpoint it has saved."""
+
+    reason: Reason
+    step: int
+    """Optimiser steps done."""
+
+
+class Finding(NamedTuple):
+    """What was met once or more."""
+
+    reason: str
+    times: int
+    first: str
+    """The first it was met at."""
+
+
+def count_reasons(cases: Iterable[tuple[str, str]]) -> list[Finding]:
+    """The findings of (name, reason) pairs, one for each reason, in alphabetical order."""
+    return unite_findings(Finding(reason, 1, name) for name, reason in cases)
+
+
+def unite_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings of several tasks, one for each reason, in alphabetical order; the first one's example stays."""
+    united: dict[str, Finding] = {}
+    for finding in findings:
+        known = united.get(finding.reason)
+        united[finding.reason] = finding if known is None else known._replace(times=known.times + finding.times)
+    return [united[reason] for reason in sorted(united)]

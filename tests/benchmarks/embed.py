@@ -26,6 +26,7 @@ from machine import describe_machine, table
 from step_rounds import Goal, over_rounds, print_goals, take_turns
 from torch import Tensor
 
+from hemoco.backbones.file import export_backbone, load_backbone, random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.data.decode import decode_image
 from hemoco.data.shards.index import Shard, ShardIndex, read_index, read_shard, write_index, write_table
@@ -35,7 +36,6 @@ from hemoco.features.embed import embed_shards
 from hemoco.features.extract import extract_features
 from hemoco.features.plan import EmbedConfig, EmbedPlan, plan_embedding
 from hemoco.storage.objects import join_url, write_bytes
-from hemoco.train.checkpoint import export_backbone, load_backbone, random_backbone
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHARD = 320

@@ -29,10 +29,10 @@ from step_rounds import Goal, over_rounds, print_gaps, print_goals, take_turns
 from torch import Tensor
 from torch.nn import functional
 
+from hemoco.backbones.file import random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.features.extract import calibrate_batch_norm, extract_features
 from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import random_backbone
 from hemoco.transfer.classification.knn import knn_votes, make_bank
 
 CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10"

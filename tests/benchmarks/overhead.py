@@ -103,7 +103,7 @@ def _measure(
     ways: dict[str, Callable[[str, Path], Times]], shards: str, folder: Path, rounds: int
 ) -> dict[str, list[Times]]:
     from cluster.local.ray import local_ray
-    from hemoco.tracking.runs import connect, tracking_uri
+    from hemoco.tracking.client import connect, tracking_uri
 
     connect(tracking_uri())
     found: dict[str, list[Times]] = {way: [] for way in ways}
@@ -144,7 +144,7 @@ def _by_ray(shards: str, folder: Path) -> Times:
     """As `python -m jobs pretrain` does; the ends of the steps are when MLflow says that they were logged."""
     from mlflow import MlflowClient
 
-    from hemoco.tracking.runs import tracking_uri
+    from hemoco.tracking.client import tracking_uri
     from pipeline.run import pretrain_only
 
     recipe = Recipe(name="overhead", data=DataConfig(shards=shards), pretrain=CONFIG)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
-from hemoco.models.shuffle import SplitBatchNorm
+from hemoco.models.batch_norm import SplitBatchNorm
 from hemoco.train.pretrain import TrainState, build_state, train_steps
 
 OURS, SPLIT, FLOAT, LOGGED, COMPILED, TUNED = (

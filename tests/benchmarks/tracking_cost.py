@@ -46,7 +46,9 @@ from step_rounds import Found, Goal, print_goals
 from cluster.local.servers import MlflowServer, mlflow_server
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
-from hemoco.tracking.runs import Tracker, check_delivered, connect, metric_history, open_run
+from hemoco.tracking.client import connect
+from hemoco.tracking.metric_queue import Tracker, check_delivered
+from hemoco.tracking.runs import metric_history, open_run
 from hemoco.tracking.system_metrics import SystemMetrics
 from hemoco.train.pretrain import StepMetrics, build_state, train_steps
 from jobs.recipes.demo import recipe

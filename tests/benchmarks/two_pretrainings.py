@@ -25,7 +25,8 @@ from pathlib import Path
 from cluster.local.processes import descendants
 from cluster.local.servers import MlflowServer, mlflow_server
 from cluster.submit.checkout import CHECKOUT
-from hemoco.tracking.runs import connect, find_runs, metric_history
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import find_runs, metric_history
 
 _DATA = CHECKOUT.parent / "shared" / "data" / "cifar10"
 _OUTAGE_S = 60.0

@@ -8,8 +8,10 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
-from hemoco.data.shards.index import Shard, read_table, shard_url
+from hemoco.data.shards.index import Shard, ShardIndex, read_table, read_tables, shard_url
 from hemoco.errors import ShardError
 from hemoco.storage.fetch import FetchCounts, fetch_range
 
@@ -65,3 +67,22 @@ def _read_samples(url: str, shard: Shard, rows: Sequence[int]) -> list[SpreadSam
             raise ShardError(f"{where}: sample {table.keys[row]} at byte {offset} is damaged or was replaced")
         samples.append(SpreadSample(data, table.keys[row], int(table.labels[row]), shard.split))
     return samples
+
+
+def count_labels(url: str, index: ShardIndex) -> dict[str, NDArray[np.int64]]:
+    """For each split the images of each class and, last, those without a label (C + 1,).
+
+    Raises:
+        ShardError: a table is missing, damaged, or has labels beyond the classes.
+        StorageError: the storage refuses or does not answer.
+    """
+    counts = {split: np.zeros(len(index.classes) + 1, np.int64) for split in index.splits}
+    for shard, table in zip(index.shards, read_tables(url, index.shards), strict=True):
+        counts[shard.split] += _count(shard, table.labels, len(index.classes))
+    return counts
+
+
+def _count(shard: Shard, labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    if labels.max(initial=-1) >= classes:
+        raise ShardError(f"{shard.name}: label {labels.max()}, the index has {classes} classes; pack the data again")
+    return np.bincount(np.where(labels < 0, classes, labels), minlength=classes + 1).astype(np.int64)

@@ -17,8 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from hemoco.errors import ShardError, UsageError
-from hemoco.storage.objects import first_line
+from hemoco.errors import ShardError, UsageError, first_line
 
 logger = logging.getLogger(__name__)
 

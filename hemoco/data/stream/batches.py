@@ -6,33 +6,19 @@ Shapes: N images on this rank, V crops of each, S x S a crop, M images of a spli
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hemoco.config import PretrainConfig
-from hemoco.data.decode import decode_image
-from hemoco.data.shards.index import Shard, ShardColumns, ShardIndex, read_index, read_shard
-from hemoco.data.shards.tar import Sample
+from hemoco.data.shards.index import ShardColumns, ShardIndex, read_index
 from hemoco.data.stream.bad_samples import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
 from hemoco.data.stream.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
-from hemoco.data.transforms import center_view
-from hemoco.errors import HemocoError, ShardError
-from hemoco.storage.retry import EVALUATION_PATIENCE_S
+from hemoco.errors import HemocoError
 
 logger = logging.getLogger(__name__)
-
-
-class LabelledView(NamedTuple):
-    """The centre of an image."""
-
-    image: Tensor
-    """uint8 (3, S, S)."""
-    label: int
-    key: str
 
 
 class Batch(NamedTuple):
@@ -125,52 +111,6 @@ def batches(
             began = time.perf_counter()
     finally:
         del loaded  # ends the processes now: left to the garbage collector, each is waited for in vain for seconds
-
-
-def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """All centre views of a split that fits in memory: uint8 (M, 3, S, S), labels (M,) and keys.
-
-    Raises:
-        ShardError: an image has no label or cannot be decoded.
-    """
-    shards = read_index(data_url, patience_s=EVALUATION_PATIENCE_S).split(split)
-    images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
-    labels, keys = [], []
-    for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):
-        images[row] = view.image
-        labels.append(view.label)
-        keys.append(view.key)
-    return images, torch.tensor(labels, dtype=torch.int64), keys
-
-
-def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter: int) -> Iterator[LabelledView]:
-    """The centre views of some shards, one after the other.
-
-    Args:
-        data_url: of the shard folder.
-        shards: some of its index.
-        size: S.
-        shorter: side in pixels to which the shorter one is scaled before the centre is cut out.
-
-    Raises:
-        ShardError: an image has no label or cannot be decoded.
-    """
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for shard in shards:
-            where = f"{data_url}/{shard.name}"
-            yield from threads.map(
-                lambda sample, where=where: _labelled_view(sample, where, size, shorter), read_shard(data_url, shard)
-            )
-
-
-def _labelled_view(sample: Sample, where: str, size: int, shorter: int) -> LabelledView:
-    if sample.label is None:
-        raise ShardError(f"{where}: sample {sample.key} has no label; evaluate on a labelled split")
-    try:
-        image = decode_image(sample.image)
-    except ShardError as error:
-        raise ShardError(f"{where}: sample {sample.key}: {error}") from error
-    return LabelledView(center_view(image, size, shorter), sample.label, sample.key)
 
 
 def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:

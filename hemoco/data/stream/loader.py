@@ -24,16 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hemoco.config import StreamConfig, ViewsConfig
-from hemoco.data.portions import plan_portions
 from hemoco.data.shards.index import ShardColumns
 from hemoco.data.stream.bad_samples import ReadCounts
-from hemoco.data.stream.order import EpochOrder
+from hemoco.data.stream.order import EpochOrder, plan_portions
 from hemoco.data.stream.reader import SampleReader
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.data.transforms import crop_into, draw_crops
-from hemoco.errors import ConfigError, HemocoError, TrainingError
-from hemoco.memory import LostLoaderError, memory_errors
-from hemoco.storage.objects import first_line, forkable_client, home
+from hemoco.errors import ConfigError, HemocoError, LostLoaderError, TrainingError, first_line, memory_errors
+from hemoco.storage.objects import forkable_client, home
 
 _PREFETCHED_STEPS = 2
 # A batch is made when the reader asks for the one that is so many steps before it, and has let go of those before.

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import NamedTuple, TypeVar
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hemoco.config import StreamConfig
 from hemoco.data.decode import UndecodableImage, decode_image
-from hemoco.data.portions import Portion, plan_ranges
 from hemoco.data.shards.index import Shard, ShardColumns, read_table, shard_url
+from hemoco.data.shards.read import crc32c, cut_out
 from hemoco.data.shards.table import SampleTable
 from hemoco.data.shards.tar import IMAGE_SUFFIXES
 from hemoco.data.stream.bad_samples import DAMAGED, BadSample, ReadCounts
+from hemoco.data.stream.order import Portion, plan_ranges
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError, StorageError
 from hemoco.storage.fetch import ChecksumError, FetchCounts, ObjectCutError, fetch_range, verified_shard
@@ -231,7 +231,7 @@ class SampleReader:
         piece = self._take_memory(shard.bytes) if whole and self._cache is None else None
         if self._cache is not None or (whole and number not in self._proved):
             data, proved = self._whole(shard, table, piece)
-            images = _cut_out([(0, data)], table, wanted)
+            images = cut_out([(0, data)], table, wanted)
             doubtful = set() if proved else set(wanted.tolist())
             if proved:
                 self._proved.add(number)
@@ -268,8 +268,8 @@ class SampleReader:
         bad: set[int] = set()
         for _ in range(2):  # once more: it may have been replaced while it was read
             parts = [(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges]
-            images = _cut_out(parts, table, wanted)
-            bad = {place for place, image in images if _crc(image) != table.crcs[place]}
+            images = cut_out(parts, table, wanted)
+            bad = {place for place, image in images if crc32c(image) != table.crcs[place]}
             if len(bad) <= max(len(images) // 2, _FEW):
                 return images, bad
         raise ShardError(
@@ -290,8 +290,8 @@ class SampleReader:
                 )
         except ChecksumError as error:
             damaged = self._fetch(shard, 0, shard.bytes)
-            images = _cut_out([(0, damaged)], table, np.arange(shard.samples, dtype=np.int32))
-            bad = sum(_crc(image) != table.crcs[place] for place, image in images)
+            images = cut_out([(0, damaged)], table, np.arange(shard.samples, dtype=np.int32))
+            bad = sum(crc32c(image) != table.crcs[place] for place, image in images)
             if 2 * bad >= len(images):  # not damaged but another
                 raise
             if where not in self._damaged:
@@ -318,11 +318,11 @@ class SampleReader:
 
     def _checked(self, shard: Shard, table: SampleTable, place: int, image: memoryview, *, proved: bool) -> ReadSample:
         crc = int(table.crcs[place])
-        sound = proved or _crc(image) == crc
+        sound = proved or crc32c(image) == crc
         if not sound:  # once more: it may have been damaged on its way
             start = int(table.offsets[place])
             image = self._fetch(shard, start, start + int(table.sizes[place]))
-            sound = _crc(image) == crc
+            sound = crc32c(image) == crc
         return ReadSample(
             shard=shard_url(self._url, shard),
             key=table.keys[place],
@@ -341,19 +341,3 @@ class SampleReader:
             if isinstance(error, ObjectCutError) or isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError(f"{error}: a shard is missing or cut; restore it or pack the data again") from error
             raise
-
-
-def _cut_out(
-    parts: list[tuple[int, memoryview]], table: SampleTable, wanted: NDArray[np.int32]
-) -> list[tuple[int, memoryview]]:
-    """The images at some places of a shard, out of parts of it that begin at ascending bytes."""
-    images = []
-    for place in wanted.tolist():
-        offset, size = int(table.offsets[place]), int(table.sizes[place])
-        start, data = next(part for part in reversed(parts) if part[0] <= offset)
-        images.append((place, data[offset - start : offset - start + size]))
-    return images
-
-
-def _crc(image: memoryview) -> int:
-    return int(google_crc32c.value(bytes(image)))

@@ -17,9 +17,9 @@ import re
 import time
 from pathlib import Path
 
-from hemoco.file_lock import close_unlocked, file_lock, open_locked
+from hemoco.errors import first_line
+from hemoco.storage.disk_cache import close_unlocked, file_lock, open_locked
 from hemoco.storage.fetch import FetchCounts, verified_shard
-from hemoco.storage.objects import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,9 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hemoco.config import StreamConfig
-from hemoco.data.portions import plan_portions
 from hemoco.data.shards.index import ShardColumns, read_index
 from hemoco.data.stream.bad_samples import BadSampleLimit
-from hemoco.data.stream.order import EpochOrder
+from hemoco.data.stream.order import EpochOrder, plan_portions
 from hemoco.data.stream.reader import SampleReader
 from hemoco.errors import ConfigError
 

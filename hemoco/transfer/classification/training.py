@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hemoco.data.labelled import labelled_views
 from hemoco.data.shards.index import Shard
-from hemoco.data.stream.batches import Batch, labelled_views
+from hemoco.data.stream.batches import Batch
 from hemoco.data.transforms import augment, draw_augmentation
 from hemoco.distributed import compute_on_all, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from hemoco.errors import ShardError, TrainingError

@@ -1,4 +1,4 @@
-"""Locks of files, which keep processes of a machine from each other; the kernel frees those of one that died."""
+"""Files shared by the processes of a machine."""
 
 import contextlib
 import fcntl
