@@ -1,0 +1,347 @@
+"""The live display, of runs as the pipeline records them: what it says, and that it leaves the terminal as it was."""
+
+import dataclasses
+import io
+import logging
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hemoco.data.stream.loader import StreamPosition
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import close_run, set_tags
+from hemoco.train.pretrain import StepMetrics
+from jobs.display.facts import Facts, read_facts
+from jobs.display.live import live_display, terminal
+from jobs.display.run_view import Pace, Picture, Plan, clock
+from jobs.options import load_recipe
+from pipeline.pretrain import _progress
+from tests.helpers.made_runs import MadeRun, begin_run, end_pretraining, log_rate, write_transfer
+from tests.helpers.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+RECIPE = load_recipe("demo")
+BEGAN_S = time.time()
+DONE = {("pretrained", 0): 0.98, ("random", 0): 0.91}
+# two displays of the run named, one after the other: that of a block that fails, and of one that waits for Ctrl-C
+PROGRAM = """
+import logging, sys, threading, time
+from hemoco.tracking import connect, tracking_uri
+from jobs.live import live_display
+from jobs.options import load_recipe
+
+def chat(number):
+    for line in range(50):
+        print("thread", number, end=" ")
+        all_begun.wait()  # each thread has half a line
+        print("line", line, "x" * 90)
+
+def work():
+    logging.warning("event=first")
+    print("(RayTrainWorker pid=7)", sys.argv[2], file=sys.stderr)
+    print("\\x1b[2J(raylet) would clear the screen")
+    threads = [threading.Thread(target=chat, args=(number,)) for number in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    logging.warning("event=last")
+
+all_begun = threading.Barrier(3)
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+connect(tracking_uri())
+recipe = load_recipe("demo")
+for ending in ("fail", "interrupt"):
+    try:
+        with live_display(sys.argv[1], pretrain=recipe, transfers=recipe.transfers):
+            work()
+            if ending == "fail":
+                raise ValueError("no luck")
+            print("waiting for Ctrl-C")
+            time.sleep(600)
+    except (ValueError, KeyboardInterrupt) as error:
+        logging.error("error: %r", error)
+    print("after")
+"""
+
+
+@pytest.fixture
+def made(tracking, request) -> MadeRun:
+    """A run whose pretraining has just begun."""
+    return begin_run(tracking, f"live-{request.node.name}", RECIPE)
+
+
+def facts(made: MadeRun) -> Facts:
+    return read_facts(made.uri, connect(made.uri), made.name)
+
+
+def picture(found: Facts, **changes) -> Picture:
+    plan = {"run": "r", "began_s": BEGAN_S, "pretrain": RECIPE.pretrain, "steps_per_epoch": 10, "curve": False}
+    plan |= {"transfers": RECIPE.transfers}
+    plan |= {name: changes.pop(name) for name in list(changes) if name in plan}
+    values = {"pace": Pace(), "now_s": BEGAN_S + 271, "silence_s": 1.0, "problem": ""} | changes
+    return Picture(plan=Plan(**plan), facts=found, **values)
+
+
+def drawn(found: Facts, *, width: int = 100, **changes) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, width=width, no_color=True, _environ={}).print(picture(found, **changes))
+    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
+
+
+def line(found: Facts, name: str, **changes) -> str:
+    """What is said behind a name, spaces as one."""
+    return next(" ".join(each.split()) for each in drawn(found, **changes) if each.startswith(name))
+
+
+def paced(*moments: tuple[float, int]) -> Pace:
+    pace = Pace()
+    for now_s, step in moments:
+        pace.note(step, BEGAN_S + now_s)
+    return pace
+
+
+def test_before_mlflow_knows_anything_all_waits():
+    assert line(Facts(), "pretrain").endswith("0/120 waiting")
+    assert [line(Facts(), name) for name in RECIPE.transfers] == [f"{name} waiting" for name in RECIPE.transfers]
+
+
+def test_a_pretraining_without_records_is_starting(made):
+    assert line(facts(made), "pretrain").endswith("0/120 starting")
+
+
+def test_a_pretraining_shows_step_epoch_and_values(made):
+    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
+    shown = drawn(facts(made), pace=paced((0, 0), (260, 20), (265, 30)))
+    assert "  30/120  " in shown[1]
+    assert shown[2].split() == ["epoch", "4/12", "loss", "3.000", "kNN", "0.500", "1,234", "images/s"]
+
+
+def test_time_left_follows_the_records_seen(made):
+    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
+    pace = paced((0, 0), (249, 10), (269, 30))  # 1 s a step, the last one 2 s ago
+    assert line(facts(made), "pretrain", pace=pace).endswith("30/120 1:28 left")
+
+
+def test_records_from_before_are_no_pace(made):
+    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
+    assert line(facts(made), "pretrain", pace=paced((0, 30), (2, 30))).endswith("30/120 resuming")
+
+
+def test_a_pretraining_that_falls_silent_is_told(made):
+    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
+    pace = paced((0, 0), (1, 20), (2, 30))
+    assert line(facts(made), "pretrain", pace=pace).endswith("30/120 last record 4:29 ago")
+
+
+def test_an_unknown_length_shows_the_step_alone(made):
+    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
+    assert line(facts(made), "pretrain", steps_per_epoch=None) == "pretrain step 30 resuming"
+
+
+def test_a_transfer_says_how_much_is_measured_while_it_runs(made):
+    end_pretraining(made, at_s=9)
+    write_transfer(made, "knn", {("pretrained", 0): 0.98}, open_=1)
+    config = dataclasses.replace(RECIPE.transfers["knn"], seeds=(0, 1, 2))
+    assert line(facts(made), "knn", transfers={"knn": config}) == "knn running 1 of 6 measured"
+
+
+def test_a_transfer_that_is_done_shows_its_headline(made):
+    write_transfer(made, "knn", DONE)
+    assert line(facts(made), "knn") == "knn done top1 0.980 random 0.910"
+
+
+def test_a_transfer_that_failed_shows_why_and_no_more_than_fits(made):
+    write_transfer(made, "knn", {}, error="storage does not answer, for a long time already")
+    assert line(facts(made), "knn", width=50) == "knn failed storage does not answer..."
+
+
+def test_what_failed_before_waits_to_be_tried_again(made):
+    write_transfer(made, "knn", {("pretrained", 0): 0.98}, error="interrupted")
+    assert line(facts(made), "knn", began_s=time.time() + 60) == "knn waiting 1 of 2 measured"
+
+
+def test_a_transfer_left_running_waits_for_the_pretraining(made):
+    write_transfer(made, "knn", {}, open_=1)
+    assert line(facts(made), "knn") == "knn waiting"
+
+
+def test_a_pretraining_that_failed_shows_why(made):
+    set_tags(made.uri, made.pretraining, {"hemoco.error": "the loss is nan at step 7"})
+    close_run(made.uri, made.pretraining, "FAILED")
+    assert line(facts(made), "pretrain").endswith("0/120 failed")
+    assert drawn(facts(made))[2].strip() == "the loss is nan at step 7"
+
+
+def test_points_of_the_curve_are_no_transfers(made):
+    write_transfer(made, "knn", DONE, epoch=3)
+    assert facts(made).transfers == {}
+
+
+def test_an_mlflow_that_is_away_is_named():
+    found = line(Facts(), "elapsed", silence_s=40.0, problem="connection refused")
+    assert found == "elapsed 4:31 MLflow does not answer, 0:40 connection refused"
+
+
+@pytest.mark.parametrize("width", [20, 36, 50, 80, 200])
+def test_every_line_fits_and_their_number_stays(made, width):
+    before = drawn(Facts(), width=width, problem="a reason " * 30, silence_s=400.0)
+    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
+    write_transfer(made, "linear_probe", {}, error="a reason " * 30)
+    shown = drawn(facts(made), width=width)
+    assert max(map(len, before + shown)) < width
+    assert len(before) == len(shown) == 4 + len(RECIPE.transfers)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(5, "0:05"), (271, "4:31"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")])
+def test_a_time_in_few_letters(seconds, said):
+    assert clock(seconds) == said
+
+
+def test_where_output_is_no_terminal_nothing_changes(capsys):
+    before = sys.stdout
+    with live_display("any", pretrain=None, transfers={}):
+        assert sys.stdout is before
+        print("a line")
+    assert capsys.readouterr() == ("a line\n", "")
+
+
+@contextmanager
+def in_terminal(kind: str = "xterm") -> Iterator[None]:
+    """This process writes to a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    with (
+        os.fdopen(ours, "rb", 0),
+        os.fdopen(theirs, "w") as out,
+        os.fdopen(os.dup(theirs), "w") as err,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        patch.setenv("TERM", kind)
+        yield
+
+
+def test_a_terminal_has_a_display():
+    with in_terminal():
+        assert terminal() is not None
+
+
+def test_a_dumb_terminal_gets_plain_lines():
+    with in_terminal("dumb"):
+        assert terminal() is None
+
+
+def test_one_stream_that_goes_elsewhere_means_plain_lines(monkeypatch):
+    with in_terminal():
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        assert terminal() is None
+
+
+def test_a_silent_mlflow_does_not_hold_the_end_back(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server, in_terminal():  # takes connections and never answers
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with live_display("any", pretrain=None, transfers={}):
+            server.accept()[0].close()
+        left = asking()
+    assert left, "the end has waited for an answer"
+    wait_until(lambda: not asking(), 60)
+
+
+def test_an_mlflow_that_is_away_is_not_logged_again_and_again(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with in_terminal(), live_display("any", pretrain=None, transfers={}):
+        pass
+    wait_until(lambda: not asking(), 60)
+    assert caplog.messages == []
+
+
+def asking() -> bool:
+    return any(thread.name == "hemoco-live" for thread in threading.enumerate())
+
+
+def test_handlers_that_hold_a_stream_get_it_back(tracking):
+    with in_terminal():
+        handler = logging.StreamHandler(sys.stderr)
+        logging.getLogger("test_live").addHandler(handler)
+        with live_display("any", pretrain=None, transfers={}):
+            during = handler.stream is sys.stderr
+        logging.getLogger("test_live").removeHandler(handler)
+        assert during and handler.stream is sys.stderr
+
+
+@pytest.fixture(scope="module")
+def sessions(tracking) -> tuple[str, str]:
+    """All that two displays in a terminal of their own have written: one ended by an error, one by Ctrl-C."""
+    made = begin_run(tracking, "live-session", RECIPE)
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    values = StepMetrics(step=10, epoch=0, position=StreamPosition(0, 10), values={"loss": 3.0})
+    words = [sys.executable, "-c", PROGRAM, made.name, _progress(values, values.values, 120)]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        written = b""
+        while chunk := _read(ours):
+            told = b"waiting for" in written
+            written += chunk
+            if not told and b"waiting for" in written:
+                process.send_signal(signal.SIGINT)
+    os.close(ours)
+    return written.decode().replace("\r\n", "\n").partition("after\n")[::2]
+
+
+@pytest.fixture(params=["fail", "interrupt"])
+def session(request, sessions) -> str:
+    """What one of them has written."""
+    return sessions[request.param == "interrupt"]
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the other end was closed
+        return b""
+
+
+def printed(session: str) -> list[str]:
+    """Its lines without what controls the terminal; those of each picture are among them."""
+    return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", session.replace("\r\x1b[2K", "\n")).splitlines()
+
+
+def test_lines_above_are_whole_and_in_order(session):
+    said = [each for each in printed(session) if "line" in each and "thread" in each]
+    for number in range(3):
+        mine = [each for each in said if f"thread {number} " in each]
+        assert mine == [f"thread {number} line {index} {'x' * 90}" for index in range(50)]
+
+
+def test_logged_lines_are_above_too_and_records_of_the_training_are_not(session):
+    lines = printed(session)
+    assert lines.index("event=first") < lines.index("(raylet) would clear the screen") < lines.index("event=last")
+    assert "\x1b[2J" not in session
+    assert not any("pretrain step" in each for each in lines)
+
+
+def test_the_terminal_is_as_it_was(session):
+    assert session.rindex("\x1b[?25h") > session.rindex("\x1b[?25l") >= 0
+
+
+def test_the_last_picture_stays_with_the_error_below(session):
+    lines = printed(session.removesuffix("after\n"))
+    assert lines[-1] in ("error: ValueError('no luck')", "error: KeyboardInterrupt()")
+    last = lines[-2 - len(RECIPE.transfers) : -1]
+    assert [each.split()[0] for each in last] == [*RECIPE.transfers, "elapsed"]
+
+
+def test_after_the_display_lines_are_plain_again(session):
+    assert "\x1b" not in session[session.rindex("error: ") :]

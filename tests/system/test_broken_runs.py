@@ -1,0 +1,164 @@
+"""Pretrainings whose workers are killed, told to go, or lose their core, on a real Ray, S3 server and MLflow."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+
+from cluster.local.processes import descendants
+from hemoco.backbones.file import load_backbone
+from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
+from hemoco.storage.objects import join_url, list_names
+from hemoco.tracking.client import tracking_uri
+from pipeline.run import pretrain_only
+from pipeline.shards.pack import pack
+from tests.helpers.expected_batches import fingerprints
+from tests.helpers.small_study import INTERVAL, child, losses, pack_digits, small_recipe
+from tests.helpers.waiting import wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def recipe(s3, ray_cluster, tracking, tmp_path_factory):
+    return small_recipe(pack_digits(s3, tmp_path_factory.mktemp("digits")))
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, s3):
+    """The pretraining, undisturbed; its losses are what a broken run must repeat."""
+    pretrain_only(recipe, run="untouched", storage=join_url(s3, "broken/runs"), fresh=False, tags={})
+    return "untouched"
+
+
+@pytest.fixture(scope="module")
+def broken(unbroken, recipe, s3):
+    """That pretraining with one worker killed and, after it went on, one told to go away; its (step, loss) pairs."""
+    storage = join_url(s3, "broken/runs")
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_pretrain_in_thread, args=(recipe, storage, failures))
+    thread.start()
+    checkpoints = join_url(storage, "killed/pretrain/checkpoints")
+
+    def saved(attempt, step):
+        return any(name.endswith(f"_a{attempt}") and _step_of(name) >= step for name in list_names(checkpoints))
+
+    for signum, attempt, step in ((signal.SIGKILL, 0, 2 * INTERVAL), (signal.SIGTERM, 1, 4 * INTERVAL)):
+        wait_until(lambda a=attempt, s=step: failures or saved(a, s), seconds=240)
+        assert not failures
+        os.kill(_train_workers()[-1], signum)
+    thread.join(timeout=300)
+    assert not failures
+    return losses("killed")
+
+
+def test_killed_worker_resumes_and_repeats_the_losses_of_the_unbroken_run(unbroken, broken):
+    expected = dict(losses(unbroken))
+    assert {step for step, _ in broken} == set(expected)
+    assert max(abs(value - expected[step]) for step, value in broken) < 1e-6
+
+
+def test_kill_costs_at_most_the_steps_since_a_checkpoint_and_sigterm_none(unbroken, broken, s3):
+    redone = [step for step, count in Counter(step for step, _ in broken).items() if count > 1]
+    assert len(redone) <= 2 * INTERVAL
+    assert not [step for step in redone if step > 4 * INTERVAL]
+    attempts = {name[-3:] for name in list_names(join_url(s3, "broken/runs/killed/pretrain/checkpoints"))}
+    assert "_a2" in attempts, "no third attempt"
+
+
+def test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_for_bit(unbroken, broken):
+    first, second = (load_backbone(child(run, "pretrain").tags["hemoco.backbone_url"]) for run in (unbroken, "killed"))
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(torch.equal(first.state_dict()[name], second.state_dict()[name]) for name in first.state_dict())
+
+
+@pytest.fixture(scope="module")
+def cifar(s3, ray_cluster, tracking, shared_data):
+    """10,000 CIFAR-10 images on S3, and a pretraining of 2 workers on them."""
+    url = join_url(s3, "broken/cifar10")
+    pack((str(shared_data / "cifar10" / "test.zip"),), url, split="train", samples_per_shard=700, seed=0)
+    recipe = small_recipe(url)
+    pretrain = dataclasses.replace(
+        recipe.pretrain,
+        global_batch_size=240,
+        moco=MoCoConfig(queue_length=480, bn_group_size=24),
+        stream=StreamConfig(workers=2, lanes=12, shards_per_block=2),
+    )
+    data = DataConfig(shards=url, pretrain_split="test")
+    return dataclasses.replace(recipe, data=data, pretrain=pretrain, transfers={}, curve=())
+
+
+def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
+    alone = {
+        "epochs": 12,
+        "export_every_epochs": 4,
+        "resources": ResourcesConfig(workers=1),
+        "stream": StreamConfig(workers=0, lanes=8),
+    }
+    pretrain = dataclasses.replace(recipe.pretrain, **alone)
+    pretrain_only(
+        dataclasses.replace(recipe, pretrain=pretrain), run="curve", storage=join_url(s3, "runs"), fresh=False, tags={}
+    )
+    client = MlflowClient(tracking_uri())
+    ends = [
+        client.get_run(child("curve", "curve", transfer="knn", epoch=str(epoch)).run_id).info.end_time
+        for epoch in (4, 8, 12)
+    ]
+    assert sorted(ends) == ends
+    assert ends[0] < client.get_metric_history(child("curve", "pretrain").run_id, "loss")[-1].timestamp
+    curve = client.get_metric_history(child("curve", "pretrain").run_id, "curve/knn/top1")
+    assert sorted(point.step for point in curve) == [4, 8, 12]
+
+
+def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(cifar, s3, caplog):
+    class Idle:  # here, so that it travels by value: workers do not find the tests
+        """Holds the core it was given."""
+
+    storage = join_url(s3, "broken/runs")
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_pretrain_in_thread, args=(cifar, storage, failures, "shrunk"))
+    thread.start()
+    checkpoints = join_url(storage, "shrunk/pretrain/checkpoints")
+    wait_until(lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)), seconds=240)
+    assert not failures
+    usurper = ray.remote(num_cpus=1)(Idle).remote()  # waits for the first core that becomes free
+    time.sleep(random.uniform(0, 4))
+    os.kill(_train_workers()[-1], signal.SIGKILL)
+    thread.join(timeout=400)
+    ray.kill(usurper)
+    assert not failures
+    history = MlflowClient(tracking_uri()).get_metric_history(child("shrunk", "pretrain").run_id, "batch_fingerprint")
+    expected = fingerprints(cifar.data.shards, cifar.data.pretrain_split, cifar.pretrain)
+    assert {(point.step, point.value) for point in history} == set(expected.items())
+    assert "event=world_size from=2 to=1" in caplog.text
+
+
+def _pretrain_in_thread(recipe, storage, failures, run="killed"):
+    try:
+        pretrain_only(recipe, run=run, storage=storage, fresh=False, tags={})
+    except BaseException as error:
+        failures.append(error)
+
+
+def _train_workers():
+    """Pids of the training processes of this session's Ray, which set their title."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return sorted(found)
+
+
+def _step_of(checkpoint_name):
+    return int(checkpoint_name.split("_")[1])

@@ -1,0 +1,71 @@
+"""Ctrl-C of a whole run, as somebody types it: in its pretraining, and in its fan-out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hemoco.storage.objects import list_names
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import find_runs
+from tests.helpers.shard_folders import write_shards
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """What the command said, its exit status, and what MLflow says then, of both phases."""
+    folder = tmp_path_factory.mktemp("interrupt")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "HEMOCO_HOME": str(folder / "home")}
+    shards = write_shards((folder / "shards").as_uri(), [700, 700])
+    words = ["run", "tests/helpers/night_recipe.py", "--run", "night", "--storage", str(folder / "runs")]
+    words += ["--data.shards", shards, "--data.test_split", "train", "--pretrain.epochs", "6"]
+    checkpoints = (folder / "runs/night/pretrain/checkpoints").as_uri()
+    found = {}
+    for phase, reached in (
+        ("pretrain", lambda: list_names(checkpoints)),
+        ("transfer", lambda: find_runs(uri, connect(uri), {"hemoco.phase": "transfer"})),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 300
+        while not reached():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()[-3000:]
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=90)[0].decode()
+        statuses = {
+            run.tags["hemoco.phase"]: run.status for run in find_runs(uri, connect(uri), {"hemoco.run": "night"})
+        }
+        found[phase] = output, process.returncode, statuses
+    return found
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "transfer"])
+def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(interrupted, phase):
+    output, status, _ = interrupted[phase]
+    assert status == 1
+    assert "error: interrupted; the same words again go on where it stopped" in output
+    assert "Traceback" not in output
+
+
+def test_mlflow_says_killed_of_what_was_interrupted(interrupted):
+    assert interrupted["pretrain"][2] == {"parent": "KILLED", "pretrain": "KILLED"}
+
+
+def test_what_was_finished_before_stays_so(interrupted):
+    statuses = interrupted["transfer"][2]
+    assert (statuses["parent"], statuses["pretrain"], statuses["transfer"]) == ("KILLED", "FINISHED", "KILLED")

@@ -1,0 +1,329 @@
+"""Features as Parquet: what is in the files, what a second call does, what is refused, what bad samples do."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from hemoco import load_backbone
+from hemoco.backbones.file import export_backbone, random_backbone
+from hemoco.config import EncoderConfig
+from hemoco.data.shards.index import Shard, ShardIndex, read_index, read_table, write_index, write_table
+from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
+from hemoco.data.stream.bad_samples import BadSample
+from hemoco.errors import CheckpointError, ConfigError, ShardError, TrainingError, UsageError
+from hemoco.features.embed import EmbeddedShard, embed_shards
+from hemoco.features.parquet import file_name
+from hemoco.features.plan import EmbedConfig, EmbedPlan, finished_files, fixed_url, plan_embedding, usual_size
+from hemoco.storage.objects import list_names, read_bytes, write_bytes
+from jobs.cli import main
+from pipeline.embed import embed
+from tests.helpers.shard_folders import png, write_shards
+
+ROOT = Path(__file__).parents[3]
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+CONFIG = EmbedConfig(size=10, resize=10, batch_size=4)
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> str:
+    """A file of random weights."""
+    return saved(tmp_path / "backbone.safetensors", seed=0)
+
+
+def saved(path: Path, seed: int) -> str:
+    tiny = EncoderConfig(architecture="resnet10t", stem="small")
+    export_backbone(random_backbone(tiny, seed, MEAN, STD), str(path), {"data_digest": "d", "run_id": "r"})
+    return str(path)
+
+
+def planned(shards: str, backbone: str, dest: Path | str, config: EmbedConfig = CONFIG) -> EmbedPlan:
+    return plan_embedding(shards, read_index(shards), fixed_url(backbone), str(dest), config)
+
+
+def embedded(plan: EmbedPlan) -> list[EmbeddedShard]:
+    """Without Ray."""
+    shards = read_index(plan.shards_url).shards
+    return list(embed_shards(plan, shards, device=torch.device("cpu"), threads=2))
+
+
+def shards_of(url: str, images: dict[str, np.ndarray], **more: bytes) -> str:
+    """One shard of images (H, W, 3), and of what is none."""
+    encoded = {}
+    for key, pixels in images.items():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        encoded[key] = buffer.getvalue()
+    data = encode_shard([Sample(key, image, None, suffix="png") for key, image in (encoded | more).items()])
+    shard = Shard("train-000000.tar", "train", len(encoded | more), len(data), hashlib.sha256(data).hexdigest())
+    write_bytes(f"{url}/{shard.name}", data)
+    write_table(url, shard, parse_tar(data, shard.name).table)
+    write_index(url, ShardIndex((shard,), (), ()))
+    return url
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def features(dest: Path | str) -> dict[str, np.ndarray]:
+    table = pandas.read_parquet(dest)
+    return dict(zip(table["key"], table["feature"], strict=True))
+
+
+def by_hand(backbone: str, crops: np.ndarray) -> np.ndarray:
+    """Features of crops (N, S, S, 3)."""
+    inputs = ((crops / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        found: np.ndarray = load_backbone(backbone)(torch.from_numpy(inputs.astype(np.float32))).numpy()
+    return found
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_features_are_the_backbone_of_the_normalised_centre(tmp_path: Path, backbone: str) -> None:
+    wide, high = noise(10, 16, 3), noise(15, 10, 3)
+    shards = shards_of(str(tmp_path / "shards"), {"wide": wide, "high": high})
+    embedded(planned(shards, backbone, tmp_path / "out"))
+    expected = by_hand(backbone, np.stack([wide[:, 3:13], high[2:12]]))
+    found = features(tmp_path / "out")
+    # batches of another size round differently
+    np.testing.assert_allclose(np.stack([found["wide"], found["high"]]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_centre_is_cut_from_the_image_at_the_asked_scale(tmp_path: Path, backbone: str) -> None:
+    image = np.asarray(Image.fromarray(noise(3, 4, 3)).resize((40, 30), Image.Resampling.BICUBIC))
+    shards = shards_of(str(tmp_path / "shards"), {"a": image})
+    embedded(planned(shards, backbone, tmp_path / "out", dataclasses.replace(CONFIG, resize=12)))
+    scaled = np.asarray(Image.fromarray(image).resize((16, 12), Image.Resampling.BILINEAR))
+    expected = by_hand(backbone, scaled[None, 1:11, 3:13])
+    # torch and Pillow round a few pixels to neighbouring values
+    np.testing.assert_allclose(features(tmp_path / "out")["a"], expected[0], rtol=0.02, atol=0.01)
+
+
+def test_pandas_alone_reads_keys_splits_labels_and_classes(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [5, 2])
+    embedded(planned(shards, backbone, tmp_path / "out"))
+    table = pandas.read_parquet(tmp_path / "out")
+    assert list(table) == ["key", "split", "label", "class_name", "feature"]
+    assert table["key"].tolist() == ["0", "1", "2", "3", "4", "5", "6"]
+    assert set(table["split"]) == {"train"}
+    assert table["label"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert table["class_name"].tolist() == ["a", "b", "c", "a", "b", "c", "a"]
+    assert np.stack(table["feature"]).shape == (7, 512)
+
+
+def test_what_has_no_label_has_null(tmp_path: Path, backbone: str) -> None:
+    embedded(planned(write_shards(str(tmp_path / "shards"), [2], labelled=False), backbone, tmp_path / "out"))
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "train-000000.parquet")
+    assert table["label"].null_count == table["class_name"].null_count == 2
+    assert str(table.schema.field("feature").type) == "fixed_size_list<element: float>[512]"
+
+
+def test_the_schema_says_what_the_features_follow_from(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [2])
+    embedded(planned(shards, backbone, tmp_path / "out"))
+    about = pyarrow.parquet.read_schema(tmp_path / "out" / "train-000000.parquet").metadata
+    index = read_index(shards)
+    expected = {
+        "backbone_sha256": hashlib.sha256(Path(backbone).read_bytes()).hexdigest(),
+        "backbone_url": Path(backbone).as_uri(),
+        "data_digest": index.digest,
+        "shard_sha256": index.shards[0].sha256,
+        "size": "10",
+        "transform": "RGB, shorter side scaled to 10 (bilinear, antialiased), centre 10 x 10, "
+        "(x / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.3]",
+    }
+    assert {name: about[f"hemoco.{name}".encode()].decode() for name in expected} == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_features_do_not_depend_on_the_batch(tmp_path: Path, backbone: str, batch_size: int) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [5, 0, 3])
+    config = dataclasses.replace(CONFIG, batch_size=batch_size)
+    assert [one.images for one in embedded(planned(shards, backbone, tmp_path / "out", config))] == [5, 0, 3]
+    found = features(tmp_path / "out")
+    crops = np.stack([np.full((10, 10, 3), number, np.uint8) for number in range(8)])
+    np.testing.assert_allclose(
+        np.stack([found[str(n)] for n in range(8)]), by_hand(backbone, crops), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_lower_precision_is_near_and_stored_in_half(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [4])
+    for name, config in (("full", CONFIG), ("half", dataclasses.replace(CONFIG, precision="bfloat16"))):
+        embedded(planned(shards, backbone, tmp_path / name, config))
+    full, half = (np.stack([*features(tmp_path / name).values()]) for name in ("full", "half"))
+    assert half.dtype == np.float16
+    # bfloat16 has 8 bits
+    np.testing.assert_allclose(half, full, rtol=0.1, atol=0.02 * full.max())
+
+
+def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [3, 3], bad={1})
+    plan = planned(shards, backbone, tmp_path / "out")
+    where = f"{plan.shards_url}/train-000000.tar"
+    assert embedded(plan)[0] == (2, (BadSample(where, "1", "not an image"),))
+    assert sorted(features(tmp_path / "out")) == ["0", "2", "3", "4", "5"]
+    assert finished_files(plan)["train-000000.parquet"].bad == (BadSample(where, "1", "not an image"),)
+
+
+def test_of_a_damaged_shard_the_sound_samples_are_used(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [3, 3])
+    shard = read_index(shards).shards[1]
+    path, place = Path(shards) / shard.name, int(read_table(shards, shard).offsets[0]) + 50
+    data = path.read_bytes()
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    whole, damaged = embedded(planned(shards, backbone, tmp_path / "out"))
+    assert (whole.images, damaged.images) == (3, 2)
+    assert [(bad.key, bad.reason) for bad in damaged.bad] == [("3", "damaged since packed")]
+
+
+def test_another_shard_than_was_packed_is_an_error(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [3, 3])
+    first, second = (Path(shards) / shard.name for shard in read_index(shards).shards)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ShardError, match=r"train-000001\.tar: its SHA-256 is"):
+        embedded(planned(shards, backbone, tmp_path / "out"))
+
+
+def test_a_backbone_that_has_diverged_is_named(tmp_path: Path) -> None:
+    broken = random_backbone(EncoderConfig(architecture="resnet10t", stem="small"), 0, MEAN, STD)
+    broken.encoder.bn1.running_var.fill_(torch.nan)
+    export_backbone(broken, str(tmp_path / "backbone"), {})
+    shards = write_shards(str(tmp_path / "shards"), [2])
+    with pytest.raises(TrainingError, match="features are not finite"):
+        embedded(planned(shards, str(tmp_path / "backbone"), tmp_path / "out"))
+    assert list_names(str(tmp_path / "out")) == []
+
+
+def test_a_backbone_replaced_meanwhile_is_refused(tmp_path: Path, backbone: str) -> None:
+    plan = planned(write_shards(str(tmp_path / "shards"), [2]), backbone, tmp_path / "out")
+    saved(Path(backbone), seed=1)
+    with pytest.raises(CheckpointError, match="was replaced meanwhile"):
+        embedded(plan)
+
+
+def other(plan: EmbedPlan, what: str, folder: Path) -> EmbedPlan:
+    """A plan for the same folder that would give other features."""
+    if what == "backbone_sha256":
+        return planned(plan.shards_url, saved(folder / "other.safetensors", seed=1), plan.dest)
+    if what == "data_digest":
+        return planned(write_shards(str(folder / "more"), [2, 3]), plan.backbone_url, plan.dest)
+    changes: dict[str, Any] = {"precision": {"precision": "bfloat16"}, "resize": {"resize": 12}}[what]
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **changes))
+
+
+@pytest.mark.parametrize("what", ["backbone_sha256", "data_digest", "precision", "resize"])
+def test_other_features_at_the_place_are_refused_with_the_difference(tmp_path: Path, backbone: str, what: str) -> None:
+    plan = planned(write_shards(str(tmp_path / "shards"), [2]), backbone, tmp_path / "out")
+    embedded(plan)
+    assert finished_files(plan).keys() == {"train-000000.parquet"}
+    changed = other(plan, what, tmp_path)
+    difference = f"{what}: {plan.identity[what]} -> {changed.identity[what]}"
+    with pytest.raises(UsageError, match=rf"out holds other features \(train-000000\.parquet: {difference}\)"):
+        finished_files(changed)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
+def test_a_parquet_file_that_is_not_ours_is_refused(tmp_path: Path, backbone: str, damage: str) -> None:
+    plan = planned(write_shards(str(tmp_path / "shards"), [2]), backbone, tmp_path / "out")
+    embedded(plan)
+    path = tmp_path / "out" / "train-000000.parquet"
+    if damage == "foreign":
+        pandas.DataFrame({"key": ["a"]}).to_parquet(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"")
+    with pytest.raises(
+        UsageError, match=r"train-000000\.parquet: (is no whole Parquet file|holds no features of hemoco)"
+    ):
+        finished_files(plan)
+
+
+def test_files_of_tars_elsewhere_have_names_of_their_own() -> None:
+    names = ["train-000000.tar", "s3://a/x/0.tar", "s3://b/x/0.tar", "x/0.tar", "a b.tar", ".tar"]
+    found = [file_name(name) for name in names]
+    assert found[0] == "train-000000.parquet"
+    assert len(set(found)) == len(names)
+    assert not [name for name in found if "/" in name]
+
+
+def test_the_size_is_that_of_the_pretraining_else_the_stems(tmp_path: Path, backbone: str) -> None:
+    large = random_backbone(EncoderConfig(architecture="resnet10t"), 0, MEAN, STD)
+    export_backbone(large, str(tmp_path / "imported"), {})
+    export_backbone(large, str(tmp_path / "pretrained"), {"size": "48"})
+    sizes = (usual_size(backbone), usual_size(str(tmp_path / "imported")), usual_size(str(tmp_path / "pretrained")))
+    assert sizes == (32, 224, 48)
+
+
+def test_a_crop_larger_than_its_image_is_wrong_usage() -> None:
+    with pytest.raises(ConfigError, match=r"embed\.resize is 20: it must be at least size \(24\)"):
+        EmbedConfig(size=24, resize=20)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_call_again_goes_on_with_what_is_missing(bucket: str, tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(f"{bucket}/shards", [5, 4, 3], bad={6})
+    plan = planned(shards, backbone, tmp_path / "out")
+    chosen = read_index(shards).shards
+    first = embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "train-000002.parquet").unlink()
+    again = embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0)
+    after = contents(tmp_path / "out")
+    assert (first.images, first.computed, again.images, again.computed) == (11, 11, 11, 3)
+    assert again.bad == first.bad == (("not an image", 1, f"6 in {shards}/train-000001.tar"),)
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    assert [name for name in after if after[name] != before[name]] == ["train-000002.parquet"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_too_many_bad_samples_stop_it_unless_allowed(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [12], bad=range(11))
+    plan, chosen = planned(shards, backbone, tmp_path / "out"), read_index(shards).shards
+    for _ in range(2):  # also when the file is there
+        with pytest.raises(ShardError, match=r"11 of 12 samples are bad, the last is 10 in .*: not an image; repack"):
+            embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0.1)
+    assert embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0.95).images == 1
+
+
+def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(
+    ray_cluster: str, bucket: str, tmp_path: Path
+) -> None:
+    shards = write_shards(f"{bucket}/shards", [4, 3], bad={5})
+    write_bytes(f"{bucket}/backbone", Path(saved(tmp_path / "backbone", seed=0)).read_bytes())
+    words = ["embed", shards, f"{bucket}/backbone", f"{bucket}/features"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", *words], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    warning, where, result, again = done.stdout.splitlines()
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert warning == f"warning: 1 images left out: not an image (first: 5 in {shards}/train-000001.tar)"
+    assert result.startswith(f"{bucket}/features: 6 images in 2 files, ")
+    assert again == f"neighbours  python -m jobs neighbours {bucket}/features KEY"
+    assert json.loads(read_bytes(where.removeprefix("all of them: "))) == {
+        "shard": f"{shards}/train-000001.tar", "key": "5", "reason": "not an image"
+    }  # fmt: skip
+
+
+def test_a_wrong_backbone_is_one_line_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [2])
+    (tmp_path / "image").write_bytes(png(0))
+    assert main(["embed", shards, str(tmp_path / "image"), str(tmp_path / "out")]) == 1
+    assert "image: is not a whole safetensors file" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""The command line as a person uses it: exit status and the one line that says what to do."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hemoco import config
+from hemoco.config import Recipe
+from jobs.cli import main
+from jobs.options import RunOptions, load_recipe, parse_options, recipe_names
+from tests.helpers.shard_folders import write_shards
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs", *words],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_says_its_command(name):
+    assert isinstance(load_recipe(name), Recipe)
+    assert "python -m jobs" in (ROOT / "jobs" / "recipes" / f"{name}.py").read_text()
+
+
+def test_unknown_verb_is_wrong_usage_with_a_suggestion(capsys):
+    assert main(["pretran"]) == 2
+    assert "did you mean pretrain" in one_line(capsys)
+
+
+def test_unknown_recipe_is_wrong_usage_with_a_suggestion(capsys):
+    assert main(["run", "cifar10_resnet18_moco2"]) == 2
+    assert "did you mean cifar10_resnet18_mocov2?" in one_line(capsys)
+
+
+def test_recipe_file_without_a_recipe_is_wrong_usage(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    assert main(["run", str(tmp_path / "mine.py")]) == 2
+    assert "must define `recipe" in one_line(capsys)
+
+
+def test_recipe_file_that_raises_is_named_with_the_reason(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    assert main(["run", str(tmp_path / "mine.py")]) == 2
+    assert f"{tmp_path}/mine.py: ZeroDivisionError: division by zero" in one_line(capsys)
+
+
+def test_recipe_file_that_is_not_there_is_no_misspelt_name(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "mine.py")]) == 2
+    assert "mine.py: no such file" in one_line(capsys)
+
+
+CLASSES = [name for name in config.__all__ if dataclasses.is_dataclass(getattr(config, name))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_of_recipes_shows_its_settings(capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        main(["recipes", name])
+    said = capsys.readouterr().out
+    shown = {word.partition(".")[0] for word in re.findall(r"--(?:no_)?([a-z_0-9.]+)", said)}
+    others = {"space", "sweep", "transfers"}  # of classes of their own, or not given by words
+    assert {field.name for field in dataclasses.fields(getattr(config, name))} - shown <= others
+
+
+def test_a_class_of_recipes_says_what_its_settings_mean(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["recipes", "KnnConfig"])
+    assert "T of the vote's weight exp(similarity / T)." in capsys.readouterr().out
+
+
+def test_unknown_class_is_wrong_usage_with_a_suggestion(capsys):
+    assert main(["recipes", "KnnConfg"]) == 2
+    assert "did you mean KnnConfig?" in one_line(capsys)
+
+
+def test_misspelt_flag_gets_a_suggestion():
+    done = run("run", "cifar10_resnet18_mocov2", "--pretrain.optimiser.lr", "0.1")
+    assert done.returncode == 2
+    assert "--pretrain.optimizer.lr" in done.stdout + done.stderr
+
+
+def test_setting_out_of_range_is_wrong_usage(capsys):
+    assert main(["run", "cifar10_resnet18_mocov2", "--pretrain.moco.temperature", "-1"]) == 2
+    assert "moco.temperature is -1.0: it must be positive" in one_line(capsys)
+
+
+def test_missing_shards_say_what_to_name(tmp_path, tracking):
+    done = run("run", "cifar10_resnet18_mocov2", "--storage", str(tmp_path))  # another process: this one may have a Ray
+    assert done.returncode == 2
+    assert "error: --data.shards is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_transfer_without_backbone_is_wrong_usage(capsys):
+    assert main(["transfer", "cifar10_resnet18_mocov2"]) == 2
+    assert "--backbone" in one_line(capsys)
+
+
+def test_only_names_a_transfer_of_the_recipe(capsys):
+    words = ["transfer", "cifar10_resnet18_mocov2", "--backbone", "x", "--only", "detection"]
+    assert main(words) == 2
+    assert "it has knn, linear_probe, low_shot" in one_line(capsys)
+
+
+def test_unreachable_mlflow_is_one_line_within_seconds(tmp_path):
+    done = run(
+        "pretrain",
+        "cifar10_resnet18_mocov2",
+        "--data.shards",
+        write_shards((tmp_path / "shards").as_uri(), [128]),
+        "--pretrain.global_batch_size",
+        "128",
+        "--pretrain.knn_every_epochs",
+        "0",
+        "--storage",
+        str(tmp_path / "runs"),
+        MLFLOW_TRACKING_URI="http://127.0.0.1:9",
+    )
+    assert done.returncode == 1
+    assert "127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_folder_without_shards_is_one_line(tmp_path, capsys):
+    assert main(["pretrain", "cifar10_resnet18_mocov2", "--data.shards", str(tmp_path)]) == 1
+    assert "python -m jobs pack SOURCE DEST" in one_line(capsys)
+
+
+def test_help_of_a_recipe_verb_needs_no_recipe(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--help"])
+    assert ended.value.code == 0
+    assert "cifar10_resnet18_mocov2" in capsys.readouterr().out
+
+
+def test_flags_are_the_names_of_the_config():
+    options = parse_options("run", ["cifar10_resnet18_mocov2", "--transfers.knn.neighbours", "7"], RunOptions)
+    assert options.recipe.transfers["knn"].neighbours == 7
+
+
+def test_help_of_the_command_and_of_a_verb():
+    top, verb = run("--help"), run("pack", "--help")
+    assert top.returncode == 0 and verb.returncode == 0
+    assert "Does pretraining on my data transfer?" in top.stdout
+    words = verb.stdout.replace("│", " ").split()
+    assert {"class", "COCO", "Pascal", "VOC", "--index_only", "WebDataset"} <= set(words)
