@@ -18,6 +18,7 @@ from hemoco.method_config import (
     OptimizerConfig,
     ViewsConfig,
 )
+from hemoco.names import NAME_RULE, is_name
 from hemoco.stream_config import DataConfig, StreamConfig
 from hemoco.sweep_config import KNN, Choice, LogUniform, SweepConfig, Uniform, check_space
 from hemoco.transfer_config import (
@@ -223,6 +224,9 @@ class Recipe:
     """What `python -m jobs sweep` searches; the other verbs do not look at it."""
 
     def __post_init__(self) -> None:
+        require(is_name(self.name), f"recipe.name is {self.name!r}: allowed are {NAME_RULE}")
+        for name in self.transfers:
+            require(is_name(name), f"the recipe has a transfer {name!r}: allowed in its name are {NAME_RULE}")
         unknown = [name for name in self.curve if name not in self.transfers]
         require(not unknown, f"curve names {unknown}: the recipe's transfers are {list(self.transfers)}")
         require(

@@ -21,6 +21,7 @@ from hemoco.errors import UsageError
 from hemoco.kept_metrics import RefusedError
 from hemoco.storage import join_url, list_names, remove
 from hemoco.tracking import connect, find_runs, run_facts, tracking_uri
+from pipeline.run_folder import check_run_folder
 
 _FILE_WIDTH = 200  # columns where no terminal says how wide it is
 _Name = Annotated[str, tyro.conf.Positional]
@@ -132,6 +133,8 @@ def _checkpoints(uri: str, one: BackboneVersion) -> list[str]:
         raise UsageError(f"{one.name} {one.version}: its checkpoints are gone, its folder is now of a run begun anew")
     if "RUNNING" in (pretraining.status, parent.status):
         raise UsageError(f"run {one.run} is at work: stop it first, or leave --checkpoints out")
+    # a tag may name any folder, also one of other things that are named as checkpoints are
+    check_run_folder(parent.tags["hemoco.storage"], parent.tags["hemoco.run"].removesuffix(" (superseded)"))
     folder = join_url(parent.tags["hemoco.storage"], "pretrain", "checkpoints")
     return [join_url(folder, name) for name in list_names(folder) if is_checkpoint(name)]
 

@@ -10,6 +10,7 @@ from hemoco.comparison_files import render, sections, write_files
 from hemoco.comparison_many import compare_runs
 from hemoco.errors import UsageError
 from hemoco.extra_sections import extra_sections
+from hemoco.names import check_run_name
 from hemoco.section import print_section
 from hemoco.tracking import tracking_uri
 from jobs.session import print_comparison, results_folder, table_console, write_report, write_results
@@ -43,6 +44,8 @@ def compare(
     """
     if not runs:
         raise UsageError("compare needs the name of a run, or of several: `python -m jobs status` lists them")
+    for run in runs:  # names a folder, too
+        check_run_name("RUN", run)
     alone = len(runs) == 1
     many = compare_runs(tracking_uri(), runs)
     folder = results_folder(runs[0] if alone else _folder_name(runs), out)

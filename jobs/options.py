@@ -11,6 +11,7 @@ import tyro
 
 from hemoco.config import Recipe, flat_params
 from hemoco.errors import HemocoError, UsageError
+from hemoco.names import check_new_name
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -53,7 +54,7 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
     """Reads `RECIPE [--name value ...]`.
 
     Raises:
-        UsageError: no recipe is named, or it is unknown.
+        UsageError: no recipe is named, or it is unknown; or `--run` is no name of a run.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
     if argv and argv[0] in ("-h", "--help"):
@@ -63,7 +64,7 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
     if not argv:
         raise UsageError(f"{verb} needs a recipe: python -m jobs {verb} RECIPE [...]; {_known()}")
     default = kind(recipe=load_recipe(argv[0]))
-    return tyro.cli(
+    options = tyro.cli(
         kind,
         args=argv[1:],
         default=default,
@@ -71,6 +72,9 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         use_underscores=True,
     )
+    if options.run:  # else it is made of the recipe's name and a digest
+        check_new_name("--run", options.run)
+    return options
 
 
 def parse_transfer(argv: list[str]) -> TransferOptions:

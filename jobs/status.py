@@ -15,6 +15,7 @@ from rich.text import Text
 
 from cluster.job_environment import words_again
 from hemoco.errors import HemocoError, UsageError
+from hemoco.names import check_run_name
 from hemoco.run_status import PhaseStatus, RunStatus, newest_complete, newest_runs, run_status
 from hemoco.section import print_section
 from hemoco.storage import join_url
@@ -44,6 +45,8 @@ def status(run: Annotated[str, tyro.conf.Positional] = "", /, *, address: str = 
         address: dashboard of a cluster's head, http://head:8265, to learn of its jobs too; default: $RAY_ADDRESS if it
             is one.
     """
+    if run:
+        check_run_name("RUN", run)
     named = address or os.environ.get("RAY_ADDRESS", "").startswith("http")
     jobs = _jobs(head_address(address), run) if named else []
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)

@@ -7,6 +7,7 @@ import tyro
 
 from hemoco.errors import TrackingError, UsageError
 from hemoco.kept_metrics import RefusedError, deliver_file, kept_files, kept_folders
+from hemoco.names import check_run_name
 from hemoco.tracking import RunFacts, connect, find_runs, send_points, tracking_uri
 
 _PATIENCE_S = 10.0
@@ -23,6 +24,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
     Args:
         run: the run's name.
     """
+    check_run_name("RUN", run)
     uri = tracking_uri()
     runs = find_runs(uri, connect(uri), {"hemoco.run": run})
     names = {found.run_id: _name(found) for found in runs}

@@ -27,10 +27,12 @@ from hemoco.encoder import check_supervised
 from hemoco.errors import ConfigError, ShardError, TrackingError, UsageError
 from hemoco.knn import check_neighbours
 from hemoco.mlflow_uri import shown
+from hemoco.names import check_run_name
 from hemoco.preflight import checkpoint_bytes, doubtful_settings
-from hemoco.storage import absolute_url, first_line, join_url, list_names, remove
+from hemoco.storage import absolute_url, first_line, join_url
 from hemoco.transfer.classifier import classifier_plan
 from pipeline.backbones import check_architecture
+from pipeline.run_folder import check_run_folder, mark_run_folder, remove_run_folder, saved_names
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,9 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
 
     Raises:
         UsageError: the name belongs to a run with other settings (the difference is shown), or with its checkpoints
-            elsewhere; or there are checkpoints of a run that MLflow does not know.
+            elsewhere; or its folder has what MLflow does not know or, with `fresh`, what is not this run's.
     """
+    check_run_name("run", run)
     recipe = _with_absolute_urls(recipe)
     index = read_index(recipe.data.shards)
     uri = tracking.tracking_uri()
@@ -76,9 +79,11 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     url = join_url(storage, run)
     if known is None:
         if fresh:
+            check_run_folder(url, run)  # before anything is forgotten
             _forget(uri, experiment_id, run)
-            remove(url)
-        elif list_names(url):
+            remove_run_folder(url, run)
+        elif saved_names(url):
+            check_run_folder(url, run)  # to advise --fresh of another's folder would only end in its refusal
             raise UsageError(
                 f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not know it: set "
                 "MLFLOW_TRACKING_URI to the one that does, choose another --run name, or --fresh to remove it"
@@ -105,6 +110,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     if known is None or known.status != "FINISHED":
         # the last code that worked at it counts; the folder is where `status` and `sync` look
         tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
+        mark_run_folder(url, run)
     return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
 
 
