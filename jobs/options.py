@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -95,13 +96,21 @@ def parse_transfer(argv: list[str]) -> TransferOptions:
     return dataclasses.replace(options, recipe=dataclasses.replace(recipe, transfers=kept))
 
 
-def settings_words(params: dict[str, str], recipe: Recipe) -> list[str]:
-    """The flags that turn a recipe into one with these settings."""
+def changed_settings(params: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
+    """Those of the flat settings `params` that a recipe has too, with another value."""
+    flat = flat_params(recipe)
+    return {name: params[name] for name in flat if params.get(name, flat[name]) != flat[name]}
+
+
+def settings_flags(settings: Mapping[str, str]) -> list[str]:
+    """Flags that give a recipe these settings.
+
+    Raises:
+        ValueError: a value begins as a tuple does and is none.
+        SyntaxError: as `ValueError`.
+    """
     words = []
-    for name, value in flat_params(recipe).items():
-        wanted = params.get(name, value)
-        if wanted == value:
-            continue
+    for name, wanted in settings.items():
         if wanted in ("True", "False"):
             head, _, last = name.rpartition(".")
             words.append(f"--{name}" if wanted == "True" else f"--{head}.no_{last}")

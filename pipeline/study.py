@@ -70,7 +70,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
             elsewhere; or its folder has what MLflow does not know or, with `fresh`, what is not this run's.
     """
     check_run_name("run", run)
-    recipe = _with_absolute_urls(recipe)
+    recipe = with_absolute_urls(recipe)
     index = read_index(recipe.data.shards)
     uri = tracking.tracking_uri()
     experiment_id = tracking.connect(uri)
@@ -180,7 +180,7 @@ def check_pretraining(recipe: Recipe) -> None:
         ShardError: there are none, or not the splits it names.
         ConfigError: the recipe does not fit its data.
     """
-    recipe = _with_absolute_urls(recipe)
+    recipe = with_absolute_urls(recipe)
     data, index = recipe.data, read_index(recipe.data.shards)
     index.split(data.pretrain_split)
     steps = steps_per_epoch(index, data.pretrain_split, pretraining_plan(recipe.pretrain))
@@ -200,7 +200,7 @@ def check_pretraining(recipe: Recipe) -> None:
 
 def check_transfers(recipe: Recipe) -> None:
     """As `check_pretraining`, of the transfers."""
-    recipe = _with_absolute_urls(recipe)
+    recipe = with_absolute_urls(recipe)
     for name, config in recipe.transfers.items():
         for url in filter(None, map(init_url, config.inits)):
             check_architecture(url, recipe.pretrain.encoder)
@@ -230,7 +230,7 @@ def _say_checkpoints(config: PretrainConfig) -> None:
     logger.info("a checkpoint takes %.2f GB, %s", checkpoint_bytes(config) / 1e9, kept)
 
 
-def _with_absolute_urls(recipe: Recipe) -> Recipe:
+def with_absolute_urls(recipe: Recipe) -> Recipe:
     """Workers run in other folders and on other machines: a relative path means nothing there."""
     if not recipe.data.shards:
         raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
