@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -11,6 +12,7 @@ import tyro
 
 from hemoco.config import Recipe, flat_params
 from hemoco.errors import HemocoError, UsageError
+from hemoco.names import check_new_name
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -53,7 +55,7 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
     """Reads `RECIPE [--name value ...]`.
 
     Raises:
-        UsageError: no recipe is named, or it is unknown.
+        UsageError: no recipe is named, or it is unknown; or `--run` is no name of a run.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
     if argv and argv[0] in ("-h", "--help"):
@@ -63,7 +65,7 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
     if not argv:
         raise UsageError(f"{verb} needs a recipe: python -m jobs {verb} RECIPE [...]; {_known()}")
     default = kind(recipe=load_recipe(argv[0]))
-    return tyro.cli(
+    options = tyro.cli(
         kind,
         args=argv[1:],
         default=default,
@@ -71,6 +73,9 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         use_underscores=True,
     )
+    if options.run:  # else it is made of the recipe's name and a digest
+        check_new_name("--run", options.run)
+    return options
 
 
 def parse_transfer(argv: list[str]) -> TransferOptions:
@@ -91,13 +96,21 @@ def parse_transfer(argv: list[str]) -> TransferOptions:
     return dataclasses.replace(options, recipe=dataclasses.replace(recipe, transfers=kept))
 
 
-def settings_words(params: dict[str, str], recipe: Recipe) -> list[str]:
-    """The flags that turn a recipe into one with these settings."""
+def changed_settings(params: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
+    """Those of the flat settings `params` that a recipe has too, with another value."""
+    flat = flat_params(recipe)
+    return {name: params[name] for name in flat if params.get(name, flat[name]) != flat[name]}
+
+
+def settings_flags(settings: Mapping[str, str]) -> list[str]:
+    """Flags that give a recipe these settings.
+
+    Raises:
+        ValueError: a value begins as a tuple does and is none.
+        SyntaxError: as `ValueError`.
+    """
     words = []
-    for name, value in flat_params(recipe).items():
-        wanted = params.get(name, value)
-        if wanted == value:
-            continue
+    for name, wanted in settings.items():
         if wanted in ("True", "False"):
             head, _, last = name.rpartition(".")
             words.append(f"--{name}" if wanted == "True" else f"--{head}.no_{last}")

@@ -79,7 +79,8 @@ def print_comparison(run: str, out: str) -> Path:
     console = table_console()
     console.print(rich_table(write_results(run, folder)))
     console.print(f"report      {folder / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"again       python -m jobs compare {run}", soft_wrap=True, highlight=False)
+    again = shlex.join(["python", "-m", "jobs", "compare", run])
+    console.print(f"again       {again}", soft_wrap=True, highlight=False)
     return folder
 
 

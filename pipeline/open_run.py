@@ -14,11 +14,13 @@ from hemoco.config import (
 )
 from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.errors import TrackingError, UsageError, first_line
-from hemoco.storage.objects import join_url, list_names, remove
+from hemoco.names import check_run_name
+from hemoco.storage.objects import join_url
 from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.client import shown
 from pipeline.checks import with_absolute_urls
+from pipeline.run_folder import check_run_folder, mark_run_folder, remove_run_folder, saved_names
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
 
     Raises:
         UsageError: the name belongs to a run with other settings (the difference is shown), or with its checkpoints
-            elsewhere; or there are checkpoints of a run that MLflow does not know.
+            elsewhere; or its folder has what MLflow does not know or, with `fresh`, what is not this run's.
     """
+    check_run_name("run", run)
     recipe = with_absolute_urls(recipe)
     index = read_index(recipe.data.shards)
     uri = client.tracking_uri()
@@ -64,9 +67,11 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     url = join_url(storage, run)
     if known is None:
         if fresh:
+            check_run_folder(url, run)  # before anything is forgotten
             _forget(uri, experiment_id, run)
-            remove(url)
-        elif list_names(url):
+            remove_run_folder(url, run)
+        elif saved_names(url):
+            check_run_folder(url, run)  # to advise --fresh of another's folder would only end in its refusal
             raise UsageError(
                 f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not know it: set "
                 "MLFLOW_TRACKING_URI to the one that does, choose another --run name, or --fresh to remove it"
@@ -93,6 +98,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     if known is None or known.status != "FINISHED":
         # the last code that worked at it counts; the folder is where `status` and `sync` look
         tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
+        mark_run_folder(url, run)
     return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
 
 

@@ -19,6 +19,7 @@ from hemoco.config.transfer import (
     LinearProbeConfig,
     LowShotConfig,
 )
+from hemoco.names import NAME_RULE, is_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,9 @@ class Recipe:
     """What `python -m jobs sweep` searches; the other verbs do not look at it."""
 
     def __post_init__(self) -> None:
+        require(is_name(self.name), f"recipe.name is {self.name!r}: allowed are {NAME_RULE}")
+        for name in self.transfers:
+            require(is_name(name), f"the recipe has a transfer {name!r}: allowed in its name are {NAME_RULE}")
         unknown = [name for name in self.curve if name not in self.transfers]
         require(not unknown, f"curve names {unknown}: the recipe's transfers are {list(self.transfers)}")
         require(

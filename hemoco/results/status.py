@@ -38,8 +38,6 @@ class RunStatus:
 
     run: str
     recipe: str
-    recipe_file: str
-    """Where the recipe was, on the machine that began the run; empty for those that come with hemoco."""
     status: str
     """Of its parent run in MLflow."""
     started: float
@@ -54,6 +52,8 @@ class RunStatus:
     """Then its phases are its trials."""
     params: dict[str, str]
     """Every setting by its dotted name."""
+    tags: dict[str, str]
+    """Of its parent run in MLflow."""
     phases: tuple[PhaseStatus, ...]
     """The oldest first."""
 
@@ -150,7 +150,6 @@ def _status(parent: Any, children: list[Any]) -> RunStatus:
     return RunStatus(
         run=_name(parent),
         recipe=tags.get("hemoco.recipe", ""),
-        recipe_file=tags.get("hemoco.recipe_file", ""),
         status=parent.info.status,
         started=parent.info.start_time / 1000,
         storage=tags.get("hemoco.storage", ""),
@@ -158,6 +157,7 @@ def _status(parent: Any, children: list[Any]) -> RunStatus:
         verb=tags.get("hemoco.verb", ""),
         is_sweep=tags["hemoco.phase"] == "sweep",
         params=dict(parent.data.params),
+        tags=dict(tags),
         phases=tuple(_phase(child) for child in reversed(children)),
     )
 

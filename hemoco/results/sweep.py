@@ -69,6 +69,8 @@ class SweepResult:
     data_digest: str
     params: dict[str, str]
     """Every setting of the recipe by its dotted name."""
+    tags: dict[str, str]
+    """Of its run in MLflow."""
     trials: tuple[TrialResult, ...]
 
     @property
@@ -124,14 +126,15 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         watch=parent.params["sweep.watch"],
         data_digest=parent.tags["hemoco.data_digest"],
         params=parent.params,
+        tags=parent.tags,
         trials=tuple(sorted((_trial(uri, experiment_id, facts) for facts in trials), key=_rank)),
     )
 
 
 def sweep_json(result: SweepResult) -> str:
-    """The fields of `SweepResult` without `params`, and `best`: a trial's number, null where none has finished."""
+    """The fields of `SweepResult` but `params` and `tags`, and `best`: a trial's number, null if none has finished."""
     facts: dict[str, Any] = dataclasses.asdict(result)
-    del facts["params"]
+    del facts["params"], facts["tags"]
     for trial in facts["trials"]:
         trial["objective"] = None if math.isnan(trial["objective"]) else trial["objective"]
     trials = facts.pop("trials")

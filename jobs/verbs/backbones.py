@@ -15,6 +15,7 @@ from hemoco.storage.objects import join_url, list_names, remove
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.runs import find_runs, run_facts
 from hemoco.tracking.versions import BackboneVersion, backbone_version, backbone_versions, delete_version, set_alias
+from pipeline.run_folder import check_run_folder
 
 _FILE_WIDTH = 200  # columns where no terminal says how wide it is
 _Name = Annotated[str, tyro.conf.Positional]
@@ -126,6 +127,8 @@ def _checkpoints(uri: str, one: BackboneVersion) -> list[str]:
         raise UsageError(f"{one.name} {one.version}: its checkpoints are gone, its folder is now of a run begun anew")
     if "RUNNING" in (pretraining.status, parent.status):
         raise UsageError(f"run {one.run} is at work: stop it first, or leave --checkpoints out")
+    # a tag may name any folder, also one of other things that are named as checkpoints are
+    check_run_folder(parent.tags["hemoco.storage"], parent.tags["hemoco.run"].removesuffix(" (superseded)"))
     folder = join_url(parent.tags["hemoco.storage"], "pretrain", "checkpoints")
     return [join_url(folder, name) for name in list_names(folder) if is_checkpoint(name)]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from hemoco.errors import UsageError
+from hemoco.names import check_run_name
 from hemoco.report.extra_tables import extra_sections
 from hemoco.report.files import render, sections, write_files
 from hemoco.report.tables import print_section
@@ -43,6 +44,8 @@ def compare(
     """
     if not runs:
         raise UsageError("compare needs the name of a run, or of several: `python -m jobs status` lists them")
+    for run in runs:  # names a folder, too
+        check_run_name("RUN", run)
     alone = len(runs) == 1
     many = compare_runs(tracking_uri(), runs)
     folder = results_folder(runs[0] if alone else _folder_name(runs), out)

@@ -2,7 +2,8 @@
 
 from jobs.display.live import live_display
 from jobs.options import RunOptions, parse_options
-from jobs.session import announce, ray_session, run_name, run_tags, storage_url
+from jobs.recorded_command import command_tags
+from jobs.session import announce, ray_session, run_name, storage_url
 from pipeline.checks import check_pretraining
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags=run_tags("pretrain", argv[0]),
+            tags=command_tags("pretrain", argv[0], options),
         )
     print(f"run {name}: backbone {done.backbone_url}")
     for key, value in sorted(done.metrics.items()):

@@ -15,13 +15,15 @@ from rich.text import Text
 
 from cluster.submit.environment import words_again
 from hemoco.errors import HemocoError, UsageError
+from hemoco.names import check_run_name
 from hemoco.report.extra_tables import sweep_section
 from hemoco.report.tables import print_section
 from hemoco.results.status import PhaseStatus, RunStatus, newest_complete, newest_runs, run_status
 from hemoco.results.sweep import SweepResult, find_sweep
 from hemoco.storage.objects import join_url
 from hemoco.tracking.client import tracking_uri
-from jobs.options import load_recipe, settings_words
+from jobs.options import settings_flags
+from jobs.recorded_command import recorded_command
 from jobs.verbs.submit import head_address
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def status(run: Annotated[str, tyro.conf.Positional] = "", /, *, address: str = 
         address: dashboard of a cluster's head, http://head:8265, to learn of its jobs too; default: $RAY_ADDRESS if it
             is one.
     """
+    if run:
+        check_run_name("RUN", run)
     named = address or os.environ.get("RAY_ADDRESS", "").startswith("http")
     jobs = _jobs(head_address(address), run) if named else []
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
@@ -95,7 +99,7 @@ def _show_run(console: Console, run: str, jobs: list["Job"], address: str) -> No
     _say(console, lines | {"checkpoint": _checkpoint(found)})
     _show_phases(console, found.phases)
     if found.status == "FINISHED":
-        _say(console, {"table": f"python -m jobs compare {run}"})
+        _say(console, {"table": shlex.join(["python", "-m", "jobs", "compare", run])})
     else:
         _say(console, _go_on(_resume_words(found, job, address), run, job, address))
     return None
@@ -110,8 +114,7 @@ def _show_sweep(console: Console, sweep: SweepResult, job: "Job | None", address
     _say(console, lines)
     print_section(console, sweep_section(sweep))
     console.print()
-    recipe_word = shlex.split(job.words)[1] if job is not None else sweep.recipe_file or sweep.recipe
-    _say(console, best_lines(sweep, recipe_word))
+    _say(console, best_lines(sweep))
     if sweep.status != "FINISHED":
         again = _submit_words(job, address) if job is not None else _sweep_words(sweep)
         _say(console, _go_on(again, sweep.sweep, job, address))
@@ -148,7 +151,7 @@ def _checkpoint(found: RunStatus) -> str:
 
 
 def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> str:
-    """The exact words where they are known: from the run's job, or from the recipe and the settings in MLflow."""
+    """The command that resumes a run, where it is known: from its job, or as it is recorded in MLflow."""
     if job is not None:
         return _submit_words(job, address)
     assert found is not None, "one of both is known"
@@ -156,35 +159,36 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
         return "cannot be, its storage has ended with it; python -m jobs demo begins another"
     if found.verb == "sweep":  # one of its trials
         whole = find_sweep(tracking_uri(), found.run.rpartition("/")[0])
-        return _sweep_words(whole) if whole else "its sweep's words"
-    unknown = f"the words that began it, with --run {found.run}"
+        return _sweep_words(whole) if whole else "the command that began its sweep"
+    unknown = _unknown(found.run)
     if found.verb == "transfer" and not found.backbone:  # it ended before it had read one
         return unknown
-    recipe_word = found.recipe_file or found.recipe
-    try:
-        recipe = load_recipe(recipe_word)
-    except HemocoError:  # its file is elsewhere, or has changed
+    command = recorded_command(found.tags, found.params)
+    if command is None:
         return unknown
-    words = [found.verb or "run", recipe_word]
+    words = [found.verb or "run", command.recipe]
     if found.backbone:
-        measured = {name.split(".")[1] for name in found.params if name.startswith("transfers.")}
-        only = ["--only", *sorted(measured)] if measured != recipe.transfers.keys() else []
-        words = ["transfer", recipe_word, "--backbone", found.backbone, *only]
+        only = ["--only", *command.only] if command.only else []
+        words = ["transfer", command.recipe, "--backbone", found.backbone, *only]
     storage = ["--storage", found.storage.removesuffix(f"/{found.run}")] if found.storage else []
-    words += [*settings_words(found.params, recipe), "--run", found.run, *storage]
+    words += [*command.flags(), "--run", found.run, *storage]
     return shlex.join(["python", "-m", "jobs", *words])
 
 
 def _sweep_words(sweep: SweepResult) -> str:
-    word = sweep.recipe_file or sweep.recipe
-    try:
-        # MLflow has the number that it began with; each one that was asked for is opened
-        trials = max(int(sweep.params["sweep.trials"]), len(sweep.trials))
-        settings = settings_words(sweep.params | {"sweep.trials": str(trials)}, load_recipe(word))
-    except HemocoError:  # its file is elsewhere, or has changed
-        return f"the words that began it, with --run {sweep.sweep}"
+    command = recorded_command(sweep.tags, sweep.params)
+    if command is None:
+        return _unknown(sweep.sweep)
+    # MLflow has the number that it began with; each one that was asked for is opened
+    asked = command.settings.get("sweep.trials", "")  # by the last command, which may have ended before it opened them
+    trials = max(int(sweep.params["sweep.trials"]), len(sweep.trials), int(asked) if asked.isdecimal() else 0)
+    settings = settings_flags(command.settings | {"sweep.trials": str(trials)})
     storage = ["--storage", sweep.storage.removesuffix(f"/{sweep.sweep}")] if sweep.storage else []
-    return shlex.join(["python", "-m", "jobs", "sweep", word, *settings, "--run", sweep.sweep, *storage])
+    return shlex.join(["python", "-m", "jobs", "sweep", command.recipe, *settings, "--run", sweep.sweep, *storage])
+
+
+def _unknown(run: str) -> str:
+    return f"the command that began it, with {shlex.join(['--run', run])}"
 
 
 def _submit_words(job: "Job", address: str) -> str:

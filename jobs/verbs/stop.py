@@ -7,6 +7,7 @@ import tyro
 
 from cluster.submit.environment import words_again
 from hemoco.errors import UsageError
+from hemoco.names import check_run_name
 from hemoco.results.status import close_running
 from hemoco.tracking.client import connect, tracking_uri
 from jobs.verbs.submit import head_address, in_mlflow
@@ -24,6 +25,7 @@ def stop(run: Annotated[str, tyro.conf.Positional], /, *, address: str = "") -> 
         run: the run's name.
         address: dashboard of the cluster's head, http://head:8265; default: $RAY_ADDRESS if it is one.
     """
+    check_run_name("RUN", run)
     address = head_address(address)
     uri = tracking_uri()
     if in_mlflow(run):

@@ -266,7 +266,8 @@ def _show(text: str) -> None:
 
 
 def _table_words(job: "Job") -> str:
-    return f"python -m jobs {'status' if job.words.startswith('sweep ') else 'compare'} {job.run}"
+    verb = "status" if job.words.startswith("sweep ") else "compare"
+    return shlex.join(["python", "-m", "jobs", verb, job.run])
 
 
 def _stop_words(job: "Job", address: str) -> str:

@@ -6,15 +6,16 @@ import shlex
 from rich.text import Text
 
 from hemoco.config import Recipe, config_digest, flat_params
-from hemoco.errors import HemocoError, UsageError
+from hemoco.errors import UsageError
 from hemoco.report.extra_tables import sweep_section
 from hemoco.report.tables import print_section
 from hemoco.results.sweep import SweepResult, search_settings, sweep_json, sweep_result
 from hemoco.tracking.client import tracking_uri
 from hemoco.tracking.runs import log_artifact_bytes
 from jobs.display.sweep_view import live_sweep
-from jobs.options import ReportOptions, load_recipe, parse_options, settings_words
-from jobs.session import announce, ray_session, results_folder, run_tags, storage_url, table_console
+from jobs.options import ReportOptions, parse_options, settings_flags
+from jobs.recorded_command import RecordedCommand, command_tags, recorded_command
+from jobs.session import announce, ray_session, results_folder, storage_url, table_console
 from pipeline.checks import check_pretraining, check_transfers
 
 
@@ -40,9 +41,9 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags=run_tags("sweep", argv[0]),
+            tags=command_tags("sweep", argv[0], options),
         )
-    _show(sweep_result(tracking_uri(), name), argv[0], options.out)
+    _show(sweep_result(tracking_uri(), name), options.out)
 
 
 def sweep_name(options: SweepOptions) -> str:
@@ -75,32 +76,31 @@ def check_sweep(recipe: Recipe) -> None:
     check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None))
 
 
-def best_lines(result: SweepResult, recipe_word: str) -> dict[str, str]:
-    """Which trial is the best, and how to go on from it where the recipe can be found; empty where none has ended."""
+def best_lines(result: SweepResult) -> dict[str, str]:
+    """Which trial is the best, and how to go on from it where its command is known; empty where none has ended."""
     if result.best is None:
         return {}
     lines = {"best": f"trial {result.best.trial}, {result.best.run}"}
-    try:
-        original = load_recipe(recipe_word)
-    except HemocoError:  # its file is elsewhere, or has changed
+    command = recorded_command(result.tags, result.params)
+    if command is None:
         return lines
-    transfer, run = again_words(result, recipe_word, original)
+    transfer, run = again_words(result, command)
     return lines | {"measure it": transfer, "repeat it": run}
 
 
-def again_words(result: SweepResult, recipe_word: str, original: Recipe) -> list[str]:
+def again_words(result: SweepResult, command: RecordedCommand) -> list[str]:
     """Two command lines from the best trial on: all transfers from its backbone, and the whole run anew."""
     best = result.best
     assert best is not None, "checked by the caller"
-    params = {name: value for name, value in result.params.items() if not name.startswith("sweep.")}
-    words = settings_words(params | best.settings, original)
+    settings = {name: value for name, value in command.settings.items() if not name.startswith("sweep.")}
+    words = settings_flags(settings | best.settings)
     return [
-        shlex.join(["python", "-m", "jobs", "transfer", recipe_word, "--backbone", best.backbone_url, *words]),
-        shlex.join(["python", "-m", "jobs", "run", recipe_word, *words]),
+        shlex.join(["python", "-m", "jobs", "transfer", command.recipe, "--backbone", best.backbone_url, *words]),
+        shlex.join(["python", "-m", "jobs", "run", command.recipe, *words]),
     ]
 
 
-def _show(result: SweepResult, recipe_word: str, out: str) -> None:
+def _show(result: SweepResult, out: str) -> None:
     """Prints the table and how to go on, and writes sweep.json, also as an artifact of the sweep in MLflow."""
     folder, text = results_folder(result.sweep, out), sweep_json(result)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +109,6 @@ def _show(result: SweepResult, recipe_word: str, out: str) -> None:
     console = table_console()
     print_section(console, sweep_section(result))
     console.print()
-    lines = {"json": str(folder / "sweep.json"), "again": f"python -m jobs status {result.sweep}"}
-    for name, line in (lines | best_lines(result, recipe_word)).items():
+    lines = {"json": str(folder / "sweep.json"), "again": shlex.join(["python", "-m", "jobs", "status", result.sweep])}
+    for name, line in (lines | best_lines(result)).items():
         console.print(Text(f"{name:<12}{line}"), soft_wrap=True)

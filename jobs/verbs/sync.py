@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from hemoco.errors import RefusedError, TrackingError, UsageError
+from hemoco.names import check_run_name
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import RunFacts, find_runs
@@ -25,6 +26,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
     Args:
         run: the run's name.
     """
+    check_run_name("RUN", run)
     uri = tracking_uri()
     runs = find_runs(uri, connect(uri), {"hemoco.run": run})
     names = {found.run_id: _name(found) for found in runs}

@@ -2,7 +2,8 @@
 
 from jobs.display.live import live_display
 from jobs.options import parse_transfer
-from jobs.session import announce, print_comparison, publish, ray_session, run_name, run_tags, storage_url
+from jobs.recorded_command import command_tags
+from jobs.session import announce, print_comparison, publish, ray_session, run_name, storage_url
 from pipeline.checks import check_transfers
 
 
@@ -21,6 +22,6 @@ def main(argv: list[str]) -> None:
             run=name,
             storage=storage_url(options.storage),
             fresh=options.fresh,
-            tags=run_tags("transfer", argv[0]),
+            tags=command_tags("transfer", argv[0], options),
         )
     publish(name, print_comparison(name, options.out))

@@ -22,15 +22,17 @@ from hemoco.config.sweep import KNN, Range, with_settings
 from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
+from hemoco.names import check_new_name
 from hemoco.results.records import PRETRAINED, comparison
 from hemoco.results.status import close_running
 from hemoco.results.sweep import OBJECTIVE, STEPS_PER_EPOCH, STOPPED, is_over, search_settings
-from hemoco.storage.objects import absolute_url, join_url
+from hemoco.storage.objects import absolute_url, join_url, list_names
 from hemoco.tracking import client, metric_queue
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.unsent import MetricPoint
 from pipeline.open_run import closing_run, same_folder
 from pipeline.run import pretrain_then_transfer
+from pipeline.run_folder import check_run_folder
 from pipeline.sweep.early_stop import EarlyStop, Halving, Watched
 from pipeline.transfer.fan_out import in_threads
 from pipeline.transfer.units import headline_metric
@@ -133,15 +135,17 @@ def _drawn(values: Range, generator: np.random.Generator) -> object:
 def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Sweep:
     config = recipe.sweep
     assert config is not None, "checked by the caller"
+    check_new_name("run", run)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=absolute_url(recipe.data.shards)))
     data, uri, params = read_index(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
     experiment_id = client.connect(uri)
     if tracking.find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"}) is not None:
         raise UsageError(f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name")
+    key, url = {"hemoco.sweep": run, "hemoco.phase": "sweep"}, join_url(storage, run)
     if fresh:
+        _check_trial_folders(url, run, config.trials)
         for old in tracking.find_runs(uri, experiment_id, {"hemoco.sweep": run}):
             tracking.set_tags(uri, old.run_id, {"hemoco.sweep": f"{run} (superseded)"})
-    key, url = {"hemoco.sweep": run, "hemoco.phase": "sweep"}, join_url(storage, run)
     known = tracking.find_run(uri, experiment_id, key)
     if known is None:
         facts = {
@@ -176,8 +180,20 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
     )
 
 
+def _check_trial_folders(url: str, run: str, trials: int) -> None:
+    """Refuses to begin anew where the folder of a trial is not its own, before anything is forgotten or removed."""
+    there = set(list_names(url))
+    for name in map(_trial_name, range(trials)):
+        if name in there:
+            check_run_folder(join_url(url, name), f"{run}/{name}")
+
+
+def _trial_name(number: int) -> str:
+    return f"trial_{number:04d}"
+
+
 def _open_trial(sweep: Sweep, number: int, settings: dict[str, object]) -> Trial:
-    name = f"trial_{number:04d}"
+    name = _trial_name(number)
     key = {"hemoco.sweep": sweep.run, "hemoco.phase": "trial", "hemoco.trial": str(number)}
     known = tracking.find_run(sweep.uri, sweep.experiment_id, key)
     if known is None:

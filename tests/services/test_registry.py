@@ -257,6 +257,15 @@ def test_checkpoints_of_a_run_at_work_or_begun_anew_are_not_deleted(uri, measure
     assert len(backbone_versions(uri)) == 1
 
 
+def test_checkpoints_in_a_folder_that_is_not_the_runs_are_not_deleted(uri, measured, url, capsys):
+    folder = Path(url).parent.parent
+    write_bytes(f"{folder}/pretrain/checkpoints/step_00000010_a0/manifest.json", b"{}")
+    write_bytes(f"{folder}/hemoco-run.json", b'{"run": "b"}')
+    assert main(["backbones", "delete", "hemoco-small", "1", "--checkpoints"]) == 2
+    assert "names run 'b'" in capsys.readouterr().err
+    assert list_names(f"{folder}/pretrain/checkpoints") == ["step_00000010_a0"] and len(backbone_versions(uri)) == 1
+
+
 def test_unknown_version_and_action_are_wrong_usage(uri, measured, capsys):
     assert main(["backbones", "delete", "hemoco-small", "7"]) == 2
     assert "no backbone hemoco-small 7 is registered; there is hemoco-small 1" in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """The words of `submit`, `status` and `stop`: what is refused before anything is sent, and what is sent."""
 
 import os
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
+import jobs.options
 from cluster.local.ray import local_ray
 from cluster.submit.checkout import CHECKOUT
 from cluster.submit.client import Job, _joined
@@ -17,8 +20,15 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.runs import close_run, open_run
 from hemoco.train import checkpoint
 from jobs.cli import main
-from jobs.options import RunOptions, load_recipe, parse_options, settings_words
-from jobs.session import run_tags
+from jobs.options import (
+    RunOptions,
+    changed_settings,
+    load_recipe,
+    parse_options,
+    parse_transfer,
+    settings_flags,
+)
+from jobs.recorded_command import command_tags
 from jobs.verbs.submit import Request, _announce, _stop_words, check_here, parse_request
 from tests.helpers.shard_folders import write_shards
 
@@ -188,7 +198,7 @@ def test_a_recipe_file_is_sent_by_its_path_in_the_checkout(monkeypatch):
 def test_settings_become_the_words_that_set_them():
     words = ["demo", "--pretrain.epochs", "7", "--transfers.knn.inits", "random", "pretrained", "--pretrain.compile"]
     changed = parse_options("run", words, RunOptions).recipe
-    found = settings_words(flat_params(changed), load_recipe("demo"))
+    found = settings_flags(changed_settings(flat_params(changed), load_recipe("demo")))
     assert parse_options("run", ["demo", *found], RunOptions).recipe == changed
 
 
@@ -202,14 +212,49 @@ def test_the_words_that_resume_are_of_the_verb_that_began(tracking, capsys, verb
 
 
 def test_a_recipe_given_by_its_path_is_resumed_by_it(tracking, capsys, tmp_path):
+    words = [str(tmp_path / "mine.py"), "--data.shards", "s3://b/x", "--pretrain.epochs", "7", "--run", "by-path"]
     (tmp_path / "mine.py").write_text("from jobs.recipes.demo import recipe")
     tags = {"hemoco.run": "by-path", "hemoco.phase": "parent", "hemoco.recipe": "mine"}
-    params = flat_params(load_recipe("demo")) | {"pretrain.epochs": "7"}
-    tags |= run_tags("run", str(tmp_path / "mine.py"))
-    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params=params)
+    tags |= command_tags("run", words[0], parse_options("run", words, RunOptions))
+    (tmp_path / "mine.py").write_text("raise SystemExit('status needs no recipe')")
+    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", "by-path"]) == 0
-    again = f"resume      python -m jobs run {tmp_path}/mine.py --pretrain.epochs 7 --run by-path"
+    again = (
+        f"resume      python -m jobs run {tmp_path}/mine.py --data.shards s3://b/x --pretrain.epochs 7 --run by-path"
+    )
     assert again in capsys.readouterr().out
+
+
+def test_transfers_are_resumed_with_their_backbone_and_those_that_were_named(tracking, capsys):
+    words = ["demo", "--data.shards", "s3://b/x", "--backbone", "s3://b/it's", "--only", "knn", "--run", "measured"]
+    tags = {"hemoco.run": "measured", "hemoco.phase": "parent", "hemoco.recipe": "demo"}
+    tags |= command_tags("transfer", "demo", parse_transfer(words)) | {"hemoco.backbone_url": "s3://b/it's"}
+    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
+    assert main(["status", "measured"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume ")]
+    expected = ["transfer", "demo", *words[3:7], *words[1:3], *words[7:]]
+    assert shlex.split(line)[1:] == ["python", "-m", "jobs", *expected]
+
+
+@pytest.mark.parametrize(
+    "command", [None, "", "no JSON", '{"recipe": "x.py"}', '{"recipe": "x", "settings": 1, "only": []}']
+)
+@pytest.mark.parametrize("how", ["hemoco.recipe_file", "hemoco.recipe"])
+def test_status_of_a_run_executes_no_file_that_a_tag_names(tracking, capsys, tmp_path, how, command):
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    evil = str(tmp_path / "evil.py")
+    if how == "hemoco.recipe":
+        evil = os.path.relpath(tmp_path / "evil", Path(jobs.options.__file__).parent / "recipes")
+    run = f"evil-{os.urandom(4).hex()}"
+    tags = {"hemoco.run": run, "hemoco.phase": "parent", "hemoco.recipe": "demo", "hemoco.verb": "run", how: evil}
+    tags |= {} if command is None else {"hemoco.command": command}
+    open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
+    assert main(["status", run]) == 0
+    assert f"resume      the command that began it, with --run {run}\n" in capsys.readouterr().out
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UsageError, match="must define `recipe"):  # the file is one that would have run
+        load_recipe(str(tmp_path / "evil.py"))
+    assert (tmp_path / "ran").exists()
 
 
 def test_transfers_that_were_interrupted_have_not_failed(tracking, capsys):

@@ -1,12 +1,15 @@
 """What a sweep came to: its table, its status and its words, of sweeps as the pipeline records them."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from test_sweep import LR, RECIPE, record
 
+import jobs.options
 from hemoco.config import flat_params
 from hemoco.errors import UsageError
 from hemoco.report.extra_tables import sweep_section
@@ -16,7 +19,7 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.runs import open_run, set_tags
 from jobs.cli import main
 from jobs.options import parse_options
-from jobs.session import run_tags
+from jobs.recorded_command import RecordedCommand, command_tags
 from jobs.verbs.submit import parse_request
 from jobs.verbs.sweep import SweepOptions, again_words, sweep_name
 
@@ -65,7 +68,7 @@ def test_json_names_the_best_and_has_null_for_what_was_not_measured(made, tracki
 
 def test_words_of_the_best_trial_make_its_recipe_again(made, tracking, tmp_path):
     result = sweep_result(tracking, made)
-    transfer, run = again_words(result, "swept.py", RECIPE)
+    transfer, run = again_words(result, RecordedCommand(recipe="swept.py", settings={"sweep.seed": "1", LR: "9"}))
     assert transfer == f"python -m jobs transfer swept.py --backbone b1 --{LR} 0.1"
     assert run == f"python -m jobs run swept.py --{LR} 0.1"
 
@@ -80,26 +83,43 @@ def test_status_of_a_sweep_shows_its_trials_and_how_to_go_on(made, capsys):
     said = capsys.readouterr().out
     assert f"{made}: 4 trials of swept" in said
     assert f"best        trial 1, {made}/trial_0001" in said
-    assert f"resume      the words that began it, with --run {made}" in said
+    assert f"resume      the command that began it, with --run {made}" in said
+
+
+def test_status_of_a_sweep_executes_no_file_that_a_tag_names(made, tracking, capsys, tmp_path):
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    run_id = sweep_result(tracking, made).run_id
+    by_name = os.path.relpath(tmp_path / "evil", Path(jobs.options.__file__).parent / "recipes")
+    for tags in ({"hemoco.recipe": by_name}, {"hemoco.recipe_file": str(tmp_path / "evil.py")}):
+        set_tags(tracking, run_id, tags)
+        assert main(["status", made]) == 0
+        said = capsys.readouterr().out
+        assert f"resume      the command that began it, with --run {made}" in said and "repeat it" not in said
+    assert not (tmp_path / "ran").exists()
 
 
 def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_trials(made, tracking, capsys, tmp_path):
     (tmp_path / "swept.py").write_text("from test_sweep import RECIPE as recipe")
-    tags = run_tags("sweep", str(tmp_path / "swept.py")) | {"hemoco.storage": f"s3://b/runs/{made}"}
+    argv = [str(tmp_path / "swept.py"), "--data.shards", "s3://b/shards"]
+    tags = command_tags("sweep", argv[0], parse_options("sweep", argv, SweepOptions)) | {
+        "hemoco.storage": f"s3://b/runs/{made}"
+    }
     set_tags(tracking, sweep_result(tracking, made).run_id, tags)
     for number in range(4, 9):
         own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": str(number)}
         open_run(tracking, connect(tracking), name=f"trial_{number:04d}", parent=None, tags=own, params={})
     assert main(["status", made]) == 0
-    words = f"jobs sweep {tmp_path}/swept.py --sweep.trials 9 --run {made} --storage s3://b/runs\n"
-    assert words in capsys.readouterr().out
+    said = capsys.readouterr().out
+    given = f"{tmp_path}/swept.py --data.shards s3://b/shards"
+    assert f"jobs sweep {given} --sweep.trials 9 --run {made} --storage s3://b/runs\n" in said
+    assert f"repeat it   python -m jobs run {given} --{LR} 0.1\n" in said
 
 
 def test_a_trial_goes_on_by_the_words_of_its_sweep(made, tracking, capsys):
     tags = {"hemoco.run": f"{made}/trial_0000", "hemoco.phase": "parent", "hemoco.sweep": made, "hemoco.verb": "sweep"}
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", f"{made}/trial_0000"]) == 0
-    assert f"resume      the words that began it, with --run {made}\n" in capsys.readouterr().out
+    assert f"resume      the command that began it, with --run {made}\n" in capsys.readouterr().out
 
 
 def test_a_sweep_is_one_line_among_the_runs(made, tracking, capsys):
