@@ -47,7 +47,7 @@ def write_sparse_coco(folder: Path) -> Path:
         for place in range(24):
             image_id = first + 7 * place
             count = 0 if place == 5 else int(rng.integers(5, 15))
-            objects = [_outlined(rng, smallest=5) for _ in range(count)]
+            objects = [_outlined(rng, smallest=5, largest=100) for _ in range(count)]
             if place % 4 == 0:
                 objects.append(_crowd(rng))
             for item in objects:
@@ -64,12 +64,19 @@ def write_sparse_coco(folder: Path) -> Path:
 
 
 def write_polygon_coco(folder: Path) -> Path:
-    """Writes one set without a split: polygons only, medium and large objects of 3 categories, image ids from 0."""
+    """Writes one set without a split: polygons only, medium and large objects of 3 categories, image ids from 0.
+
+    Objects lie apart and a category has its colour, so a detector can learn them in few steps.
+    """
     rng = np.random.default_rng(1)
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
-    for image_id in range(12):
-        objects = [_outlined(rng, smallest=32) for _ in range(8)]
+    for image_id in range(18):
+        objects: list[dict[str, Any]] = []
+        for _ in range(30):
+            item = _outlined(rng, smallest=32, largest=75)
+            if not any(_touch(item["bbox"], other["bbox"]) for other in objects):
+                objects.append(item)
         for number, item in enumerate(objects):
             item |= {"id": len(annotations), "image_id": image_id, "category_id": number % 3 + 1}
             annotations.append(item)
@@ -86,9 +93,17 @@ def _described(image_id: int, name: str) -> dict[str, Any]:
     return {"id": image_id, "file_name": name, "height": _HEIGHT, "width": _WIDTH}
 
 
-def _outlined(rng: np.random.Generator, *, smallest: float) -> dict[str, Any]:
+def _touch(first: list[float], second: list[float]) -> bool:
+    """Whether two boxes [x, y, width, height] overlap."""
+    return all(
+        first[axis] < second[axis] + second[axis + 2] and second[axis] < first[axis] + first[axis + 2]
+        for axis in (0, 1)
+    )
+
+
+def _outlined(rng: np.random.Generator, *, smallest: float, largest: float) -> dict[str, Any]:
     """An object of one or two polygons, with the box and the area of their corners."""
-    radius = float(np.exp(rng.uniform(np.log(smallest), np.log(100))))
+    radius = float(np.exp(rng.uniform(np.log(smallest), np.log(largest))))
     parts = [_polygon(rng, radius)]
     if rng.random() < 0.2:
         parts.append(_polygon(rng, radius))
@@ -140,12 +155,12 @@ def _crowd(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _draw(rng: np.random.Generator, objects: list[dict[str, Any]]) -> Image.Image:
-    """The objects, each in a colour, on a dull ground."""
+    """The objects, each in the colour of its category, on a dull ground."""
     coarse = rng.integers(60, 120, (12, 16, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((_WIDTH, _HEIGHT), Image.Resampling.BILINEAR)
     canvas = ImageDraw.Draw(image)
     for item in objects:
-        colour = tuple(rng.integers(0, 256, 3).tolist())
+        colour = f"hsv({137.5 * item['category_id'] % 360:.0f}, 85%, 95%)"  # far from that of the next id
         if item["iscrowd"]:
             x, y, width, height = item["bbox"]
             canvas.ellipse((x, y, x + width, y + height), colour)

@@ -121,7 +121,7 @@ def test_coco_images_in_one_folder_are_split_by_their_json(test_data: Path) -> N
 def test_coco_instances_all_takes_the_given_split(coco_sets: dict[str, Path]) -> None:
     source = open_source([str(coco_sets["polygons"])], "test")
     assert {item.split for item in source.items} == {"test"}
-    assert {item.image_id for item in source.items} == set(range(12))
+    assert {item.image_id for item in source.items} == set(range(18))
 
 
 def test_a_coco_image_without_objects_is_annotated(tmp_path: Path) -> None:
