@@ -28,6 +28,7 @@ import pytest
 
 from cluster.local.ray import local_ray
 from cluster.local.servers import BUCKET, s3_environment, s3_server
+from tests.helpers.drawn_sets import write_polygon_coco, write_sparse_coco
 
 
 def pytest_sessionfinish() -> None:
@@ -70,9 +71,16 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data sets beside the checkout."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.fail(f"{folder} is missing: it holds the data sets that the tests read")
-    return folder
+def test_data() -> Path:
+    """The folder of small real data sets that the repository carries; its README has origins and licences."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def coco_sets(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders in COCO's layout by name: nuclei in compressed RLE, sparse ids with crowds, polygons only."""
+    return {
+        "dsb2018": test_data / "dsb2018",
+        "sparse": write_sparse_coco(tmp_path_factory.mktemp("sets") / "sparse"),
+        "polygons": write_polygon_coco(tmp_path_factory.mktemp("sets") / "polygons"),
+    }

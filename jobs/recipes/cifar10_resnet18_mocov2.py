@@ -1,9 +1,24 @@
 """ResNet-18 on CIFAR-10, the official MoCo demo's recipe (facebookresearch/moco, colab notebook).
 
 Should reach kNN 82.6% after 200 epochs on the lossless images, at 20 s per epoch on a V100. On two CPU cores an epoch
-takes minutes per 10,000 images, so take a small budget there:
+takes minutes per 10,000 images, so take a small budget there.
 
-    python -m jobs pack ../shared/data/cifar10/train-0.zip ../shared/data/cifar10/test.zip /tmp/cifar10
+The images are wanted in class folders, `train/<class>/` and `test/<class>/`, or in zips of such. torchvision downloads
+CIFAR-10, and these lines of Python write it so:
+
+    from pathlib import Path
+    from torchvision.datasets import CIFAR10
+
+    for split in ("train", "test"):
+        images = CIFAR10("/tmp/download", train=split == "train", download=True)
+        for number, (image, label) in enumerate(images):
+            folder = Path("/tmp/images", split, images.classes[label])
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{number:05d}.png")
+
+Then
+
+    python -m jobs pack /tmp/images /tmp/cifar10
     python -m jobs run cifar10_resnet18_mocov2 --data.shards /tmp/cifar10 --pretrain.epochs 2
 
 Departs from it in the probe: cached features instead of augmented images.

@@ -1,14 +1,15 @@
-"""What decoding and cropping cost: `uv run python tests/benchmarks/decode.py`, about a minute.
+"""What decoding and cropping cost: `uv run python tests/benchmarks/decode.py --data DIR`, a minute.
 
 In images per CPU-second of one thread, from the bytes of a JPEG in memory. The ways take turns, round by round, so that
 a busy machine slows all of them; each figure is the median of the rounds. The limit is simplejpeg, which decodes and
 does no more: what a way reaches of it is what its checks, crops and copies leave. The usual path, Pillow decoding twice
 for two views, is the other yardstick; it ends in the same uint8 tensor (2, 3, S, S), cropped, resized and mirrored.
 
-Photos are COCO's, scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; views of 224. The small
+Photos are scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; views of 224. The small
 images are CIFAR's, 32 x 32; views of 32. There the calls count, not the pixels.
 """
 
+import argparse
 import functools
 import io
 import random
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
+from big_sets import add_data_option, cifar10_archives, photo_files
 from machine import describe_machine, table
 from PIL import Image
 from torch import Tensor
@@ -31,7 +33,6 @@ from hemoco.config import ViewsConfig
 from hemoco.data.decode import decode_image
 from hemoco.data.transforms import CropDraws, crop_into, draw_crops
 
-DATA = Path(__file__).parents[3] / "shared/data"
 SMALL_IMAGES, ROUNDS = 1000, 9
 USUAL = "two views, Pillow twice"
 
@@ -39,9 +40,9 @@ Way = Callable[[bytes, int], object]
 """Takes a JPEG and its row in the draws."""
 
 
-def photos() -> Iterator[bytes]:
+def photos(data: Path) -> Iterator[bytes]:
     """JPEGs of at most 500 pixels."""
-    for path in sorted((DATA / "coco_tiny").glob("*/*.jpg")):
+    for path in photo_files(data):
         with Image.open(path) as photo:
             small, buffer = photo.convert("RGB"), io.BytesIO()
         small.thumbnail((500, 500), Image.Resampling.LANCZOS)
@@ -49,9 +50,9 @@ def photos() -> Iterator[bytes]:
         yield buffer.getvalue()
 
 
-def small_images() -> Iterator[bytes]:
+def small_images(data: Path) -> Iterator[bytes]:
     """CIFAR's JPEGs."""
-    with zipfile.ZipFile(DATA / "cifar10/test.zip") as archive:
+    with zipfile.ZipFile(cifar10_archives(data, "test")[0]) as archive:
         for name in [name for name in archive.namelist() if name.endswith(".jpg")][:SMALL_IMAGES]:
             yield archive.read(name)
 
@@ -121,10 +122,13 @@ def _twice(transform: Callable[..., Tensor], image: object) -> Tensor:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_option(parser)
+    folder = parser.parse_args().data
     torch.set_num_threads(1)
     torch.manual_seed(0)
     describe = functools.partial(describe_machine, ("torch", "torchvision", "pillow", "simplejpeg", "numpy"))
     print(describe(f"one thread, medians of {ROUNDS} rounds in which all ways take turns"))
-    print(report("Photos", list(photos()), 224))
-    print(report("Small images", list(small_images()), 32))
+    print(report("Photos", list(photos(folder)), 224))
+    print(report("Small images", list(small_images(folder)), 32))
     print(describe("at the end"))

@@ -1,7 +1,7 @@
 """What depth does to training: without shortcuts (He et al. 2016) and by initialisation (He et al. 2015).
 
-    uv run python tests/benchmarks/depth.py degradation
-    uv run python tests/benchmarks/depth.py initialisation --minutes 5 --picture initialisation.png
+    uv run python tests/benchmarks/depth.py degradation --data DIR
+    uv run python tests/benchmarks/depth.py initialisation --data DIR --minutes 5 --picture initialisation.png
 
 Both train classifiers on every second image of CIFAR-10's first training shard (5,000, 500 of each class), averaged to
 16x16 pixels and not augmented, by SGD with momentum 0.9, weight decay 1e-4 and a cosine to 0. Errors and losses are
@@ -24,6 +24,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from big_sets import add_data_option, cifar10_archives
 from depth_networks import (
     BLOCKS,
     PLAIN_LAYERS,
@@ -45,7 +46,6 @@ from torch import Tensor
 
 from hemoco.config import EncoderConfig
 
-CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10/train-0.zip"
 RATES = (0.1, 0.02)
 RESNETS = {f"{kind}-{depth}": (kind, depth) for kind in ("plain", "residual") for depth in BLOCKS}
 RESNET_EPOCHS = 12
@@ -130,11 +130,12 @@ def main() -> None:
     parser.add_argument("experiment", choices=("degradation", "initialisation"))
     parser.add_argument("--minutes", type=float, default=10, help="more seeds until they are spent; one is always run")
     parser.add_argument("--picture", type=Path, help="PNG to write; default: the experiment's name in this folder")
-    parser.add_argument("--data", type=Path, default=CIFAR10, help="zip of <split>/<class>/<name>.jpg")
+    add_data_option(parser)
     options = parser.parse_args()
     experiment = degradation if options.experiment == "degradation" else initialisation
     print(describe_machine(("torch", "timm"), f"torch threads: {torch.get_num_threads()}"))
-    experiment(read_images(options.data), options.minutes, options.picture or Path(f"{options.experiment}.png"))
+    images = read_images(cifar10_archives(options.data, "train")[0])
+    experiment(images, options.minutes, options.picture or Path(f"{options.experiment}.png"))
 
 
 def _rounds(one_round: Callable[[int], Round], minutes: float) -> list[Round]:

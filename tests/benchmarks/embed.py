@@ -1,12 +1,13 @@
-"""What `python -m jobs embed` costs beside the backbone alone: `uv run python tests/benchmarks/embed.py`, minutes.
+"""What `python -m jobs embed` costs beside the backbone alone; takes minutes.
 
-    uv run python tests/benchmarks/embed.py [--device cpu|cuda] [--threads 1] [--rounds 5] [--images 640] [--quick]
+    uv run python tests/benchmarks/embed.py --data DIR [--device cpu|cuda] [--threads 1] [--rounds 5]
+        [--images 640] [--quick]
 
 `embed_shards` makes Parquet files from shards on the disk: it reads, verifies, decodes, scales, computes, writes. The
 bare forward pass has the same images decoded in memory, on the CPU, in the same batches and precision. Their ratio says
 how near embedding is to its bound, the backbone. Reading and decoding alone is the third way.
 
-Images are COCO's photos, scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; crops of 224. Ways
+Images are photos, scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; crops of 224. Ways
 take turns. On the CPU the figure is CPU time of all threads: decoding and computing share the cores there, so the ratio
 is the share of the backbone. On a GPU it is wall time: decoding is hidden as long as `--threads` cores keep up.
 """
@@ -19,9 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
-from decode import DATA, photos
+from big_sets import add_data_option
+from decode import photos
 from machine import describe_machine, table
 from step_rounds import Goal, over_rounds, print_goals, take_turns
 from torch import Tensor
@@ -43,9 +46,9 @@ EMBED, FORWARD, DECODE = "embed", "bare forward pass", "read and decode only"
 GOALS = {"cpu": 0.85, "cuda": 0.9}
 
 
-def write_photos(url: str, count: int) -> None:
+def write_photos(data: Path, url: str, count: int) -> None:
     """Shards of so many photos, each repeated as often as needed."""
-    images, shards = itertools.cycle(list(photos())), []
+    images, shards = itertools.cycle(list(photos(data))), []
     for number in range(count // SHARD):
         data = encode_shard([Sample(f"{number}_{row}", next(images), 0) for row in range(SHARD)])
         shard = Shard(f"train-{number:06d}.tar", "train", SHARD, len(data), hashlib.sha256(data).hexdigest())
@@ -123,9 +126,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--quick", action="store_true", help="one network, one round, to see that it runs")
+    add_data_option(parser)
     options = parser.parse_args()
-    if not DATA.is_dir():
-        raise SystemExit(f"gap: {DATA} is missing, the photos are from there")
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU time of all threads"
     print(describe_machine(("torch", "simplejpeg", "pyarrow"), f"{where}; {options.threads} threads"), flush=True)
@@ -133,7 +135,7 @@ def main() -> None:
     names, rounds = (("resnet18",), 1) if options.quick else (("resnet18", "resnet50"), options.rounds)
     goals = []
     with tempfile.TemporaryDirectory() as folder:
-        write_photos(f"{folder}/shards", SHARD if options.quick else options.images)
+        write_photos(options.data, f"{folder}/shards", SHARD if options.quick else options.images)
         for name, precision in itertools.product(names, precisions):
             made, url = random_backbone(EncoderConfig(architecture=name), 0, MEAN, STD), f"{folder}/{name}"
             export_backbone(made, url, {})

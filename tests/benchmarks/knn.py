@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from big_sets import add_data_option, cifar10_archives
 from machine import describe_machine, table
 from PIL import Image
 from step_case import MEAN, STD, seconds_per_call
@@ -35,7 +36,6 @@ from hemoco.features.extract import calibrate_batch_norm, extract_features
 from hemoco.models.resnet import Backbone
 from hemoco.transfer.classification.knn import knn_votes, make_bank
 
-CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10"
 NEIGHBOURS, TEMPERATURE, CLASSES, FEATURES = 200, 0.1, 10, 512
 OURS = {"hemoco, float32": torch.float32, "hemoco, bfloat16": torch.bfloat16}
 FLOAT, HALF = OURS
@@ -84,10 +84,10 @@ def calibrated_backbone(train: Images, stem: Literal["imagenet", "small"]) -> Ba
     return backbone
 
 
-def read_cifar(folder: Path, split: str, archives: int, each: int) -> Images:
+def read_cifar(data: Path, split: str, archives: int, each: int) -> Images:
     """Images of a split, evenly over the classes, `each` of so many of its archives."""
     arrays, names = [], []
-    for path in sorted(folder.glob(f"{split}*.zip"))[:archives]:
+    for path in cifar10_archives(data, split)[:archives]:
         with zipfile.ZipFile(path) as file:
             found = [name for name in file.namelist() if name.endswith(".jpg")]
             for name in found[:: max(1, len(found) // each)]:
@@ -159,10 +159,10 @@ def measure(problem: Problem, device: str, rounds: int, ways: dict[str, Predict]
         print_goals("kNN: goals", [*goals, Goal("points of accuracy between bf16 and lightly", moved, 0.1, False)])
 
 
-def compare_on_cifar(folder: Path, device: str, ways: dict[str, Predict], *, quick: bool) -> None:
+def compare_on_cifar(data: Path, device: str, ways: dict[str, Predict], *, quick: bool) -> None:
     """Prints accuracies on real images."""
-    train = read_cifar(folder, "train", 1 if quick else 5, 500 if quick else 10_000)
-    test = read_cifar(folder, "test", 1, 100 if quick else 10_000)
+    train = read_cifar(data, "train", 1 if quick else 5, 500 if quick else 10_000)
+    test = read_cifar(data, "test", 1, 100 if quick else 10_000)
     backbone = calibrated_backbone(train, "imagenet").to(device)
     bank, queries = (extract_features(backbone, split.images) for split in (train, test))
     problem = Problem(bank, train.labels.to(device), queries, test.labels)
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=Path, default=CIFAR10, help="folder with CIFAR-10's train-*.zip and test.zip")
+    add_data_option(parser, required=False)
     parser.add_argument("--quick", action="store_true", help="few queries, to see that it runs; figures mean nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,10 +192,10 @@ def main() -> None:
         gaps["lightly"] = "not importable; uv run --with lightly brings it"
     problem = made_problem(*((2000, 200) if options.quick else (50_000, 10_000)), options.device)
     measure(problem, options.device, options.rounds, ways)
-    if options.data.is_dir():
-        compare_on_cifar(options.data, options.device, ways, quick=options.quick)
+    if options.data is None:
+        gaps["CIFAR-10"] = "it needs images; --data names their folder"
     else:
-        gaps["CIFAR-10"] = f"{options.data} is missing"
+        compare_on_cifar(options.data, options.device, ways, quick=options.quick)
     print_gaps(gaps)
     print(describe_machine(("torch",), "at the end"))
 

@@ -1,6 +1,6 @@
 """32 settings of the linear probe at once, beside 32 probes one after the other and beside forward passes every epoch.
 
-    uv run python tests/benchmarks/probe.py [--device cpu|cuda] [--rounds 5] [--images 10000] [--data DIR] [--quick]
+    uv run python tests/benchmarks/probe.py --data DIR [--device cpu|cuda] [--rounds 5] [--images 10000] [--quick]
 
 Features are those of a random ResNet-18 with the small stem, whose BN statistics are those of the images, on CIFAR-10;
 both ways have them in memory. Four fifths fit the classifiers in 100 epochs, a fifth chooses among 8 learning rates and
@@ -17,11 +17,11 @@ Shapes: M images, F features.
 import argparse
 import dataclasses
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from knn import CIFAR10, Images, calibrated_backbone, read_cifar
+from big_sets import add_data_option
+from knn import Images, calibrated_backbone, read_cifar
 from machine import describe_machine, table
 from step_case import seconds_per_call
 from step_rounds import Goal, over_rounds, print_goals, take_turns
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=10_000, help="of the training split, at most 10,000")
-    parser.add_argument("--data", type=Path, default=CIFAR10, help="folder with CIFAR-10's train-*.zip and test.zip")
+    add_data_option(parser)
     parser.add_argument("--quick", action="store_true", help="few images, to see that it runs; figures mean nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)

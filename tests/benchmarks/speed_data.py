@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from big_sets import photo_files
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "data"
 LONGEST_SIDE, QUALITY = 500, 90
 SHARPER = ImageFilter.UnsharpMask(radius=1, percent=60)  # gives them the bytes per pixel of ImageNet's photos
 SHARDS, IMAGES_PER_SHARD = 36, 250
@@ -27,9 +27,9 @@ SIZES = {"all": [IMAGES_PER_SHARD] * SHARDS, "few": [FEW_IMAGES_PER_SHARD] * FEW
 """Images per shard of each folder: one to measure, one to know what merely starting costs."""
 
 
-def make_photos(count: int) -> Iterator[bytes]:
+def make_photos(data: Path, count: int) -> Iterator[bytes]:
     """JPEGs of real photos, each time another part, mirrored or not, a little lighter or darker."""
-    paths = sorted([*(PHOTOS / "coco_tiny").glob("*/*.jpg"), *(PHOTOS / "fruits_nuts" / "images").glob("*.jpg")])
+    paths = photo_files(data)
     rng = np.random.default_rng(0)
     for number in range(count):
         with Image.open(paths[number % len(paths)]) as photo:
@@ -46,9 +46,9 @@ def make_photos(count: int) -> Iterator[bytes]:
         yield buffer.getvalue()
 
 
-def write_tars(bucket: Path) -> None:
+def write_tars(bucket: Path, data: Path) -> None:
     """The shard folders `all` and `few`; tars that are there are kept, what hemoco writes beside them is made anew."""
-    photos = make_photos(sum(map(sum, SIZES.values())))
+    photos = make_photos(data, sum(map(sum, SIZES.values())))
     for name, sizes in SIZES.items():
         url, shards = (bucket / name).as_uri(), []
         (bucket / name).mkdir(parents=True, exist_ok=True)

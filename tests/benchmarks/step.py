@@ -26,6 +26,7 @@ import step_ddp
 import step_loss
 import step_table
 import torch
+from big_sets import add_data_option
 from machine import describe_machine
 
 SECTIONS = ("step", "loss", "ddp", "augment")
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--moco-checkout", type=Path, help="folder with moco/builder.py")
     parser.add_argument("--solo-checkout", type=Path, help="folder with solo/methods/mocov2plus.py")
-    parser.add_argument("--data", type=Path, default=step_augment.DATA, help="folder with cifar10 and coco_tiny")
+    add_data_option(parser, required=False)
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
     )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from big_sets import cifar10_archives, photo_files
 from machine import table
 from PIL import Image
 from step_case import seconds_per_call
@@ -24,7 +25,6 @@ from torchvision.transforms import v2
 from hemoco.config import ViewsConfig
 from hemoco.data.transforms import augment, crop_into, draw_augmentation, draw_crops
 
-DATA = Path(__file__).parents[3] / "shared/data"
 OURS, FLOATS, BYTES = "hemoco, batched", "torchvision v2, floats", "torchvision v2, uint8"
 BLUR_PIXELS = 13  # three of the largest sigma to each side
 
@@ -39,7 +39,7 @@ class Source(NamedTuple):
     batch: int
 
 
-SOURCES = (Source("CIFAR-10", 32, 512, 256), Source("coco_tiny", 224, 448, 64))
+SOURCES = (Source("CIFAR-10", 32, 512, 256), Source("photos", 224, 448, 64))
 
 
 class Colours:
@@ -61,16 +61,15 @@ class Colours:
         return torch.cat([mean, (self._squares / self._count - mean.square()).sqrt()])
 
 
-def measure(device: str, rounds: int, data: Path, *, quick: bool) -> None:
+def measure(device: str, rounds: int, data: Path | None, *, quick: bool) -> None:
     """Prints speeds and colours for both kinds of image."""
+    if data is None:
+        print_gaps({"augment": "it needs images; --data names their folder"})
+        return
     for source in SOURCES:
         if quick:
             source = source._replace(views=16, batch=8)
-        try:
-            crops = torch.stack([*_crops(source, data, rounds * source.views)]).split(source.views)
-        except FileNotFoundError as error:
-            print_gaps({f"augment, {source.name}": str(error)})
-            continue
+        crops = torch.stack([*_crops(source, data, rounds * source.views)]).split(source.views)
         colours = {name: Colours() for name in (OURS, FLOATS, BYTES)}
         found = _rounds(source, device, crops, colours)
         speeds = {
@@ -168,16 +167,13 @@ def _crops(source: Source, data: Path, count: int) -> Iterator[Tensor]:
 def _images(source: Source, data: Path, count: int) -> Iterator[Tensor]:
     """At most as many images uint8 (3, H, W)."""
     if source.name == "CIFAR-10":
-        with zipfile.ZipFile(data / "cifar10/test.zip") as archive:
+        with zipfile.ZipFile(cifar10_archives(data, "test")[0]) as archive:
             names = [name for name in archive.namelist() if name.endswith(".jpg")]
             # spread over the classes, which follow one another
             for name in names[:: max(1, len(names) // count)][:count]:
                 yield _decoded(archive.read(name))
     else:
-        paths = sorted((data / "coco_tiny").glob("*/*.jpg"))
-        if not paths:
-            raise FileNotFoundError(f"no images in {data / 'coco_tiny'}")
-        for path in paths[:count]:
+        for path in photo_files(data)[:count]:
             yield _decoded(path.read_bytes())
 
 

@@ -6,9 +6,9 @@ hemoco's own path to one view and to two; views alone, in memory; the decode-onl
 reading alone. Each figure comes from a process of its own and leaves out what starting costs; the ways follow one
 another in every round, medians over the rounds, ratios within a round. Only loopback is used; the S3 server is rclone.
 
-    uv run python tests/benchmarks/stream_speed.py [--rounds 3] [--only TEXT ...]
+    uv run python tests/benchmarks/stream_speed.py --data DIR [--rounds 3] [--only TEXT ...]
 
-The images (photos of COCO and others at 500 pixels, varied; some 480 MB) are made once, in the folder for temporary
+The images (photos of the given folder at 500 pixels, varied; some 480 MB) are made once, in the folder for temporary
 files. mosaicml-streaming and litdata come by `uv run --with`.
 """
 
@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from big_sets import add_data_option
 from machine import describe_machine, table
 from speed_data import SIZES, read_photos, write_tars
 from speed_run import FROM_S3, IN_MEMORY, PEERS, READING
@@ -157,13 +158,14 @@ def print_goals(rounds: list[Round]) -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_option(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[""], help="measure only ways whose name holds one of these")
     options = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "hemoco-stream-speed"
     bucket = folder / "buckets" / BUCKET
     methods = [name for name in (*IN_MEMORY, *READING, *FROM_S3) if any(part in name for part in options.only)]
-    write_tars(bucket)
+    write_tars(bucket, options.data)
     with served(folder) as environment:
         for package, kind in PEERS.items():
             run("import speed_data; speed_data.main()", kind, str(bucket), environment=environment, package=package)

@@ -1,11 +1,11 @@
 """Two pretrainings of three seeds each on CIFAR-10, side by side, with MLflow killed for a minute in mid-run.
 
 Asks whether the colour augmentation of MoCo v2 helps these images: six runs of `python -m jobs run` with the two
-recipes below, on 5,000 of `../shared/data/cifar10`'s training images, their transfers measured on 2,000 test images.
+recipes below, on 5,000 of CIFAR-10's training images, their transfers measured on 2,000 test images.
 During the third run the MLflow server is killed with SIGKILL and started again a minute later. It fails where a record
 is missing afterwards: each optimiser step of each pretraining must have its loss.
 
-    PYTHONPATH=. uv run python tests/benchmarks/two_pretrainings.py --out /tmp/two
+    PYTHONPATH=. uv run python tests/benchmarks/two_pretrainings.py --data DIR --out /tmp/two
 
 leaves the comparison with its report.html in the folder (some 15 minutes on 2 cores).
 """
@@ -22,13 +22,14 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+from big_sets import add_data_option, cifar10_archives
+
 from cluster.local.processes import descendants
 from cluster.local.servers import MlflowServer, mlflow_server
 from cluster.submit.checkout import CHECKOUT
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import find_runs, metric_history
 
-_DATA = CHECKOUT.parent / "shared" / "data" / "cifar10"
 _OUTAGE_S = 60.0
 _EPOCHS, _BATCH, _PER_CLASS = 8, 100, {"train": 500, "test": 200}
 _RECIPE = '''"""ResNet-10-T on CIFAR-10, {words}."""
@@ -68,11 +69,13 @@ def main() -> None:
     """Runs all, compares, checks that nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    out: Path = parser.parse_args().out.resolve()
+    add_data_option(parser)
+    options = parser.parse_args()
+    out: Path = options.out.resolve()
     with tempfile.TemporaryDirectory(prefix="two-") as folder:
         work = Path(folder)
         os.environ["HEMOCO_HOME"] = str(work / "home")
-        _write_images(work / "images")
+        _write_images(options.data, work / "images")
         _jobs("pack", str(work / "images"), str(work / "shards"))
         with ExitStack() as servers:
             server = servers.enter_context(mlflow_server(work / "mlflow"))
@@ -84,10 +87,10 @@ def main() -> None:
     print(f"nothing is missing of {len(names)} runs; {out / 'report.html'}")
 
 
-def _write_images(folder: Path) -> None:
-    for split, archive in (("train", "train-0.zip"), ("test", "test.zip")):
+def _write_images(data: Path, folder: Path) -> None:
+    for split in ("train", "test"):
         taken: Counter[str] = Counter()
-        with zipfile.ZipFile(_DATA / archive) as images:
+        with zipfile.ZipFile(cifar10_archives(data, split)[0]) as images:
             for name in sorted(images.namelist()):
                 if name.endswith(".jpg") and taken[name.split("/")[1]] < _PER_CLASS[split]:
                     taken[name.split("/")[1]] += 1

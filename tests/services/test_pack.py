@@ -16,6 +16,8 @@ from hemoco.errors import ShardError, StorageError, UsageError
 from hemoco.storage.objects import list_names
 from pipeline.shards.pack import Packed, pack, pack_steps
 from pipeline.workers.tasks import Progress
+from tests.helpers.drawn_sets import write_class_zip
+from tests.helpers.voc_xml import count_objects, listed_splits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -174,14 +176,12 @@ def test_tars_of_others_are_not_written_over(photos: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "train-000000.tar").read_bytes() == b"somebody's"
 
 
-def test_images_that_cannot_be_decoded_are_left_out_and_counted(shared_data: Path, tmp_path: Path) -> None:
-    result = packed(shared_data / "odd", tmp_path / "out", samples_per_shard=40)
+def test_images_that_cannot_be_decoded_are_left_out_and_counted(test_data: Path, tmp_path: Path) -> None:
+    result = packed(test_data / "odd", tmp_path / "out", samples_per_shard=40)
     found = set(keys(tmp_path / "out", result.index))
-    assert {"made_gray16", "made_name with spaces", "made_UPPER", "made_cmyk", "exif_Landscape_6"} <= found
-    assert found.isdisjoint(
-        {"made_empty", "made_text", "made_half", "made_solid_20000x20000", "pillow_truncated_image"}
-    )
-    images = [path for path in (shared_data / "odd").glob("*/*") if path.suffix not in (".txt", ".j2k", ".jp2")]
+    assert {"made_gray16", "made_name with spaces", "made_UPPER", "made_cmyk", "pillow_hopper_orientation_6"} <= found
+    assert found.isdisjoint({"made_empty", "made_text", "made_half", "made_solid_20000x20000", "sharp_truncated"})
+    images = [path for path in (test_data / "odd").glob("*/*") if path.suffix not in (".txt", ".j2k", ".jp2")]
     others = [path for path in images if path.suffix in (".avif", ".ico", ".mpo", ".pcx")]
     assert len(found) + sum(finding.times for finding in result.skipped) == len(images) - len(others)
     assert {finding.reason for finding in result.skipped} >= {"not an image", "damaged", "too large"}
@@ -204,20 +204,21 @@ def test_a_source_of_only_bad_images_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
-def test_stock_webdataset_decodes_packed_cifar10(shared_data: Path, tmp_path: Path) -> None:
-    index = packed(shared_data / "cifar10" / "test.zip", tmp_path / "out", samples_per_shard=4000).index
-    assert [shard.samples for shard in index.split("test")] == [3333, 3333, 3334]
+def test_stock_webdataset_decodes_what_was_packed(tmp_path: Path) -> None:
+    source = write_class_zip(tmp_path / "test.zip", "test", per_class=100, seed=0)
+    index = packed(source, tmp_path / "out", samples_per_shard=400).index
+    assert [shard.samples for shard in index.split("test")] == [333, 333, 334]
     url = str(tmp_path / "out" / "test-{000000..000002}.tar")
     found = {s["__key__"]: s for s in webdataset.WebDataset(url, shardshuffle=False).decode("pil")}
-    assert len(found) == 10_000
-    with zipfile.ZipFile(shared_data / "cifar10" / "test.zip") as archive, archive.open("test/frog/0007.jpg") as file:
+    assert len(found) == 1000
+    with zipfile.ZipFile(source) as archive, archive.open("test/frog/0007.jpg") as file:
         assert found["test_frog_0007"]["jpg"].tobytes() == Image.open(file).convert("RGB").tobytes()
     assert found["test_frog_0007"]["cls"] == 6
 
 
-def test_coco_annotations_travel_to_s3_and_back(shared_data: Path, bucket: str) -> None:
-    index = packed(shared_data / "coco_tiny", bucket, samples_per_shard=50).index
-    official = json.loads((shared_data / "coco_tiny" / "instances_val.json").read_text())
+def test_coco_annotations_travel_to_s3_and_back(coco_sets: dict[str, Path], bucket: str) -> None:
+    index = packed(coco_sets["sparse"], bucket, samples_per_shard=10).index
+    official = json.loads((coco_sets["sparse"] / "instances_val.json").read_text())
     samples = [sample for shard in index.split("val") for sample in read_shard(bucket, shard)]
     found = [annotation for sample in samples for annotation in sample.annotations or []]
     assert sorted(found, key=lambda a: a["id"]) == sorted(official["annotations"], key=lambda a: a["id"])
@@ -238,12 +239,13 @@ def test_a_dest_that_cannot_be_written_fails_before_the_source_is_read(tmp_path:
         packed(tmp_path / "missing", "s3://nowhere/x")
 
 
-def test_voc_boxes_travel_with_their_images(shared_data: Path, tmp_path: Path) -> None:
-    index = packed(shared_data / "bccd", tmp_path / "out", samples_per_shard=100).index
+def test_voc_boxes_travel_with_their_images(test_data: Path, tmp_path: Path) -> None:
+    index = packed(test_data / "bccd", tmp_path / "out", samples_per_shard=20).index
     samples = {
         split: [s for shard in index.split(split) for s in read_shard(str(tmp_path / "out"), shard)]
         for split in index.splits
     }
-    assert {split: len(found) for split, found in samples.items()} == {"train": 205, "val": 87, "test": 72}
-    assert sum(len(sample.annotations or []) for found in samples.values() for sample in found) == 4888
+    assert {split: len(found) for split, found in samples.items()} == listed_splits(test_data / "bccd")
+    boxes = sum(len(sample.annotations or []) for found in samples.values() for sample in found)
+    assert boxes == count_objects(test_data / "bccd").total()
     assert [category["name"] for category in index.categories] == ["Platelets", "RBC", "WBC"]

@@ -22,6 +22,7 @@ from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking.client import tracking_uri
 from pipeline.run import pretrain_only
 from pipeline.shards.pack import pack
+from tests.helpers.drawn_sets import write_class_zip
 from tests.helpers.expected_batches import fingerprints
 from tests.helpers.small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from tests.helpers.waiting import wait_until
@@ -83,10 +84,11 @@ def test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_f
 
 
 @pytest.fixture(scope="module")
-def cifar(s3, ray_cluster, tracking, shared_data):
-    """10,000 CIFAR-10 images on S3, and a pretraining of 2 workers on them."""
-    url = join_url(s3, "broken/cifar10")
-    pack((str(shared_data / "cifar10" / "test.zip"),), url, split="train", samples_per_shard=700, seed=0)
+def small_images(s3, ray_cluster, tracking, tmp_path_factory):
+    """A pretraining of 2 workers on 10,000 images of 32 x 32 pixels that are on S3."""
+    source = write_class_zip(tmp_path_factory.mktemp("drawn") / "test.zip", "test", per_class=1000, seed=0)
+    url = join_url(s3, "broken/small-images")
+    pack((str(source),), url, split="train", samples_per_shard=700, seed=0)
     recipe = small_recipe(url)
     pretrain = dataclasses.replace(
         recipe.pretrain,
@@ -120,13 +122,13 @@ def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
     assert sorted(point.step for point in curve) == [4, 8, 12]
 
 
-def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(cifar, s3, caplog):
+def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(small_images, s3, caplog):
     class Idle:  # here, so that it travels by value: workers do not find the tests
         """Holds the core it was given."""
 
     storage = join_url(s3, "broken/runs")
     failures: list[BaseException] = []
-    thread = threading.Thread(target=_pretrain_in_thread, args=(cifar, storage, failures, "shrunk"))
+    thread = threading.Thread(target=_pretrain_in_thread, args=(small_images, storage, failures, "shrunk"))
     thread.start()
     checkpoints = join_url(storage, "shrunk/pretrain/checkpoints")
     wait_until(lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)), seconds=240)
@@ -138,7 +140,7 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
     ray.kill(usurper)
     assert not failures
     history = MlflowClient(tracking_uri()).get_metric_history(child("shrunk", "pretrain").run_id, "batch_fingerprint")
-    expected = fingerprints(cifar.data.shards, cifar.data.pretrain_split, cifar.pretrain)
+    expected = fingerprints(small_images.data.shards, small_images.data.pretrain_split, small_images.pretrain)
     assert {(point.step, point.value) for point in history} == set(expected.items())
     assert "event=world_size from=2 to=1" in caplog.text
 

@@ -1,4 +1,4 @@
-"""Detectors learn from real images within some minutes on two cores, from shards to the record in MLflow."""
+"""Detectors learn real cells and drawn shapes in some minutes on two cores, from shards to the record in MLflow."""
 
 import pytest
 
@@ -33,37 +33,38 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def recipe(ray_cluster, s3, shared_data):
-    urls = {name: join_url(s3, "detection-learning", name) for name in ("bccd", "fruits_nuts")}
-    for name, url in urls.items():
-        pack((str(shared_data / name),), url, split="train", samples_per_shard=50, seed=0)
+def recipe(ray_cluster, s3, test_data, coco_sets):
+    sources = {"bccd": test_data / "bccd", "polygons": coco_sets["polygons"]}
+    urls = {name: join_url(s3, "detection-learning", name) for name in sources}
+    for name, folder in sources.items():
+        pack((str(folder),), urls[name], split="train", samples_per_shard=10, seed=0)
     cells = DataConfig(shards=urls["bccd"], test_split="val")
-    fruits = DataConfig(shards=urls["fruits_nuts"], test_split="train")
+    shapes = DataConfig(shards=urls["polygons"], test_split="train")
     return Recipe(
         name="detection_learning",
         data=cells,
         pretrain=PretrainConfig(encoder=ENCODER),
         transfers={
             "cells": FasterRcnnConfig(data=cells, metric="voc", **SMALL),
-            "fruits": MaskRcnnConfig(data=fruits, **SMALL),
+            "shapes": MaskRcnnConfig(data=shapes, **SMALL),
         },
     )
 
 
-def test_detectors_find_cells_and_fruits(recipe, s3, tracking):
+def test_detectors_find_cells_and_shapes(recipe, s3, tracking):
     url = join_url(s3, "detection-learning", "random.safetensors")
     backbone = random_backbone(ENCODER, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     export_backbone(backbone, url, {"data_digest": "", "run_id": ""})
     storage = join_url(s3, "detection-learning", "runs")
     transfer_only(recipe, backbone_url=url, run="detection-learning", storage=storage, fresh=False, tags={})
     rows = {row.transfer: row for row in comparison(tracking, "detection-learning").rows}
-    assert (rows["cells"].metric, rows["fruits"].metric) == ("box_ap50", "mask_ap")
+    assert (rows["cells"].metric, rows["shapes"].metric) == ("box_ap50", "mask_ap")
     assert rows["cells"].value > 0.2
     facts = {
         name: find_run(tracking, connect(tracking), {"hemoco.run": "detection-learning", "hemoco.transfer": name})
         for name in rows
     }
-    assert facts["fruits"].metrics["pretrained/seed_0/mask_ap50"] > 0.2
+    assert facts["shapes"].metrics["pretrained/seed_0/mask_ap50"] > 0.2
     for name in rows:
         files = read_artifacts(tracking, facts[name].run_id, "")
         assert {"pretrained_seed_0_detections.png", "pretrained_seed_0_predictions.json"} <= files.keys()

@@ -19,9 +19,6 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 
 from hemoco.backbones.file import backbone_metadata, export_backbone, load_backbone
-from hemoco.train.checkpoint import newest_checkpoint, resume_newest, save_checkpoint
-from hemoco.results.records import Comparison, Pretraining, Row
-from hemoco.report.files import to_json
 from hemoco.config import (
     EncoderConfig,
     FineTuneConfig,
@@ -32,18 +29,21 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.stream.bad_samples import BadSampleFile
-from hemoco.data.stream.loader import CropPlan, StreamPosition
-from hemoco.data.shards.index import read_index, read_shard, write_index, write_table
-from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
 from hemoco.data.labelled import load_images
+from hemoco.data.shards.index import read_index, read_shard, write_index, write_table
 from hemoco.data.shards.tar import encode_shard, parse_tar
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
+from hemoco.data.stream.loader import CropPlan, StreamPosition
+from hemoco.features.extract import extract_features
+from hemoco.report.files import to_json
+from hemoco.results.records import Comparison, Pretraining, Row
+from hemoco.train.checkpoint import newest_checkpoint, resume_newest, save_checkpoint
 from hemoco.train.pretrain import TrainState, batch_fingerprint, build_state, train_steps
 from hemoco.transfer.classification.classifier import ClassifierState, build_classifier_state, classifier_plan
 from hemoco.transfer.classification.training import classifier_steps
-from hemoco.features.extract import extract_features
 
-FOLDER = Path(__file__).parent / "data" / "written_by_0.1.0"
+FOLDER = Path(__file__).parents[1] / "data" / "written_by_0.1.0"
 SHARDS = str(FOLDER / "shards")
 BACKBONE = str(FOLDER / "backbone.safetensors")
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())

@@ -25,7 +25,6 @@ from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 
 from hemoco.backbones.file import export_backbone, load_backbone
-from hemoco.train.checkpoint import save_checkpoint
 from hemoco.config import (
     EncoderConfig,
     FineTuneConfig,
@@ -36,16 +35,17 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.stream.bad_samples import BadSampleFile
-from hemoco.data.stream.loader import CropPlan, StreamPosition
-from hemoco.data.shards.index import read_index, read_shard
-from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
 from hemoco.data.labelled import load_images
+from hemoco.data.shards.index import read_index, read_shard
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
+from hemoco.data.stream.loader import CropPlan, StreamPosition
+from hemoco.features.extract import extract_features
 from hemoco.models.resnet import Backbone
+from hemoco.train.checkpoint import save_checkpoint
 from hemoco.train.pretrain import TrainState, batch_fingerprint, build_state, train_steps
 from hemoco.transfer.classification.classifier import ClassifierState, build_classifier_state, classifier_plan
 from hemoco.transfer.classification.training import classifier_steps
-from hemoco.features.extract import extract_features
 
 CPU = torch.device("cpu")
 STOP = 5

@@ -1,8 +1,7 @@
-"""The shipped recipes against the table of the official ones (../shared/reference/ssl.md, section 2.1)."""
+"""The shipped recipes against the table of the official ones (docs/official-recipes.md)."""
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hemoco.data.stream.loader import StreamPosition
 from hemoco.train.optim import key_momentum, learning_rate
 from hemoco.train.pretrain import build_state, train_steps
 from jobs.options import load_recipe, recipe_names
+from tests.helpers.docs_tables import read_tables
 
 OURS = {"demo", "degradation", "initialisation"}
 """Recipes that nobody has published."""
@@ -21,56 +21,37 @@ TRANSFERS = {name for name in recipe_names() if name.startswith("transfer_")}
 IMAGENET = [name for name in recipe_names() if name.startswith("imagenet")]
 
 
-class Row(NamedTuple):
-    """The columns of the table that differ between v1, v2 and v3."""
-
-    epochs: int
-    batch: int
-    kind: str
-    lr: float
-    weight_decay: float
-    schedule: str
-    warmup: int
-    momentum: float
-    temperature: float
-    size: int
-    precision: str
-    zero_init: bool
-
-
-TABLE = {
-    "imagenet_resnet50_mocov1": Row(200, 256, "sgd", 0.03, 1e-4, "step", 0, 0.999, 0.07, 128, "float32", False),
-    "imagenet_resnet50_mocov2": Row(200, 256, "sgd", 0.03, 1e-4, "cosine", 0, 0.999, 0.2, 128, "float32", False),
-    "imagenet_resnet50_mocov2_800ep": Row(800, 256, "sgd", 0.03, 1e-4, "cosine", 0, 0.999, 0.2, 128, "float32", False),
-    "imagenet_resnet50_mocov3_100ep": Row(
-        100, 4096, "lars", 9.6, 1e-6, "cosine_per_step", 10, 0.99, 1.0, 256, "float16", True
-    ),
-    "imagenet_resnet50_mocov3_300ep": Row(
-        300, 4096, "lars", 4.8, 1e-6, "cosine_per_step", 10, 0.99, 1.0, 256, "float16", True
-    ),
-    "imagenet_resnet50_mocov3_1000ep": Row(
-        1000, 4096, "lars", 4.8, 1.5e-6, "cosine_per_step", 10, 0.996, 1.0, 256, "float16", True
-    ),
-    "cifar10_resnet18_mocov2": Row(200, 512, "sgd", 0.06, 5e-4, "cosine", 0, 0.99, 0.1, 128, "float32", False),
-}
+PRETRAINING, AUGMENTATION, *_ = read_tables("official-recipes.md")
+TABLE = {row["recipe"]: row for row in PRETRAINING}
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_constants_are_those_of_the_official_recipe(name: str) -> None:
     config, row = load_recipe(name).pretrain, TABLE[name]
     optimizer, moco = config.optimizer, config.moco
-    found = Row(
-        *(config.epochs, config.global_batch_size, optimizer.kind, optimizer.lr, optimizer.weight_decay),
-        *(optimizer.schedule, optimizer.warmup_epochs, moco.momentum, moco.temperature, moco.embedding_size),
-        *(config.precision, config.encoder.zero_init_last),
-    )
-    assert found._replace(lr=round(found.lr, 9)) == row
+    words = [optimizer.kind, optimizer.schedule, config.precision, "yes" if config.encoder.zero_init_last else "no"]
+    assert words == [row["optimizer"], row["schedule"], row["precision"], row["zero init"]]
+    numbers = {
+        "epochs": config.epochs,
+        "batch": config.global_batch_size,
+        "lr": optimizer.lr,
+        "weight decay": optimizer.weight_decay,
+        "warmup epochs": optimizer.warmup_epochs,
+        "momentum": moco.momentum,
+        "temperature": moco.temperature,
+        "embedding": moco.embedding_size,
+    }
+    assert numbers == {column: pytest.approx(float(row[column]), rel=1e-9) for column in numbers}
+    assert row.keys() == {"recipe", "optimizer", "schedule", "precision", "zero init", *numbers}
     assert optimizer.momentum == 0.9 and optimizer.trust == 0.001
 
 
+def test_every_official_recipe_is_in_the_table() -> None:
+    assert {name for name in recipe_names() if name.startswith("imagenet")} < TABLE.keys()
+
+
 @pytest.mark.parametrize("name", IMAGENET)
-def test_every_imagenet_recipe_is_in_the_table_and_has_its_data_settings(name: str) -> None:
-    assert name in TABLE
+def test_every_imagenet_recipe_has_the_data_settings_of_the_official_one(name: str) -> None:
     views, encoder = load_recipe(name).pretrain.views, load_recipe(name).pretrain.encoder
     assert (views.size, views.crop_scale, views.flip, views.grayscale) == (224, (0.2, 1.0), 0.5, 0.2)
     assert (views.mean, views.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -79,25 +60,24 @@ def test_every_imagenet_recipe_is_in_the_table_and_has_its_data_settings(name: s
     )
 
 
-@pytest.mark.parametrize(
-    ("version", "jitter", "strengths", "blur", "solarize", "grey_first"),
-    [
-        ("v1", 1.0, (0.4, 0.4, 0.4, 0.4), (0.0, 0.0), (0.0, 0.0), True),
-        ("v2", 0.8, (0.4, 0.4, 0.4, 0.1), (0.5, 0.5), (0.0, 0.0), False),
-        ("v3_100ep", 0.8, (0.4, 0.4, 0.2, 0.1), (1.0, 0.1), (0.0, 0.2), False),
-    ],
-)
-def test_augmentation_is_that_of_the_version(
-    version: str,
-    jitter: float,
-    strengths: tuple[float, ...],
-    blur: tuple[float, float],
-    solarize: tuple[float, float],
-    grey_first: bool,
-) -> None:
-    views = load_recipe(f"imagenet_resnet50_moco{version}").pretrain.views
-    assert (views.jitter, views.blur, views.solarize, views.grayscale_first) == (jitter, blur, solarize, grey_first)
-    assert (views.brightness, views.contrast, views.saturation, views.hue) == strengths
+@pytest.mark.parametrize("row", AUGMENTATION, ids=[row["version"] for row in AUGMENTATION])
+def test_augmentation_is_that_of_the_version(row: dict[str, str]) -> None:
+    views = load_recipe(f"imagenet_resnet50_{row['version']}").pretrain.views
+    numbers = {
+        "jitter probability": views.jitter,
+        "brightness": views.brightness,
+        "contrast": views.contrast,
+        "saturation": views.saturation,
+        "hue": views.hue,
+        "grey": views.grayscale,
+        "blur of view 1": views.blur[0],
+        "blur of view 2": views.blur[1],
+        "solarize of view 2": views.solarize[1],
+    }
+    assert numbers == {column: float(row[column]) for column in numbers}
+    assert row.keys() == {"version", "grey before jitter", *numbers}
+    assert views.grayscale_first == (row["grey before jitter"] == "yes")
+    assert views.solarize[0] == 0.0
 
 
 def test_queue_head_and_groups_are_those_of_the_version() -> None:

@@ -19,10 +19,12 @@ from torch import Tensor
 from hemoco.data import decode
 from hemoco.data.decode import UndecodableImage, decode_image
 
-ODD = Path(__file__).parents[4] / "shared/data/odd"
-ROWS = list(csv.DictReader((ODD / "manifest.csv").read_text().splitlines())) if ODD.exists() else []
+ODD = Path(__file__).parents[2] / "data" / "odd"
+ROWS = list(csv.DictReader((ODD / "manifest.csv").read_text().splitlines()))
 REFUSED = {
+    "made/65536x65536_header.png": "too large",
     "made/empty.jpg": "not an image",
+    "made/giant_header.jpg": "too large",
     "made/half.jpg": "damaged",
     "made/solid_20000x20000.png": "too large",
     "made/text.jpg": "not an image",
@@ -38,13 +40,10 @@ REFUSED = {
     "pillow/reallybig.bmp": "too large",
     "pillow/shortfile.bmp": "damaged",
     "pillow/truncated_end_chunk.png": "damaged",
-    "pillow/truncated_image.png": "damaged",
     "pillow/truncated_jpeg.jpg": "damaged",
     "pillow/zero_height.j2k": "not an image",
     "pillow/zero_width.gif": "damaged",
-    "sharp/65536-uint32-limit.png": "too large",
     "sharp/corrupt-header.jpg": "damaged",
-    "sharp/giant-image.jpg": "too large",
     "sharp/truncated.jpg": "damaged",
     "sharp/truncated.png": "damaged",
 }
@@ -71,8 +70,6 @@ print(json.dumps(reasons(bombs, 50) | reasons(fuzzed, 256)))
 
 
 def read(name: str) -> bytes:
-    if not ODD.exists():
-        pytest.fail(f"{ODD} is missing")
     return (ODD / name).read_bytes()
 
 
@@ -139,20 +136,19 @@ def test_odd_files_look_as_pillow_shows_them_or_are_refused(name: str) -> None:
 
 
 def test_bombs_and_fuzzed_files_are_refused_within_little_memory() -> None:
-    read("made/empty.jpg")
     arguments = json.dumps([str(ODD), FUZZED, BOMBS])
     found = subprocess.run([sys.executable, "-c", LIMITED, arguments], capture_output=True, check=True, text=True)
     assert json.loads(found.stdout) == {name: REFUSED[name] for name in BOMBS + FUZZED}
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(2, 9))
 def test_exif_orientation_is_applied(number: int) -> None:
-    upright, image = (decode_image(read(f"exif/Landscape_{of}.jpg")) for of in (1, number))
-    assert image.shape == (3, 1200, 1800)
-    assert (upright[:, ::16, ::16].float() - image[:, ::16, ::16].float()).abs().mean() < 12  # other JPEG encodings
+    upright, image = (decode_image(read(f"pillow/hopper{name}.jpg")) for name in ("", f"_orientation_{number}"))
+    assert image.shape == (3, 128, 128)
+    assert (upright.float() - image.float()).abs().mean() < 12  # other JPEG encodings
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(9))
 @pytest.mark.parametrize("where", ["exif", "xmp"])
 def test_jpegs_are_turned_as_pillow_turns_them(number: int, where: str) -> None:
     exif = Image.Exif()
@@ -239,7 +235,7 @@ def test_a_size_hidden_in_an_icon_counts() -> None:
 
 def test_a_refusal_says_the_size_given_and_the_size_allowed() -> None:
     with pytest.raises(UndecodableImage, match="20000 x 14000 pixels are more than 89478485"):
-        decode_image(read("sharp/giant-image.jpg"))
+        decode_image(read("made/giant_header.jpg"))
 
 
 def test_a_refusal_survives_the_way_from_another_process() -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import tarfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from hemoco.data.sources.folders import Source, open_source, read_items
 from hemoco.errors import HemocoError, ShardError, UsageError
+from tests.helpers.drawn_sets import CLASSES, SPARSE_IDS, write_class_zip
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -77,36 +79,47 @@ def test_a_layout_means_the_same_in_a_folder_and_in_an_archive(
     assert [content.rpartition(".")[2].lower() for content in contents] == [item.suffix for item in source.items[::-1]]
 
 
-def test_cifar10_archives_are_one_source_of_ten_classes(shared_data: Path) -> None:
-    paths = [str(shared_data / "cifar10" / name) for name in ("train-0.zip", "train-1.zip", "test.zip")]
+def test_archives_of_class_folders_are_one_source_of_ten_classes(tmp_path: Path) -> None:
+    # both training archives number their images from 0, as parts of one set often do
+    archives = (("train-0.zip", "train"), ("train-1.zip", "train"), ("test.zip", "test"))
+    paths = [
+        str(write_class_zip(tmp_path / name, split, per_class=30, seed=seed))
+        for seed, (name, split) in enumerate(archives)
+    ]
     source = open_source(paths, "train")
     splits = [item.split for item in source.items]
-    assert (splits.count("train"), splits.count("test")) == (20_000, 10_000)
-    assert source.classes[:3] == ("airplane", "automobile", "bird")
-    assert len({item.key for item in source.items}) == 30_000
-    assert all(source.classes[item.label or 0] in item.key for item in source.items[::500])
+    assert (splits.count("train"), splits.count("test")) == (600, 300)
+    assert source.classes == CLASSES
+    assert len({item.key for item in source.items}) == 900
+    assert all(source.classes[item.label or 0] in item.key for item in source.items)
     with zipfile.ZipFile(paths[2]) as archive:
-        assert read_items(source.items[-1:]) == [archive.read("test/truck/0999.jpg")]
+        assert read_items(source.items[-1:]) == [archive.read("test/truck/0029.jpg")]
 
 
-def test_coco_tiny_has_its_annotations_and_categories(shared_data: Path) -> None:
-    source = open_source([str(shared_data / "coco_tiny")], "train")
-    official = json.loads((shared_data / "coco_tiny" / "instances_val.json").read_text())
+def test_coco_has_its_annotations_and_categories(coco_sets: dict[str, Path]) -> None:
+    source = open_source([str(coco_sets["sparse"])], "train")
+    official = json.loads((coco_sets["sparse"] / "instances_val.json").read_text())
     items = [item for item in source.items if item.split == "val"]
-    assert len(source.items) == 160
-    assert len(source.categories) == 80
+    images = list(coco_sets["sparse"].glob("*/*.jpg"))
+    assert len(source.items) == len(images) > len(items)
+    assert [category["id"] for category in source.categories] == list(SPARSE_IDS)
     assert {item.image_id for item in items} == {image["id"] for image in official["images"]}
     found = [annotation for item in items for annotation in item.annotations or []]
     assert sorted(found, key=lambda a: a["id"]) == sorted(official["annotations"], key=lambda a: a["id"])
 
 
-def test_coco_images_in_one_folder_are_split_by_their_json(shared_data: Path) -> None:
-    splits = [item.split for item in open_source([str(shared_data / "dsb2018")], "x").items]
-    assert (splits.count("train"), splits.count("val"), len(splits)) == (110, 50, 160)
+def test_coco_images_in_one_folder_are_split_by_their_json(test_data: Path) -> None:
+    folder = test_data / "dsb2018"
+    splits = Counter(item.split for item in open_source([str(folder)], "x").items)
+    official = {
+        split: len(json.loads((folder / f"instances_{split}.json").read_text())["images"]) for split in ("train", "val")
+    }
+    assert splits == official
+    assert splits.total() == len(list((folder / "images").iterdir()))
 
 
-def test_coco_instances_all_takes_the_given_split(shared_data: Path) -> None:
-    source = open_source([str(shared_data / "fruits_nuts")], "test")
+def test_coco_instances_all_takes_the_given_split(coco_sets: dict[str, Path]) -> None:
+    source = open_source([str(coco_sets["polygons"])], "test")
     assert {item.split for item in source.items} == {"test"}
     assert {item.image_id for item in source.items} == set(range(18))
 

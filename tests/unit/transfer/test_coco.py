@@ -1,4 +1,4 @@
-"""COCO metrics: as pycocotools has them on random scenes, 1 for real ground truth, and as counted by hand."""
+"""COCO metrics: as pycocotools has them on random scenes, 1 for ground truth, and as counted by hand."""
 
 import contextlib
 import gc
@@ -23,18 +23,18 @@ from hemoco.errors import ShardError
 from hemoco.transfer.detection.coco_metric import coco_metrics, decode_mask, encode_mask, ground_truth_of, metric_names
 from hemoco.transfer.detection.drawing import draw_scenes
 
-REAL = {
-    "coco_tiny": "coco_tiny/instances_val.json",
-    "dsb2018": "dsb2018/instances_val.json",
-    "fruits_nuts": "fruits_nuts/instances_all.json",
+SETS = {
+    "sparse": "instances_val.json",
+    "dsb2018": "instances_val.json",
+    "polygons": "instances_all.json",
 }
 FAMILY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
 HEIGHT, WIDTH = 240, 320  # of random scenes: room for large objects
 
 
-def truth_of(shared_data: Path, name: str) -> dict[str, Any]:
-    """A real data set."""
-    content: dict[str, Any] = json.loads((shared_data / REAL[name]).read_text())
+def truth_of(coco_sets: dict[str, Path], name: str) -> dict[str, Any]:
+    """The ground truth of a data set."""
+    content: dict[str, Any] = json.loads((coco_sets[name] / SETS[name]).read_text())
     return content
 
 
@@ -153,16 +153,16 @@ def test_box_metrics_are_those_that_pycocotools_prints() -> None:
     assert [found[f"box_{name}"] for name in FAMILY] == pytest.approx(printed, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_ground_truth_as_predictions_scores_one_in_all_metrics(name: str, shared_data: Path) -> None:
-    truth = truth_of(shared_data, name)
+@pytest.mark.parametrize("name", SETS)
+def test_ground_truth_as_predictions_scores_one_in_all_metrics(name: str, coco_sets: dict[str, Path]) -> None:
+    truth = truth_of(coco_sets, name)
     metrics = coco_metrics(truth, as_predictions(truth), masks=True, max_detections=400)
     assert {"box_ap", "mask_ap", "box_ar", "mask_ar"} < metrics.keys()
     assert metrics == dict.fromkeys(metrics, pytest.approx(1.0))
 
 
-def test_boxes_of_voc_xml_as_predictions_score_one(shared_data: Path) -> None:
-    source = open_source([str(shared_data / "bccd")], "train")
+def test_boxes_of_voc_xml_as_predictions_score_one(test_data: Path) -> None:
+    source = open_source([str(test_data / "bccd")], "train")
     images = ((place, 480, 640, image.annotations or []) for place, image in enumerate(source.items))
     truth = ground_truth_of(images, source.categories)
     found = [item | {"score": 0.9} for item in truth["annotations"]]
@@ -171,8 +171,8 @@ def test_boxes_of_voc_xml_as_predictions_score_one(shared_data: Path) -> None:
     assert metrics == dict.fromkeys(metrics, pytest.approx(1.0))
 
 
-def test_shuffled_labels_score_nearly_zero(shared_data: Path) -> None:
-    truth = truth_of(shared_data, "coco_tiny")
+def test_shuffled_labels_score_nearly_zero(coco_sets: dict[str, Path]) -> None:
+    truth = truth_of(coco_sets, "sparse")
     predictions = as_predictions(truth)
     labels = np.random.default_rng(0).permutation([item["category_id"] for item in predictions]).tolist()
     shuffled = [item | {"category_id": label} for item, label in zip(predictions, labels, strict=True)]
@@ -180,8 +180,8 @@ def test_shuffled_labels_score_nearly_zero(shared_data: Path) -> None:
     assert metrics["box_ap"] < 0.05 and metrics["mask_ap"] < 0.05
 
 
-def test_more_objects_than_max_detections_cannot_all_be_found(shared_data: Path) -> None:
-    truth = truth_of(shared_data, "dsb2018")
+def test_more_objects_than_max_detections_cannot_all_be_found(coco_sets: dict[str, Path]) -> None:
+    truth = truth_of(coco_sets, "dsb2018")
     found = [item | {"score": 0.9} for item in truth["annotations"]]
     counts = np.unique([item["image_id"] for item in truth["annotations"]], return_counts=True)[1]
     for cap in (5, 100, 400):
@@ -190,8 +190,8 @@ def test_more_objects_than_max_detections_cannot_all_be_found(shared_data: Path)
         assert metrics["box_ar"] == pytest.approx(recall)
 
 
-def test_what_is_not_predicted_scores_zero(shared_data: Path) -> None:
-    truth = truth_of(shared_data, "fruits_nuts")
+def test_what_is_not_predicted_scores_zero(coco_sets: dict[str, Path]) -> None:
+    truth = truth_of(coco_sets, "polygons")
     names = [*(f"{kind}_{name}" for kind in ("box", "mask") for name in FAMILY if name != "ap_small")]
     names += [f"{kind}_ap/{category['name']}" for kind in ("box", "mask") for category in truth["categories"]]
     assert coco_metrics(truth, [], masks=True, max_detections=100) == dict.fromkeys(names, 0.0)
@@ -291,9 +291,9 @@ def test_masks_of_all_three_forms_decode_alike() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
-@pytest.mark.parametrize("name", REAL)
-def test_real_masks_decode_as_with_stock_pycocotools(name: str, shared_data: Path) -> None:
-    truth = truth_of(shared_data, name)
+@pytest.mark.parametrize("name", SETS)
+def test_masks_of_sets_decode_as_with_stock_pycocotools(name: str, coco_sets: dict[str, Path]) -> None:
+    truth = truth_of(coco_sets, name)
     stock = COCO()
     stock.dataset = deepcopy(truth)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -101,9 +101,9 @@ def test_what_is_clipped_dropped_and_empty_is_counted(tmp_path: Path) -> None:
     assert [item["iscrowd"] for item in data.samples[2].annotations] == [1]
 
 
-def test_boxes_of_bccd_are_all_inside_by_vocs_convention_even_those_of_one_pixel(shared_data: Path) -> None:
+def test_boxes_of_bccd_are_all_inside_by_vocs_convention_even_those_of_one_pixel(test_data: Path) -> None:
     single = 0
-    for item in open_source([str(shared_data / "bccd")], "train").items:
+    for item in open_source([str(test_data / "bccd")], "train").items:
         found = clean_annotations(item.annotations or [], 480, 640, masks=False)
         assert [kept["bbox"] for kept in found.kept] == [annotation["bbox"] for annotation in item.annotations or []]
         assert not found.counts.total()
@@ -284,9 +284,9 @@ def test_batches_that_do_not_divide_or_have_no_objects_are_refused() -> None:
         next(detection_batches(empty, BOXES, [7], seed=0, start_step=0, rank=0, world_size=1))
 
 
-@pytest.mark.parametrize("name", ["dsb2018", "coco_tiny", "fruits_nuts"])
-def test_real_masks_become_targets_within_their_boxes(shared_data: Path, name: str) -> None:
-    source = open_source([str(shared_data / name)], "train")
+@pytest.mark.parametrize("name", ["dsb2018", "sparse", "polygons"])
+def test_masks_become_targets_within_their_boxes(coco_sets: dict[str, Path], name: str) -> None:
+    source = open_source([str(coco_sets[name])], "train")
     item = source.items[0]
     (data,) = read_items([item])
     with Image.open(io.BytesIO(data)) as image:

@@ -198,29 +198,31 @@ def test_scoring_leaves_its_arguments_as_they_were() -> None:
     assert [truth, predictions] == before
 
 
-def real(shared_data: Path, name: str) -> dict[str, Any]:
-    """The ground truth of a real set, VOC or COCO."""
+def truth_of_set(name: str, test_data: Path, coco_sets: dict[str, Path]) -> dict[str, Any]:
+    """The ground truth of a data set, VOC or COCO."""
     if name == "bccd":
-        source = open_source([str(shared_data / name)], "train")
+        source = open_source([str(test_data / name)], "train")
         images = ((place, 480, 640, image.annotations or []) for place, image in enumerate(source.items))
         return ground_truth_of(images, source.categories)
-    content: dict[str, Any] = json.loads((shared_data / name).read_text())
+    content: dict[str, Any] = json.loads((coco_sets[name] / SETS[name]).read_text())
     return content
 
 
-SETS = ("bccd", "coco_tiny/instances_val.json", "dsb2018/instances_val.json", "fruits_nuts/instances_all.json")
+SETS = {"sparse": "instances_val.json", "dsb2018": "instances_val.json", "polygons": "instances_all.json"}
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_ground_truth_as_predictions_scores_one_in_all_metrics(name: str, shared_data: Path) -> None:
-    truth = real(shared_data, name)
+@pytest.mark.parametrize("name", ["bccd", *SETS])
+def test_ground_truth_as_predictions_scores_one_in_all_metrics(
+    name: str, test_data: Path, coco_sets: dict[str, Path]
+) -> None:
+    truth = truth_of_set(name, test_data, coco_sets)
     metrics = voc_metrics(truth, [item | {"score": 0.9} for item in truth["annotations"]])
     assert len(metrics) > len(MEANS)
     assert metrics == dict.fromkeys(metrics, pytest.approx(1.0))
 
 
-def test_shuffled_labels_score_nearly_zero(shared_data: Path) -> None:
-    truth = real(shared_data, "coco_tiny/instances_val.json")
+def test_shuffled_labels_score_nearly_zero(test_data: Path, coco_sets: dict[str, Path]) -> None:
+    truth = truth_of_set("sparse", test_data, coco_sets)
     labels = np.random.default_rng(0).permutation([item["category_id"] for item in truth["annotations"]]).tolist()
     rows = zip(truth["annotations"], labels, strict=True)
     metrics = voc_metrics(truth, [item | {"score": 0.9, "category_id": label} for item, label in rows])

@@ -1,0 +1,34 @@
+"""Tables of the pages in docs/, which tests compare with the code so that no page is stale."""
+
+import re
+from pathlib import Path
+
+_TESTS = Path(__file__).parents[1]
+
+
+def read_tables(page: str) -> list[list[dict[str, str]]]:
+    """All tables of a page: their rows, as the cells by the name of their column."""
+    tables: list[list[dict[str, str]]] = []
+    names: list[str] = []
+    for line in (_TESTS.parent / "docs" / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            names = []
+        elif not names:
+            names = cells
+            tables.append([])
+        elif set(line) - set("|-: "):
+            tables[-1].append(dict(zip(names, cells, strict=True)))
+    return tables
+
+
+def named_tests(cell: str) -> list[str]:
+    """Tests that a cell names as `module.test`."""
+    return re.findall(r"`(\w+\.test_\w+)`", cell)
+
+
+def is_a_test(name: str) -> bool:
+    """Whether there is a test of this name in the module, which may be in any folder of the tests."""
+    module, test = name.split(".")
+    pattern = re.compile(rf"^ *def {test}\(", re.MULTILINE)
+    return any(pattern.search(path.read_text()) for path in _TESTS.rglob(f"test_{module}.py"))
