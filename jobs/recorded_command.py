@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 
 from hemoco.config import flat_params
+from hemoco.tracking.tags import Tag
 from jobs.options import RunOptions, TransferOptions, changed_settings, load_recipe, recipe_names, settings_flags
 from jobs.session import run_tags
 
-_TAG = "hemoco.command"
 _LONGEST = 5000  # characters that every MLflow takes in a tag
 
 
@@ -47,13 +47,13 @@ def command_tags(verb: str, recipe_word: str, options: RunOptions) -> dict[str, 
     # the same words may be typed in another folder
     params = flat_params(with_absolute_urls(options.recipe))
     command = RecordedCommand(
-        recipe=tags.get("hemoco.recipe_file", recipe_word),
+        recipe=tags.get(Tag.RECIPE_FILE, recipe_word),
         settings=changed_settings(params, load_recipe(recipe_word)),
         only=options.only if isinstance(options, TransferOptions) else (),
     )
     text = json.dumps(dataclasses.asdict(command))
     # an empty one replaces that of an earlier command; `status` then says that the command is not known
-    return tags | {_TAG: text if len(text) <= _LONGEST else ""}
+    return tags | {Tag.COMMAND: text if len(text) <= _LONGEST else ""}
 
 
 def recorded_command(tags: Mapping[str, str], params: Mapping[str, str]) -> RecordedCommand | None:
@@ -63,10 +63,10 @@ def recorded_command(tags: Mapping[str, str], params: Mapping[str, str]) -> Reco
         tags: of the run or sweep in MLflow.
         params: of the same.
     """
-    if _TAG in tags:
-        return _read(tags[_TAG])
-    recipe_name = tags.get("hemoco.recipe", "")
-    if "hemoco.recipe_file" in tags or recipe_name not in recipe_names():
+    if Tag.COMMAND in tags:
+        return _read(tags[Tag.COMMAND])
+    recipe_name = tags.get(Tag.RECIPE, "")
+    if Tag.RECIPE_FILE in tags or recipe_name not in recipe_names():
         return None
     recipe = load_recipe(recipe_name)
     measured = {name.split(".")[1] for name in params if name.startswith("transfers.")}

@@ -22,6 +22,7 @@ from hemoco.storage.objects import absolute_url, check_writable, home
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import find_run, log_artifact_bytes, set_tags
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 from jobs.options import RunOptions
 
@@ -66,10 +67,10 @@ def announce(name: str) -> None:
 
 def run_tags(verb: str, recipe_word: str) -> dict[str, str]:
     """What MLflow gets to know of how a run was begun: the code, the verb, the file of a recipe given by its path."""
-    tags = {**git_facts(CHECKOUT), "hemoco.verb": verb}
+    tags = {**git_facts(CHECKOUT), Tag.VERB: verb}
     if recipe_word.endswith(".py"):
         path = Path(recipe_word).resolve()  # in the checkout relative to it, for a submitted job has a copy of that
-        tags["hemoco.recipe_file"] = str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path)
+        tags[Tag.RECIPE_FILE] = str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path)
     return tags
 
 
@@ -111,7 +112,7 @@ def table_console() -> Console:
 def publish(run: str, folder: Path) -> None:
     """Puts the results on the page of the run they are of: the files, the table as its note, the means as metrics."""
     uri = tracking_uri()
-    parent = find_run(uri, connect(uri), {"hemoco.run": run, "hemoco.phase": "parent"})
+    parent = find_run(uri, connect(uri), {Tag.RUN: run, Tag.PHASE: "parent"})
     assert parent is not None, "the comparison was just read from it"
     found = comparison(uri, run)
     for name in ("comparison.json", "comparison.csv", "comparison.md", "report.html"):

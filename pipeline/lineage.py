@@ -14,12 +14,12 @@ from hemoco.errors import RefusedError
 from hemoco.tracking import models as registry
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import BackboneRecord, Measured
+from hemoco.tracking.tags import Tag
 from pipeline.open_run import Study
 
 logger = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained"
-_MODEL_TAG = "hemoco.model/"
 _METHODS = {"linear": "moco_v1", "mlp": "moco_v2", "mlp_bn": "moco_v2"}  # by the head
 
 
@@ -38,12 +38,12 @@ class BackboneModels:
         for init in config.inits:
             url = init_url(init)
             if init == PRETRAINED:
-                tags[f"{_MODEL_TAG}{init}"] = self._pretrained
+                tags[f"{Tag.MODEL_PREFIX}{init}"] = self._pretrained
             elif url:
                 with self._lock:
                     if url not in self._known:
                         self._known[url] = record_given(self._study, url)
-                tags[f"{_MODEL_TAG}{init_label(init)}"] = self._known[url]
+                tags[f"{Tag.MODEL_PREFIX}{init_label(init)}"] = self._known[url]
         return tags
 
 
@@ -61,15 +61,15 @@ def record_pretrained(study: Study, run_id: str, url: str) -> str:
     Returns:
         The id of its logged model.
     """
-    known = tracking.run_facts(study.uri, run_id).tags.get(registry.MODEL_ID)
+    known = tracking.run_facts(study.uri, run_id).tags.get(Tag.MODEL_ID)
     if known:
         return known
     record = _pretrained_record(study, run_id, url, study.recipe.pretrain.epochs)
     model_id = registry.record_backbone(study.uri, study.experiment_id, url, record)
     name, alias = registry.models_name(study.recipe.name), registry.alias_name(study.run)
-    tags = record.tags | {"hemoco.architecture": record.params["architecture"], "hemoco.backbone_url": url}
+    tags = record.tags | {Tag.ARCHITECTURE: record.params["architecture"], Tag.BACKBONE_URL: url}
     version = registry.register_version(study.uri, model_id, name, alias, tags)
-    tracking.set_tags(study.uri, run_id, {registry.MODEL_ID: model_id})
+    tracking.set_tags(study.uri, run_id, {Tag.MODEL_ID: model_id})
     logger.info("backbone is models:/%s/%s in MLflow, also models:/%s@%s", name, version, name, alias)
     return model_id
 
@@ -85,7 +85,7 @@ def record_given(study: Study, url: str) -> str:
     tags = {name: about[name] for name in ("source", "source_sha256", "data_digest") if name in about}
     pretraining = _known_run(study.uri, about["run_id"])
     record = BackboneRecord(
-        name=pretraining.tags.get("hemoco.run", "") if pretraining else _file_name(url),
+        name=pretraining.tags.get(Tag.RUN, "") if pretraining else _file_name(url),
         run_id=pretraining.run_id if pretraining else "",
         step=int(pretraining.params.get("pretrain.epochs", "0")) if pretraining else 0,
         params={name: about[name] for name in ("architecture", "stem", "data_digest")},
@@ -120,12 +120,12 @@ def link_models(study: Study, run_id: str, tags: Mapping[str, str]) -> None:
 
 def log_results(study: Study, run_id: str, name: str, data: registry.Data, tags: Mapping[str, str]) -> None:
     """Puts a transfer's headline on the pages of its backbones: the mean over the seeds, as TRANSFER/METRIC."""
-    metric, metrics = tags["hemoco.metric"], tracking.run_facts(study.uri, run_id).metrics
+    metric, metrics = tags[Tag.METRIC], tracking.run_facts(study.uri, run_id).metrics
     results = []
     for label, model_id in sorted(_models(tags).items(), key=lambda item: item[0] == PRETRAINED):
         values = seed_values(metrics, label, metric)
         if values:
-            mean, step = sum(values) / len(values), int(tags.get("hemoco.epoch", "0"))
+            mean, step = sum(values) / len(values), int(tags.get(Tag.EPOCH, "0"))
             results.append(Measured(f"{name}/{metric}", mean, step, model_id))
     registry.log_results(study.uri, run_id, results, data)
 
@@ -137,7 +137,9 @@ def seed_values(metrics: Mapping[str, float], label: str, metric: str) -> list[f
 
 
 def _models(tags: Mapping[str, str]) -> dict[str, str]:
-    return {tag.removeprefix(_MODEL_TAG): value for tag, value in tags.items() if tag.startswith(_MODEL_TAG)}
+    return {
+        tag.removeprefix(Tag.MODEL_PREFIX): value for tag, value in tags.items() if tag.startswith(Tag.MODEL_PREFIX)
+    }
 
 
 def _pretrained_record(study: Study, run_id: str, url: str, epochs: int) -> BackboneRecord:
@@ -154,7 +156,7 @@ def _pretrained_record(study: Study, run_id: str, url: str, epochs: int) -> Back
             "epochs": str(epochs),
             "image_size": str(pretrain.views.size),
         },
-        tags={"hemoco.run": study.run, "hemoco.recipe": study.recipe.name, "hemoco.data_digest": digest},
+        tags={Tag.RUN: study.run, Tag.RECIPE: study.recipe.name, Tag.DATA_DIGEST: digest},
         about=backbone_metadata(url),
     )
 

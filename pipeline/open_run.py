@@ -19,12 +19,13 @@ from hemoco.storage.objects import join_url
 from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.client import shown
+from hemoco.tracking.tags import Tag
 from pipeline.checks import with_absolute_urls
 from pipeline.run_folder import check_run_folder, mark_run_folder, remove_run_folder, saved_names
 
 logger = logging.getLogger(__name__)
 
-_IDENTITY = ("hemoco.run", "hemoco.phase", "hemoco.transfer", "hemoco.epoch")  # tags by which a child run is found
+_IDENTITY = (Tag.RUN, Tag.PHASE, Tag.TRANSFER, Tag.EPOCH)  # tags by which a child run is found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
     uri = client.tracking_uri()
     experiment_id = client.connect(uri)
     params = flat_params(recipe)
-    known = None if fresh else tracking.find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"})
+    known = None if fresh else tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
     url = join_url(storage, run)
     if known is None:
         if fresh:
@@ -81,7 +82,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
             experiment_id,
             name=run,
             parent=None,
-            tags={"hemoco.run": run, "hemoco.phase": "parent", "hemoco.recipe": recipe.name},
+            tags={Tag.RUN: run, Tag.PHASE: "parent", Tag.RECIPE: recipe.name},
             params=params,
         )
     else:
@@ -97,7 +98,7 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
             tracking.reopen_run(uri, parent_id)
     if known is None or known.status != "FINISHED":
         # the last code that worked at it counts; the folder is where `status` and `sync` look
-        tracking.set_tags(uri, parent_id, tags | {"hemoco.storage": url})
+        tracking.set_tags(uri, parent_id, tags | {Tag.STORAGE: url})
         mark_run_folder(url, run)
     return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
 
@@ -108,7 +109,7 @@ def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
     Raises:
         UsageError: it is not finished, and that is elsewhere than at `url`.
     """
-    before = known.tags.get("hemoco.storage", url)
+    before = known.tags.get(Tag.STORAGE, url)
     if before != url and known.status != "FINISHED":
         root = before.removesuffix("/" + run)
         raise UsageError(
@@ -127,10 +128,10 @@ def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, trac
     if known is not None:
         tracking.reopen_run(study.uri, known.run_id)
         return known.run_id, None
-    config: Any = study.recipe.transfers[name] if "hemoco.transfer" in tags else study.recipe.pretrain
-    prefix = f"transfers.{name}" if "hemoco.transfer" in tags else "pretrain"
+    config: Any = study.recipe.transfers[name] if Tag.TRANSFER in tags else study.recipe.pretrain
+    prefix = f"transfers.{name}" if Tag.TRANSFER in tags else "pretrain"
     params = flat_params({prefix: config})
-    shown = f"{name}@{tags['hemoco.epoch']}" if "hemoco.epoch" in tags else name
+    shown = f"{name}@{tags[Tag.EPOCH]}" if Tag.EPOCH in tags else name
     run_id = tracking.open_run(
         study.uri, study.experiment_id, name=shown, parent=study.parent_id, tags=tags, params=params
     )
@@ -147,7 +148,7 @@ def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[No
             stopping.set()
         reason = "interrupted" if stopping.is_set() else first_line(error)
         try:
-            tracking.set_tags(uri, run_id, {"hemoco.error": reason})
+            tracking.set_tags(uri, run_id, {Tag.ERROR: reason})
             tracking.close_run(uri, run_id, "KILLED" if stopping.is_set() else "FAILED")
         except TrackingError as silent:  # the first error says more
             logger.warning("event=run_left_open run_id=%s %s", run_id, silent)
@@ -157,5 +158,5 @@ def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[No
 
 def _forget(uri: str, experiment_id: str, run: str) -> None:
     """Takes the name from earlier runs: they stay in MLflow under a tag of their own."""
-    while (old := tracking.find_run(uri, experiment_id, {"hemoco.run": run})) is not None:
-        tracking.set_tags(uri, old.run_id, {"hemoco.run": f"{run} (superseded)"})
+    while (old := tracking.find_run(uri, experiment_id, {Tag.RUN: run})) is not None:
+        tracking.set_tags(uri, old.run_id, {Tag.RUN: f"{run} (superseded)"})

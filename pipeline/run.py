@@ -17,6 +17,7 @@ from hemoco.results.status import close_running
 from hemoco.storage.objects import absolute_url, join_url, write_bytes
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import SCHEME
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.versions import pinned
 from pipeline.lineage import BackboneModels, data_counts, data_name, record_given, record_pretrained
 from pipeline.open_run import Origin, Study, closing_run, open_child, open_study
@@ -73,19 +74,19 @@ def transfer_only(
     check_architecture(backbone_url, recipe.pretrain.encoder)
     metadata = backbone_metadata(backbone_url)
     with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
-        before = tracking.run_facts(study.uri, study.parent_id).tags.get("hemoco.backbone_url", backbone_url)
+        before = tracking.run_facts(study.uri, study.parent_id).tags.get(Tag.BACKBONE_URL, backbone_url)
         if before != backbone_url:
             raise UsageError(
                 f"run {run!r} measures another backbone ({before}): choose another --run name, or --fresh to start it "
                 "anew"
             )
         sources = {
-            f"hemoco.backbone_{name}": metadata[name] for name in ("source", "source_sha256") if name in metadata
+            f"{Tag.BACKBONE_PREFIX}{name}": metadata[name] for name in ("source", "source_sha256") if name in metadata
         }
         origin = {
-            "hemoco.backbone_url": backbone_url,
-            "hemoco.pretrain_run_id": metadata["run_id"],
-            "hemoco.data_digest": metadata["data_digest"],
+            Tag.BACKBONE_URL: backbone_url,
+            Tag.PRETRAIN_RUN_ID: metadata["run_id"],
+            Tag.DATA_DIGEST: metadata["data_digest"],
         }
         tracking.set_tags(study.uri, study.parent_id, origin | sources)
         if registered:  # the workers read storage; they need no way to MLflow's files
@@ -124,10 +125,10 @@ def _copied(study: Study, model: str) -> str:
 def _pretrain(study: Study) -> Pretrained:
     """Pretrains, or takes up the finished pretraining of this run."""
     tags = {
-        "hemoco.run": study.run,
-        "hemoco.phase": "pretrain",
-        "hemoco.recipe": study.recipe.name,
-        "hemoco.data_digest": study.data.digest,
+        Tag.RUN: study.run,
+        Tag.PHASE: "pretrain",
+        Tag.RECIPE: study.recipe.name,
+        Tag.DATA_DIGEST: study.data.digest,
     }
     run_id, finished = open_child(study, "pretrain", tags)
     config, url = study.recipe.pretrain, join_url(study.url, "pretrain")
@@ -135,7 +136,7 @@ def _pretrain(study: Study) -> Pretrained:
     if finished is not None:
         with follow_backbones(study, url, run_id, size.whole):
             pass  # only what is missing of the curve
-        return Pretrained(run_id=run_id, backbone_url=finished.tags["hemoco.backbone_url"], metrics=finished.metrics)
+        return Pretrained(run_id=run_id, backbone_url=finished.tags[Tag.BACKBONE_URL], metrics=finished.metrics)
     data, index = study.recipe.data, study.data
     tracking.log_dataset_input(
         *(study.uri, run_id, data_name(data), data.shards, index.digest, "pretraining"), counts=data_counts(index)
@@ -149,7 +150,7 @@ def _pretrain(study: Study) -> Pretrained:
     )
     with closing_run(study.uri, run_id, study.stopping), follow_backbones(study, url, run_id, size.whole):
         done = pretrain(job, size)
-        tracking.set_tags(study.uri, run_id, {"hemoco.backbone_url": done.backbone_url})
+        tracking.set_tags(study.uri, run_id, {Tag.BACKBONE_URL: done.backbone_url})
     logger.info("pretrain done, backbone %s", done.backbone_url)
     return done
 

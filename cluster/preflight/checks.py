@@ -18,6 +18,7 @@ from hemoco.storage.fetch import FetchCounts, fetch_range
 from hemoco.storage.objects import join_url, list_names, read_bytes, remove, write_bytes
 from hemoco.tracking.client import ask, connect, shown
 from hemoco.tracking.runs import log_artifact_bytes, open_run
+from hemoco.tracking.tags import Tag
 
 _READ_S = 10.0
 
@@ -74,9 +75,7 @@ def check_tracking(uri: str) -> Finding:
     """Whether MLflow takes a run and an artifact; the run is deleted again, which leaves it in MLflow's trash."""
 
     def check() -> str:
-        run_id = open_run(
-            uri, connect(uri), name="preflight", parent=None, tags={"hemoco.phase": "preflight"}, params={}
-        )
+        run_id = open_run(uri, connect(uri), name="preflight", parent=None, tags={Tag.PHASE: "preflight"}, params={})
         try:
             log_artifact_bytes(uri, run_id, "preflight.txt", b"preflight")
         finally:

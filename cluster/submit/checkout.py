@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from hemoco.tracking.tags import Tag
+
 logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -88,7 +90,7 @@ def _recipe_problem(checkout: Path, recipe_file: Path, files: dict[str, int]) ->
 
 
 def _facts(commit: str, dirty: str) -> dict[str, str]:
-    return {"mlflow.source.git.commit": commit, "hemoco.git_dirty": dirty}
+    return {"mlflow.source.git.commit": commit, Tag.GIT_DIRTY: dirty}
 
 
 def _git(checkout: Path, *words: str) -> str | None:

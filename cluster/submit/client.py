@@ -22,6 +22,7 @@ from ray.job_submission import JobSubmissionClient
 from cluster.submit.checkout import EXCLUDES
 from cluster.submit.environment import JobSpec, words_again
 from hemoco.errors import HemocoError, UsageError
+from hemoco.tracking.tags import Tag
 
 _TIMEOUTS_S = (5.0, 60.0)  # to connect, and for an answer
 _OTHER_SERVER = "is not the dashboard of a Ray cluster: correct --address (http://head:8265)"
@@ -88,7 +89,7 @@ class Cluster:
     def jobs(self, run: str = "") -> list[Job]:
         """hemoco's jobs, of one run or of all, the newest first."""
         with self._answering():
-            found = [_job(details) for details in self.client.list_jobs() if "hemoco.run" in (details.metadata or {})]
+            found = [_job(details) for details in self.client.list_jobs() if Tag.RUN in (details.metadata or {})]
         mine = (job for job in found if run in ("", job.run))
         return sorted(mine, key=lambda job: job.started, reverse=True)
 
@@ -166,7 +167,7 @@ class Cluster:
                     "excludes": list(EXCLUDES),
                     "env_vars": spec.variables,
                 },
-                metadata={"hemoco.run": spec.run, "hemoco.commit": spec.commit},
+                metadata={Tag.RUN: spec.run, Tag.COMMIT: spec.commit},
             )
         return self.job(job_id)
 
@@ -213,10 +214,10 @@ def _job(details: Any) -> Job:
     metadata = details.metadata or {}
     return Job(
         id=details.submission_id,
-        run=metadata.get("hemoco.run", ""),
+        run=metadata.get(Tag.RUN, ""),
         status=str(details.status),
         words=details.entrypoint.removeprefix(_ENTRYPOINT),
-        commit=metadata.get("hemoco.commit", ""),
+        commit=metadata.get(Tag.COMMIT, ""),
         message=details.message or "",
         exit_status=details.driver_exit_code,
         started=(details.start_time or 0) / 1000,

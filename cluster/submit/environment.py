@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from cluster.local.ray import RAY_DEFAULTS
 from cluster.submit.checkout import git_facts
 from hemoco.errors import UsageError
+from hemoco.tracking.tags import Tag
 
 _STOP_S = 60  # after SIGTERM, Ray itself gives 3: too few to tell MLflow
 _FORWARDED = (
@@ -144,4 +145,4 @@ def _git_variables(checkout: Path) -> dict[str, str]:
     facts = git_facts(checkout)
     if not facts:
         return {}
-    return {"HEMOCO_GIT_COMMIT": facts["mlflow.source.git.commit"], "HEMOCO_GIT_DIRTY": facts["hemoco.git_dirty"]}
+    return {"HEMOCO_GIT_COMMIT": facts["mlflow.source.git.commit"], "HEMOCO_GIT_DIRTY": facts[Tag.GIT_DIRTY]}

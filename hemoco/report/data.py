@@ -10,6 +10,7 @@ from hemoco.features.sample import FILE_NAME, FeatureSample, decode_sample
 from hemoco.results.comparison import ManyComparison, Run
 from hemoco.results.records import Records
 from hemoco.tracking.runs import metric_points, read_artifacts
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _detail(uri: str, run: Run) -> RunDetail:
     records = run.records
     source = records.pretraining
     images = [
-        TransferImage(transfer=facts.tags["hemoco.transfer"], name=name.removesuffix(".png"), png=png)
+        TransferImage(transfer=facts.tags[Tag.TRANSFER], name=name.removesuffix(".png"), png=png)
         for facts in records.transfers
         for name, png in sorted(read_artifacts(uri, facts.run_id, ".png").items())
     ]

@@ -17,6 +17,7 @@ from hemoco.intervals import RepeatedDifference, Repetitions, repeated_differenc
 from hemoco.results.cost import Cost, run_cost
 from hemoco.results.identity import baseline_identity, curve_values, pretraining_settings, transfer_protocol
 from hemoco.results.records import PRETRAINED, Comparison, Records, compare_records, read_records
+from hemoco.tracking.tags import Tag
 
 SeedValues = dict[int, float]
 
@@ -201,7 +202,7 @@ def _lines(runs: Sequence[Run]) -> tuple[Line, ...]:
     for run in runs:
         for facts in (*run.records.transfers, *run.records.curve):
             protocol = transfer_protocol(run.records, facts)
-            same = found.setdefault(facts.tags["hemoco.transfer"], [])
+            same = found.setdefault(facts.tags[Tag.TRANSFER], [])
             group = next((group for known, group in same if not config_difference(known, protocol)), None)
             if group is None:
                 same.append((protocol, [run]))

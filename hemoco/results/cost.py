@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from hemoco.results.records import Records
 from hemoco.tracking.client import ask
 from hemoco.tracking.runs import RunFacts
+from hemoco.tracking.tags import Tag
 
 PAUSE_S = 600.0
 """Seconds between two records, training apart, above which they are a pause."""
@@ -150,9 +151,9 @@ def _cost(params: dict[str, str], activity: Activity, *, images: int, transfers:
 
 def _transfer_time(facts: RunFacts, info: Any) -> TransferTime:
     ended_s = _ended_s(info) if facts.status == "FINISHED" else None
-    attempts = [value for tag, value in facts.tags.items() if tag.startswith("hemoco.attempt/")]
+    attempts = [value for tag, value in facts.tags.items() if tag.startswith(Tag.ATTEMPT_PREFIX)]
     return TransferTime(
-        transfer=facts.tags["hemoco.transfer"],
+        transfer=facts.tags[Tag.TRANSFER],
         wall_s=math.nan if ended_s is None else ended_s - info.start_time / 1000,
         again=any(int(value) > 1 for value in attempts),
     )

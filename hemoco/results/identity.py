@@ -9,6 +9,7 @@ import ast
 from hemoco.config import init_label
 from hemoco.results.records import Records, done_rows
 from hemoco.tracking.runs import RunFacts, metric_history, run_facts
+from hemoco.tracking.tags import Tag
 
 MEAN_OF_SEEDS = -1
 """In place of a seed where only the mean over the seeds is known."""
@@ -23,7 +24,7 @@ def pretraining_settings(uri: str, records: Records) -> dict[str, str] | None:
     above = facts.tags.get("mlflow.parentRunId", records.parent.run_id)
     parent = records.parent if above == records.parent.run_id else run_facts(uri, above)
     data = {
-        "data digest": facts.tags.get("hemoco.data_digest", ""),
+        "data digest": facts.tags.get(Tag.DATA_DIGEST, ""),
         "data.pretrain_split": parent.params.get("data.pretrain_split", ""),
     }
     return {name: value for name, value in facts.params.items() if name.startswith("pretrain.")} | data
@@ -31,14 +32,14 @@ def pretraining_settings(uri: str, records: Records) -> dict[str, str] | None:
 
 def transfer_protocol(records: Records, facts: RunFacts) -> dict[str, str]:
     """The settings of a transfer, without inits and seeds, with its metric and its data."""
-    prefix = f"transfers.{facts.tags['hemoco.transfer']}."
+    prefix = f"transfers.{facts.tags[Tag.TRANSFER]}."
     own = {name: value for name, value in facts.params.items() if name.startswith(prefix)}
     data = own if own.get(f"{prefix}data.shards") else records.parent.params
     of_data = f"{prefix}data." if data is own else "data."
     left_out = (f"{prefix}inits", f"{prefix}seeds", f"{prefix}data.")
     return {name: value for name, value in own.items() if not name.startswith(left_out)} | {
-        "metric": facts.tags["hemoco.metric"],
-        "data digest": facts.tags.get("hemoco.transfer_data_digest", ""),
+        "metric": facts.tags[Tag.METRIC],
+        "data digest": facts.tags.get(Tag.TRANSFER_DATA_DIGEST, ""),
         **{split: data.get(f"{of_data}{split}", "") for split in ("train_split", "test_split")},
     }
 
@@ -55,11 +56,11 @@ def curve_values(uri: str, records: Records, transfer: str, metric: str) -> dict
     """By epoch and seed: a transfer from the backbones that the run's own pretraining exported on its way."""
     curve: dict[int, dict[int, float]] = {}
     for facts in records.curve:
-        if (facts.tags["hemoco.transfer"], facts.tags["hemoco.metric"]) == (transfer, metric):
+        if (facts.tags[Tag.TRANSFER], facts.tags[Tag.METRIC]) == (transfer, metric):
             by_seed = {row.seed: row.value for row in done_rows(facts)}
-            curve |= {int(facts.tags["hemoco.epoch"]): by_seed} if by_seed else {}
+            curve |= {int(facts.tags[Tag.EPOCH]): by_seed} if by_seed else {}
     key, training = f"curve/{transfer}/{metric}", records.pretraining
-    if training is not None and training.tags.get("hemoco.run") == records.run and key in training.metrics:
+    if training is not None and training.tags.get(Tag.RUN) == records.run and key in training.metrics:
         # where the runs of the single measurements are gone
         curve = {epoch: {MEAN_OF_SEEDS: mean} for epoch, mean in metric_history(uri, training.run_id, key)} | curve
     return curve

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from hemoco.results.comparison import Line, ManyComparison
 from hemoco.results.records import done_values
 from hemoco.tracking.runs import RunFacts
+from hemoco.tracking.tags import Tag
 
 
 class LabelPoint(NamedTuple):
@@ -51,7 +52,7 @@ def _images(line: Line) -> float:
 
 
 def _is(facts: RunFacts, line: Line) -> bool:
-    return facts.tags["hemoco.transfer"] == line.transfer
+    return facts.tags[Tag.TRANSFER] == line.transfer
 
 
 def _order(point: LabelPoint) -> tuple[bool, float, float]:

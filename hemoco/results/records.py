@@ -16,12 +16,12 @@ from hemoco.errors import UsageError
 from hemoco.intervals import Difference, Spread, paired_difference, spread_of
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import RunFacts, find_runs
+from hemoco.tracking.tags import Tag
 
 PRETRAINED = "pretrained"
 """The init that all others are baselines of."""
 _VALUE = re.compile(r"(?P<init>[^/]+)/seed_(?P<seed>\d+)/(?P<metric>.+)")
 _TRANSFER = re.compile(r"transfers\.(.+)\.seeds")  # the parameter that every transfer has
-_DONE = "hemoco.done/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,18 +155,18 @@ def headlines(found: Comparison) -> dict[str, float]:
 def read_records(uri: str, run: str) -> Records:
     """What MLflow has of a run; the same errors as `comparison`."""
     experiment_id = connect(uri)
-    found = find_runs(uri, experiment_id, {"hemoco.run": run})
+    found = find_runs(uri, experiment_id, {Tag.RUN: run})
     phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": [], "curve": []}
     for facts in reversed(found):  # the oldest first
-        phases[facts.tags["hemoco.phase"]].append(facts)
+        phases[facts.tags[Tag.PHASE]].append(facts)
     if not phases["parent"]:
-        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
+        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {Tag.PHASE: "parent"})))
     parent = phases["parent"][-1]
-    newest = {facts.tags["hemoco.transfer"]: facts for facts in phases["transfer"]}
-    curve = {(facts.tags["hemoco.transfer"], facts.tags["hemoco.epoch"]): facts for facts in phases["curve"]}
-    source = parent.tags.get("hemoco.pretrain_run_id")
+    newest = {facts.tags[Tag.TRANSFER]: facts for facts in phases["transfer"]}
+    curve = {(facts.tags[Tag.TRANSFER], facts.tags[Tag.EPOCH]): facts for facts in phases["curve"]}
+    source = parent.tags.get(Tag.PRETRAIN_RUN_ID)
     if source is not None:  # the backbone is another run's, which this MLflow need not know
-        known = find_runs(uri, experiment_id, {"hemoco.phase": "pretrain"})
+        known = find_runs(uri, experiment_id, {Tag.PHASE: "pretrain"})
         phases["pretrain"] = [facts for facts in known if facts.run_id == source]
     pretraining = next(reversed(phases["pretrain"]), None)
     return Records(run, parent, pretraining, list(newest.values()), list(curve.values()))
@@ -179,7 +179,7 @@ def compare_records(records: Records) -> Comparison:
     return Comparison(
         pretraining=_pretraining(records),
         rows=tuple(rows),
-        failed=tuple(_failure(facts, facts.tags.get("hemoco.error", "no reason was recorded")) for facts in ended),
+        failed=tuple(_failure(facts, facts.tags.get(Tag.ERROR, "no reason was recorded")) for facts in ended),
         unfinished=tuple(_unfinished(records)),
     )
 
@@ -188,7 +188,7 @@ def _unfinished(records: Records) -> Iterator[Failure]:
     for facts in records.transfers:
         if facts.status not in ("FAILED", "KILLED", "FINISHED"):
             yield _failure(facts, _measured(facts))
-    begun = {facts.tags["hemoco.transfer"] for facts in records.transfers}
+    begun = {facts.tags[Tag.TRANSFER] for facts in records.transfers}
     for match in filter(None, map(_TRANSFER.fullmatch, records.parent.params)):
         if match[1] not in begun:
             yield Failure(transfer=match[1], reason="not begun", run_id="")
@@ -196,8 +196,8 @@ def _unfinished(records: Records) -> Iterator[Failure]:
 
 def _measured(facts: RunFacts) -> str:
     """How much of a transfer is done."""
-    done = sum(tag.startswith(_DONE) for tag in facts.tags)
-    name = f"transfers.{facts.tags['hemoco.transfer']}"
+    done = sum(tag.startswith(Tag.DONE_PREFIX) for tag in facts.tags)
+    name = f"transfers.{facts.tags[Tag.TRANSFER]}"
     inits, seeds = (facts.params.get(f"{name}.{field}") for field in ("inits", "seeds"))
     if inits is None or seeds is None:
         return f"{done} measured"
@@ -205,7 +205,7 @@ def _measured(facts: RunFacts) -> str:
 
 
 def _failure(facts: RunFacts, reason: str) -> Failure:
-    return Failure(transfer=facts.tags["hemoco.transfer"], reason=reason, run_id=facts.run_id)
+    return Failure(transfer=facts.tags[Tag.TRANSFER], reason=reason, run_id=facts.run_id)
 
 
 def _pretraining(records: Records) -> Pretraining:
@@ -215,11 +215,11 @@ def _pretraining(records: Records) -> Pretraining:
     queue_length = facts.params.get("pretrain.moco.queue_length") if facts else None
     return Pretraining(
         run=records.run,
-        run_id=facts.run_id if facts else tags.get("hemoco.pretrain_run_id", ""),
+        run_id=facts.run_id if facts else tags.get(Tag.PRETRAIN_RUN_ID, ""),
         status=facts.status if facts else "",
-        backbone_url=parent.tags.get("hemoco.backbone_url") or tags.get("hemoco.backbone_url", ""),
-        recipe=tags.get("hemoco.recipe", ""),
-        data_digest=tags.get("hemoco.data_digest", ""),
+        backbone_url=parent.tags.get(Tag.BACKBONE_URL) or tags.get(Tag.BACKBONE_URL, ""),
+        recipe=tags.get(Tag.RECIPE, ""),
+        data_digest=tags.get(Tag.DATA_DIGEST, ""),
         loss=metrics.get("loss", math.nan),
         chance_loss=math.log(int(queue_length) + 1) if queue_length else math.nan,
         embedding_std=metrics.get("embedding_std", math.nan),
@@ -229,7 +229,7 @@ def _pretraining(records: Records) -> Pretraining:
 
 def done_rows(facts: RunFacts) -> list[Row]:
     """The headline values of a transfer's run that are recorded as done."""
-    return done_values(facts, facts.tags["hemoco.metric"])
+    return done_values(facts, facts.tags[Tag.METRIC])
 
 
 def done_values(facts: RunFacts, metric: str) -> list[Row]:
@@ -237,10 +237,10 @@ def done_values(facts: RunFacts, metric: str) -> list[Row]:
     rows = []
     for key, value in facts.metrics.items():
         match = _VALUE.fullmatch(key)
-        done = match is not None and f"{_DONE}{match['init']}/seed_{match['seed']}" in facts.tags
+        done = match is not None and f"{Tag.DONE_PREFIX}{match['init']}/seed_{match['seed']}" in facts.tags
         if match and done and match["metric"] == metric:
             row = Row(
-                transfer=facts.tags["hemoco.transfer"],
+                transfer=facts.tags[Tag.TRANSFER],
                 metric=match["metric"],
                 init=match["init"],
                 seed=int(match["seed"]),
@@ -253,7 +253,7 @@ def done_values(facts: RunFacts, metric: str) -> list[Row]:
 
 def unknown_run(run: str, parents: list[RunFacts]) -> str:
     """What to say of a name that MLflow does not know; `parents` are those of all runs."""
-    names = list(dict.fromkeys(facts.tags["hemoco.run"] for facts in parents))
+    names = list(dict.fromkeys(facts.tags[Tag.RUN] for facts in parents))
     if not names:
         return f"run {run!r} is not in MLflow, which has none: begin one with `python -m jobs run RECIPE`"
     shown = difflib.get_close_matches(run, names, n=3) or names[:10]

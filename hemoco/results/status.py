@@ -9,6 +9,7 @@ from hemoco.results.records import unknown_run
 from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking.client import ask, connect
 from hemoco.tracking.runs import close_run, find_runs
+from hemoco.tracking.tags import Tag
 
 # as hemoco.checkpoint names them, which imports torch; a test lets it write one
 _CHECKPOINT, _MANIFEST = re.compile(r"step_(\d{8,})_a(\d+)"), "manifest.json"
@@ -71,7 +72,7 @@ def newest_runs(uri: str, most: int) -> list[RunStatus]:
     """
     experiment_id = connect(uri)
     parents = _search(uri, experiment_id, "tags.`hemoco.phase` = 'parent'", 1000)
-    found = [parent for parent in parents if "hemoco.sweep" not in parent.data.tags]
+    found = [parent for parent in parents if Tag.SWEEP not in parent.data.tags]
     found += _search(uri, experiment_id, "tags.`hemoco.phase` = 'sweep'", 1000)
     # one that --fresh began anew has left its name to the new one
     current = [parent for parent in found if not _name(parent).endswith("(superseded)")]
@@ -87,9 +88,9 @@ def run_status(uri: str, run: str) -> RunStatus:
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
-    known = find_runs(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"})
+    known = find_runs(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
     if not known:
-        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {"hemoco.phase": "parent"})))
+        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {Tag.PHASE: "parent"})))
     parent = ask(uri, lambda client: client.get_run(known[0].run_id))
     return _status(parent, _children(uri, experiment_id, parent))
 
@@ -120,10 +121,10 @@ def close_running(uri: str, run: str) -> list[str]:
         The names of what was marked.
     """
     experiment_id = connect(uri)
-    of_sweep = find_runs(uri, experiment_id, {"hemoco.sweep": run})
-    trials = [facts for facts in of_sweep if facts.tags["hemoco.phase"] == "trial"]
+    of_sweep = find_runs(uri, experiment_id, {Tag.SWEEP: run})
+    trials = [facts for facts in of_sweep if facts.tags[Tag.PHASE] == "trial"]
     names = [run, *(f"{run}/{trial.tags['mlflow.runName']}" for trial in trials)]
-    of_runs = [facts for name in names for facts in find_runs(uri, experiment_id, {"hemoco.run": name})]
+    of_runs = [facts for name in names for facts in find_runs(uri, experiment_id, {Tag.RUN: name})]
     by_id = {facts.run_id: facts for facts in (*of_sweep, *of_runs)}
     left = [facts for facts in by_id.values() if facts.status == "RUNNING"]
     for facts in left:
@@ -142,20 +143,20 @@ def _children(uri: str, experiment_id: str, parent: Any) -> list[Any]:
 
 def _name(parent: Any) -> str:
     tags = parent.data.tags
-    return str(tags["hemoco.sweep" if tags["hemoco.phase"] == "sweep" else "hemoco.run"])
+    return str(tags[Tag.SWEEP if tags[Tag.PHASE] == "sweep" else Tag.RUN])
 
 
 def _status(parent: Any, children: list[Any]) -> RunStatus:
     tags = parent.data.tags
     return RunStatus(
         run=_name(parent),
-        recipe=tags.get("hemoco.recipe", ""),
+        recipe=tags.get(Tag.RECIPE, ""),
         status=parent.info.status,
         started=parent.info.start_time / 1000,
-        storage=tags.get("hemoco.storage", ""),
-        backbone=tags.get("hemoco.backbone_url", ""),
-        verb=tags.get("hemoco.verb", ""),
-        is_sweep=tags["hemoco.phase"] == "sweep",
+        storage=tags.get(Tag.STORAGE, ""),
+        backbone=tags.get(Tag.BACKBONE_URL, ""),
+        verb=tags.get(Tag.VERB, ""),
+        is_sweep=tags[Tag.PHASE] == "sweep",
         params=dict(parent.data.params),
         tags=dict(tags),
         phases=tuple(_phase(child) for child in reversed(children)),
@@ -171,6 +172,6 @@ def _phase(child: Any) -> PhaseStatus:
         status=child.info.status,
         step=max((point.step for point in points), default=None),
         seen=max((point.timestamp / 1000 for point in points), default=None),
-        attempts=sum(int(value) for name, value in tags.items() if name.startswith("hemoco.attempt/")),
-        error=tags.get("hemoco.error", ""),
+        attempts=sum(int(value) for name, value in tags.items() if name.startswith(Tag.ATTEMPT_PREFIX)),
+        error=tags.get(Tag.ERROR, ""),
     )

@@ -10,15 +10,10 @@ from typing import Any, Literal
 from hemoco.errors import UsageError
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import RunFacts, find_run, find_runs, metric_history
+from hemoco.tracking.tags import Tag
 
 OBJECTIVE = "objective"
 """The metric of a trial's run in MLflow."""
-STOPPED = "hemoco.stopped"
-"""The tag of a trial that was stopped early; its status is KILLED, as that of an interrupted one."""
-STEPS_PER_EPOCH = "hemoco.steps_per_epoch"
-"""A tag of a trial."""
-VERDICT = "hemoco.verdict"
-"""The tag of a trial that says why it is to stop."""
 Outcome = Literal["finished", "stopped", "failed", "unfinished"]
 _FREE = ("sweep.trials", "sweep.max_concurrent")
 """A sweep goes on with others."""
@@ -87,7 +82,7 @@ def search_settings(params: Mapping[str, str]) -> dict[str, str]:
 
 def is_over(trial: RunFacts) -> bool:
     """Whether a trial has come to its end or was stopped for good; the others are begun again by the same words."""
-    return trial.status == "FINISHED" or STOPPED in trial.tags
+    return trial.status == "FINISHED" or Tag.STOPPED in trial.tags
 
 
 def sweep_result(uri: str, sweep: str) -> SweepResult:
@@ -99,7 +94,7 @@ def sweep_result(uri: str, sweep: str) -> SweepResult:
     """
     found = find_sweep(uri, sweep)
     if found is None:
-        known = {facts.tags["hemoco.sweep"] for facts in find_runs(uri, connect(uri), {"hemoco.phase": "sweep"})}
+        known = {facts.tags[Tag.SWEEP] for facts in find_runs(uri, connect(uri), {Tag.PHASE: "sweep"})}
         raise UsageError(f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}")
     return found
 
@@ -111,20 +106,20 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
-    parent = find_run(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "sweep"})
+    parent = find_run(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "sweep"})
     if parent is None:
         return None
-    trials = find_runs(uri, experiment_id, {"hemoco.sweep": sweep, "hemoco.phase": "trial"})
+    trials = find_runs(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "trial"})
     return SweepResult(
         sweep=sweep,
         run_id=parent.run_id,
         status=parent.status,
-        recipe=parent.tags["hemoco.recipe"],
-        recipe_file=parent.tags.get("hemoco.recipe_file", ""),
-        storage=parent.tags.get("hemoco.storage", ""),
-        objective=f"{parent.params['sweep.objective']}/{parent.tags['hemoco.metric']}",
+        recipe=parent.tags[Tag.RECIPE],
+        recipe_file=parent.tags.get(Tag.RECIPE_FILE, ""),
+        storage=parent.tags.get(Tag.STORAGE, ""),
+        objective=f"{parent.params['sweep.objective']}/{parent.tags[Tag.METRIC]}",
         watch=parent.params["sweep.watch"],
-        data_digest=parent.tags["hemoco.data_digest"],
+        data_digest=parent.tags[Tag.DATA_DIGEST],
         params=parent.params,
         tags=parent.tags,
         trials=tuple(sorted((_trial(uri, experiment_id, facts) for facts in trials), key=_rank)),
@@ -143,11 +138,11 @@ def sweep_json(result: SweepResult) -> str:
 
 
 def _trial(uri: str, experiment_id: str, facts: RunFacts) -> TrialResult:
-    run = f"{facts.tags['hemoco.sweep']}/{facts.tags['mlflow.runName']}"
-    pretraining = find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "pretrain"})
+    run = f"{facts.tags[Tag.SWEEP]}/{facts.tags['mlflow.runName']}"
+    pretraining = find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "pretrain"})
     became = outcome(facts)
     return TrialResult(
-        trial=int(facts.tags["hemoco.trial"]),
+        trial=int(facts.tags[Tag.TRIAL]),
         run=run,
         settings=facts.params,
         outcome=became,
@@ -155,7 +150,7 @@ def _trial(uri: str, experiment_id: str, facts: RunFacts) -> TrialResult:
         epochs=_epochs(uri, facts, pretraining),
         reason=_reason(facts, became),
         run_id=facts.run_id,
-        backbone_url=pretraining.tags.get("hemoco.backbone_url", "") if pretraining else "",
+        backbone_url=pretraining.tags.get(Tag.BACKBONE_URL, "") if pretraining else "",
     )
 
 
@@ -167,15 +162,15 @@ def outcome(facts: RunFacts) -> Outcome:
 
 
 def _reason(facts: RunFacts, became: Outcome) -> str:
-    error = _COLOUR.sub("", facts.tags.get("hemoco.error", ""))
-    return facts.tags.get(VERDICT, error) if became == "stopped" else error
+    error = _COLOUR.sub("", facts.tags.get(Tag.ERROR, ""))
+    return facts.tags.get(Tag.VERDICT, error) if became == "stopped" else error
 
 
 def _epochs(uri: str, trial: RunFacts, pretraining: RunFacts | None) -> int:
     if pretraining is None:
         return 0
     steps = [step for step, _ in metric_history(uri, pretraining.run_id, "loss")]
-    return max(steps, default=0) // int(trial.tags[STEPS_PER_EPOCH])
+    return max(steps, default=0) // int(trial.tags[Tag.STEPS_PER_EPOCH])
 
 
 def _rank(trial: TrialResult) -> tuple[int, float, int, int]:

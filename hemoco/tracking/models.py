@@ -21,14 +21,14 @@ from hemoco.errors import CheckpointError, RefusedError, TrackingError, first_li
 from hemoco.storage.objects import read_bytes
 from hemoco.tracking.client import ask
 from hemoco.tracking.runs import DIGEST_LENGTH
+from hemoco.tracking.tags import Tag
 
 MODEL_TYPE = "moco-backbone"
 SNAPSHOT_TYPE = "moco-backbone-snapshot"
 """Of a backbone that was exported in mid-pretraining: only its URL is recorded, the file stays where it is."""
 BACKBONE_FILE, ABOUT_FILE = "backbone.safetensors", "backbone.json"
-MODEL_ID, REGISTERED = "hemoco.model_id", "hemoco.registered"
 SCHEME = "models:/"
-_SHA256, _URL = "hemoco.sha256", "hemoco.backbone_url"
+_SHA256, _URL = "hemoco.sha256", Tag.BACKBONE_URL
 VERSIONS = "mlflow.modelVersions"
 """Tag by which MLflow's page of a logged model shows the versions it is registered as."""
 _UPLOAD_S = 300  # a server answers when it has passed the whole file on
@@ -91,7 +91,7 @@ def record_backbone(uri: str, experiment_id: str, url: str, record: BackboneReco
 
 def record_snapshot(uri: str, experiment_id: str, url: str, record: BackboneRecord) -> str:
     """As `record_backbone`, for a backbone of mid-pretraining: found by its URL and pretraining, and not uploaded."""
-    tags, identity = record.tags | {_URL: url}, {_URL: url, "hemoco.pretrain_run_id": record.run_id}
+    tags, identity = record.tags | {_URL: url}, {_URL: url, Tag.PRETRAIN_RUN_ID: record.run_id}
     found = ask(
         uri, lambda client: _find_or_create(client, experiment_id, SNAPSHOT_TYPE, identity, record, tags | identity)
     )
@@ -114,8 +114,8 @@ def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[
         The version's number.
     """
     model = ask(uri, lambda client: client.get_logged_model(model_id))
-    if REGISTERED in model.tags:
-        return str(model.tags[REGISTERED]).rpartition("/")[2]
+    if Tag.REGISTERED in model.tags:
+        return str(model.tags[Tag.REGISTERED]).rpartition("/")[2]
     with contextlib.suppress(RefusedError):  # there is one already; another reason stops the next call
         ask(uri, lambda client: client.create_registered_model(name))
     # a database asks MLflow's global URI for models:/..., which need not be ours
@@ -123,10 +123,10 @@ def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[
 
     def version(client: Any) -> str:
         # an attempt that was killed, or whose answer was lost, may have made it
-        known = client.search_model_versions(f"name = '{name}' and tags.`{MODEL_ID}` = '{model_id}'")
+        known = client.search_model_versions(f"name = '{name}' and tags.`{Tag.MODEL_ID}` = '{model_id}'")
         made = known or [
             client.create_model_version(
-                name, source, run_id=model.source_run_id, model_id=model_id, tags=tags | {MODEL_ID: model_id}
+                name, source, run_id=model.source_run_id, model_id=model_id, tags=tags | {Tag.MODEL_ID: model_id}
             )
         ]
         return str(made[0].version)
@@ -134,7 +134,10 @@ def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[
     number = ask(uri, version)
     ask(uri, lambda client: client.set_registered_model_alias(name, alias, number))
     shown = json.dumps([{"name": name, "version": number}])
-    ask(uri, lambda client: client.set_logged_model_tags(model_id, {VERSIONS: shown, REGISTERED: f"{name}/{number}"}))
+    ask(
+        uri,
+        lambda client: client.set_logged_model_tags(model_id, {VERSIONS: shown, Tag.REGISTERED: f"{name}/{number}"}),
+    )
     return number
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from hemoco.errors import UsageError
 from hemoco.tracking.client import ask
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 DIGEST_LENGTH = 36
@@ -94,8 +95,8 @@ def facts_of(run: Any) -> RunFacts:
 def reopen_run(uri: str, run_id: str) -> None:
     """Marks a run as running again and takes the reason of its failure away."""
     ask(uri, lambda client: client.update_run(run_id, status="RUNNING"))
-    if "hemoco.error" in run_facts(uri, run_id).tags:
-        ask(uri, lambda client: client.delete_tag(run_id, "hemoco.error"))
+    if Tag.ERROR in run_facts(uri, run_id).tags:
+        ask(uri, lambda client: client.delete_tag(run_id, Tag.ERROR))
 
 
 def close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:

@@ -25,6 +25,7 @@ from hemoco.errors import HemocoError
 from hemoco.storage.objects import home
 from hemoco.tracking.client import ask
 from hemoco.tracking.metric_queue import Tracker
+from hemoco.tracking.tags import Tag
 from hemoco.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -48,16 +49,16 @@ class _Counters(NamedTuple):
 def machine_facts() -> dict[str, str]:
     """Tags that say on what, and with what, this process computes; GPUs are those that it may use."""
     facts = {
-        "hemoco.host": socket.gethostname(),
-        "hemoco.cpu": _cpu_model(),
-        "hemoco.cpus": str(os.cpu_count()),
-        "hemoco.gpus": str(torch.cuda.device_count()),
-        "hemoco.torch": torch.__version__,
-        "hemoco.python": platform.python_version(),
-        "hemoco.version": __version__,
+        Tag.HOST: socket.gethostname(),
+        Tag.CPU: _cpu_model(),
+        Tag.CPUS: str(os.cpu_count()),
+        Tag.GPUS: str(torch.cuda.device_count()),
+        Tag.TORCH: torch.__version__,
+        Tag.PYTHON: platform.python_version(),
+        Tag.VERSION: __version__,
     }
     if torch.cuda.is_available():
-        facts |= {"hemoco.gpu": torch.cuda.get_device_name(0), "hemoco.cuda": torch.version.cuda or "none"}
+        facts |= {Tag.GPU: torch.cuda.get_device_name(0), Tag.CUDA: torch.version.cuda or "none"}
     return facts
 
 

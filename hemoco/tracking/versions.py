@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from hemoco.errors import RefusedError, UsageError
 from hemoco.tracking.client import ask, tracking_uri
-from hemoco.tracking.models import MODEL_ID, SCHEME, VERSIONS, alias_name, read_model_file
+from hemoco.tracking.models import SCHEME, VERSIONS, alias_name, read_model_file
+from hemoco.tracking.tags import Tag
 
 _FORMS = re.compile(
     r"models:/(?:(?P<id>m-[0-9a-f]{32})|(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest)))"
@@ -59,9 +60,9 @@ def pinned(url: str) -> str:
     if form["id"]:
         return url
     version = ask(tracking_uri(), lambda client: _version(client, form["name"], form["alias"], form["version"]))
-    if version is None or MODEL_ID not in version.tags:
+    if version is None or Tag.MODEL_ID not in version.tags:
         raise UsageError(f"{url}: no backbone of hemoco; `python -m jobs backbones` lists those that there are")
-    return f"{SCHEME}{version.tags[MODEL_ID]}"
+    return f"{SCHEME}{version.tags[Tag.MODEL_ID]}"
 
 
 def read_model(url: str) -> bytes:
@@ -85,7 +86,7 @@ def backbone_versions(uri: str) -> list[BackboneVersion]:
         TrackingError: MLflow cannot be used.
     """
     found = ask(uri, _registered)
-    ours = [version for version in found.versions if MODEL_ID in version.tags]
+    ours = [version for version in found.versions if Tag.MODEL_ID in version.tags]
     described = [_described(uri, version, found.aliases.get(version.name, {})) for version in ours]
     return sorted(described, key=lambda one: (one.name, one.version))
 
@@ -149,7 +150,7 @@ def _registered(client: Any) -> _Registered:
 
 
 def _described(uri: str, version: Any, aliases: dict[int, list[str]]) -> BackboneVersion:
-    tags, model_id = version.tags, version.tags[MODEL_ID]
+    tags, model_id = version.tags, version.tags[Tag.MODEL_ID]
     try:
         metrics = ask(uri, lambda client: client.get_logged_model(model_id)).metrics or []
     except RefusedError:  # somebody deleted it, and its results with it
@@ -160,9 +161,9 @@ def _described(uri: str, version: Any, aliases: dict[int, list[str]]) -> Backbon
         aliases=tuple(sorted(aliases.get(int(version.version), []))),
         model_id=model_id,
         run_id=version.run_id or "",
-        run=tags.get("hemoco.run", ""),
-        recipe=tags.get("hemoco.recipe", ""),
-        architecture=tags.get("hemoco.architecture", ""),
-        url=tags.get("hemoco.backbone_url", ""),
+        run=tags.get(Tag.RUN, ""),
+        recipe=tags.get(Tag.RECIPE, ""),
+        architecture=tags.get(Tag.ARCHITECTURE, ""),
+        url=tags.get(Tag.BACKBONE_URL, ""),
         results={metric.key: metric.value for metric in sorted(metrics, key=lambda one: int(one.timestamp))},
     )

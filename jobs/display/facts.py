@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from hemoco.tracking.client import ask
 from hemoco.tracking.runs import RunFacts, facts_of
+from hemoco.tracking.tags import Tag
 
 
 class Phase(NamedTuple):
@@ -33,7 +34,7 @@ def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
     """
     wanted = f'tags.`hemoco.run` = "{run}" and tags.`hemoco.phase` != "curve" and tags.`hemoco.phase` != "parent"'
     phases = _by_phase(search_once(uri, experiment_id, wanted))  # the newest counts, as in a comparison
-    transfers = {phase.facts.tags["hemoco.transfer"]: phase for phase in phases.get("transfer", [])}
+    transfers = {phase.facts.tags[Tag.TRANSFER]: phase for phase in phases.get("transfer", [])}
     return Facts(next(reversed(phases.get("pretrain", [])), None), transfers)
 
 
@@ -58,5 +59,5 @@ def _by_phase(found: list[Any]) -> dict[str, list[Phase]]:
     for run in found:
         facts = facts_of(run)
         ended_s = run.info.end_time / 1000 if run.info.end_time else None
-        phases.setdefault(facts.tags["hemoco.phase"], []).append(Phase(facts, last_steps(run), ended_s))
+        phases.setdefault(facts.tags[Tag.PHASE], []).append(Phase(facts, last_steps(run), ended_s))
     return phases

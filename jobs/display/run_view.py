@@ -15,6 +15,7 @@ from rich.text import Text
 from hemoco.config import PretrainConfig, TransferConfig
 from hemoco.results.records import PRETRAINED, done_rows
 from hemoco.tracking.runs import RunFacts
+from hemoco.tracking.tags import Tag
 from jobs.display.facts import Facts, Phase
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
@@ -145,7 +146,7 @@ class Picture:
         if phase is None:
             return []
         if self._pretraining_state() in ("failed", "stopped"):
-            return [Text(phase.facts.tags.get("hemoco.error", ""))]
+            return [Text(phase.facts.tags.get(Tag.ERROR, ""))]
         metrics, parts = phase.facts.metrics, []
         if per_epoch is not None:
             epoch = min(_step(phase) // per_epoch + 1, config.epochs)
@@ -169,8 +170,8 @@ class Picture:
         if state == "done":
             return state, _headline(phase.facts)
         if state in ("failed", "stopped"):
-            return state, phase.facts.tags.get("hemoco.error", "")
-        done = {tag.removeprefix("hemoco.done/") for tag in phase.facts.tags if tag.startswith("hemoco.done/")}
+            return state, phase.facts.tags.get(Tag.ERROR, "")
+        done = {tag.removeprefix(Tag.DONE_PREFIX) for tag in phase.facts.tags if tag.startswith(Tag.DONE_PREFIX)}
         if state == "waiting":
             return state, f"{len(done)} of {units} measured" if done else ""
         step = max((step for key, step in phase.steps.items() if "/".join(key.split("/")[:2]) not in done), default=0)
@@ -238,7 +239,7 @@ def _headline(facts: RunFacts) -> str:
     for row in done_rows(facts):
         values.setdefault(row.init, []).append(row.value)
     means = {init: sum(found) / len(found) for init, found in values.items()}
-    words = [f"{facts.tags['hemoco.metric']} {means.pop(PRETRAINED):.3f}"] if PRETRAINED in means else []
+    words = [f"{facts.tags[Tag.METRIC]} {means.pop(PRETRAINED):.3f}"] if PRETRAINED in means else []
     return GAP.join([*words, *(f"{init} {mean:.3f}" for init, mean in means.items())])
 
 

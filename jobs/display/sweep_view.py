@@ -11,8 +11,9 @@ from rich.text import Text
 
 from hemoco.config import Recipe
 from hemoco.config.sweep import SweepConfig
-from hemoco.results.sweep import OBJECTIVE, STEPS_PER_EPOCH, Outcome, outcome
+from hemoco.results.sweep import OBJECTIVE, Outcome, outcome
 from hemoco.tracking.runs import RunFacts, facts_of
+from hemoco.tracking.tags import Tag
 from jobs.display.facts import last_steps, search_once
 from jobs.display.live import displayed
 from jobs.display.run_view import GAP, STYLES, State, fitting, footer, lines_within, name_column, named_row
@@ -56,7 +57,7 @@ def read_sweep(uri: str, experiment_id: str, sweep: str) -> SweepFacts:
         uri, experiment_id, f'tags.`hemoco.phase` = "pretrain" and tags.`hemoco.run` LIKE "{sweep}/trial_%"'
     ):
         facts = facts_of(run)
-        folder, _, number = facts.tags["hemoco.run"].rpartition("/trial_")
+        folder, _, number = facts.tags[Tag.RUN].rpartition("/trial_")
         if folder == sweep and number.isdigit():  # LIKE takes _ for any letter
             pretrainings[int(number)] = facts, last_steps(run).get("loss", 0)  # of a repeated one the newest
     found = search_once(uri, experiment_id, f'tags.`hemoco.phase` = "trial" and tags.`hemoco.sweep` = "{sweep}"')
@@ -122,11 +123,11 @@ class SweepPicture:
     def _running(self, trial: RunFacts) -> list[Text]:
         """What it is at, then its settings."""
         begun, settings = self.facts.pretrainings.get(_number(trial)), _settings(trial)
-        if begun is None or STEPS_PER_EPOCH not in trial.tags:
+        if begun is None or Tag.STEPS_PER_EPOCH not in trial.tags:
             return [Text("starting", style=STYLES["running"]), *settings]
         facts, step = begun
         epochs = int(trial.params.get("pretrain.epochs", self.epochs))
-        epoch = min(step // int(trial.tags[STEPS_PER_EPOCH]) + 1, epochs)
+        epoch = min(step // int(trial.tags[Tag.STEPS_PER_EPOCH]) + 1, epochs)
         parts = [Text(f"epoch {epoch:>{len(str(epochs))}}/{epochs}", style=STYLES["running"])]
         if facts.status == "FINISHED":
             parts = [Text(f"measuring {self.config.objective}", style=STYLES["running"])]
@@ -155,7 +156,7 @@ class SweepPicture:
 
 
 def _number(trial: RunFacts) -> int:
-    return int(trial.tags["hemoco.trial"])
+    return int(trial.tags[Tag.TRIAL])
 
 
 def _settings(trial: RunFacts) -> list[Text]:

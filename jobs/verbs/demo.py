@@ -19,6 +19,7 @@ from hemoco.results.records import comparison
 from hemoco.storage.objects import home, join_url, read_bytes, write_bytes
 from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
+from hemoco.tracking.tags import Tag
 from jobs.demo_data import write_digits, write_scenes
 from jobs.display.live import live_display
 from jobs.options import load_recipe
@@ -108,7 +109,7 @@ def _keep_backbone(run: str, folder: Path) -> None:
     pretraining = comparison(uri, run).pretraining
     kept = join_url(folder.as_uri(), "backbone.safetensors")
     write_bytes(kept, read_bytes(pretraining.backbone_url))
-    tracking.set_tags(uri, pretraining.run_id, {"hemoco.backbone_url": kept})
+    tracking.set_tags(uri, pretraining.run_id, {Tag.BACKBONE_URL: kept})
 
 
 @contextmanager

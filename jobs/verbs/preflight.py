@@ -22,7 +22,7 @@ from pipeline.checks import check_pretraining, check_transfers
 _BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.loader
 _MODULES = (
     *("torch", "torchvision", "timm", "mlflow", "webdataset", "s3fs", "pyarrow.fs", "safetensors", "google_crc32c"),
-    *("simplejpeg", "faster_coco_eval", "sklearn", "scipy", "ray.train", "hemoco.train", "pipeline.study"),
+    *("simplejpeg", "faster_coco_eval", "sklearn", "scipy", "ray.train", "hemoco.train.pretrain", "pipeline.checks"),
 )
 
 
@@ -95,7 +95,7 @@ def _fit(name: str, check: Callable[[], None]) -> Iterator[Finding]:
         check()
         return "the recipe fits its data"
 
-    with _records("pipeline.study") as records:
+    with _records("pipeline.checks") as records:
         found = checked(f"fit {name}", fits)
     if found.level == "ok" and (said := [r.getMessage() for r in records if r.levelno < logging.WARNING]):
         found = found._replace(text=f"{found.text}; {'; '.join(said)}")

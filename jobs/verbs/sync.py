@@ -10,6 +10,7 @@ from hemoco.names import check_run_name
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import RunFacts, find_runs
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import deliver_file, kept_files, kept_folders
 
 _PATIENCE_S = 10.0
@@ -28,7 +29,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
     """
     check_run_name("RUN", run)
     uri = tracking_uri()
-    runs = find_runs(uri, connect(uri), {"hemoco.run": run})
+    runs = find_runs(uri, connect(uri), {Tag.RUN: run})
     names = {found.run_id: _name(found) for found in runs}
     folders = kept_folders(_storage(run, runs))
     refused: list[str] = []
@@ -56,13 +57,13 @@ def _deliver(uri: str, run_id: str, folder: str) -> int:
 
 def _storage(run: str, runs: list[RunFacts]) -> str:
     """The run's folder, as its parent run says."""
-    parent = next((found for found in runs if found.tags.get("hemoco.phase") == "parent"), None)
+    parent = next((found for found in runs if found.tags.get(Tag.PHASE) == "parent"), None)
     if parent is None:
         raise UsageError(f"MLflow knows no run {run!r}: check the name and MLFLOW_TRACKING_URI")
-    if "hemoco.storage" not in parent.tags:
+    if Tag.STORAGE not in parent.tags:
         raise UsageError(f"run {run!r} has no tag hemoco.storage: it is of a version that kept no metrics in storage")
-    return parent.tags["hemoco.storage"]
+    return parent.tags[Tag.STORAGE]
 
 
 def _name(found: RunFacts) -> str:
-    return found.tags.get("hemoco.transfer") or found.tags.get("hemoco.phase", found.run_id)
+    return found.tags.get(Tag.TRANSFER) or found.tags.get(Tag.PHASE, found.run_id)

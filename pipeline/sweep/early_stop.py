@@ -12,9 +12,9 @@ from typing import NamedTuple
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from hemoco.errors import HemocoError
-from hemoco.results.sweep import VERDICT
 from hemoco.tracking import metric_queue
 from hemoco.tracking import runs as tracking
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 from pipeline.workers.stop_request import request_stop
 
@@ -144,7 +144,7 @@ class EarlyStop:
 
     def _new(self, number: int) -> list[tuple[int, float]]:
         trial = self._watched[number]
-        wanted = {"hemoco.run": trial.run, "hemoco.phase": "pretrain"}
+        wanted = {Tag.RUN: trial.run, Tag.PHASE: "pretrain"}
         pretraining = tracking.find_run(self.uri, self.experiment_id, wanted)
         if pretraining is None:
             return []
@@ -162,6 +162,6 @@ class EarlyStop:
         if trial.condemned and trial.live and epoch < trial.epochs:
             trial.live = False
             verdict = f"{self.metric} {value:.4f} at epoch {epoch} is not among the best 1/{self.reduction} so far"
-            tracking.set_tags(self.uri, trial.run_id, {VERDICT: verdict})
+            tracking.set_tags(self.uri, trial.run_id, {Tag.VERDICT: verdict})
             request_stop(trial.url, "the sweep")
             logger.info("event=early_stop trial=%s %s", trial.run, verdict)

@@ -25,10 +25,11 @@ from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.names import check_new_name
 from hemoco.results.records import PRETRAINED, comparison
 from hemoco.results.status import close_running
-from hemoco.results.sweep import OBJECTIVE, STEPS_PER_EPOCH, STOPPED, is_over, search_settings
+from hemoco.results.sweep import OBJECTIVE, is_over, search_settings
 from hemoco.storage.objects import absolute_url, join_url, list_names
 from hemoco.tracking import client, metric_queue
 from hemoco.tracking import runs as tracking
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 from pipeline.open_run import closing_run, same_folder
 from pipeline.run import pretrain_then_transfer
@@ -139,19 +140,19 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=absolute_url(recipe.data.shards)))
     data, uri, params = read_index(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
     experiment_id = client.connect(uri)
-    if tracking.find_run(uri, experiment_id, {"hemoco.run": run, "hemoco.phase": "parent"}) is not None:
+    if tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"}) is not None:
         raise UsageError(f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name")
-    key, url = {"hemoco.sweep": run, "hemoco.phase": "sweep"}, join_url(storage, run)
+    key, url = {Tag.SWEEP: run, Tag.PHASE: "sweep"}, join_url(storage, run)
     if fresh:
         _check_trial_folders(url, run, config.trials)
-        for old in tracking.find_runs(uri, experiment_id, {"hemoco.sweep": run}):
-            tracking.set_tags(uri, old.run_id, {"hemoco.sweep": f"{run} (superseded)"})
+        for old in tracking.find_runs(uri, experiment_id, {Tag.SWEEP: run}):
+            tracking.set_tags(uri, old.run_id, {Tag.SWEEP: f"{run} (superseded)"})
     known = tracking.find_run(uri, experiment_id, key)
     if known is None:
         facts = {
-            "hemoco.recipe": recipe.name,
-            "hemoco.data_digest": data.digest,
-            "hemoco.metric": headline_metric(recipe.transfers[config.objective]),
+            Tag.RECIPE: recipe.name,
+            Tag.DATA_DIGEST: data.digest,
+            Tag.METRIC: headline_metric(recipe.transfers[config.objective]),
         }
         run_id = tracking.open_run(uri, experiment_id, name=run, parent=None, tags=key | facts, params=params)
     else:
@@ -165,7 +166,7 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
         url = same_folder(known, run, url)
         tracking.reopen_run(uri, run_id)
     # the last code that worked at it counts; the folder is where `status` says that it goes on
-    tracking.set_tags(uri, run_id, tags | {"hemoco.storage": url})
+    tracking.set_tags(uri, run_id, tags | {Tag.STORAGE: url})
     return Sweep(
         recipe=recipe,
         config=config,
@@ -194,7 +195,7 @@ def _trial_name(number: int) -> str:
 
 def _open_trial(sweep: Sweep, number: int, settings: dict[str, object]) -> Trial:
     name = _trial_name(number)
-    key = {"hemoco.sweep": sweep.run, "hemoco.phase": "trial", "hemoco.trial": str(number)}
+    key = {Tag.SWEEP: sweep.run, Tag.PHASE: "trial", Tag.TRIAL: str(number)}
     known = tracking.find_run(sweep.uri, sweep.experiment_id, key)
     if known is None:
         run_id = tracking.open_run(
@@ -248,7 +249,7 @@ def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
         with closing_run(uri, trial.run_id, sweep.stopping):
             recipe = trial_recipe(sweep.recipe, trial.settings)
             _enter(sweep, trial, recipe, judge)
-            tags = sweep.tags | {"mlflow.parentRunId": trial.run_id, "hemoco.sweep": sweep.run}
+            tags = sweep.tags | {"mlflow.parentRunId": trial.run_id, Tag.SWEEP: sweep.run}
             pretrain_then_transfer(recipe, run=trial.run, storage=sweep.storage, fresh=sweep.fresh, tags=tags)
             values = [row.value for row in comparison(uri, trial.run).rows if row.transfer == sweep.config.objective]
             _log_objective(uri, trial.run_id, sum(values) / len(values))
@@ -266,7 +267,7 @@ def _enter(sweep: Sweep, trial: Trial, recipe: Recipe, judge: EarlyStop | None) 
         ConfigError: its settings do not fit the data.
     """
     per_epoch = steps_per_epoch(sweep.data, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain))
-    tracking.set_tags(sweep.uri, trial.run_id, {STEPS_PER_EPOCH: str(per_epoch)})
+    tracking.set_tags(sweep.uri, trial.run_id, {Tag.STEPS_PER_EPOCH: str(per_epoch)})
     if judge is None:
         return
     watched = Watched(
@@ -289,10 +290,10 @@ def _log_objective(uri: str, run_id: str, value: float) -> None:
 def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:
     """A trial that was stopped has not failed, and neither have its run and its pretraining."""
     reason = first_line(error).partition(";")[0]
-    for facts in tracking.find_runs(sweep.uri, sweep.experiment_id, {"hemoco.run": trial.run}):
-        if facts.tags.get("hemoco.error", "").startswith(reason):
+    for facts in tracking.find_runs(sweep.uri, sweep.experiment_id, {Tag.RUN: trial.run}):
+        if facts.tags.get(Tag.ERROR, "").startswith(reason):
             tracking.close_run(sweep.uri, facts.run_id, "KILLED")
-    tracking.set_tags(sweep.uri, trial.run_id, {STOPPED: "true", "hemoco.error": reason})
+    tracking.set_tags(sweep.uri, trial.run_id, {Tag.STOPPED: "true", Tag.ERROR: reason})
     tracking.close_run(sweep.uri, trial.run_id, "KILLED")
 
 
@@ -300,5 +301,5 @@ def _close_interrupted(sweep: Sweep, trials: list[Trial]) -> None:
     for trial in (trial for trial in trials if not trial.over):
         close_running(sweep.uri, trial.run)
         if tracking.run_facts(sweep.uri, trial.run_id).status == "RUNNING":
-            tracking.set_tags(sweep.uri, trial.run_id, {"hemoco.error": "interrupted"})
+            tracking.set_tags(sweep.uri, trial.run_id, {Tag.ERROR: "interrupted"})
             tracking.close_run(sweep.uri, trial.run_id, "KILLED")

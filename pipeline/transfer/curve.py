@@ -14,6 +14,7 @@ from hemoco.errors import HemocoError
 from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking import metric_queue
 from hemoco.tracking import runs as tracking
+from hemoco.tracking.tags import Tag
 from pipeline.lineage import PRETRAINED, record_snapshot, seed_values
 from pipeline.open_run import Origin, Study
 from pipeline.pretrain import BACKBONES, epoch_backbone
@@ -110,10 +111,10 @@ def _epochs(url: str) -> set[int]:
 def _measure(study: Study, url: str, run_id: str, name: str, epoch: int) -> None:
     config = dataclasses.replace(study.recipe.transfers[name], inits=("pretrained",))
     origin = Origin(epoch_backbone(url, epoch), run_id)
-    tags = {"hemoco.phase": "curve", "hemoco.transfer": name, "hemoco.epoch": str(epoch)}
+    tags = {Tag.PHASE: "curve", Tag.TRANSFER: name, Tag.EPOCH: str(epoch)}
     folder = join_url(study.url, f"curve_{name}_epoch_{epoch:04d}")  # no deeper: `sync` looks there
     try:
-        tags["hemoco.model/pretrained"] = record_snapshot(study, run_id, origin.backbone_url, epoch)
+        tags[f"{Tag.MODEL_PREFIX}pretrained"] = record_snapshot(study, run_id, origin.backbone_url, epoch)
         child = record_transfer(study, name, config, origin, tags=tags, url=folder)
         _add_to_curve(study, run_id, child, name, headline_metric(config), epoch)
     except HemocoError as error:

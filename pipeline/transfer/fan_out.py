@@ -10,6 +10,7 @@ from hemoco.data.shards.index import read_index
 from hemoco.storage.objects import join_url
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import Data
+from hemoco.tracking.tags import Tag
 from pipeline.checks import transfer_data
 from pipeline.lineage import BackboneModels, data_counts, data_name, link_models, log_results
 from pipeline.open_run import Origin, Study, closing_run, open_child
@@ -29,7 +30,7 @@ def transfer_once(study: Study, name: str, origin: Origin, models: BackboneModel
         HemocoError: it failed; the reason stands in its run.
     """
     config = study.recipe.transfers[name]
-    tags = {"hemoco.phase": "transfer", "hemoco.transfer": name} | models.tags(config)
+    tags = {Tag.PHASE: "transfer", Tag.TRANSFER: name} | models.tags(config)
     record_transfer(study, name, config, origin, tags=tags, url=join_url(study.url, name))
 
 
@@ -49,12 +50,12 @@ def record_transfer(
     data = transfer_data(study.recipe, config)
     index = read_index(data.shards)
     facts = {
-        "hemoco.run": study.run,
-        "hemoco.metric": headline_metric(config),
-        "hemoco.backbone_url": origin.backbone_url,
-        "hemoco.pretrain_run_id": origin.run_id,
-        "hemoco.data_digest": study.data.digest,
-        "hemoco.transfer_data_digest": index.digest,
+        Tag.RUN: study.run,
+        Tag.METRIC: headline_metric(config),
+        Tag.BACKBONE_URL: origin.backbone_url,
+        Tag.PRETRAIN_RUN_ID: origin.run_id,
+        Tag.DATA_DIGEST: study.data.digest,
+        Tag.TRANSFER_DATA_DIGEST: index.digest,
     }
     run_id, finished = open_child(study, name, facts | tags)
     if finished is not None:

@@ -13,6 +13,7 @@ from hemoco.storage.objects import join_url
 from hemoco.tracking.metric_queue import Tracker, check_delivered
 from hemoco.tracking.runs import log_artifact_bytes, run_facts, set_tags
 from hemoco.tracking.system_metrics import machine_facts
+from hemoco.tracking.tags import Tag
 from hemoco.transfer.result import TransferResult
 
 
@@ -72,7 +73,7 @@ def open_units(job: TransferJob) -> list[TransferUnit]:
 
 def begin_attempt(unit: TransferUnit) -> None:
     """Counts the starts of a unit in the tag `hemoco.attempt/INIT/seed_N` of its run, which learns of the machine."""
-    tag = f"hemoco.attempt/{unit.prefix}"
+    tag = f"{Tag.ATTEMPT_PREFIX}{unit.prefix}"
     before = run_facts(unit.job.tracking_uri, unit.job.run_id).tags.get(tag, "0")
     set_tags(unit.job.tracking_uri, unit.job.run_id, {tag: str(int(before) + 1)} | machine_facts())
 
@@ -118,4 +119,4 @@ def result_line(unit: TransferUnit, result: TransferResult) -> str:
 
 
 def _done_tag(unit: TransferUnit) -> str:
-    return f"hemoco.done/{unit.prefix}"
+    return f"{Tag.DONE_PREFIX}{unit.prefix}"

@@ -169,7 +169,7 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
     tmp_path: Path, damage: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "ranges":
-        monkeypatch.setattr("hemoco.data.portions._REQUEST_BYTES", -(10**9))  # every sample by itself
+        monkeypatch.setattr("hemoco.data.stream.order._REQUEST_BYTES", -(10**9))  # every sample by itself
     url = write_shards(tmp_path.as_uri(), SIZES)
     path = tmp_path / "train-000006.tar"
     data = path.read_bytes()
@@ -189,7 +189,7 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
 
 
 def test_a_damaged_range_is_caught_by_its_crc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemoco.data.portions._REQUEST_BYTES", 0)  # else these small shards are read whole
+    monkeypatch.setattr("hemoco.data.stream.order._REQUEST_BYTES", 0)  # else these small shards are read whole
     url = write_shards(tmp_path.as_uri(), SIZES)
     shard = read_index(url).shards[6]
     path = tmp_path / shard.name

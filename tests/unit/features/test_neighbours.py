@@ -61,7 +61,7 @@ def test_neighbours_of_a_vector_do_not_depend_on_its_length(tmp_path: Path) -> N
 
 
 def test_more_images_than_are_taken_at_a_time_are_all_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemoco.neighbours._IMAGES_AT_ONCE", 7)
+    monkeypatch.setattr("hemoco.features.neighbours._IMAGES_AT_ONCE", 7)
     features = made(30)
     found = Neighbours.open(write(str(tmp_path), features, [16, 14])).of_feature(features[29], 30)
     assert [one.key for one in found] == [str(row) for row in np.argsort(-brute_force(features, features[29]))]
