@@ -9,8 +9,6 @@ import json
 import re
 from pathlib import Path
 
-from fsspec.implementations.local import LocalFileSystem
-
 from hemoco.errors import UsageError
 from hemoco.storage.objects import filesystem, home, join_url, list_names, read_bytes, remove, write_bytes
 
@@ -79,7 +77,7 @@ def remove_run_folder(url: str, run: str) -> None:
 def _why_never_removed(url: str) -> str:
     """Why a place is never a run's, whatever lies in it; empty if it may be one."""
     files, path = filesystem(url)
-    if not isinstance(files, LocalFileSystem):
+    if "file" not in files.protocol:
         return "" if path.strip("/").partition("/")[2] else "it is a whole bucket"
     place = Path(path).resolve()
     for kept, what in ((Path.home(), "the home folder"), (home(), "$HEMOCO_HOME"), (Path.cwd(), "the working folder")):

@@ -35,13 +35,12 @@ DOORS = {
     "ray": ("pipeline/", "cluster/"),
     "mlflow": ("hemoco/tracking/",),
     "fsspec": ("hemoco/storage/",),
-    "s3fs": ("hemoco/storage/",),
     "webdataset": ("hemoco/data/",),
     "timm": ("hemoco/models/resnet.py", "hemoco/backbones/inits.py"),
     "torchvision.models": ("hemoco/transfer/detection/",),
-    "pyarrow": ("hemoco/features/parquet.py",),
-    "matplotlib": ("hemoco/report/",),
-    "rich": ("jobs/", "hemoco/report/tables.py"),
+    "pyarrow": ("hemoco/features/", "pipeline/workers/group.py"),
+    "matplotlib": ("hemoco/report/", "hemoco/transfer/classification/scores.py"),
+    "rich": ("jobs/", "hemoco/report/"),
     "tyro": ("jobs/",),
 }
 """Where an outside package may be imported."""
