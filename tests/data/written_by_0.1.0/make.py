@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 
-from hemoco.backbones.file import export_backbone, load_backbone
+from hemoco.checkpoint import export_backbone, load_backbone, save_checkpoint
 from hemoco.config import (
     EncoderConfig,
     FineTuneConfig,
@@ -35,17 +35,15 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.labelled import load_images
-from hemoco.data.shards.index import read_index, read_shard
-from hemoco.data.stream.bad_samples import BadSampleFile
-from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
-from hemoco.data.stream.loader import CropPlan, StreamPosition
-from hemoco.features.extract import extract_features
-from hemoco.models.resnet import Backbone
-from hemoco.train.checkpoint import save_checkpoint
-from hemoco.train.pretrain import TrainState, batch_fingerprint, build_state, train_steps
-from hemoco.transfer.classification.classifier import ClassifierState, build_classifier_state, classifier_plan
-from hemoco.transfer.classification.training import classifier_steps
+from hemoco.data.counts import BadSampleFile
+from hemoco.data.loader import CropPlan, StreamPosition
+from hemoco.data.shards import read_index, read_shard
+from hemoco.data.stream import Batch, batches, load_images, pretraining_plan, steps_per_epoch
+from hemoco.encoder import Backbone
+from hemoco.train import TrainState, batch_fingerprint, build_state, train_steps
+from hemoco.transfer.classifier import ClassifierState, build_classifier_state, classifier_plan
+from hemoco.transfer.classifier_steps import classifier_steps
+from hemoco.transfer.frozen import extract_features
 
 CPU = torch.device("cpu")
 STOP = 5
