@@ -3,34 +3,12 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ROOMS = {
-    "hemoco": {"hemoco"},
-    "pipeline": {"hemoco", "pipeline"},
-    "cluster": {"hemoco", "cluster"},
-    "jobs": {"hemoco", "pipeline", "cluster", "jobs"},
-}
-ORDER = (
-    "hemoco",  # files at its root
-    "hemoco.config",
-    "hemoco.storage",
-    "hemoco.data",
-    "hemoco.tracking",
-    "hemoco.models",
-    "hemoco.train",
-    "hemoco.backbones",
-    "hemoco.features",
-    "hemoco.transfer",
-    "hemoco.results",
-    "hemoco.report",
-)
-"""A package of hemoco imports only what stands before it: docs/architecture.md."""
+from tests.helpers.draw_house import PICTURE, draw
+from tests.helpers.house import ORDER, ROOMS, ROOT, imports_of, is_inside, package_of
+
 DOORS = {
     "ray": ("pipeline/", "cluster/"),
     "mlflow": ("hemoco/tracking/",),
@@ -47,41 +25,6 @@ DOORS = {
 FULLEST = 12
 CATALOGUES = ("jobs/verbs", "jobs/recipes")
 """Folders with one file for each of many equal things, in which nobody gets lost."""
-
-
-class Import(NamedTuple):
-    file: str
-    line: int
-    module: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} {self.module}"
-
-
-def imports_of(room: str) -> Iterator[Import]:
-    """Every module that the files of a room import, wherever in the file."""
-    for path in sorted((ROOT / room).rglob("*.py")):
-        file = path.relative_to(ROOT).as_posix()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    yield Import(file, node.lineno, alias.name)
-            elif isinstance(node, ast.ImportFrom):
-                module = "." * node.level + (node.module or "")
-                for alias in node.names:
-                    submodule = f"{module}.{alias.name}"
-                    is_module = (ROOT / submodule.replace(".", "/")).with_suffix(".py").is_file()
-                    yield Import(file, node.lineno, submodule if is_module else module)
-
-
-def package_of(module: str) -> str:
-    """`hemoco.data` of `hemoco.data.stream.order`, `hemoco` of a file at its root."""
-    parts = module.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir() else parts[0]
-
-
-def is_inside(module: str, package: str) -> bool:
-    return module == package or module.startswith(f"{package}.")
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -160,3 +103,7 @@ def test_a_backbone_loads_where_only_torch_torchvision_and_timm_are_installed():
         "from hemoco.models.resnet import Backbone; hemoco.load_backbone"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_the_picture_shows_the_imports_as_they_are():
+    assert PICTURE.read_text() == draw(), "draw it anew: uv run python -m tests.helpers.draw_house"
