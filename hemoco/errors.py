@@ -50,11 +50,7 @@ class RefusedError(TrackingError):
 
 _SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 """Of torch's allocators; torch and NumPy raise a MemoryError only now and then."""
-
-
 _PREFIX = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")
-
-
 _STATUS, _MACHINE = Path("/proc/self/status"), Path("/proc/meminfo")
 
 

@@ -7,8 +7,6 @@ import re
 from typing import Any
 
 _FREE_OF_STREAM = ("workers", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
-
-
 _FREE_SETTINGS = (
     "pretrain.resources.",
     "pretrain.log_every_steps",
@@ -22,14 +20,10 @@ _FREE_SETTINGS = (
     "curve",
     "sweep",  # a run is one point of it
 )
-
-
 _FREE_OF_TRANSFERS = (
     *("workers", "cpus", "gpus", "log_every_steps", "checkpoint_every_steps"),
     *(f"stream.{name}" for name in _FREE_OF_STREAM),
 )
-
-
 _OF_TRANSFER = re.compile(r"(transfer|transfers\.[^.]+)\.")  # in a checkpoint, and in a recipe by its name
 
 

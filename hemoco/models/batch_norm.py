@@ -1,4 +1,7 @@
-"""Batch normalisation by the statistics of all ranks' images, which MoCo v3, fine-tuning and detectors need.
+"""Batch normalisation over other images than the ones of one rank: over all ranks, or over groups of fixed size.
+
+MoCo v3, fine-tuning and detectors take their statistics over the images of all ranks; MoCo v1 and v2 over groups
+(`SplitBatchNorm`), so that the number of GPUs does not change the result.
 
 On GPUs it is torch's SyncBatchNorm. That refuses the CPU, where `AllReduceBatchNorm` does the same with two plain
 collectives.

@@ -1,4 +1,4 @@
-"""Encoder with projection head, and the moving average that follows one (He et al. 2020, section 3.2).
+"""Projection and prediction heads, the encoder with its head, and the moving average (He et al. 2020, section 3.2).
 
 Shapes: N images on this rank, C embedding size, F backbone features.
 """

@@ -1,8 +1,7 @@
-"""Checkpoints of a training, and backbones: what is left of it for others.
+"""Checkpoints of a training: written, found, verified, loaded and pruned.
 
 A checkpoint is a folder `step_00000100_a1` (optimiser steps done, attempt) with `state.pt` and `manifest.json`. The
-manifest is written last and holds the state's SHA-256: without it, or where they disagree, there is no checkpoint. A
-backbone is one safetensors file with timm's names whose metadata says how to use it.
+manifest is written last and holds the state's SHA-256: without it, or where they disagree, there is no checkpoint.
 """
 
 import hashlib
