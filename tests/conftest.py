@@ -1,11 +1,10 @@
-"""One S3 server, one Ray and one MLflow schema for the whole session; each is started when a test first asks."""
+"""The environment of all tests, and the data sets that they share."""
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 # before ray, mlflow or torch is imported
@@ -23,51 +22,17 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("AWS_PROFILE", None)
 os.environ.pop("AWS_SESSION_TOKEN", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
+# `nohup pytest &` starts with SIGINT ignored, and so would every process that a test starts and then interrupts
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
-from cluster.local.ray import local_ray
-from cluster.local.servers import BUCKET, s3_environment, s3_server
 from tests.helpers.drawn_sets import write_polygon_coco, write_sparse_coco
 
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["HEMOCO_HOME"], ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running S3 server that the environment names; the URL of its bucket."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_environment(server).items():
-            patch.setenv(name, value)
-        yield f"s3://{BUCKET}"
-
-
-@pytest.fixture
-def bucket(s3: str) -> str:
-    """A URL on the S3 server that no other test uses."""
-    return f"{s3}/{uuid.uuid4().hex}"
-
-
-@pytest.fixture(scope="session")
-def ray_cluster(s3: str) -> Iterator[str]:
-    """A running Ray with at least 2 logical cores whose workers know the S3 server; its address."""
-    with local_ray() as address:
-        yield address
-
-
-@pytest.fixture(scope="session")
-def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of an MLflow store with its schema made, named by the environment."""
-    from mlflow import MlflowClient
-
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    MlflowClient(uri).search_experiments(max_results=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        yield uri
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,9 @@
 """The embedded stack: it starts, says what is wrong, and leaves no process behind, however it ends."""
 
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,44 +13,16 @@ from cluster.local.ray import local_ray
 from cluster.local.servers import s3_environment, s3_server
 from hemoco.errors import HemocoError, UsageError
 from hemoco.storage.objects import read_bytes, write_bytes
+from tests.helpers.processes import alive, busy_port
 from tests.helpers.waiting import within
 
 ROOT = Path(__file__).parents[2]
-SERVE = "import sys, time, pathlib; from cluster.servers import s3_server\nwith s3_server(pathlib.Path(sys.argv[1])): "
+SERVE = """
+import sys, time, pathlib
+from cluster.local.servers import s3_server
+with s3_server(pathlib.Path(sys.argv[1])): """
 # a daemon of its own session, as servers start them, below a shell that ignores SIGTERM
 STUBBORN = ["sh", "-c", "trap '' TERM; setsid sleep 1234 & echo $! > pids; sleep 5678 & echo $! >> pids; wait; wait"]
-
-
-def alive(text: str) -> list[int]:
-    """Processes with `text` in their command line."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = file.read_bytes()
-        except OSError:
-            continue
-        if text.encode() in words and int(file.parent.name) != os.getpid():
-            found.append(int(file.parent.name))
-    return found
-
-
-@contextmanager
-def busy_port() -> Iterator[int]:
-    """A port of this machine that somebody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
-
-
-def jobs(*words: str, **environment: str) -> "subprocess.Popen[str]":
-    """A running `python -m jobs`."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs", *words],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_s3_stops_with_its_block(tmp_path):
@@ -144,83 +112,3 @@ def test_a_ray_address_where_nothing_answers_is_named_within_seconds(monkeypatch
     with pytest.raises(HemocoError, match=r"RAY_ADDRESS is 127\.0\.0\.1:9: nothing answers there"), local_ray():
         pass
     assert time.monotonic() - start < 10
-
-
-def test_up_names_a_busy_port(tmp_path):
-    with busy_port() as port:
-        up = jobs("up", "--folder", str(tmp_path), "--mlflow-port", str(port))
-        error = up.communicate(timeout=100)[1]
-    assert (up.returncode, len(error.splitlines())) == (2, 1)
-    assert f"port {port} for MLflow is not free" in error
-    assert alive(str(tmp_path)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_up_prints_exports_and_stops_cleanly(tmp_path, end):
-    up = jobs("up", "--folder", str(tmp_path))
-    exports = read_exports(up)
-    for name, value in exports.items():
-        assert value, name
-    second = jobs("up", "--folder", str(tmp_path))
-    assert f"is in use by process {up.pid}" in second.communicate(timeout=60)[1]
-    assert second.returncode == 1
-    up.send_signal(end)
-    up.communicate(timeout=60)
-    assert up.returncode == 0
-    assert alive(str(tmp_path)) + alive(f"_{up.pid}/") == []
-
-
-@pytest.mark.slow
-def test_another_process_uses_what_up_exports(tmp_path):
-    up = jobs("up", "--folder", str(tmp_path))
-    script = (
-        "from cluster.local import local_ray; from hemoco.tracking import connect, tracking_uri; import ray, os\n"
-        "from hemoco.storage import read_bytes, write_bytes\n"
-        "connect(tracking_uri()); write_bytes('s3://hemoco/k', b'1')\n"
-        "with local_ray() as address: print(address, ray.get(ray.remote(read_bytes).remote('s3://hemoco/k')))"
-    )
-    exports = read_exports(up)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | exports, capture_output=True, text=True, check=False
-    )
-    up.terminate()
-    up.communicate(timeout=60)
-    assert done.stdout.split() == [exports["RAY_ADDRESS"], "b'1'"], done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("part", "named"), [("rclone", "S3"), ("mlflow", "MLflow"), ("raylet", "Ray"), ("", "")])
-def test_up_ends_whole_when_a_part_or_itself_is_killed(tmp_path, part, named):
-    up = jobs("up", "--folder", str(tmp_path))
-    read_exports(up)
-    marks = {
-        "rclone": f"{tmp_path}/s3/buckets",
-        "mlflow": f"{tmp_path}/mlflow/artifacts",
-        "raylet": f"_{up.pid}/sockets",
-    }
-    victims = set(alive(marks[part])) & set(alive(f"/{part}") + alive(part)) - keepers() if part else {up.pid}
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    error = up.communicate(timeout=100)[1].splitlines()
-    assert up.returncode == (1 if part else -signal.SIGKILL)
-    assert not part or f"{named} " in error[-1]
-    assert within(30, lambda: alive(str(tmp_path)) + alive(f"_{up.pid}/") == [])
-
-
-def keepers() -> set[int]:
-    """The processes that watch over servers."""
-    return set(alive("cluster/local/processes.py"))
-
-
-def read_exports(up: "subprocess.Popen[str]") -> dict[str, str]:
-    """The variables that `up` prints, once it is ready."""
-    assert up.stdout is not None
-    exports = {}
-    for line in up.stdout:
-        if line.startswith("export "):
-            name, _, value = line.removeprefix("export ").strip().partition("=")
-            exports[name] = value
-        if "Ctrl-C" in line:
-            return exports
-    pytest.fail(f"up ended: {up.communicate()[1]}")

@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import random
 import resource
-import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -220,34 +218,6 @@ def test_a_file_that_cannot_grow_is_no_obstacle(source, folder, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name for path in folder.iterdir()} == {".lock"}
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for one shard."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE * 3 // 2}", "tmpfs", disk], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
-@pytest.mark.system
-def test_a_full_disk_is_no_obstacle(source, tiny_disk, caplog):
-    (tiny_disk / "other").write_bytes(bytes(SIZE))
-    streams(ShardCache(tiny_disk / "shards", 9 * SIZE), source, caplog, "No space left on device")
-    assert not list((tiny_disk / "shards").glob("*.partial"))
-
-
-@pytest.mark.system
-def test_a_read_only_disk_serves_what_it_has_and_is_no_obstacle(source, tiny_disk, caplog):
-    read(ShardCache(tiny_disk / "shards", SIZE), source, 2)
-    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
-    cache = ShardCache(tiny_disk / "shards", 9 * SIZE)
-    counts = FetchCounts()
-    assert read(cache, source, 2, counts) == SHARDS[2]
-    assert counts.cache_hits == 1
-    streams(cache, source, caplog, "Read-only file system")
 
 
 def test_an_unreachable_storage_is_an_error_although_there_is_a_cache(s3, folder, monkeypatch):

@@ -27,8 +27,6 @@ from tests.helpers.expected_batches import fingerprints
 from tests.helpers.small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from tests.helpers.waiting import wait_until
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def recipe(s3, ray_cluster, tracking, tmp_path_factory):

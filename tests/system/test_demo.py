@@ -15,7 +15,6 @@ import hemoco
 
 ROOT = Path(__file__).parents[2]
 INITS = ("pretrained", "random")
-pytestmark = pytest.mark.slow
 
 
 def jobs(*words, home, timeout=1200):

@@ -44,12 +44,10 @@ def run_in(image: Path, *words: str) -> str:
     return subprocess.run(command, cwd=image, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.slow
 def test_the_image_has_what_every_role_imports(image):
     run_in(image, "-c", f"import {IMPORTS}")
 
 
-@pytest.mark.slow
 def test_the_image_has_the_versions_that_the_project_names(image):
     script = "import importlib.metadata as m; print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
     installed = {line.lower().replace("_", "-") for line in run_in(image, "-c", script).split()}
@@ -60,7 +58,6 @@ def test_the_image_has_the_versions_that_the_project_names(image):
     assert [name for name in wanted.keys() & names if not wanted[name] & installed] == []
 
 
-@pytest.mark.slow
 def test_the_code_in_the_image_runs(image):
     assert "imagenet_resnet50_mocov2" in run_in(image, "-m", "jobs", "recipes")
 
@@ -82,17 +79,14 @@ def services(image: Path) -> dict[str, Any]:
     return answers
 
 
-@pytest.mark.system
 def test_neither_mlflow_nor_ray_serves_who_has_no_secret(services):
     assert services["mlflow without a password"] == services["ray without a token"] == 401
 
 
-@pytest.mark.system
 def test_mlflow_keeps_metrics_in_postgresql_and_artifacts_in_s3(services):
     assert services["mlflow"].splitlines()[-1] == "0.5 ['hello.txt']"
     assert services["artifacts"] == ["hello.txt"]
 
 
-@pytest.mark.system
 def test_the_head_runs_a_job(services):
     assert "imagenet_resnet50_mocov2" in services["job"] and "succeeded" in services["job"]

@@ -11,7 +11,7 @@ from hemoco.tracking.runs import find_run, read_artifacts
 from pipeline.run import transfer_only
 from pipeline.shards.pack import pack
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 ENCODER = EncoderConfig(architecture="resnet18")
 SMALL = {
     "inits": ("pretrained",),

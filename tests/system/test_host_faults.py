@@ -190,7 +190,6 @@ def read(
     return python("-c", READ, shards, str(size), str(workers), memory, before=before)
 
 
-@pytest.mark.system
 def test_a_dev_shm_too_small_for_buffers_is_named_with_what_is_needed_and_what_to_set(shards: str) -> None:
     small = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
     done = read(shards, size=128, workers=1, before=small)
@@ -201,7 +200,6 @@ def test_a_dev_shm_too_small_for_buffers_is_named_with_what_is_needed_and_what_t
     assert read(shards, size=128, workers=0, before=small).stdout == "128\n"
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dev_shm_without_room_for_a_lock_is_named(shards: str, workers: int) -> None:
     full = "mount -t tmpfs -o size=1m tmpfs /dev/shm && head -c 1048576 /dev/zero > /dev/shm/other"
@@ -214,7 +212,7 @@ def test_a_dev_shm_without_room_for_a_lock_is_named(shards: str, workers: int) -
 # folders that cannot be written, and floods
 
 
-@pytest.fixture(params=["no folder", pytest.param("read-only", marks=pytest.mark.system)])
+@pytest.fixture(params=["no folder", "read-only"])
 def no_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """$HEMOCO_HOME on a disk that takes nothing."""
     place = tmp_path / "disk"

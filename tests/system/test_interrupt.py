@@ -14,7 +14,7 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.runs import find_runs
 from tests.helpers.shard_folders import write_shards
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[2]
 

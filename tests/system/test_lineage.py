@@ -247,7 +247,6 @@ def test_gpu_numbers_that_a_card_does_not_give_are_left_out():
     }
 
 
-@pytest.mark.slow
 def test_server_that_is_away_for_a_moment_takes_the_backbone_once(tmp_path, monkeypatch):
     place = str(tmp_path / "b.safetensors")
     export_backbone(backbone(0), place, {"data_digest": "d", "run_id": ""})
@@ -264,7 +263,6 @@ def test_server_that_is_away_for_a_moment_takes_the_backbone_once(tmp_path, monk
         assert torch.equal(features(hemoco.load_backbone("models:/hemoco-a@a")), expected)
 
 
-@pytest.mark.slow
 def test_pretraining_has_its_backbone_and_every_snapshot_as_outputs(recipe, s3, tracking):
     pretrain = dataclasses.replace(recipe.pretrain, epochs=2, export_every_epochs=1)
     measured = {"knn": KnnConfig(neighbours=4, inits=("pretrained",))}

@@ -32,7 +32,7 @@ from tests.helpers.expected_batches import fingerprints
 from tests.helpers.hosts import Host, hosts, lose_packets
 from tests.helpers.waiting import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).parents[2]
 SHARDS, RUNS = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/runs"

@@ -55,12 +55,10 @@ def shown(request: pytest.FixtureRequest, browser: str, report: Path) -> tuple[i
     return request.param, show(browser, report, width=request.param, picture=picture), picture
 
 
-@pytest.mark.system
 def test_the_page_has_no_console_error_and_asks_for_nothing(shown: tuple[int, Shown, Path]) -> None:
     assert (shown[1].complaints, shown[1].requests, shown[1].broken) == ([], [], [])
 
 
-@pytest.mark.system
 def test_the_page_fits_its_width_with_text_that_can_be_read(shown: tuple[int, Shown, Path]) -> None:
     width, found, picture = shown
     assert found.width <= width and found.smallest >= 10
@@ -68,7 +66,6 @@ def test_the_page_fits_its_width_with_text_that_can_be_read(shown: tuple[int, Sh
         assert drawn.width == found.width and drawn.height > 3000
 
 
-@pytest.mark.system
 def test_a_page_that_does_wrong_is_seen_to(browser: str, tmp_path: Path) -> None:
     bad = '<img src="http://127.0.0.1:9/x.png" alt="lost"/><p style="width:900px">x</p><script>throw 1</script>'
     (tmp_path / "bad.html").write_text(bad)

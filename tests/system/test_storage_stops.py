@@ -133,7 +133,6 @@ recipe = Recipe(name="stopped", data=DataConfig(), pretrain=pretrain)
 """
 
 
-@pytest.mark.slow
 def test_a_storage_that_stops_in_mid_run_ends_the_command_in_one_line_and_the_same_words_go_on(
     storage: Storage, tracking: str, tmp_path: Path
 ) -> None:

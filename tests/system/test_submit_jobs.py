@@ -213,7 +213,6 @@ def follow(head: str, seen_at: str, quiet_s: float = 10.0) -> "subprocess.Comple
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.slow
 def test_a_broken_connection_loses_and_repeats_no_line(head):
     with relay(head) as between:
         between.cuts = [(b"/logs/tail", 9000), (b"/logs/tail", 20000)]
@@ -224,14 +223,12 @@ def test_a_broken_connection_loses_and_repeats_no_line(head):
     assert done.stdout == f"{log}\n== SUCCEEDED 0\n"
 
 
-@pytest.mark.slow
 def test_a_job_that_ends_in_silence_loses_no_line(head):
     done = follow(head, head, quiet_s=0.05)  # Ray looks for new lines once a second
     log = api(head, "/api/jobs/help-1/logs").json()["logs"]
     assert done.stdout == f"{log}\n== SUCCEEDED 0\n"
 
 
-@pytest.mark.slow
 def test_a_head_that_has_gone_is_one_clear_error(head):
     with relay(head) as between:
         between.cuts = [(b"/logs/tail", 9000)]
@@ -241,7 +238,6 @@ def test_a_head_that_has_gone_is_one_clear_error(head):
     assert f"HeadLost: {between.address}: the connection has broken" in done.stderr
 
 
-@pytest.mark.slow
 def test_the_same_words_join_and_ctrl_c_leaves_the_job_running(head, training):
     run, words = training
     with start_jobs(*words) as process:
@@ -256,14 +252,12 @@ def test_the_same_words_join_and_ctrl_c_leaves_the_job_running(head, training):
     assert [job["status"] for job in jobs_of(head, run)] == ["RUNNING"]
 
 
-@pytest.mark.slow
 def test_other_words_under_a_running_name_are_refused(training):
     done = run_jobs(*training[1], "--pretrain.seed", "7")
     assert done.returncode == 2
     assert "run 'long' is being worked on by job long-1 with other words" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_preflight_from_inside_the_cluster_sees_its_nodes(head, s3, bucket):
     shards = write_shards(f"{bucket}/shards", [128])
     words = ["preflight", "demo", "--data.shards", shards, "--storage", f"{bucket}/runs", "--run", "long"]
@@ -273,20 +267,17 @@ def test_a_preflight_from_inside_the_cluster_sees_its_nodes(head, s3, bucket):
     assert "FAIL  upload" not in done.stdout
 
 
-@pytest.mark.slow
 def test_status_tells_of_jobs_that_mlflow_does_not_know(head, packed):
     shown = run_jobs("status", "--address", head).stdout
     assert "pack-" in shown and "SUCCEEDED" in shown
 
 
-@pytest.mark.slow
 def test_stopping_an_unknown_run_names_those_that_run(head, tracking, training):
     done = run_jobs("stop", "nobody", "--address", head)
     assert done.returncode == 2
     assert f"run 'nobody' has no job on {head}; runs with a job that is not ended: long" in done.stderr
 
 
-@pytest.mark.slow
 def test_stop_ends_the_job_and_says_how_to_resume(head, training):
     done = run_jobs("stop", "long", "--address", head)
     assert done.returncode == 0, done.stderr
@@ -295,7 +286,6 @@ def test_stop_ends_the_job_and_says_how_to_resume(head, training):
     assert [job["status"] for job in jobs_of(head, "long")] == ["STOPPED"]
 
 
-@pytest.mark.slow
 def test_a_stopped_training_is_killed_in_mlflow_and_resumes_in_a_new_job(head, s3):
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [128])
     words = ["pretrain", "demo", "--data.shards", shards, "--pretrain.epochs", "100000", "--storage", f"{s3}/runs"]

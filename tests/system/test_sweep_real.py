@@ -37,7 +37,6 @@ from jobs.demo_data import split_digits
 from jobs.options import load_recipe
 from pipeline.sweep.sweep import drawn_settings, run_sweep
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LR, NAME = "pretrain.optimizer.lr", "swept-for-real"
 GOOD, BAD = (0.001, 0.003), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # kNN after two epochs: 0.86 and more; 0.65 and less

@@ -12,7 +12,6 @@ from tests.helpers.torchrun_training import train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.system  # a network of its own: torchrun cannot be told to listen on loopback alone
 def test_the_loop_runs_under_torchrun_as_in_one_process(tmp_path: Path) -> None:
     shards, out = write_shards((tmp_path / "s").as_uri(), [20, 30]), tmp_path / "losses.json"
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"

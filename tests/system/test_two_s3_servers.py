@@ -48,7 +48,6 @@ from pipeline.shards.pack import _pack_shard, _plan
 from tests.helpers.ceph import add_user, ceph_server
 from tests.helpers.shard_folders import png, write_shards
 
-pytestmark = pytest.mark.system
 CONFIG = PretrainConfig(
     global_batch_size=16,
     encoder=EncoderConfig(architecture="resnet10t", stem="small"),

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,6 @@ from hemoco.backbones.imports import import_backbone
 from hemoco.config import EncoderConfig, MoCoConfig, MoCoV3Config, PretrainConfig
 from hemoco.errors import CheckpointError
 from hemoco.models.build import Method, build_method
-from hemoco.storage.objects import read_bytes
 from hemoco.train.checkpoint import save_checkpoint
 from hemoco.train.pretrain import build_state
 from jobs.cli import main
@@ -113,11 +111,6 @@ def test_a_network_without_shortcuts_is_refused(tmp_path: Path) -> None:
 def test_architectures_that_others_lack_are_refused(tmp_path: Path, fmt: Any) -> None:
     with pytest.raises(CheckpointError, match=f"{fmt} has no resnet10t.*format timm"):
         export_checkpoint(backbone_file(tmp_path, "resnet10t"), str(tmp_path / "out"), fmt)
-
-
-def test_export_goes_to_object_storage_too(tmp_path: Path, bucket: str) -> None:
-    export_checkpoint(backbone_file(tmp_path, "resnet18"), f"{bucket}/tv.pth", "torchvision")
-    assert len(torch.load(io.BytesIO(read_bytes(f"{bucket}/tv.pth")), weights_only=True)) == 120
 
 
 def pretraining(moco: MoCoConfig | MoCoV3Config, architecture: str, **encoder: Any) -> PretrainConfig:

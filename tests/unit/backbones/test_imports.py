@@ -19,7 +19,6 @@ from hemoco.backbones.imports import Imported, Normalisation, import_backbone
 from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, detectron2_name
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, ConfigError
-from hemoco.storage.objects import write_bytes
 from jobs.cli import main
 from tests.helpers.foreign_files import KEY, LAYOUTS, QUERY, State, body, hollow, moco_v1_v2, save, under
 
@@ -248,11 +247,6 @@ def test_a_pickle_of_detectron2_is_read_and_its_classifier_named(tmp_path):
     done, tensors = imported(str(tmp_path / "r18.pkl"))
     assert (done.layout, done.left_out) == ("detectron2", ["stem.fc.weight", "stem.fc.bias"])
     assert not [name for name in body(kept) if not torch.equal(tensors[name], kept[name])]
-
-
-def test_import_goes_from_and_to_object_storage(tmp_path, bucket):
-    write_bytes(f"{bucket}/theirs.pth", Path(save(tmp_path, QUERY)).read_bytes())
-    assert_same(imported(f"{bucket}/theirs.pth")[1], body(QUERY))
 
 
 def test_the_command_says_what_it_took_and_what_it_left(tmp_path, capsys):

@@ -13,7 +13,9 @@ from cluster.submit.environment import job_spec
 
 @pytest.fixture(autouse=True)
 def no_facts_from_outside(monkeypatch):
-    for name in ("HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY", "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"):
+    # a job is refused where these name a server of this machine
+    servers = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI")
+    for name in (*servers, "HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY", "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -1,9 +1,7 @@
 """The deployment files fit their real schemas, and what they say fits this checkout."""
 
-import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -201,19 +199,6 @@ def test_the_network_policy_is_for_the_pods_of_its_own_file_and_lets_them_in(fil
 def test_the_driver_in_a_container_is_told_the_commit_and_whether_it_is_dirty():
     told = {name for name in COMPOSE["services"]["driver"]["environment"] if name.startswith("HEMOCO_GIT")}
     assert told == {"HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY"} == set(re.findall(r"export (HEMOCO_GIT_\w+)=", DOC))
-
-
-@pytest.mark.system
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "192.0.2.1:6379"])
-def test_trainings_are_told_to_save_where_no_ray_answers(address):
-    # a network of its own, for the drain ends all trainings of the one that it is in
-    training = "exec -a ray::RayTrainWorker sleep 600"
-    script = f"bash -c '{training}' & $0 -m cluster.drain --grace_s 12; echo drain $?; wait $!; echo training $?"
-    words = ["unshare", "--net", "bash", "-c", script, sys.executable]
-    environment = os.environ | {"RAY_ADDRESS": address}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["drain", "0", "training", str(128 + signal.SIGTERM)]
-    assert "Ray does not drain this node, and may place work here again: " in done.stderr
 
 
 def test_a_ray_that_does_not_answer_takes_only_its_share_of_the_time(monkeypatch):

@@ -3,10 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +23,8 @@ from hemoco.errors import CheckpointError, ConfigError, ShardError, TrainingErro
 from hemoco.features.embed import EmbeddedShard, embed_shards
 from hemoco.features.parquet import file_name
 from hemoco.features.plan import EmbedConfig, EmbedPlan, finished_files, fixed_url, plan_embedding, usual_size
-from hemoco.storage.objects import list_names, read_bytes, write_bytes
+from hemoco.storage.objects import list_names, write_bytes
 from jobs.cli import main
-from pipeline.embed import embed
 from tests.helpers.shard_folders import png, write_shards
 
 ROOT = Path(__file__).parents[3]
@@ -89,11 +84,6 @@ def by_hand(backbone: str, crops: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         found: np.ndarray = load_backbone(backbone)(torch.from_numpy(inputs.astype(np.float32))).numpy()
     return found
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def test_features_are_the_backbone_of_the_normalised_centre(tmp_path: Path, backbone: str) -> None:
@@ -274,52 +264,6 @@ def test_the_size_is_that_of_the_pretraining_else_the_stems(tmp_path: Path, back
 def test_a_crop_larger_than_its_image_is_wrong_usage() -> None:
     with pytest.raises(ConfigError, match=r"embed\.resize is 20: it must be at least size \(24\)"):
         EmbedConfig(size=24, resize=20)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_same_call_again_goes_on_with_what_is_missing(bucket: str, tmp_path: Path, backbone: str) -> None:
-    shards = write_shards(f"{bucket}/shards", [5, 4, 3], bad={6})
-    plan = planned(shards, backbone, tmp_path / "out")
-    chosen = read_index(shards).shards
-    first = embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0)
-    before = contents(tmp_path / "out")
-    (tmp_path / "out" / "train-000002.parquet").unlink()
-    again = embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0)
-    after = contents(tmp_path / "out")
-    assert (first.images, first.computed, again.images, again.computed) == (11, 11, 11, 3)
-    assert again.bad == first.bad == (("not an image", 1, f"6 in {shards}/train-000001.tar"),)
-    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
-    assert [name for name in after if after[name] != before[name]] == ["train-000002.parquet"]
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_too_many_bad_samples_stop_it_unless_allowed(tmp_path: Path, backbone: str) -> None:
-    shards = write_shards(str(tmp_path / "shards"), [12], bad=range(11))
-    plan, chosen = planned(shards, backbone, tmp_path / "out"), read_index(shards).shards
-    for _ in range(2):  # also when the file is there
-        with pytest.raises(ShardError, match=r"11 of 12 samples are bad, the last is 10 in .*: not an image; repack"):
-            embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0.1)
-    assert embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0.95).images == 1
-
-
-def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(
-    ray_cluster: str, bucket: str, tmp_path: Path
-) -> None:
-    shards = write_shards(f"{bucket}/shards", [4, 3], bad={5})
-    write_bytes(f"{bucket}/backbone", Path(saved(tmp_path / "backbone", seed=0)).read_bytes())
-    words = ["embed", shards, f"{bucket}/backbone", f"{bucket}/features"]
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs", *words], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ray_cluster},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    warning, where, result, again = done.stdout.splitlines()
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
-    assert warning == f"warning: 1 images left out: not an image (first: 5 in {shards}/train-000001.tar)"
-    assert result.startswith(f"{bucket}/features: 6 images in 2 files, ")
-    assert again == f"neighbours  python -m jobs neighbours {bucket}/features KEY"
-    assert json.loads(read_bytes(where.removeprefix("all of them: "))) == {
-        "shard": f"{shards}/train-000001.tar", "key": "5", "reason": "not an image"
-    }  # fmt: skip
 
 
 def test_a_wrong_backbone_is_one_line_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

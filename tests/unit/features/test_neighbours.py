@@ -40,9 +40,9 @@ def brute_force(features: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_neighbours_of_an_image_are_those_of_brute_force(bucket: str, dtype: type) -> None:
+def test_neighbours_of_an_image_are_those_of_brute_force(tmp_path: Path, dtype: type) -> None:
     features = made(50).astype(dtype)
-    found = Neighbours.open(write(bucket, features, [20, 0, 29, 1])).of("37", 5)
+    found = Neighbours.open(write(str(tmp_path), features, [20, 0, 29, 1])).of("37", 5)
     cosines = brute_force(features, features[37])
     cosines[37] = -1
     nearest = np.argsort(-cosines)[:5]

@@ -105,7 +105,7 @@ def test_setting_out_of_range_is_wrong_usage(capsys):
     assert "moco.temperature is -1.0: it must be positive" in one_line(capsys)
 
 
-def test_missing_shards_say_what_to_name(tmp_path, tracking):
+def test_missing_shards_say_what_to_name(tmp_path):
     done = run("run", "cifar10_resnet18_mocov2", "--storage", str(tmp_path))  # another process: this one may have a Ray
     assert done.returncode == 2
     assert "error: --data.shards is missing" in done.stderr

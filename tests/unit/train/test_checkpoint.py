@@ -57,7 +57,7 @@ def folders(url: Path) -> list[str]:
     return sorted(path.name for path in url.iterdir())
 
 
-def test_training_resumed_from_storage_goes_on_bit_for_bit(bucket: str) -> None:
+def test_training_resumed_from_storage_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def train(state: TrainState, first: int, last: int) -> None:
         generator = torch.Generator().manual_seed(0)
         crops = torch.randint(256, (4, 4, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
@@ -67,9 +67,9 @@ def test_training_resumed_from_storage_goes_on_bit_for_bit(bucket: str) -> None:
     straight, first, second = (state_of() for _ in range(3))
     train(straight, 0, 4)
     train(first, 0, 2)
-    save_checkpoint(first, bucket, attempt=0, keep_last=1)
-    found = newest_checkpoint(bucket)
-    assert found == f"{bucket}/step_00000002_a0"
+    save_checkpoint(first, str(tmp_path), attempt=0, keep_last=1)
+    found = newest_checkpoint(str(tmp_path))
+    assert found == f"{tmp_path}/step_00000002_a0"
     load_checkpoint(found, second)
     assert (second.step, second.position) == (2, StreamPosition(0, 1))
     train(second, 2, 4)

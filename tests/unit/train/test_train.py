@@ -211,15 +211,6 @@ def test_float16_is_saved_with_its_scale() -> None:
     assert second.scaler.get_scale() == 512.0
 
 
-@pytest.mark.system  # a C++ compiler
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
-def test_compiled_encoders_train_as_others_do() -> None:
-    plain, compiled = fresh(), fresh(dataclasses.replace(CONFIG, compile=True))
-    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
-    losses = [[m.values["loss"] for m in train(state, 0, 2)] for state in (plain, compiled)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
 def test_losses_equal_the_algorithm_written_out() -> None:
     losses = [m.values["loss"] for m in train(fresh(), 0, 6)]
     assert losses == pytest.approx(list(written_out(fresh())), rel=1e-4)  # rounding grows over the steps
