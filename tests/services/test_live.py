@@ -38,8 +38,8 @@ DONE = {("pretrained", 0): 0.98, ("random", 0): 0.91}
 # two displays of the run named, one after the other: that of a block that fails, and of one that waits for Ctrl-C
 PROGRAM = """
 import logging, sys, threading, time
-from hemoco.tracking import connect, tracking_uri
-from jobs.live import live_display
+from hemoco.tracking.client import connect, tracking_uri
+from jobs.display.live import live_display
 from jobs.options import load_recipe
 
 def chat(number):

@@ -13,7 +13,6 @@ import grpc
 import pytest
 import s3fs
 
-import jobs.verbs.preflight
 from cluster.preflight.checks import Group, check_cluster, check_room, check_storage, check_token, check_tracking
 from cluster.preflight.node import Finding, NodeTask, clock_check, disk_check, judge_clock, look_at_node, shm_check
 from cluster.preflight.survey import compare_versions, over_nodes
@@ -23,6 +22,7 @@ from hemoco.errors import StorageError
 from hemoco.storage.objects import list_names, read_bytes, remove
 from hemoco.tracking.client import ask, connect
 from jobs.cli import main
+from jobs.verbs import preflight
 from tests.helpers.shard_folders import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -244,10 +244,10 @@ def test_shared_memory_is_compared_with_that_of_one_process_and_of_all():
 
 
 def test_shared_memory_is_that_of_the_loaders_buffers():
-    assert jobs.preflight._BUFFERS == loader._BUFFERS
+    assert preflight._BUFFERS == loader._BUFFERS
     pretrain = PretrainConfig(views=ViewsConfig(size=8), stream=StreamConfig(workers=1))
     transfers = {name: FineTuneConfig(size=16, workers=2, global_batch_size=64) for name in "ab"}
-    one, every = jobs.preflight._shared_memory(Recipe(name="r", pretrain=pretrain, transfers=transfers))
+    one, every = preflight._shared_memory(Recipe(name="r", pretrain=pretrain, transfers=transfers))
     assert one == 2 * 4 * 256 * 3 * 8**2
     assert every == 2 * 4 * 64 * 3 * 16**2
 

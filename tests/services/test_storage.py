@@ -158,7 +158,7 @@ def test_a_missing_package_is_named():
     packages = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({[*packages.values()]}));"
-        "from hemoco.storage import *; from hemoco.errors import *\n"
+        "from hemoco.storage.objects import *; from hemoco.errors import *\n"
         f"for scheme in {[*packages]}:\n"
         "  try: read_bytes(f'{scheme}://b/k')\n  except StorageError as error: print(error)"
     )
@@ -259,7 +259,7 @@ def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
 def test_local_files_need_no_s3_client():
     script = (
         "import sys; sys.modules.update(dict.fromkeys(['s3fs', 'botocore', 'aiobotocore']));"
-        "from hemoco.storage import *; from hemoco.errors import *\n"
+        "from hemoco.storage.objects import *; from hemoco.errors import *\n"
         "try: read_bytes('/no/where')\nexcept StorageError: print('ok')\n"
         "try: read_bytes('s3://b/k')\nexcept StorageError as error: print(error)"
     )

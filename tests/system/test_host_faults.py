@@ -164,8 +164,8 @@ def test_failed_allocations_are_told_from_other_errors(error: Exception, ours: b
 READ = """
 import dataclasses, resource, sys, torch
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
-from hemoco.data.counts import BadSampleFile
-from hemoco.data.stream import batches, pretraining_plan
+from hemoco.data.stream.bad_samples import BadSampleFile
+from hemoco.data.stream.batches import batches, pretraining_plan
 from hemoco.errors import HemocoError
 url, size, workers, memory = sys.argv[1], *map(int, sys.argv[2:])
 moco, stream = MoCoConfig(queue_length=64, bn_group_size=2), StreamConfig(workers=workers, lanes=4)

@@ -163,9 +163,9 @@ def _stop_after_a_checkpoint(storage: Storage, buckets: Path) -> None:
 
 SAVE = """
 import sys, torch
-from hemoco.checkpoint import save_checkpoint
+from hemoco.train.checkpoint import save_checkpoint
 from hemoco.config import EncoderConfig, PretrainConfig
-from hemoco.train import build_state
+from hemoco.train.pretrain import build_state
 config = PretrainConfig(encoder=EncoderConfig(architecture="resnet10t"))
 state = build_state(config, torch.device("cpu"), data_digest="d")
 state.step = 2

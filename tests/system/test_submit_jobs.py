@@ -32,10 +32,10 @@ CANARIES = {
 # a verb that ends at once with a long log, run as a job and followed with little patience
 FOLLOW = """
 import sys
-from cluster import job_log
-from cluster.checkout import CHECKOUT
-from cluster.job_environment import JobSpec, job_spec, words_again
-from cluster.submit import Cluster
+from cluster.submit import log as job_log
+from cluster.submit.checkout import CHECKOUT
+from cluster.submit.environment import JobSpec, job_spec, words_again
+from cluster.submit.client import Cluster
 address, seen_at, job_log._QUIET_S = *sys.argv[1:3], float(sys.argv[3])
 known = Cluster(address).jobs("help")
 job = known[0] if known else Cluster(address).submit(job_spec(address, "help", ["run", "demo", "--help"], CHECKOUT))[0]
