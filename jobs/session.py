@@ -13,9 +13,7 @@ from rich.console import Console
 from cluster.local.ray import local_ray
 from cluster.submit.checkout import CHECKOUT, git_facts
 from hemoco.config import config_digest
-from hemoco.report.data import collect_report
 from hemoco.report.files import rich_table, to_markdown, write_comparison
-from hemoco.report.page import render_report
 from hemoco.results.comparison import ManyComparison, compare_runs
 from hemoco.results.records import Comparison, comparison, headlines
 from hemoco.storage.objects import absolute_url, check_writable, home
@@ -101,6 +99,9 @@ def write_results(run: str, folder: Path) -> Comparison:
 
 def write_report(many: ManyComparison, folder: Path) -> None:
     """Writes report.html of one run or of several."""
+    from hemoco.report.data import collect_report  # torch takes seconds to import, errors should not
+    from hemoco.report.page import render_report
+
     (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), many)), encoding="utf-8")
 
 

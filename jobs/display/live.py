@@ -17,7 +17,6 @@ from rich.live import Live
 
 from hemoco.config import Recipe, TransferConfig
 from hemoco.data.shards.index import read_index
-from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import HemocoError, first_line
 from hemoco.storage.objects import absolute_url
 from hemoco.tracking.client import connect, tracking_uri
@@ -189,6 +188,11 @@ def _end(live: Live) -> None:
 
 
 def _steps_per_epoch(recipe: Recipe) -> int | None:
+    from hemoco.data.stream.batches import (  # torch takes seconds to import, errors should not
+        pretraining_plan,
+        steps_per_epoch,
+    )
+
     try:
         index = read_index(absolute_url(recipe.data.shards))
         return steps_per_epoch(index, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain))

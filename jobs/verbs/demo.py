@@ -14,18 +14,15 @@ import tyro
 from cluster.local.ray import embedded_stack
 from hemoco.config import DataConfig, Recipe
 from hemoco.errors import TrainingError
-from hemoco.report.training import health_checks
 from hemoco.results.records import comparison
 from hemoco.storage.objects import home, join_url, read_bytes, write_bytes
 from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.tags import Tag
-from jobs.demo_data import write_digits, write_scenes
 from jobs.display.live import live_display
 from jobs.options import load_recipe
 from jobs.session import print_comparison, publish, run_tags, take_sigterm_as_ctrl_c
 from jobs.verbs.pack import pack_with_progress
-from pipeline.run import pretrain_then_transfer
 
 
 def main(argv: list[str]) -> None:
@@ -43,6 +40,8 @@ def demo(*, out: str = "", seed: int = 0) -> None:
         out: folder for the results; default: a new one in $HEMOCO_HOME/demo.
         seed: of data, pretraining and transfers.
     """
+    from pipeline.run import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
+
     run = f"demo-{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
     folder = Path(out).expanduser().resolve() if out else home() / "demo" / run
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +68,8 @@ def check_learned(run: str) -> None:
     Raises:
         TrainingError: the loss is not well below chance, ln(K + 1), or the embeddings have collapsed.
     """
+    from hemoco.report.training import health_checks
+
     checks = health_checks(comparison(client.tracking_uri(), run).pretraining)
     findings = [f"{check.name}: {check.finding}" for check in checks if not check.passed]
     if findings:
@@ -84,6 +85,8 @@ def _use_embedded_defaults() -> None:
 
 def _data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
     """Draws digits and scenes, packs both to S3, and puts their URLs and the seed into the recipe."""
+    from jobs.demo_data import write_digits, write_scenes
+
     with _phase("draw digits and scenes"):
         write_digits(work / "digits", seed)
         write_scenes(work / "scenes", seed)

@@ -1,18 +1,17 @@
 """`python -m jobs embed SHARDS BACKBONE DEST`: features of a data set as Parquet."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from cluster.local.ray import local_ray
 from hemoco.data.shards.index import read_index
 from hemoco.errors import UsageError
-from hemoco.features.parquet import BAD_SAMPLES_NAME
-from hemoco.features.plan import EmbedConfig, finished_files, fixed_url, plan_embedding, usual_size
-from hemoco.models.heads import Precision
 from hemoco.storage.objects import absolute_url, check_writable, join_url
 from jobs.progress import follow, printable
-from pipeline.embed import Embedded, embed_steps
+
+if TYPE_CHECKING:
+    from pipeline.embed import Embedded
 
 _MAX_BAD_SHARE = 0.001
 _Size = Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")]
@@ -32,7 +31,7 @@ def embed(
     split: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
     size: _Size = None,
     resize: _Size = None,
-    precision: Precision = "float32",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 256,
     cpus: int = 1,
     gpus: int = 0,
@@ -58,6 +57,9 @@ def embed(
     """
     if cpus < 1 or gpus not in (0, 1):
         raise UsageError(f"--cpus is {cpus}, --gpus {gpus}: a task has at least 1 core, and 0 or 1 GPU")
+    from hemoco.features.plan import EmbedConfig, finished_files, fixed_url, plan_embedding, usual_size
+    from pipeline.embed import embed_steps  # torch takes seconds to import, errors should not
+
     index = read_index(absolute_url(shards))
     chosen = index.shards if split is None else index.split(split)
     url = fixed_url(backbone)
@@ -72,7 +74,9 @@ def embed(
     _print_result(plan.dest, done)
 
 
-def _print_result(dest: str, done: Embedded) -> None:
+def _print_result(dest: str, done: "Embedded") -> None:
+    from hemoco.features.parquet import BAD_SAMPLES_NAME
+
     for reason, count, first in done.bad:
         print(f"warning: {count} images left out: {reason} (first: {printable(first)})")
     if done.bad:

@@ -4,9 +4,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from hemoco.backbones.export import export_checkpoint, export_method
 from hemoco.errors import UsageError
-from hemoco.train.checkpoint import is_checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -29,6 +27,12 @@ def export(
         dest: URL or path of the file to write.
         format: whose names and layout.
     """
+    from hemoco.backbones.export import (  # torch takes seconds to import, errors should not
+        export_checkpoint,
+        export_method,
+    )
+    from hemoco.train.checkpoint import is_checkpoint
+
     if not is_checkpoint(backbone):
         export_checkpoint(backbone, dest, format)
     elif format == "moco":

@@ -1,11 +1,9 @@
 """`python -m jobs import CHECKPOINT DEST`: a backbone of another library as hemoco's."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from hemoco.backbones.imports import Normalisation, import_backbone
-from hemoco.backbones.layouts import EncoderChoice
 from hemoco.errors import UsageError
 from hemoco.storage.objects import absolute_url
 
@@ -23,7 +21,7 @@ def import_checkpoint(
     /,
     *,
     architecture: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = "",
-    encoder: EncoderChoice = "query",
+    encoder: Literal["query", "key"] = "query",
     mean: _Channels = None,
     std: _Channels = None,
 ) -> None:
@@ -46,6 +44,11 @@ def import_checkpoint(
         raise UsageError(f"{dest}: is the file to import; name another DEST")
     if (mean is None) != (std is None):
         raise UsageError("--mean and --std go together: give both or none")
+    from hemoco.backbones.imports import (  # torch takes seconds to import, errors should not
+        Normalisation,
+        import_backbone,
+    )
+
     normalisation = None if mean is None or std is None else Normalisation(mean, std)
     done = import_backbone(checkpoint, dest, architecture=architecture, encoder=encoder, normalisation=normalisation)
     print(f"{dest}: {done.config.architecture}, {done.tensors} tensors of {checkpoint}, layout {done.layout}")

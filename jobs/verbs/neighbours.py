@@ -1,18 +1,19 @@
 """`python -m jobs neighbours DEST KEY`: the images nearest to one of those that `embed` has written features of."""
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import google_crc32c
 import tyro
 
 from hemoco.data.shards.index import Shard, read_index, read_table, shard_url
 from hemoco.errors import ShardError, UsageError
-from hemoco.features.neighbours import Neighbour, Neighbours
-from hemoco.features.parquet import key_text
 from hemoco.storage.fetch import FetchCounts, fetch_range
 from hemoco.storage.objects import absolute_url, write_bytes
 from jobs.progress import printable
+
+if TYPE_CHECKING:
+    from hemoco.features.neighbours import Neighbour
 
 
 def main(argv: list[str]) -> None:
@@ -36,6 +37,8 @@ def neighbours(
         k: images to find.
         sheet: PNG file or URL for a contact sheet of the image and its neighbours.
     """
+    from hemoco.features.neighbours import Neighbours  # pyarrow takes a while to import, errors should not
+
     known = Neighbours.open(dest)
     found = known.of(key, k)
     for one in found:
@@ -45,7 +48,7 @@ def neighbours(
         _write_sheet(known.about, [known.itself(key), *found], sheet)
 
 
-def _write_sheet(about: dict[str, str], images: Iterable[Neighbour], sheet: str) -> None:
+def _write_sheet(about: dict[str, str], images: "Iterable[Neighbour]", sheet: str) -> None:
     """Reads the images from their shards and draws them."""
     from PIL import Image
 
@@ -69,6 +72,8 @@ def _write_sheet(about: dict[str, str], images: Iterable[Neighbour], sheet: str)
 
 
 def _encoded(url: str, shard: Shard, key: str) -> bytes:
+    from hemoco.features.parquet import key_text
+
     table, where = read_table(url, shard), shard_url(url, shard)
     row = [key_text(known) for known in table.keys].index(key)
     offset = int(table.offsets[row])

@@ -17,7 +17,6 @@ from hemoco.errors import HemocoError
 from hemoco.storage.objects import absolute_url, home
 from hemoco.tracking.client import tracking_uri
 from jobs.options import RunOptions, parse_options
-from pipeline.checks import check_pretraining, check_transfers
 
 _BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.loader
 _MODULES = (
@@ -80,6 +79,8 @@ def _upload(recipe_file: Path | None, *, needed: bool) -> Finding:
 
 def _data(recipe: Recipe, shards: tuple[str, ...]) -> Iterator[Finding]:
     """The shards, and whether pretraining and transfers fit them."""
+    from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
+
     for name, url in numbered("shards", shards):
         yield check_shards(url)._replace(name=name)
     yield from _fit("pretrain", partial(check_pretraining, recipe))

@@ -4,13 +4,14 @@ from jobs.display.live import live_display
 from jobs.options import RunOptions, parse_options
 from jobs.recorded_command import command_tags
 from jobs.session import announce, ray_session, run_name, storage_url
-from pipeline.checks import check_pretraining
 
 
 def main(argv: list[str]) -> None:
     """Pretrains or resumes, then says where the backbone lies."""
     options = parse_options("pretrain", argv, RunOptions)
     name = run_name(options)
+    from pipeline.checks import check_pretraining  # torch takes seconds to import, errors should not
+
     check_pretraining(options.recipe)
     announce(name)
     with ray_session(), live_display(name, pretrain=options.recipe, transfers={}):

@@ -4,13 +4,14 @@ from jobs.display.live import live_display
 from jobs.options import ReportOptions, parse_options
 from jobs.recorded_command import command_tags
 from jobs.session import announce, print_comparison, publish, ray_session, run_name, storage_url
-from pipeline.checks import check_pretraining, check_transfers
 
 
 def main(argv: list[str]) -> None:
     """Runs or resumes a whole run; a finished one prints its table."""
     options = parse_options("run", argv, ReportOptions)
     name = run_name(options)
+    from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
+
     check_pretraining(options.recipe)
     check_transfers(options.recipe)
     announce(name)

@@ -16,7 +16,6 @@ from jobs.display.sweep_view import live_sweep
 from jobs.options import ReportOptions, parse_options, settings_flags
 from jobs.recorded_command import RecordedCommand, command_tags, recorded_command
 from jobs.session import announce, ray_session, results_folder, storage_url, table_console
-from pipeline.checks import check_pretraining, check_transfers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,8 @@ def check_sweep(recipe: Recipe) -> None:
         UsageError: the recipe names no shards.
         ConfigError: its pretraining or what the sweep measures does not fit the data.
     """
+    from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
+
     sweep = recipe.sweep
     assert sweep is not None, "a recipe without one has no name"
     check_pretraining(recipe)

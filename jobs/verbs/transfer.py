@@ -4,13 +4,14 @@ from jobs.display.live import live_display
 from jobs.options import parse_transfer
 from jobs.recorded_command import command_tags
 from jobs.session import announce, print_comparison, publish, ray_session, run_name, storage_url
-from pipeline.checks import check_transfers
 
 
 def main(argv: list[str]) -> None:
     """Runs a recipe's transfers from a given backbone."""
     options = parse_transfer(argv)
     name = run_name(options, options.backbone)
+    from pipeline.checks import check_transfers  # torch takes seconds to import, errors should not
+
     check_transfers(options.recipe)
     announce(name)
     with ray_session(), live_display(name, pretrain=None, transfers=options.recipe.transfers):
