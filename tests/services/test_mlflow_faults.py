@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 # an attempt that logs and keeps, as before a checkpoint, and is killed in the next steps
 ATTEMPT = """
 import os, signal, sys
-from hemoco.tracking import Tracker
+from hemoco.tracking.metric_queue import Tracker
 tracker = Tracker(*sys.argv[1:])
 for step in range(1500):
     tracker.log(step, {"loss": float(step)})
