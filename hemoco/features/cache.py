@@ -7,12 +7,9 @@ stale is ever found, and what is found has the bits that were computed.
 Shapes: M images, S x S pixels each, F features.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,14 +21,14 @@ from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import CheckpointError, TrainingError, first_line
 from hemoco.features.extract import extract_features
 from hemoco.models.resnet import Backbone
-from hemoco.storage.disk_cache import file_lock
+from hemoco.storage.disk_cache import DiskCache
 from hemoco.storage.tensor_files import parse_safetensors
 
 logger = logging.getLogger(__name__)
 
 FEATURE_CACHE_BYTES = 20 * 10**9
 """What a cache holds at most by default: ResNet-18 on 160 CIFAR-10s, or ResNet-50 on one ImageNet."""
-_FORMAT, _SUFFIX, _PARTIAL = "hemoco-features-1", ".safetensors", ".partial"
+_FORMAT = "hemoco-features-1"
 
 
 class FeatureCache:
@@ -45,17 +42,17 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, max_bytes: int = FEATURE_CACHE_BYTES) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
+        self._disk = DiskCache(folder, max_bytes, suffix=".safetensors")
 
     def load(self, key: str) -> Tensor | None:
         """Features (M, F) on the CPU; None where there are none or their file is damaged, which is then removed."""
-        path = self._path(key)
+        path = self._disk.path(key)
         try:
-            data = path.read_bytes()
-            os.utime(path)  # the time of its last use
-        except FileNotFoundError:
-            return None
+            file = self._disk.find(key)
+            if file is None:
+                return None
+            with file:
+                data = file.read()
         except OSError as error:
             self._warn(error)
             return None
@@ -66,52 +63,29 @@ class FeatureCache:
         if metadata.get("key") == key and metadata.get("sha256") == _digest(tensors):
             return tensors["features"]
         logger.warning("event=damaged_features_file path=%s", path)
-        path.unlink(missing_ok=True)
+        self._disk.remove(key)
         return None
 
     def keep(self, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Writes a file in one step: readers see all of it or none.
 
         Args:
-            key: by which `load` finds it.
+            key: by which `load` finds it, 64 hexadecimal digits.
             tensors: `features` (M, F), and what else readers of the file need.
             about: for readers of the file.
         """
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(on_cpu, {**about, "key": key, "sha256": _digest(on_cpu)})
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with file_lock(self._folder / ".lock"):
-                self._make_room(len(data))
-                partial = self._path(key).with_suffix(_PARTIAL)
-                partial.write_bytes(data)
-                partial.rename(self._path(key))
+            claim = self._disk.claim(key, len(data))
+            if claim is not None:  # else another process has just written it
+                with claim, claim.finish(data):
+                    pass
         except OSError as error:
             self._warn(error)
 
-    def _path(self, key: str) -> Path:
-        return self._folder / (key + _SUFFIX)
-
-    def _make_room(self, size: int) -> None:
-        """Removes what was not used for longest; and what a writer that died has left, as no other holds the lock."""
-        if size > self._max_bytes:
-            raise OSError(errno.EFBIG, f"{size} bytes of features do not fit into {self._max_bytes}")
-        for path in self._folder.glob(f"*{_PARTIAL}"):
-            path.unlink(missing_ok=True)
-        found = []
-        for path in self._folder.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError):  # found damaged meanwhile
-                stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
-        used = size + sum(bytes_ for _, bytes_, _ in found)
-        for _, bytes_, path in sorted(found):
-            if used <= self._max_bytes:
-                return
-            path.unlink(missing_ok=True)
-            used -= bytes_
-
     def _warn(self, error: OSError) -> None:
-        logger.warning("event=features_not_cached folder=%s reason=%s", self._folder, first_line(error))
+        logger.warning("event=features_not_cached folder=%s reason=%s", self._disk.folder, first_line(error))
 
 
 def split_features(backbone: Backbone, split: LabelledSplit, cache: FeatureCache | None) -> Tensor:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -18,11 +18,12 @@ import numpy as np
 from hemoco.errors import ShardError, StorageError, first_line
 from hemoco.storage.http_range import RangeAnswer, get_range
 from hemoco.storage.objects import absolute_url, direct_url, filesystem, storage_errors, storage_hint
-from hemoco.storage.retry import BUSY, Patience, http_status, is_transient
+from hemoco.storage.retry import BUSY, STORAGE_RETRIES, http_status, is_transient, retrying
 
 logger = logging.getLogger(__name__)
 
 _SILENCE_S = 30.0
+_LAST_CHANCE_S = 1.0  # silence that an attempt is allowed even when the budget is spent
 _WINDOW_BYTES = 256 * 1024  # received and hashed while still in the CPU's cache
 _PART_BYTES = 16 * 1024**2  # what a fault may cost with a client that gives all or nothing
 
@@ -153,6 +154,7 @@ class _Range:
         self.view = view
         self.sha256 = hashlib.sha256()
         self.start, self.stop, self.next, self.whole = start, stop, start, whole
+        self.plain = True  # until an answer comes that only a client library can deal with
 
     def window(self) -> memoryview:
         """Where the next bytes belong."""
@@ -202,41 +204,46 @@ def _read_local(path: str, wanted: _Range) -> None:
 
 def _receive_all(url: str, wanted: _Range, counts: FetchCounts, budget_s: float) -> None:
     """Asks again, from the first missing byte on, until all is there or nothing new has come for too long."""
-    plain, patience = True, Patience(budget_s)
+    faults = 0
+
+    def note(fault: BaseException) -> None:
+        nonlocal faults
+        faults += 1
+        if faults.bit_count() == 1:  # the 1st, 2nd, 4th, ...
+            reason = first_line(fault)
+            logger.warning("event=fetch_fault url=%s byte=%d faults=%d reason=%s", url, wanted.next, faults, reason)
+
+    try:
+        policy = replace(STORAGE_RETRIES, budget_s=budget_s)
+        for attempt in retrying(policy, progress=lambda: wanted.next, on_fault=note):
+            with attempt:
+                counts.add(retries=int(faults > 0))
+                left_s = budget_s - (time.monotonic() - attempt.retry_state.start_time)
+                _receive_rest(url, wanted, counts, silence_s=min(_SILENCE_S, max(left_s, _LAST_CHANCE_S)))
+    except Exception as fault:
+        if not is_transient(fault):
+            raise
+        raise StorageError(
+            f"{url}: {wanted.next - wanted.start} of {wanted.stop - wanted.start} bytes came in {faults} attempts and "
+            f"nothing new for {budget_s:g} s, at last: {first_line(fault)}; {storage_hint(url, fault)}; "
+            "run the same command again: it resumes"
+        ) from fault
+
+
+def _receive_rest(url: str, wanted: _Range, counts: FetchCounts, *, silence_s: float) -> None:
+    """Receives the missing bytes; a fault ends it, and what came before the fault stays."""
     while (first := wanted.next) < wanted.stop:
-        fault = None
+        direct = direct_url(url) if wanted.plain else None
+        counts.add(requests=1)
         try:
-            direct = direct_url(url) if plain else None
-            counts.add(requests=1)
             if direct is None:
                 _receive_by_library(url, wanted)
             else:
-                _receive_plain(url, direct, wanted, min(_SILENCE_S, patience.left_s))
+                _receive_plain(url, direct, wanted, silence_s)
         except _NotPlainError:
-            plain = False
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            fault = error
-        counts.add(bytes=wanted.next - first)
-        if wanted.next > first:
-            patience.renew()
-        if fault is not None:
-            _wait(url, wanted, patience, fault)
-            counts.add(retries=1)
-
-
-def _wait(url: str, wanted: _Range, patience: Patience, fault: Exception) -> None:
-    """Waits after a fault, or gives up."""
-    faults, reason = patience.faults + 1, first_line(fault)
-    if faults.bit_count() == 1:  # the 1st, 2nd, 4th, ...
-        logger.warning("event=fetch_fault url=%s byte=%d faults=%d reason=%s", url, wanted.next, faults, reason)
-    if not patience.wait():
-        raise StorageError(
-            f"{url}: {wanted.next - wanted.start} of {wanted.stop - wanted.start} bytes came in {faults} attempts and "
-            f"nothing new for {patience.budget_s:g} s, at last: {reason}; {storage_hint(url, fault)}; "
-            "the same words again go on"
-        ) from fault
+            wanted.plain = False
+        finally:
+            counts.add(bytes=wanted.next - first)
 
 
 def _receive_by_library(url: str, wanted: _Range) -> None:

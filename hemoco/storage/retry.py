@@ -1,11 +1,18 @@
-"""How long to go on after faults of the network, and how long to wait between attempts."""
+"""The one policy for trying again: which errors are transient, how long to wait, when to give up.
+
+Every caller names its settings as a `RetryPolicy`. The loop itself is tenacity's.
+"""
 
 import http.client
+import math
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay
 
 from hemoco.errors import StorageError
 
@@ -13,68 +20,83 @@ Answer = TypeVar("Answer")
 
 EVALUATION_PATIENCE_S = 600.0
 """For which reading labelled splits waits out faults; a training's stream has a setting of its own."""
-_FIRST_WAIT_S = 0.1
-_LONGEST_WAIT_S = 20.0
-_LAST_CHANCE_S = 1.0
 
 
-def backoff_s(faults: int, draw: float) -> float:
-    """Seconds to wait after so many faults in a row: full jitter, exponential from 0.1 to 20 s.
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """When an attempt is repeated, and after what wait."""
+
+    is_transient: Callable[[BaseException], bool]
+    """Whether another attempt may succeed; any other error is raised at once."""
+    first_wait_s: float = 0.1
+    """Longest wait after the first fault in a row; it doubles with each further one."""
+    longest_wait_s: float = 20.0
+    """What the longest wait grows to."""
+    budget_s: float = math.inf
+    """Seconds without progress after which the last error is raised."""
+    max_attempts: int | None = None
+    """Attempts after which the last error is raised; None where time alone counts."""
+
+    def wait_s(self, faults: int, draw: float) -> float:
+        """Seconds to wait after so many faults in a row: exponential, with full jitter.
+
+        Full jitter keeps the many processes that one outage has met from coming back all at once.
+
+        Args:
+            faults: at least 1.
+            draw: uniform in [0, 1).
+        """
+        return draw * min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(faults - 1, 30))
+
+
+def retrying(
+    policy: RetryPolicy,
+    *,
+    progress: Callable[[], int] = lambda: 0,
+    on_fault: Callable[[BaseException], None] = lambda fault: None,
+) -> Retrying:
+    """Attempts under a policy, to call a function with or to loop over; at the end the last error is raised.
 
     Args:
-        faults: at least 1.
-        draw: uniform in [0, 1).
+        policy: of the attempts.
+        progress: how much is done; a fault after more was done begins the budget and the waits anew.
+        on_fault: gets each transient error.
     """
-    return draw * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(faults - 1, 30))
+    done = progress()
+
+    def note_fault(state: RetryCallState) -> None:
+        nonlocal done
+        assert state.outcome is not None and state.outcome_timestamp is not None
+        fault = state.outcome.exception()
+        assert fault is not None
+        on_fault(fault)
+        if progress() > done:
+            done = progress()
+            state.attempt_number, state.start_time = 1, state.outcome_timestamp
+
+    def wait_s(state: RetryCallState) -> float:
+        # the last attempt begins when the budget ends, not a wait later
+        left_s = policy.budget_s - (state.seconds_since_start or 0.0)
+        return max(0.0, min(policy.wait_s(state.attempt_number, random.random()), left_s))
+
+    spent = stop_after_delay(policy.budget_s)
+    return Retrying(
+        retry=retry_if_exception(policy.is_transient),
+        after=note_fault,
+        wait=wait_s,
+        stop=spent if policy.max_attempts is None else spent | stop_after_attempt(policy.max_attempts),
+        sleep=time.sleep,
+        reraise=True,
+    )
 
 
-def patiently(ask: Callable[[], Answer], budget_s: float) -> Answer:
-    """What `ask` returns, asked again after faults of the network until it was answered or `budget_s` has passed.
+def patiently(call: Callable[[], Answer], budget_s: float) -> Answer:
+    """Calls a function of the storage, again after transient faults until it returns or `budget_s` has passed.
 
     Raises:
-        StorageError: as `ask` raised it at last, or at once where asking again cannot help.
+        StorageError: as the last call raised it, or the first that another attempt cannot help.
     """
-    patience = Patience(budget_s)
-    while True:
-        try:
-            return ask()
-        except StorageError as error:
-            if not isinstance(error.__cause__, Exception) or not is_transient(error.__cause__) or not patience.wait():
-                raise
-
-
-class Patience:
-    """Waits after each fault, longer after each in a row, until there was no progress for `budget_s`.
-
-    Args:
-        budget_s: seconds without progress.
-    """
-
-    def __init__(self, budget_s: float) -> None:
-        self.budget_s = budget_s
-        self.faults = 0
-        """All there were."""
-        self.renew()
-
-    @property
-    def left_s(self) -> float:
-        """Until it ends, but long enough for the last attempt to have a chance."""
-        return max(self._deadline - time.monotonic(), _LAST_CHANCE_S)
-
-    def renew(self) -> None:
-        """Begins anew, after progress."""
-        self._row = 0
-        self._deadline = time.monotonic() + self.budget_s
-
-    def wait(self) -> bool:
-        """Waits after a fault; False instead when patience has ended."""
-        self.faults += 1
-        self._row += 1
-        left_s = self._deadline - time.monotonic()
-        if left_s <= 0:
-            return False
-        time.sleep(min(backoff_s(self._row, random.random()), left_s))
-        return True
+    return retrying(replace(STORAGE_RETRIES, budget_s=budget_s))(call)
 
 
 BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
@@ -84,8 +106,10 @@ BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether the network or the server is at fault and not the request, so that asking again may help."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the network or the server is at fault and not the request, so that another attempt may succeed."""
+    if isinstance(error, StorageError):
+        return error.__cause__ is not None and is_transient(error.__cause__)
     status = http_status(error)
     if status is not None:
         return status >= http.HTTPStatus.INTERNAL_SERVER_ERROR or status in BUSY
@@ -117,3 +141,7 @@ def loaded_classes(*names: str) -> Iterator[type[Exception]]:
     for module, _, name in (path.partition(":") for path in names):
         if found := sys.modules.get(module):
             yield getattr(found, name)
+
+
+STORAGE_RETRIES = RetryPolicy(is_transient=is_transient)
+"""Of reading and writing objects; the budget is the caller's."""

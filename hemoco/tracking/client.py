@@ -1,10 +1,9 @@
 """The connection to MLflow: its URI, its client, and how its errors are told apart."""
 
 import contextlib
-import itertools
+import dataclasses
 import os
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from hemoco.errors import RefusedError, TrackingError, first_line
 from hemoco.storage.objects import home
+from hemoco.storage.retry import RetryPolicy, retrying
 
 Answer = TypeVar("Answer")
 
@@ -98,15 +98,20 @@ def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0
     client = client_type()
     from mlflow.exceptions import MlflowException
 
-    end = time.monotonic() + patience_s
-    for pause_s in itertools.chain((0.2, 0.5, 1.0, 2.0, 4.0), itertools.repeat(8.0)):
-        try:
-            return question(client(tracking_uri=uri))
-        except MlflowException as error:
-            if error.error_code in _FINAL_ERRORS or time.monotonic() + pause_s > end:
-                raise _refusal(uri, error) from error
-        time.sleep(pause_s)
-    raise AssertionError("endless")
+    policy = dataclasses.replace(_RETRIES, budget_s=patience_s)
+    try:
+        return retrying(policy)(lambda: question(client(tracking_uri=uri)))
+    except MlflowException as error:
+        raise _refusal(uri, error) from error
+
+
+def _is_transient(error: BaseException) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code not in _FINAL_ERRORS
+
+
+_RETRIES = RetryPolicy(is_transient=_is_transient, first_wait_s=0.4, longest_wait_s=16.0)
 
 
 def client_type() -> Any:

@@ -4,6 +4,8 @@ Where a point is: in memory until it is delivered; from `keep` on also in a file
 a killed attempt left it, or where a long outage moved it out of memory.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 import threading
@@ -14,17 +16,27 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
+from tenacity import sleep_using_event, stop_when_event_set
+
 from hemoco.errors import RefusedError, StorageError, TrackingError
+from hemoco.storage.retry import RetryPolicy, retrying
 from hemoco.tracking.client import ask, client_type
 from hemoco.tracking.unsent import POINTS_PER_CALL, MetricPoint, kept_files, read_points, remove_points, write_points
 
 logger = logging.getLogger(__name__)
 
 _SEND_EVERY_S = 2.0
-_LONGEST_PAUSE_S = 60.0
 _CLOSE_S, _CLOSE_AFTER_ERROR_S = 60.0, 10.0
 _POINTS_IN_MEMORY = 50_000
 _STORAGE_PAUSE_S = 60.0
+
+
+def _any_exception(error: BaseException) -> bool:
+    return isinstance(error, Exception)
+
+
+_RETRIES = RetryPolicy(is_transient=_any_exception, first_wait_s=4.0, longest_wait_s=60.0)
+_RETRIES_AT_CLOSE = RetryPolicy(is_transient=_any_exception, first_wait_s=1.0, longest_wait_s=2.0)
 
 
 class MetricQueue:
@@ -116,17 +128,17 @@ class MetricQueue:
             logger.error("event=metrics_lost points=%d; neither MLflow nor %s took them", left - safe, self._unsent)
 
     def _deliver_until_closed(self) -> None:
-        pause_s = _SEND_EVERY_S
-        while not self._closing.wait(pause_s):
-            self._deliver()
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S) if self._outage else _SEND_EVERY_S
-        self._deliver()
-        while self._outage and not self._refused and time.monotonic() + 1 < self._end:
-            time.sleep(1)
-            self._deliver()
+        closing = self._closing
+        patient = retrying(_RETRIES).copy(sleep=sleep_using_event(closing), stop=stop_when_event_set(closing))
+        while not closing.wait(_SEND_EVERY_S):
+            with contextlib.suppress(Exception):  # logged by `_deliver`
+                patient(self._deliver)
+        left_s = max(0.0, self._end - time.monotonic())
+        with contextlib.suppress(Exception):
+            retrying(dataclasses.replace(_RETRIES_AT_CLOSE, budget_s=left_s))(self._deliver)
 
     def _deliver(self) -> None:
-        """As much as goes."""
+        """Sends all that there is; whatever fails is logged, and raised where another attempt may succeed."""
         try:
             if not self._refused:
                 self._deliver_files()
@@ -138,8 +150,10 @@ class MetricQueue:
             if not self._outage:
                 logger.warning("event=metrics_outage %s; metrics are kept and sent later", error)
             self._outage = True
-        self._bound_memory()
-        self._remove_superfluous()
+            raise
+        finally:
+            self._bound_memory()
+            self._remove_superfluous()
 
     def _deliver_files(self) -> None:
         while self._files and time.monotonic() < self._end:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from tenacity import RetryCallState
+
 from hemoco.errors import HemocoError, LostLoaderError, StorageError, TrackingError, first_line
+from hemoco.storage.retry import RetryPolicy, retrying
 
 logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
-_RETRIES = 2
 _POLL_S = 1.0
 
 
@@ -56,7 +58,7 @@ def run_tasks(
     """
     import ray  # seconds to import, and what only names the progress does without
 
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(function)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS - 1)(function)
     waiting = iter(arguments)
     # some more than cores, so that no core waits for this process
     in_flight = int(ray.cluster_resources().get("CPU", 1)) + 2
@@ -113,7 +115,7 @@ def attempt_tasks(
                 outcome = _outcome(reference, words)
                 if isinstance(outcome.result, Interrupted):
                     running[task.remote(*words)] = words, failures
-                elif failures < _RETRIES and _may_pass(outcome.error):
+                elif outcome.error is not None and failures + 1 < _ATTEMPTS and _RETRIES.is_transient(outcome.error):
                     logger.warning("event=retry attempt=%d reason=%s", failures + 2, outcome.error)
                     running[task.remote(*words)] = words, failures + 1
                 else:
@@ -125,14 +127,10 @@ def attempt_tasks(
 
 def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
     """What became of a call in this process, tried again as by `attempt_tasks`."""
-    for failures in range(_RETRIES + 1):
-        try:
-            return Outcome(arguments, call(), None)
-        except HemocoError as error:
-            if failures == _RETRIES or not _may_pass(error):
-                return Outcome(arguments, None, error)
-            logger.warning("event=retry attempt=%d reason=%s", failures + 2, error)
-    raise AssertionError("unreachable")
+    try:
+        return Outcome(arguments, retrying(_RETRIES).copy(before_sleep=_log_retry)(call), None)
+    except HemocoError as error:
+        return Outcome(arguments, None, error)
 
 
 def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
@@ -145,8 +143,17 @@ def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
             return result
 
 
-def _may_pass(error: HemocoError | None) -> bool:
+def _may_pass(error: BaseException) -> bool:
     return isinstance(error, StorageError | TrackingError | LostLoaderError | LostWorkerError)
+
+
+_ATTEMPTS = 3
+_RETRIES = RetryPolicy(is_transient=_may_pass, first_wait_s=0.0, max_attempts=_ATTEMPTS)
+
+
+def _log_retry(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    logger.warning("event=retry attempt=%d reason=%s", state.attempt_number + 1, state.outcome.exception())
 
 
 def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.pool import ThreadPool
@@ -21,10 +22,9 @@ import s3fs
 
 from hemoco.errors import ShardError, StorageError
 from hemoco.storage import fetch, http_range
-from hemoco.storage import retry as patience
 from hemoco.storage.fetch import FetchCounts, fetch_range, verified_shard
 from hemoco.storage.objects import tls_context, write_bytes
-from hemoco.storage.retry import backoff_s
+from hemoco.storage.retry import STORAGE_RETRIES
 from tests.helpers.fault_proxy import FaultProxy, fault_proxy
 
 DATA = random.Random(0).randbytes(1_000_000)
@@ -34,8 +34,7 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(patience, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(fetch, "STORAGE_RETRIES", replace(STORAGE_RETRIES, first_wait_s=0.001, longest_wait_s=0.01))
 
 
 @pytest.fixture
@@ -206,7 +205,7 @@ def test_a_spent_budget_says_what_came_and_what_to_do(shard, proxy, caplog):
     message = str(raised.value)
     assert message.startswith(f"{shard}: 10 of {SIZE} bytes came in ")
     assert "nothing new for 0.3 s, at last: answered 503 Service Unavailable; check that http://127" in message
-    assert message.endswith("the same words again go on")
+    assert message.endswith("run the same command again: it resumes")
     assert f"event=fetch_fault url={shard} byte=10" in caplog.text
     assert "X-Amz" not in message + caplog.text
 
@@ -339,10 +338,3 @@ def test_https_trusts_the_given_certificates_and_no_others(web, tmp_path, monkey
     monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
     assert fetch_range(url, 3, SIZE, FetchCounts()) == DATA[3:]
     tls_context.cache_clear()
-
-
-@pytest.mark.parametrize(("faults", "longest"), [(1, 0.1), (2, 0.2), (5, 1.6), (8, 12.8), (9, 20.0), (5000, 20.0)])
-def test_waits_grow_to_a_bound(monkeypatch, faults, longest):
-    monkeypatch.undo()
-    assert backoff_s(faults, 0.0) == 0.0
-    assert backoff_s(faults, 1.0) == pytest.approx(longest)

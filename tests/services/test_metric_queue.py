@@ -1,5 +1,6 @@
 """The queue of metrics alone: what it keeps in storage, when, and what becomes of it."""
 
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.helpers.waiting import within
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(metric_queue, "_SEND_EVERY_S", 0.05)
+    monkeypatch.setattr(metric_queue, "_RETRIES", dataclasses.replace(metric_queue._RETRIES, first_wait_s=0.1))
 
 
 class Server:

@@ -1,17 +1,17 @@
 """The shard cache on real disks: one fetch for all, a bound that holds, and never a wrong byte."""
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import multiprocessing
 import os
 import random
 import resource
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError, StorageError
@@ -87,19 +87,18 @@ def test_the_files_never_exceed_the_bound(source, folder):
     read(ShardCache(folder, 3 * SIZE), source, 0)
     orders = [random.Random(seed).choices(range(5), k=60) for seed in range(4)]
     most = 0
-    with ThreadPoolExecutor(4) as pool, (folder / ".lock").open() as lock:
+    with ThreadPoolExecutor(4) as pool:
         caches = [ShardCache(folder, 3 * SIZE) for _ in orders]
         tasks = [
             pool.submit(lambda c, o: [read(c, source, n) for n in o], *pair)
             for pair in zip(caches, orders, strict=True)
         ]
-        while not all(task.done() for task in tasks):
-            fcntl.flock(lock, fcntl.LOCK_EX)  # so that no file changes its name or grows meanwhile
-            most = max(most, used(folder))
-            fcntl.flock(lock, fcntl.LOCK_UN)
+        while wait(tasks, timeout=0.005).not_done:
+            with FileLock(folder / ".lock"):  # so that no file changes its name or grows meanwhile
+                most = max(most, used(folder))
         assert [task.result() for task in tasks] == [[SHARDS[number] for number in order] for order in orders]
     assert 0 < most <= 3 * SIZE
-    assert not list(folder.glob("*.partial"))
+    assert {path.name for path in folder.iterdir()} <= {*NAMES, ".lock"}
 
 
 def used(folder: Path) -> int:
@@ -172,6 +171,8 @@ def test_a_damaged_file_is_never_served_but_fetched_again(source, folder, damage
 def test_what_a_killed_process_left_is_removed(source, folder, number):
     folder.mkdir(parents=True)
     (folder / f"{NAMES[1]}.partial").write_bytes(bytes(SIZE))
+    (folder / f"{NAMES[1]}.lock").touch()
+    (folder / f"{NAMES[2]}.lock").touch()
     (folder / "notes.txt").write_text("not ours")
     assert read(ShardCache(folder, SIZE), source, number) == SHARDS[number]
     assert {path.name for path in folder.iterdir()} == {NAMES[number], ".lock", "notes.txt"}
@@ -180,15 +181,14 @@ def test_what_a_killed_process_left_is_removed(source, folder, number):
 def test_what_a_living_process_makes_counts_and_is_left_alone(source, folder, caplog):
     folder.mkdir(parents=True)
     partial = folder / f"{NAMES[1]}.partial"
-    with partial.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / f"{NAMES[1]}.lock"), partial.open("wb") as file:
         file.truncate(SIZE)
         assert read(ShardCache(folder, 2 * SIZE - 1), source, 0) == SHARDS[0]
         assert kept(folder) == set()
         assert read(ShardCache(folder, 2 * SIZE), source, 0) == SHARDS[0]
         assert kept(folder) == {0}
         assert partial.stat().st_size == SIZE
-    assert "shards in the making fill" in caplog.text
+    assert "files in the making fill" in caplog.text
 
 
 def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, reason: str) -> None:
@@ -202,7 +202,7 @@ def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, re
 
 
 def test_a_shard_larger_than_the_bound_comes_through_memory(source, folder, caplog):
-    streams(ShardCache(folder, SIZE - 1), source, caplog, f"a shard of {SIZE} bytes does not fit into {SIZE - 1}")
+    streams(ShardCache(folder, SIZE - 1), source, caplog, f"{SIZE} bytes do not fit into {SIZE - 1}")
 
 
 def test_a_folder_that_cannot_be_made_is_no_obstacle(source, folder, caplog):

@@ -104,7 +104,7 @@ def test_a_sample_table_that_comes_late_is_waited_for(bucket: str, proxy: FaultP
 def test_a_storage_that_stays_away_ends_the_run_in_one_line(bucket: str, proxy: FaultProxy, workers: int) -> None:
     write_shards(bucket, SIZES)
     proxy.fail("status", times=10**6)
-    with pytest.raises(StorageError, match=r"\.tar: 0 of \d+ bytes came .*the same words again go on") as raised:
+    with pytest.raises(StorageError, match=r"\.tar: 0 of \d+ bytes came .*run the same command again") as raised:
         list(batches(bucket, config(retry_s=1.0, workers=workers)))
     assert "\n" not in str(raised.value)
 

@@ -145,7 +145,7 @@ def test_features_beyond_the_bound_are_not_kept(tmp_path: Path, caplog: pytest.L
 
 
 def test_what_a_writer_left_that_died_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / "0123.partial"
+    left = tmp_path / f"{16 * '0123'}.partial"
     left.write_bytes(b"half")
     split_features(tiny(), noise(), FeatureCache(tmp_path))
     assert not left.exists()
