@@ -15,7 +15,7 @@ types:
 	$(RUN) mypy
 
 unit:
-	$(RUN) pytest tests/unit
+	$(RUN) pytest tests/unit -n 2
 
 test:
 	$(RUN) pytest

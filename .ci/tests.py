@@ -150,6 +150,7 @@ def slowest(ended: list[Ended]) -> list[str]:
 def main() -> int:
     """Returns the exit status: 0 where all passed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background with it ignored
     with TemporaryDirectory(prefix="hemoco-logs-") as folder:
         sessions = Sessions(Path(folder))
         try:

@@ -15,6 +15,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start would compile torch and ray each time
 # neither the user's home nor a cluster or server of the user's may be touched
 os.environ["HEMOCO_HOME"] = tempfile.mkdtemp(prefix="hemoco-tests-")
 os.environ.pop("RAY_ADDRESS", None)

@@ -1,20 +1,42 @@
-"""Run a function on n processes of one gloo group, on this machine and without ports."""
+"""Run a function on n processes of one gloo group, on this machine and without ports.
 
+The processes are kept for the next call, because each takes seconds to import torch; after an error they are ended.
+"""
+
+import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+_MOST_RANKS = 3
+_pool: ProcessPoolExecutor | None = None
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each rank; it must be importable, its arguments and result picklable."""
+    """What `function(*args)` returns on each rank; it must be importable, its arguments and result picklable.
+
+    The function must leave nothing changed in its process.
+    """
+    global _pool
+    if _pool is None:
+        _pool = ProcessPoolExecutor(_MOST_RANKS, multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (function, world_size, folder, args), nprocs=world_size)
+        # a rank waits for the others in a collective, so no process takes two of them
+        ranks = [_pool.submit(_run, rank, function, world_size, folder, args) for rank in range(world_size)]
+        done, waiting = wait(ranks, return_when=FIRST_EXCEPTION)
+        if waiting:  # for the rank that failed, in a collective
+            for process in list(_pool._processes.values()):
+                process.kill()
+            _pool.shutdown()
+            _pool = None
+        for rank in done:
+            rank.result()
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 

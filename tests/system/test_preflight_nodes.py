@@ -49,7 +49,9 @@ def test_the_nodes_of_a_cluster_look_for_themselves(recipe, shards, bucket, trac
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     ok = [line[6:22].strip() for line in done.stdout.splitlines() if line.startswith("ok")]
     nodes = ["software", "shards", "storage", "clock", "MLflow", "disk", "shm", "clock here", "results"]
-    assert [name for name in ok if name.startswith("nodes")] == [f"nodes {name}" for name in ["versions", *nodes]]
+    assert [name for name in ok if name.startswith("nodes")] == [f"nodes {name}" for name in ["versions", *nodes]], (
+        done.stdout
+    )
     assert "ok    Ray token        who has no token is turned away" in done.stdout
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and NO_BOXES in failed[0]

@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import pickle
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,19 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def backbone_file(folder: Path, architecture: str, stem: Any = "imagenet") -> str:
+@functools.cache
+def backbone_bytes(architecture: str, stem: Any) -> bytes:
     """A backbone whose BN statistics are not the initial ones, as after training."""
     backbone = random_backbone(EncoderConfig(architecture=architecture, stem=stem), 0, MEAN, STD).train()
     backbone(IMAGES)
-    export_backbone(backbone, str(folder / "b.safetensors"), {"data_digest": "d", "run_id": "r"})
+    with tempfile.TemporaryDirectory() as folder:
+        export_backbone(backbone, f"{folder}/b.safetensors", {"data_digest": "d", "run_id": "r"})
+        return Path(folder, "b.safetensors").read_bytes()
+
+
+def backbone_file(folder: Path, architecture: str, stem: Any = "imagenet") -> str:
+    """The path of such a backbone, written into the folder."""
+    (folder / "b.safetensors").write_bytes(backbone_bytes(architecture, stem))
     return str(folder / "b.safetensors")
 
 

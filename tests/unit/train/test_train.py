@@ -146,8 +146,9 @@ def sent_for_keys() -> list[tuple[str, int]]:
         sent.append((str(rows.dtype), rows.numel() * rows.element_size()))
         send(received, rows, *counts)
 
-    dist.all_to_all_single = record
-    make_views(next(random_batches()), CONFIG, order=shuffle_order(0, 7, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", record)
+        make_views(next(random_batches()), CONFIG, order=shuffle_order(0, 7, 8))
     return sent
 
 
