@@ -22,7 +22,7 @@ from torch import Tensor
 from hemoco.backbones.file import load_backbone
 from hemoco.data.decode import UndecodableImage, decode_image
 from hemoco.data.shards.index import Shard, read_table, shard_url
-from hemoco.data.shards.read import damaged_images
+from hemoco.data.shards.read import cut_out, whole_shard
 from hemoco.data.shards.table import SampleTable
 from hemoco.data.stream.bad_samples import DAMAGED, BadSample
 from hemoco.data.transforms import center_view
@@ -32,7 +32,7 @@ from hemoco.features.parquet import FeatureRows, encode_file, file_name, key_tex
 from hemoco.features.plan import EmbedConfig, EmbedPlan, backbone_digest
 from hemoco.models.heads import Precision
 from hemoco.models.resnet import Backbone
-from hemoco.storage.fetch import ChecksumError, FetchCounts, fetch_range, verified_shard
+from hemoco.storage.fetch import FetchCounts, verified_shard
 from hemoco.storage.objects import join_url, write_bytes
 from hemoco.storage.retry import EVALUATION_PATIENCE_S, patiently
 
@@ -128,24 +128,20 @@ def _load(plan: EmbedPlan) -> Backbone:
 
 def _read_shard(plan: EmbedPlan, shard: Shard) -> _ReadShard:
     """Runs in a thread."""
-    url = plan.shards_url
-    table = patiently(lambda: read_table(url, shard), EVALUATION_PATIENCE_S)
-    where, damaged = shard_url(url, shard), np.zeros(shard.samples, np.bool_)
-    try:
-        data = verified_shard(where, shard.bytes, shard.sha256, FetchCounts(), budget_s=EVALUATION_PATIENCE_S)
-    except ChecksumError as error:
-        data = fetch_range(where, 0, shard.bytes, FetchCounts(), budget_s=EVALUATION_PATIENCE_S)
-        damaged = damaged_images(_cut_out(data, table), table)
-        if 2 * damaged.sum() >= len(damaged):  # not damaged but another
-            raise
-        logger.warning("event=damaged_shard samples=%d damaged=%d %s", len(damaged), damaged.sum(), error)
-    images = [None if bad else image for image, bad in zip(_cut_out(data, table), damaged.tolist(), strict=True)]
-    return _ReadShard(shard, table, images)
-
-
-def _cut_out(data: memoryview, table: SampleTable) -> list[memoryview]:
-    places = zip(table.offsets.tolist(), table.sizes.tolist(), strict=True)
-    return [data[offset : offset + size] for offset, size in places]
+    where, budget_s, counts = shard_url(plan.shards_url, shard), EVALUATION_PATIENCE_S, FetchCounts()
+    table = patiently(lambda: read_table(plan.shards_url, shard), budget_s)
+    read = whole_shard(
+        where,
+        shard,
+        table,
+        lambda: verified_shard(where, shard.bytes, shard.sha256, counts, budget_s=budget_s),
+        counts,
+        budget_s=budget_s,
+    )
+    if read.flaw:
+        logger.warning("event=damaged_shard samples=%d damaged=%d %s", shard.samples, len(read.damaged), read.flaw)
+    images = cut_out([(0, read.data)], table, np.arange(shard.samples, dtype=np.int32))
+    return _ReadShard(shard, table, [None if place in read.damaged else image for place, image in images])
 
 
 def _begin_batches(

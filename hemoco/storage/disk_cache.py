@@ -25,8 +25,7 @@ _POLL_S = 0.01
 class DiskCache:
     """A folder of files; those not used for longest make room for new ones.
 
-    A disk that is full, broken or without locks raises OSError, always before the caller has spent work on it or
-    lost any: whoever uses the cache goes on without it.
+    Its methods raise OSError where the disk is full, broken or without locks: whoever uses the cache goes on without.
 
     Args:
         folder: of the files; made when needed, closed to other users.
@@ -86,7 +85,7 @@ class DiskCache:
             with _lock(self.folder / _LOCK), open(claim.partial, "wb", opener=_open_private) as file:
                 self._evict(size, beside=key)
                 os.posix_fallocate(file.fileno(), 0, size)
-        except OSError:
+        except BaseException:
             claim.close()
             raise
         return claim

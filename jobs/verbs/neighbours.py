@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
-import google_crc32c
 import tyro
 
 from hemoco.data.shards.index import Shard, read_index, read_table, shard_url
+from hemoco.data.shards.table import crc32c
 from hemoco.errors import ShardError, UsageError
 from hemoco.storage.fetch import FetchCounts, fetch_range
 from hemoco.storage.objects import absolute_url, write_bytes
@@ -78,6 +78,6 @@ def _encoded(url: str, shard: Shard, key: str) -> bytes:
     row = [key_text(known) for known in table.keys].index(key)
     offset = int(table.offsets[row])
     data = bytes(fetch_range(where, offset, offset + int(table.sizes[row]), FetchCounts()))
-    if google_crc32c.value(data) != table.crcs[row]:
+    if crc32c(data) != table.crcs[row]:
         raise ShardError(f"{where}: sample {key} is damaged or was replaced since its feature was computed")
     return data

@@ -5,7 +5,10 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
+
 from hemoco.data.shards.index import Shard, ShardIndex, check_shard, check_table, read_table, shard_url
+from hemoco.data.shards.read import cut_out, damaged_places, is_another_shard
 from hemoco.data.shards.tar import parse_tar
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import read_bytes
@@ -66,12 +69,14 @@ def verify_steps(url: str, index: ShardIndex) -> Generator[Progress, None, Verif
 def _verify_shard(url: str, shard: Shard) -> _VerifiedShard:
     """Runs on a Ray worker: everything that is wrong with one shard and its table."""
     where = shard_url(url, shard)
+    data = b""
     try:
         data = read_bytes(where)
         check_shard(where, shard, data)
         content = parse_tar(data, where)
     except HemocoError as error:
-        return _VerifiedShard(shard.name, shard.split, [str(error), *_complaint(read_table, url, shard)], [], 0)
+        flaw = f"{error}{_extent(url, shard, data)}"
+        return _VerifiedShard(shard.name, shard.split, [flaw, *_complaint(read_table, url, shard)], [], 0)
     flaws = ((sample.key, image_flaw(sample.image)) for sample in content.samples)
     bad = [f"{key}: {flaw}" for key, flaw in flaws if flaw is not None]
     return _VerifiedShard(
@@ -81,6 +86,23 @@ def _verify_shard(url: str, shard: Shard) -> _VerifiedShard:
         undecodable=[f"{where}: {len(bad)} images cannot be decoded, first {bad[0]}"] if bad else [],
         annotations=sum(len(sample.annotations or []) for sample in content.samples),
     )
+
+
+def _extent(url: str, shard: Shard, data: bytes) -> str:
+    """What a flaw of a whole shard means for training: how many samples it costs, or that it is an error there."""
+    if len(data) != shard.bytes:
+        return ""
+    try:
+        table = read_table(url, shard)
+    except HemocoError:  # named by itself
+        return ""
+    images = cut_out([(0, memoryview(data))], table, np.arange(shard.samples, dtype=np.int32))
+    damaged = len(damaged_places(images, table))
+    if damaged == 0:
+        return ""
+    if is_another_shard(examined=shard.samples, damaged=damaged, samples=shard.samples):
+        return f" ({damaged} of {shard.samples} samples differ: training stops at it)"
+    return f" ({damaged} of {shard.samples} samples differ: training leaves them out)"
 
 
 def _complaint(check: Callable[..., object], *words: object) -> list[str]:

@@ -7,11 +7,11 @@ from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from hemoco.data.shards.index import Shard, ShardIndex, read_table, read_tables, shard_url
+from hemoco.data.shards.table import crc32c
 from hemoco.errors import ShardError
 from hemoco.storage.fetch import FetchCounts, fetch_range
 
@@ -63,7 +63,7 @@ def _read_samples(url: str, shard: Shard, rows: Sequence[int]) -> list[SpreadSam
     for row in rows:
         offset, size = int(table.offsets[row]), int(table.sizes[row])
         data = bytes(fetch_range(where, offset, offset + size, FetchCounts()))
-        if google_crc32c.value(data) != table.crcs[row]:
+        if crc32c(data) != table.crcs[row]:
             raise ShardError(f"{where}: sample {table.keys[row]} at byte {offset} is damaged or was replaced")
         samples.append(SpreadSample(data, table.keys[row], int(table.labels[row]), shard.split))
     return samples

@@ -6,6 +6,7 @@ Shapes: M samples of a shard.
 import hashlib
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +27,11 @@ class SampleTable(NamedTuple):
     """Class indices (M,), -1 where there is none."""
     suffixes: NDArray[np.uint8]
     """Positions in `IMAGE_SUFFIXES` (M,)."""
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC32C of the bytes of a sample, by which its table tells whether they are the packed ones."""
+    return int(google_crc32c.value(bytes(data)))
 
 
 def encode_table(table: SampleTable) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hemoco.data.shards.table import SampleTable
+from hemoco.data.shards.table import SampleTable, crc32c
 from hemoco.errors import ShardError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -93,8 +93,6 @@ def parse_tar(data: bytes, name: str) -> TarContent:
     Raises:
         ShardError: it is not a tar, damaged, or cut; says at which byte.
     """
-    import google_crc32c
-
     groups, odd = _group(_walk(data, name))
     samples, offsets, crcs = [], [], []
     for key, members in groups.items():
@@ -106,7 +104,7 @@ def parse_tar(data: bytes, name: str) -> TarContent:
         odd += flaws
         samples.append(sample)
         offsets.append(members[image].offset)
-        crcs.append(google_crc32c.value(sample.image))
+        crcs.append(crc32c(sample.image))
     order = np.argsort(offsets, kind="stable").tolist()
     samples = [samples[i] for i in order]
     table = SampleTable(

@@ -21,20 +21,26 @@ from torch import Tensor
 from hemoco.config import StreamConfig
 from hemoco.data.decode import UndecodableImage, decode_image
 from hemoco.data.shards.index import Shard, ShardColumns, read_table, shard_url
-from hemoco.data.shards.read import crc32c, cut_out
-from hemoco.data.shards.table import SampleTable
+from hemoco.data.shards.read import (
+    WholeShard,
+    cut_out,
+    damaged_places,
+    fetch_part,
+    is_another_shard,
+    whole_shard,
+)
+from hemoco.data.shards.table import SampleTable, crc32c
 from hemoco.data.shards.tar import IMAGE_SUFFIXES
 from hemoco.data.stream.bad_samples import DAMAGED, BadSample, ReadCounts
 from hemoco.data.stream.order import Portion, plan_ranges
 from hemoco.data.stream.shard_cache import ShardCache
-from hemoco.errors import ShardError, StorageError
-from hemoco.storage.fetch import ChecksumError, FetchCounts, ObjectCutError, fetch_range, verified_shard
+from hemoco.errors import ShardError
+from hemoco.storage.fetch import FetchCounts, verified_shard
 from hemoco.storage.retry import patiently
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 4
-_FEW = 3  # bad samples that say nothing about their shard
 
 
 class ReadSample(NamedTuple):
@@ -230,13 +236,15 @@ class SampleReader:
         few, whole = 2 * len(wanted) < shard.samples, ranges == [(0, shard.bytes)]
         piece = self._take_memory(shard.bytes) if whole and self._cache is None else None
         if self._cache is not None or (whole and number not in self._proved):
-            data, proved = self._whole(shard, table, piece)
-            images = cut_out([(0, data)], table, wanted)
-            doubtful = set() if proved else set(wanted.tolist())
-            if proved:
+            read = self._read_whole(shard, table, piece)
+            images, doubtful = cut_out([(0, read.data)], table, wanted), read.damaged
+            if not read.flaw:
                 self._proved.add(number)
         else:
-            images, doubtful = self._ranges(shard, table, wanted, ranges, piece)
+            try:
+                images, doubtful = self._read_ranges(shard, table, wanted, ranges, piece)
+            except ShardError:  # once more: it may have been replaced while it was read
+                images, doubtful = self._read_ranges(shard, table, wanted, ranges, piece)
         for place, image in images:
             # a copy lets go of the rest of the shard, which others use
             kept = memoryview(bytes(image)) if few else image
@@ -253,52 +261,42 @@ class SampleReader:
         except ShardError:  # once more: it may have been damaged on its way
             return patiently(ask, self._config.retry_s)
 
-    def _ranges(
+    def _read_ranges(
         self,
         shard: Shard,
         table: SampleTable,
         wanted: NDArray[np.int32],
         ranges: list[tuple[int, int]],
         piece: NDArray[np.uint8] | None,
-    ) -> tuple[list[tuple[int, memoryview]], set[int]]:
+    ) -> tuple[list[tuple[int, memoryview]], frozenset[int]]:
         """Samples of a shard by ranges, and which of them are not what was packed.
 
-        ShardError where so many are others that the shard must be another.
+        Raises:
+            ShardError: it is missing, or another one than was packed.
         """
-        bad: set[int] = set()
-        for _ in range(2):  # once more: it may have been replaced while it was read
-            parts = [(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges]
-            images = cut_out(parts, table, wanted)
-            bad = {place for place, image in images if crc32c(image) != table.crcs[place]}
-            if len(bad) <= max(len(images) // 2, _FEW):
-                return images, bad
-        raise ShardError(
-            f"{shard_url(self._url, shard)}: {len(bad)} of {len(wanted)} samples are others than were packed: it was "
-            "replaced or damaged; restore it or pack the data again"
-        )
+        images = cut_out([(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges], table, wanted)
+        damaged = damaged_places(images, table)
+        if is_another_shard(examined=len(images), damaged=len(damaged), samples=shard.samples):
+            raise ShardError(
+                f"{shard_url(self._url, shard)}: {len(damaged)} of {len(images)} samples are others than were packed: "
+                "it was replaced or damaged; restore it or pack the data again"
+            )
+        return images, damaged
 
-    def _whole(self, shard: Shard, table: SampleTable, piece: NDArray[np.uint8] | None) -> tuple[memoryview, bool]:
-        """A whole shard, and whether its checksum holds. Of one damaged in storage the sound samples can be used."""
-        where = shard_url(self._url, shard)
-        try:
+    def _read_whole(self, shard: Shard, table: SampleTable, piece: NDArray[np.uint8] | None) -> WholeShard:
+        where, budget_s = shard_url(self._url, shard), self._config.retry_s
+
+        def verified() -> memoryview:
             if self._cache is not None:
-                data = self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s)
-            else:
-                into = None if piece is None else piece[: shard.bytes].data
-                data = verified_shard(
-                    where, shard.bytes, shard.sha256, self._fetched, budget_s=self._config.retry_s, into=into
-                )
-        except ChecksumError as error:
-            damaged = self._fetch(shard, 0, shard.bytes)
-            images = cut_out([(0, damaged)], table, np.arange(shard.samples, dtype=np.int32))
-            bad = sum(crc32c(image) != table.crcs[place] for place, image in images)
-            if 2 * bad >= len(images):  # not damaged but another
-                raise
-            if where not in self._damaged:
-                self._damaged.add(where)
-                logger.warning("event=damaged_shard samples=%d damaged=%d %s", len(images), bad, error)
-            return damaged, False
-        return memoryview(data), True
+                return memoryview(self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s))
+            into = None if piece is None else piece[: shard.bytes].data
+            return verified_shard(where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s, into=into)
+
+        read = whole_shard(where, shard, table, verified, self._fetched, budget_s=budget_s)
+        if read.flaw and where not in self._damaged:
+            self._damaged.add(where)
+            logger.warning("event=damaged_shard samples=%d damaged=%d %s", shard.samples, len(read.damaged), read.flaw)
+        return read
 
     def _take_memory(self, size: int) -> NDArray[np.uint8]:
         """At least so many bytes: an idle piece, else a new one in place of one that is too small."""
@@ -335,9 +333,4 @@ class SampleReader:
     def _fetch(self, shard: Shard, start: int, stop: int, piece: NDArray[np.uint8] | None = None) -> memoryview:
         """The bytes [start, stop) of a shard, in the memory of a piece or in new memory."""
         where, into = shard_url(self._url, shard), None if piece is None else piece[: stop - start].data
-        try:
-            return fetch_range(where, start, stop, self._fetched, budget_s=self._config.retry_s, into=into)
-        except StorageError as error:
-            if isinstance(error, ObjectCutError) or isinstance(error.__cause__, FileNotFoundError):
-                raise ShardError(f"{error}: a shard is missing or cut; restore it or pack the data again") from error
-            raise
+        return fetch_part(where, start, stop, self._fetched, budget_s=self._config.retry_s, into=into)
