@@ -15,7 +15,7 @@ from typing import NamedTuple
 from hemoco.errors import UsageError
 from hemoco.intervals import Difference, Spread, paired_difference, spread_of
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import RunFacts, find_runs
+from hemoco.tracking.runs import RunFacts, search
 from hemoco.tracking.tags import Tag
 
 PRETRAINED = "pretrained"
@@ -155,18 +155,18 @@ def headlines(found: Comparison) -> dict[str, float]:
 def read_records(uri: str, run: str) -> Records:
     """What MLflow has of a run; the same errors as `comparison`."""
     experiment_id = connect(uri)
-    found = find_runs(uri, experiment_id, {Tag.RUN: run})
+    found = search(uri, experiment_id, {Tag.RUN: run})
     phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": [], "curve": []}
     for facts in reversed(found):  # the oldest first
         phases[facts.tags[Tag.PHASE]].append(facts)
     if not phases["parent"]:
-        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {Tag.PHASE: "parent"})))
+        raise UsageError(unknown_run(run, search(uri, experiment_id, {Tag.PHASE: "parent"})))
     parent = phases["parent"][-1]
     newest = {facts.tags[Tag.TRANSFER]: facts for facts in phases["transfer"]}
     curve = {(facts.tags[Tag.TRANSFER], facts.tags[Tag.EPOCH]): facts for facts in phases["curve"]}
     source = parent.tags.get(Tag.PRETRAIN_RUN_ID)
     if source is not None:  # the backbone is another run's, which this MLflow need not know
-        known = find_runs(uri, experiment_id, {Tag.PHASE: "pretrain"})
+        known = search(uri, experiment_id, {Tag.PHASE: "pretrain"})
         phases["pretrain"] = [facts for facts in known if facts.run_id == source]
     pretraining = next(reversed(phases["pretrain"]), None)
     return Records(run, parent, pretraining, list(newest.values()), list(curve.values()))

@@ -2,17 +2,18 @@
 
 import dataclasses
 import re
-from typing import Any
 
 from hemoco.errors import UsageError
 from hemoco.results.records import unknown_run
 from hemoco.storage.objects import join_url, list_names
-from hemoco.tracking.client import ask, connect
-from hemoco.tracking.runs import close_run, find_runs
+from hemoco.tracking.client import connect
+from hemoco.tracking.runs import RunFacts, close_run, find_run, search
 from hemoco.tracking.tags import Tag
 
 # as hemoco.checkpoint names them, which imports torch; a test lets it write one
 _CHECKPOINT, _MANIFEST = re.compile(r"step_(\d{8,})_a(\d+)"), "manifest.json"
+_MOST_PARENTS = 1000
+_MOST_CHILDREN = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,12 +72,12 @@ def newest_runs(uri: str, most: int) -> list[RunStatus]:
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
-    parents = _search(uri, experiment_id, "tags.`hemoco.phase` = 'parent'", 1000)
-    found = [parent for parent in parents if Tag.SWEEP not in parent.data.tags]
-    found += _search(uri, experiment_id, "tags.`hemoco.phase` = 'sweep'", 1000)
+    parents = search(uri, experiment_id, {Tag.PHASE: "parent"}, limit=_MOST_PARENTS)
+    found = [parent for parent in parents if Tag.SWEEP not in parent.tags]
+    found += search(uri, experiment_id, {Tag.PHASE: "sweep"}, limit=_MOST_PARENTS)
     # one that --fresh began anew has left its name to the new one
     current = [parent for parent in found if not _name(parent).endswith("(superseded)")]
-    current.sort(key=lambda parent: parent.info.start_time, reverse=True)
+    current.sort(key=lambda parent: parent.started_s, reverse=True)
     return [_status(parent, _children(uri, experiment_id, parent)) for parent in current[:most]]
 
 
@@ -88,10 +89,9 @@ def run_status(uri: str, run: str) -> RunStatus:
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
-    known = find_runs(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
-    if not known:
-        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {Tag.PHASE: "parent"})))
-    parent = ask(uri, lambda client: client.get_run(known[0].run_id))
+    parent = find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
+    if parent is None:
+        raise UsageError(unknown_run(run, search(uri, experiment_id, {Tag.PHASE: "parent"})))
     return _status(parent, _children(uri, experiment_id, parent))
 
 
@@ -121,10 +121,10 @@ def close_running(uri: str, run: str) -> list[str]:
         The names of what was marked.
     """
     experiment_id = connect(uri)
-    of_sweep = find_runs(uri, experiment_id, {Tag.SWEEP: run})
+    of_sweep = search(uri, experiment_id, {Tag.SWEEP: run})
     trials = [facts for facts in of_sweep if facts.tags[Tag.PHASE] == "trial"]
     names = [run, *(f"{run}/{trial.tags['mlflow.runName']}" for trial in trials)]
-    of_runs = [facts for name in names for facts in find_runs(uri, experiment_id, {Tag.RUN: name})]
+    of_runs = [facts for name in names for facts in search(uri, experiment_id, {Tag.RUN: name})]
     by_id = {facts.run_id: facts for facts in (*of_sweep, *of_runs)}
     left = [facts for facts in by_id.values() if facts.status == "RUNNING"]
     for facts in left:
@@ -132,46 +132,39 @@ def close_running(uri: str, run: str) -> list[str]:
     return [facts.tags.get("mlflow.runName", facts.run_id) for facts in left]
 
 
-def _search(uri: str, experiment_id: str, wanted: str, most: int) -> list[Any]:
-    order = ["attributes.start_time DESC"]
-    return list(ask(uri, lambda client: client.search_runs([experiment_id], wanted, max_results=most, order_by=order)))
+def _children(uri: str, experiment_id: str, parent: RunFacts) -> list[RunFacts]:
+    return search(uri, experiment_id, {"mlflow.parentRunId": parent.run_id}, limit=_MOST_CHILDREN)
 
 
-def _children(uri: str, experiment_id: str, parent: Any) -> list[Any]:
-    return _search(uri, experiment_id, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", 1000)
+def _name(parent: RunFacts) -> str:
+    return parent.tags[Tag.SWEEP if parent.tags[Tag.PHASE] == "sweep" else Tag.RUN]
 
 
-def _name(parent: Any) -> str:
-    tags = parent.data.tags
-    return str(tags[Tag.SWEEP if tags[Tag.PHASE] == "sweep" else Tag.RUN])
-
-
-def _status(parent: Any, children: list[Any]) -> RunStatus:
-    tags = parent.data.tags
+def _status(parent: RunFacts, children: list[RunFacts]) -> RunStatus:
+    tags = parent.tags
     return RunStatus(
         run=_name(parent),
         recipe=tags.get(Tag.RECIPE, ""),
-        status=parent.info.status,
-        started=parent.info.start_time / 1000,
+        status=parent.status,
+        started=parent.started_s,
         storage=tags.get(Tag.STORAGE, ""),
         backbone=tags.get(Tag.BACKBONE_URL, ""),
         verb=tags.get(Tag.VERB, ""),
         is_sweep=tags[Tag.PHASE] == "sweep",
-        params=dict(parent.data.params),
-        tags=dict(tags),
+        params=parent.params,
+        tags=tags,
         phases=tuple(_phase(child) for child in reversed(children)),
     )
 
 
-def _phase(child: Any) -> PhaseStatus:
-    tags = child.data.tags
-    points = child.data._metric_objs  # the public dictionary has lost step and time
+def _phase(child: RunFacts) -> PhaseStatus:
+    tags = child.tags
     return PhaseStatus(
-        name=tags.get("mlflow.runName", child.info.run_id),
-        run_id=child.info.run_id,
-        status=child.info.status,
-        step=max((point.step for point in points), default=None),
-        seen=max((point.timestamp / 1000 for point in points), default=None),
+        name=tags.get("mlflow.runName", child.run_id),
+        run_id=child.run_id,
+        status=child.status,
+        step=max(child.steps.values(), default=None),
+        seen=child.measured_s,
         attempts=sum(int(value) for name, value in tags.items() if name.startswith(Tag.ATTEMPT_PREFIX)),
         error=tags.get(Tag.ERROR, ""),
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hemoco.errors import UsageError
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import RunFacts, find_run, find_runs, metric_history
+from hemoco.tracking.runs import RunFacts, find_run, metric_history, search
 from hemoco.tracking.tags import Tag
 
 OBJECTIVE = "objective"
@@ -94,7 +94,7 @@ def sweep_result(uri: str, sweep: str) -> SweepResult:
     """
     found = find_sweep(uri, sweep)
     if found is None:
-        known = {facts.tags[Tag.SWEEP] for facts in find_runs(uri, connect(uri), {Tag.PHASE: "sweep"})}
+        known = {facts.tags[Tag.SWEEP] for facts in search(uri, connect(uri), {Tag.PHASE: "sweep"})}
         raise UsageError(f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}")
     return found
 
@@ -109,7 +109,7 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
     parent = find_run(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "sweep"})
     if parent is None:
         return None
-    trials = find_runs(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "trial"})
+    trials = search(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "trial"})
     return SweepResult(
         sweep=sweep,
         run_id=parent.run_id,

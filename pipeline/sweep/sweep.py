@@ -145,7 +145,7 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
     key, url = {Tag.SWEEP: run, Tag.PHASE: "sweep"}, join_url(storage, run)
     if fresh:
         _check_trial_folders(url, run, config.trials)
-        for old in tracking.find_runs(uri, experiment_id, {Tag.SWEEP: run}):
+        for old in tracking.search(uri, experiment_id, {Tag.SWEEP: run}):
             tracking.set_tags(uri, old.run_id, {Tag.SWEEP: f"{run} (superseded)"})
     known = tracking.find_run(uri, experiment_id, key)
     if known is None:
@@ -290,7 +290,7 @@ def _log_objective(uri: str, run_id: str, value: float) -> None:
 def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:
     """A trial that was stopped has not failed, and neither have its run and its pretraining."""
     reason = first_line(error).partition(";")[0]
-    for facts in tracking.find_runs(sweep.uri, sweep.experiment_id, {Tag.RUN: trial.run}):
+    for facts in tracking.search(sweep.uri, sweep.experiment_id, {Tag.RUN: trial.run}):
         if facts.tags.get(Tag.ERROR, "").startswith(reason):
             tracking.close_run(sweep.uri, facts.run_id, "KILLED")
     tracking.set_tags(sweep.uri, trial.run_id, {Tag.STOPPED: "true", Tag.ERROR: reason})
