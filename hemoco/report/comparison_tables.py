@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_spread
 from hemoco.report.tables import Section, Value
-from hemoco.results.comparison import Column, ManyComparison, Pair, Place, Run, seed_values
+from hemoco.results.comparison import Column, Comparison, Pair, Place, Run, seed_values
 from hemoco.results.records import PRETRAINED
 
 _MOST_SETTINGS = 8
 
 
-def main_sections(many: ManyComparison) -> list[Section]:
+def main_sections(many: Comparison) -> list[Section]:
     """What the runs are, how they transfer, and how they differ; those that there is something for."""
     found = [
         _pretrainings(many),
@@ -19,7 +19,7 @@ def main_sections(many: ManyComparison) -> list[Section]:
         _differences(many),
         *(_repetitions(many, column) for column in many.columns if not column.baseline and len(column.runs) > 1),
     ]
-    return [section for section in found if section.rows]
+    return [section for section in found if section.rows or (section.name == "transfers" and section.notes)]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -32,7 +32,7 @@ def known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _pretrainings(many: ManyComparison) -> Section:
+def _pretrainings(many: Comparison) -> Section:
     runs = [run for column in many.columns if not column.baseline for run in column.runs]
     notes = [note for column in many.columns if not column.baseline for note in _about(column, many.columns[0])]
     if any(run.settings is None for run in runs):
@@ -41,7 +41,7 @@ def _pretrainings(many: ManyComparison) -> Section:
     return Section(
         name="pretrainings",
         title="Pretrainings",
-        columns=("", "run", "seed", "status", "loss", "kNN"),
+        columns=("", "run", "seed", "status", "loss", "chance", "embedding std", "kNN"),
         heads=2,
         rows=tuple((run.label, run.name, *_health(run)) for run in runs),
         notes=tuple(notes),
@@ -53,7 +53,8 @@ def _pretrainings(many: ManyComparison) -> Section:
 
 def _health(run: Run) -> tuple[str, ...]:
     facts = run.found.pretraining
-    return run.seed or "-", facts.status or "-", number(facts.loss), number(facts.knn_top1)
+    numbers = (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1)
+    return run.seed or "-", facts.status or "-", *map(number, numbers)
 
 
 def _about(column: Column, first: Column) -> list[str]:
@@ -88,7 +89,7 @@ def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
     }
 
 
-def _transfers(many: ManyComparison) -> Section:
+def _transfers(many: Comparison) -> Section:
     rows, best, records = [], set(), []
     for place, line in enumerate(many.lines):
         spreads = {c.label: repeated_spread(many.values.get(Place(line.label, c.label), ())) for c in many.columns}
@@ -109,7 +110,7 @@ def _transfers(many: ManyComparison) -> Section:
     )
 
 
-def value_cell(many: ManyComparison, line: str, column: Column) -> str:
+def value_cell(many: Comparison, line: str, column: Column) -> str:
     """What stands in the table of transfers: the values, or why there are none."""
     values = many.values.get(Place(line, column.label))
     state = "" if column.baseline else _state(many, line, column)
@@ -125,7 +126,7 @@ def spread_cell(values: Repetitions) -> str:
     return f"{number(spread.mean)}{margin} ({f'{len(values)}x' if len(values) > 1 else ''}{each})"
 
 
-def _state(many: ManyComparison, line: str, column: Column) -> str:
+def _state(many: Comparison, line: str, column: Column) -> str:
     """Why a pretraining has no value; empty where nobody asked for one."""
     (transfer,) = (known.transfer for known in many.lines if known.label == line)
     states = []
@@ -137,7 +138,7 @@ def _state(many: ManyComparison, line: str, column: Column) -> str:
     return states[0] if states else ""
 
 
-def _transfer_notes(many: ManyComparison) -> list[str]:
+def _transfer_notes(many: Comparison) -> list[str]:
     notes = [f"{line.label} has other settings: {'; '.join(line.differs)}" for line in many.lines if line.differs]
     repeated = [column.label for column in many.columns if not column.baseline and len(column.runs) > 1]
     if repeated:
@@ -163,7 +164,7 @@ def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> 
     }
 
 
-def _differences(many: ManyComparison) -> Section:
+def _differences(many: Comparison) -> Section:
     kinds = list(dict.fromkeys((pair.ours, pair.theirs) for pair in many.pairs))
     of_place = {(pair.line, pair.ours, pair.theirs): pair.difference for pair in many.pairs}
     rows = [
@@ -171,8 +172,8 @@ def _differences(many: ManyComparison) -> Section:
     ]
     if len(rows) > 1:
         scores = [_scores(many.pairs, kind) for kind in kinds]
-        rows.append(("higher, beyond noise", *(higher for higher, _ in scores)))
-        rows.append(("lower, beyond noise", *(lower for _, lower in scores)))
+        rows.append(("higher, significant", *(higher for higher, _ in scores)))
+        rows.append(("lower, significant", *(lower for _, lower in scores)))
     return Section(
         name="differences",
         title="Differences: mean ± 95% interval",
@@ -195,7 +196,7 @@ def _mark(difference: RepeatedDifference) -> str:
 
 
 def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
-    """In how many transfers the first is higher, and lower, and in how many of them beyond the noise."""
+    """In how many transfers the first is higher, and lower, and in how many of them significantly."""
     differences = [pair.difference for pair in pairs if (pair.ours, pair.theirs) == kind and pair.difference.seeds]
     higher = [difference for difference in differences if difference.mean > 0]
     lower = [difference for difference in differences if difference.mean < 0]
@@ -207,10 +208,10 @@ def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
     return score(higher), score(lower)
 
 
-def _difference_notes(many: ManyComparison) -> list[str]:
+def _difference_notes(many: Comparison) -> list[str]:
     notes = [
-        "paired by the transfer's seed; *: the interval leaves out 0; ?: no noise was seen, nobody can say",
-        "each interval stands alone: of twenty differences of equals one leaves out 0 by chance",
+        "paired by the transfer's seed; *: significant, the interval excludes 0; ?: n/a (one seed, or equal values)",
+        "each interval stands alone: of twenty differences between equals one excludes 0 by chance",
     ]
     with_pretrainings = dict.fromkeys(
         f"{p.ours} - {p.theirs}" for p in many.pairs if "pretrainings" in p.difference.noise
@@ -224,8 +225,8 @@ def _difference_notes(many: ManyComparison) -> list[str]:
             notes.append(f"{', '.join(compared)} has one pretraining, which is taken to scatter as the other's")
     if others:
         notes.append(
-            f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they speak of these "
-            "backbones; of their recipes, pretrainings with other values of --pretrain.seed would"
+            f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they hold for these "
+            "backbones; for their recipes, compare pretrainings with several values of --pretrain.seed"
         )
     if any(pair.difference.seeds == 0 for pair in many.pairs):
         notes.append("-: no seed in common")
@@ -246,7 +247,7 @@ def _difference_record(pair: Pair) -> dict[str, Value]:
     }
 
 
-def _repetitions(many: ManyComparison, column: Column) -> Section:
+def _repetitions(many: Comparison, column: Column) -> Section:
     """Each pretraining of a column, and how far they lie apart."""
     lines = [line for line in many.lines if Place(line.label, column.label) in many.values]
     rows, records = [], []

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hemoco.config import config_difference
 from hemoco.errors import CheckpointError
 from hemoco.features.sample import FILE_NAME, FeatureSample, decode_sample
-from hemoco.results.comparison import ManyComparison, Run
+from hemoco.results.comparison import Comparison, Run
 from hemoco.results.records import Records
 from hemoco.tracking.runs import metric_points, read_artifacts
 from hemoco.tracking.tags import Tag
@@ -57,7 +57,7 @@ class RunDetail:
 class ReportData:
     """All that a report shows."""
 
-    many: ManyComparison
+    many: Comparison
     details: tuple[RunDetail, ...]
     """In the order of its runs."""
 
@@ -74,7 +74,7 @@ class ReportData:
         )
 
 
-def collect_report(uri: str, many: ManyComparison) -> ReportData:
+def collect_report(uri: str, many: Comparison) -> ReportData:
     """The comparison with the settings, curves and images of its runs.
 
     Raises:

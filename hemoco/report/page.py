@@ -12,7 +12,7 @@ from hemoco.report.html import columns, folded, page, plot, section, table
 from hemoco.report.plots import Panel, Point, Series, column_colours, interval, line_plot, transfer_bars
 from hemoco.report.tables import Section
 from hemoco.report.training import health_checks, quality_plots, timeline, training_plots
-from hemoco.results.comparison import ManyComparison, Pair, Place
+from hemoco.results.comparison import Comparison, Pair, Place
 from hemoco.results.label_efficiency import LabelPoint, label_curves
 from hemoco.results.records import Pretraining
 
@@ -45,7 +45,7 @@ def render_report(data: ReportData) -> str:
     return page(title, header, parts)
 
 
-def _verdict(many: ManyComparison) -> str:
+def _verdict(many: Comparison) -> str:
     ill = [
         run.label
         for run in many.runs
@@ -58,7 +58,7 @@ def _verdict(many: ManyComparison) -> str:
     return _winner(many) + (f" {failed} failed." if failed else "") + warning
 
 
-def _winner(many: ManyComparison) -> str:
+def _winner(many: Comparison) -> str:
     pretrainings = [column.label for column in many.columns if not column.baseline]
     theirs = pretrainings[1] if len(pretrainings) > 1 else _baseline(many, pretrainings[0])
     pairs = [pair for pair in many.pairs if (pair.ours, pair.theirs) == (pretrainings[0], theirs)]
@@ -75,7 +75,7 @@ def _winner(many: ManyComparison) -> str:
     return f"{pretrainings[0]} beats {theirs} in {better} of {len(measured)} {noun}{beyond}.{more}"
 
 
-def _baseline(many: ManyComparison, ours: str) -> str:
+def _baseline(many: Comparison, ours: str) -> str:
     """The random one, else the first that was measured beside the pretraining."""
     measured = [pair.theirs for pair in many.pairs if pair.ours == ours]
     random = [column.label for column in many.columns if column.baseline == "random" and column.label in measured]
@@ -90,7 +90,7 @@ def _table(found: Section) -> str:
     return section(found.title, table(found))
 
 
-def _bars(many: ManyComparison) -> str:
+def _bars(many: Comparison) -> str:
     if not many.values:
         return ""
     words = [
@@ -106,7 +106,7 @@ def _bars(many: ManyComparison) -> str:
     return plot("Transfers against baselines", transfer_bars(many), f"Bars. {'; '.join(words)}", caption)
 
 
-def _label_efficiency(many: ManyComparison) -> list[str]:
+def _label_efficiency(many: Comparison) -> list[str]:
     plots = []
     for place, points in enumerate(label_curves(many), start=1):
         measured = [(column.label, _label_points(many, points, column.label)) for column in many.columns]
@@ -123,7 +123,7 @@ def _label_efficiency(many: ManyComparison) -> list[str]:
     return plots
 
 
-def _label_points(many: ManyComparison, points: list[LabelPoint], column: str) -> list[Point]:
+def _label_points(many: Comparison, points: list[LabelPoint], column: str) -> list[Point]:
     places = [(order, Place(point.line.label, column)) for order, point in enumerate(points)]
     found = [(order, interval(many.values[place])) for order, place in places if place in many.values]
     return [Point(order, value.mean, value.half_width) for order, value in found]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hemoco.intervals import Repetitions, confidence_half_width
-from hemoco.results.comparison import ManyComparison, Place
+from hemoco.results.comparison import Comparison, Place
 from hemoco.results.records import PRETRAINED
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def panels_plot(panels: Sequence[Panel]) -> bytes:
     return _svg(figure)
 
 
-def transfer_bars(many: ManyComparison) -> bytes:
+def transfer_bars(many: Comparison) -> bytes:
     """A bar for each transfer and column, the mean with its 95% interval; a dot for each value where there are some."""
     height = 0.78 / max(len(many.columns), 1)
     figure, (axes,) = _canvas(rows=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines))
@@ -110,7 +110,7 @@ def transfer_bars(many: ManyComparison) -> bytes:
     return _svg(figure)
 
 
-def column_colours(many: ManyComparison) -> dict[str, str]:
+def column_colours(many: Comparison) -> dict[str, str]:
     """The colour of each column: strong for pretrainings, grey for baselines."""
     pretrainings = [column.label for column in many.columns if not column.baseline]
     baselines = [column.label for column in many.columns if column.baseline]

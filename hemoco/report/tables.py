@@ -67,12 +67,11 @@ def latex(sections: Iterable[Section]) -> str:
     return "% \\usepackage{booktabs}\n\n" + "\n".join(_latex(section) for section in sections)
 
 
-def csv_text(records: Sequence[dict[str, Value]]) -> str:
-    """One line per record, below the names that any of them has; what is unknown is empty."""
+def csv_text(records: Sequence[dict[str, Value]], names: Sequence[str] = ()) -> str:
+    """One line per record, below these names, or all that any of them has; what is unknown is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for record in records for name in record)), lineterminator="\n"
-    )
+    names = names or list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()

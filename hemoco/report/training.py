@@ -8,7 +8,9 @@ from hemoco.report.comparison_tables import number
 from hemoco.report.data import ReportData, RunDetail
 from hemoco.report.html import plot
 from hemoco.report.plots import Panel, Point, Series, interval, line_plot, numbered, panels_plot
+from hemoco.results.kinds import kind_of
 from hemoco.results.records import Pretraining
+from hemoco.tracking.runs import RunFacts
 from hemoco.tracking.unsent import MetricPoint
 
 HEALTHY_LOSS = 0.85
@@ -80,9 +82,10 @@ def _loss(data: ReportData) -> str:
     series = _series(data, "loss", _by_step)
     if not series:
         return ""
-    trained = [detail.params for detail in data.details if detail.curves["loss"]]
-    chances = {chance for params in trained if (chance := _chance(params)) is not None}
-    fills = {fill for params in trained if (fill := _fill_step(params)) is not None}
+    sources = [detail.run.records.pretraining for detail in data.details if detail.curves["loss"]]
+    trained = [facts for facts in sources if facts is not None]
+    chances = {chance for facts in trained if (chance := _chance(facts)) is not None}
+    fills = {fill for facts in trained if (fill := _fill_step(facts.params)) is not None}
     queue = len(fills) == 1 and len(chances) == 1
     panel = Panel(
         series=series,
@@ -214,17 +217,19 @@ def _scaled(series: Series, x: float, y: float) -> Series:
     return dataclasses.replace(series, points=[Point(point.x * x, point.y * y) for point in series.points])
 
 
-def _chance(params: dict[str, str]) -> tuple[float, str] | None:
-    """The loss of constant embeddings, and its formula; None where the settings are unknown."""
-    if "pretrain.moco.queue_length" in params:
-        return math.log(int(params["pretrain.moco.queue_length"]) + 1), "ln(K+1)"
-    if "pretrain.moco.hidden_size" in params:  # v3: both directions, each 2T times the cross-entropy
-        batch, temperature = int(params["pretrain.global_batch_size"]), float(params["pretrain.moco.temperature"])
-        return 4 * temperature * math.log(batch), "4T ln(G)"
+def _chance(pretraining: RunFacts) -> tuple[float, str] | None:
+    """The loss of constant embeddings, and its formula; None where the method is unknown."""
+    params = pretraining.params
+    match kind_of(pretraining):
+        case "moco_v1" | "moco_v2":
+            return math.log(int(params["pretrain.moco.queue_length"]) + 1), "ln(K+1)"
+        case "moco_v3":  # both directions, each 2T times the cross-entropy
+            batch, temperature = int(params["pretrain.global_batch_size"]), float(params["pretrain.moco.temperature"])
+            return 4 * temperature * math.log(batch), "4T ln(G)"
     return None
 
 
 def _fill_step(params: dict[str, str]) -> float | None:
-    """The step after which no key of the queue is a random vector."""
+    """The step after which no key of the queue is a random vector; None where there is no queue."""
     length, batch = params.get("pretrain.moco.queue_length"), params.get("pretrain.global_batch_size")
     return int(length) / int(batch) if length and batch else None

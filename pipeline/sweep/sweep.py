@@ -23,7 +23,7 @@ from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.names import check_new_name
-from hemoco.results.records import PRETRAINED, comparison
+from hemoco.results.records import PRETRAINED, run_results
 from hemoco.results.status import close_running
 from hemoco.results.sweep import OBJECTIVE, is_over, search_settings
 from hemoco.storage.objects import absolute_url, join_url, list_names
@@ -251,7 +251,7 @@ def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
             _enter(sweep, trial, recipe, judge)
             tags = sweep.tags | {"mlflow.parentRunId": trial.run_id, Tag.SWEEP: sweep.run}
             pretrain_then_transfer(recipe, run=trial.run, storage=sweep.storage, fresh=sweep.fresh, tags=tags)
-            values = [row.value for row in comparison(uri, trial.run).rows if row.transfer == sweep.config.objective]
+            values = [row.value for row in run_results(uri, trial.run).rows if row.transfer == sweep.config.objective]
             _log_objective(uri, trial.run_id, sum(values) / len(values))
     except StoppedError as error:
         _close_stopped(sweep, trial, error)

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cluster.local.servers import BUCKET, _rclone
-from hemoco.results.records import comparison
+from hemoco.results.records import run_results
 from hemoco.storage.objects import list_names
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import RunFacts, find_run, search
@@ -322,7 +322,7 @@ def test_mlflow_has_one_run_of_each_kind_and_no_orphan(night):
 
 
 def test_comparison_has_every_transfer(night):
-    rows = comparison(os.environ["MLFLOW_TRACKING_URI"], "night").rows
+    rows = run_results(os.environ["MLFLOW_TRACKING_URI"], "night").rows
     assert {row.transfer for row in rows} == {"knn", "probe", "fine_tune"}
 
 
