@@ -17,52 +17,27 @@ _MOST_CHILDREN = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseStatus:
-    """One MLflow run of a run: its pretraining, or a transfer."""
-
-    name: str
-    """pretrain, a transfer's name, or NAME@EPOCH of a transfer measured during pretraining."""
-    run_id: str
-    status: str
-    step: int | None
-    """The highest of its metrics; None where there are none."""
-    seen: float | None
-    """When its newest metric was measured, in seconds since 1970."""
-    attempts: int
-    """Starts of what it consists of, above their number where some were tried again; 0 where none are counted."""
-    error: str
-    """Why it failed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A run and its phases."""
+    """A run or a sweep, and its phases."""
 
-    run: str
-    recipe: str
-    status: str
-    """Of its parent run in MLflow."""
-    started: float
-    """Seconds since 1970."""
-    storage: str
-    """URL of its folder; empty where an older version did not record it."""
-    backbone: str
-    """URL of the backbone that it began with; empty if it pretrains its own."""
-    verb: str
-    """Of `python -m jobs`, which worked at it last; empty where an older version did not record it."""
-    is_sweep: bool
-    """Then its phases are its trials."""
-    params: dict[str, str]
-    """Every setting by its dotted name."""
-    tags: dict[str, str]
-    """Of its parent run in MLflow."""
-    phases: tuple[PhaseStatus, ...]
-    """The oldest first."""
+    parent: RunFacts
+    phases: tuple[RunFacts, ...]
+    """The pretraining and the transfers of a run, or the trials of a sweep; the oldest first."""
 
     @property
-    def seen(self) -> float | None:
-        """When its newest metric was measured."""
-        return max((phase.seen for phase in self.phases if phase.seen is not None), default=None)
+    def is_sweep(self) -> bool:
+        """Whether it is a sweep."""
+        return self.parent.tags[Tag.PHASE] == "sweep"
+
+    @property
+    def run(self) -> str:
+        """Name of the run or of the sweep."""
+        return self.parent.tags[Tag.SWEEP if self.is_sweep else Tag.RUN]
+
+    @property
+    def measured_s(self) -> float | None:
+        """When its newest metric was measured, in seconds since 1970."""
+        return max((phase.measured_s for phase in self.phases if phase.measured_s is not None), default=None)
 
 
 def newest_runs(uri: str, most: int) -> list[RunStatus]:
@@ -75,10 +50,14 @@ def newest_runs(uri: str, most: int) -> list[RunStatus]:
     parents = search(uri, experiment_id, {Tag.PHASE: "parent"}, limit=_MOST_PARENTS)
     found = [parent for parent in parents if Tag.SWEEP not in parent.tags]
     found += search(uri, experiment_id, {Tag.PHASE: "sweep"}, limit=_MOST_PARENTS)
-    # one that --fresh began anew has left its name to the new one
-    current = [parent for parent in found if not _name(parent).endswith("(superseded)")]
-    current.sort(key=lambda parent: parent.started_s, reverse=True)
-    return [_status(parent, _children(uri, experiment_id, parent)) for parent in current[:most]]
+    found.sort(key=lambda parent: parent.started_s, reverse=True)
+    newest: list[RunStatus] = []
+    for parent in found:
+        status = RunStatus(parent=parent, phases=())
+        # a run that --fresh began anew has left its name to the new one
+        if len(newest) < most and not status.run.endswith("(superseded)"):
+            newest.append(dataclasses.replace(status, phases=_phases(uri, experiment_id, parent)))
+    return newest
 
 
 def run_status(uri: str, run: str) -> RunStatus:
@@ -92,7 +71,7 @@ def run_status(uri: str, run: str) -> RunStatus:
     parent = find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
     if parent is None:
         raise UsageError(unknown_run(run, search(uri, experiment_id, {Tag.PHASE: "parent"})))
-    return _status(parent, _children(uri, experiment_id, parent))
+    return RunStatus(parent=parent, phases=_phases(uri, experiment_id, parent))
 
 
 def newest_complete(url: str) -> str | None:
@@ -129,42 +108,9 @@ def close_running(uri: str, run: str) -> list[str]:
     left = [facts for facts in by_id.values() if facts.status == "RUNNING"]
     for facts in left:
         close_run(uri, facts.run_id, "KILLED")
-    return [facts.tags.get("mlflow.runName", facts.run_id) for facts in left]
+    return [facts.name for facts in left]
 
 
-def _children(uri: str, experiment_id: str, parent: RunFacts) -> list[RunFacts]:
-    return search(uri, experiment_id, {"mlflow.parentRunId": parent.run_id}, limit=_MOST_CHILDREN)
-
-
-def _name(parent: RunFacts) -> str:
-    return parent.tags[Tag.SWEEP if parent.tags[Tag.PHASE] == "sweep" else Tag.RUN]
-
-
-def _status(parent: RunFacts, children: list[RunFacts]) -> RunStatus:
-    tags = parent.tags
-    return RunStatus(
-        run=_name(parent),
-        recipe=tags.get(Tag.RECIPE, ""),
-        status=parent.status,
-        started=parent.started_s,
-        storage=tags.get(Tag.STORAGE, ""),
-        backbone=tags.get(Tag.BACKBONE_URL, ""),
-        verb=tags.get(Tag.VERB, ""),
-        is_sweep=tags[Tag.PHASE] == "sweep",
-        params=parent.params,
-        tags=tags,
-        phases=tuple(_phase(child) for child in reversed(children)),
-    )
-
-
-def _phase(child: RunFacts) -> PhaseStatus:
-    tags = child.tags
-    return PhaseStatus(
-        name=tags.get("mlflow.runName", child.run_id),
-        run_id=child.run_id,
-        status=child.status,
-        step=max(child.steps.values(), default=None),
-        seen=child.measured_s,
-        attempts=sum(int(value) for name, value in tags.items() if name.startswith(Tag.ATTEMPT_PREFIX)),
-        error=tags.get(Tag.ERROR, ""),
-    )
+def _phases(uri: str, experiment_id: str, parent: RunFacts) -> tuple[RunFacts, ...]:
+    children = search(uri, experiment_id, {"mlflow.parentRunId": parent.run_id}, limit=_MOST_CHILDREN)
+    return tuple(reversed(children))

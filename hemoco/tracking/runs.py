@@ -41,6 +41,11 @@ class RunFacts:
     steps: dict[str, int]
     """That step, by the metric's name."""
 
+    @property
+    def name(self) -> str:
+        """Its name in MLflow: pretrain, a transfer's name, NAME@EPOCH of one measured during the pretraining."""
+        return self.tags.get("mlflow.runName", self.run_id)
+
 
 def open_run(
     uri: str, experiment_id: str, *, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str]
