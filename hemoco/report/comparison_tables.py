@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_spread
 from hemoco.report.tables import Section, Value
-from hemoco.results.comparison import Column, Comparison, Pair, Place, Run, seed_values
+from hemoco.results.comparison import Column, Comparison, Line, Pair, Place, Run, seed_values
 from hemoco.results.records import PRETRAINED
 
 _MOST_SETTINGS = 8
@@ -17,7 +17,7 @@ def main_sections(many: Comparison) -> list[Section]:
         _pretrainings(many),
         _transfers(many),
         _differences(many),
-        *(_repetitions(many, column) for column in many.columns if not column.baseline and len(column.runs) > 1),
+        *(_repetitions(many, column) for column in many.pretrainings if len(column.runs) > 1),
     ]
     return [section for section in found if section.rows or (section.name == "transfers" and section.notes)]
 
@@ -33,28 +33,26 @@ def known(value: float) -> float | None:
 
 
 def _pretrainings(many: Comparison) -> Section:
-    runs = [run for column in many.columns if not column.baseline for run in column.runs]
-    notes = [note for column in many.columns if not column.baseline for note in _about(column, many.columns[0])]
-    if any(run.settings is None for run in runs):
-        unknown = ", ".join(run.label for run in runs if run.settings is None)
+    rows, notes, records = [], list[str](), []
+    for column in many.pretrainings:
+        notes += _about(column, many.columns[0])
+        for run in column.runs:
+            facts = run.results.pretraining
+            numbers = (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1)
+            rows.append((run.label, run.name, run.seed or "-", facts.status or "-", *map(number, numbers)))
+            records.append(_pretraining_record(run, column))
+    unknown = ", ".join(run.label for run in many.runs if run.settings is None)
+    if unknown:
         notes.append(f"{unknown}: MLflow does not know the pretraining")
     return Section(
         name="pretrainings",
         title="Pretrainings",
         columns=("", "run", "seed", "status", "loss", "chance", "embedding std", "kNN"),
         heads=2,
-        rows=tuple((run.label, run.name, *_health(run)) for run in runs),
+        rows=tuple(rows),
         notes=tuple(notes),
-        records=tuple(
-            _pretraining_record(run, column) for column in many.columns if not column.baseline for run in column.runs
-        ),
+        records=tuple(records),
     )
-
-
-def _health(run: Run) -> tuple[str, ...]:
-    facts = run.found.pretraining
-    numbers = (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1)
-    return run.seed or "-", facts.status or "-", *map(number, numbers)
 
 
 def _about(column: Column, first: Column) -> list[str]:
@@ -70,7 +68,7 @@ def _about(column: Column, first: Column) -> list[str]:
 
 
 def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
-    facts = run.found.pretraining
+    facts = run.results.pretraining
     return {
         "label": run.label,
         "column": column.label,
@@ -90,14 +88,14 @@ def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
 
 
 def _transfers(many: Comparison) -> Section:
-    rows, best, records = [], set(), []
+    rows, best, records = [], set[tuple[int, int]](), []
     for place, line in enumerate(many.lines):
-        spreads = {c.label: repeated_spread(many.values.get(Place(line.label, c.label), ())) for c in many.columns}
-        rows.append((line.label, line.metric, *(value_cell(many, line.label, column) for column in many.columns)))
-        means = [-math.inf if math.isnan(spread.mean) else spread.mean for spread in spreads.values()]
-        if len(many.columns) > 1 and max(means) > -math.inf:
-            best |= {(place, 2 + position) for position, mean in enumerate(means) if mean == max(means)}
-        records += [mean_record(line.label, line.metric, label, spread) for label, spread in spreads.items()]
+        rows.append((line.label, line.metric, *(value_cell(many, line, column) for column in many.columns)))
+        records += line_records(many, line)
+        means = [many.spread(line, column).mean for column in many.columns]
+        highest = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+        if len(many.columns) > 1:
+            best |= {(place, 2 + position) for position, mean in enumerate(means) if mean == highest}
     return Section(
         name="transfers",
         title="Transfers: mean ± deviation (how many values)",
@@ -110,10 +108,10 @@ def _transfers(many: Comparison) -> Section:
     )
 
 
-def value_cell(many: Comparison, line: str, column: Column) -> str:
-    """What stands in the table of transfers: the values, or why there are none."""
-    values = many.values.get(Place(line, column.label))
-    state = "" if column.baseline else _state(many, line, column)
+def value_cell(many: Comparison, line: Line, column: Column) -> str:
+    """A cell of the table of transfers: the values, or why there are none."""
+    values = many.values.get(Place(line.label, column.label))
+    state = "" if column.baseline else _state(line, column)
     return f"{spread_cell(values)}{' †' if state else ''}" if values else state or "-"
 
 
@@ -126,27 +124,31 @@ def spread_cell(values: Repetitions) -> str:
     return f"{number(spread.mean)}{margin} ({f'{len(values)}x' if len(values) > 1 else ''}{each})"
 
 
-def _state(many: Comparison, line: str, column: Column) -> str:
-    """Why a pretraining has no value; empty where nobody asked for one."""
-    (transfer,) = (known.transfer for known in many.lines if known.label == line)
-    states = []
+def _state(line: Line, column: Column) -> str:
+    """Why a pretraining has no value; empty where none was asked for."""
     for run in column.runs:
-        states += ["failed" for item in run.found.failed if item.transfer == transfer]
-        states += [
-            "unfinished" if item.run_id else item.reason for item in run.found.unfinished if item.transfer == transfer
-        ]
-    return states[0] if states else ""
+        if any(item.transfer == line.transfer for item in run.results.failed):
+            return "failed"
+        for item in run.results.unfinished:
+            if item.transfer == line.transfer:
+                return "unfinished" if item.run_id else item.reason
+    return ""
 
 
 def _transfer_notes(many: Comparison) -> list[str]:
     notes = [f"{line.label} has other settings: {'; '.join(line.differs)}" for line in many.lines if line.differs]
-    repeated = [column.label for column in many.columns if not column.baseline and len(column.runs) > 1]
+    repeated = [column.label for column in many.pretrainings if len(column.runs) > 1]
     if repeated:
         notes.append(f"± of {', '.join(repeated)}: between pretrainings; of the others: over the transfer's seeds")
     for run in many.runs:
-        notes += [f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.found.failed]
-        notes += [f"† {run.label}: {item.transfer} is unfinished: {item.reason}" for item in run.found.unfinished]
+        notes += [f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.results.failed]
+        notes += [f"† {run.label}: {item.transfer} is unfinished: {item.reason}" for item in run.results.unfinished]
     return notes
+
+
+def line_records(many: Comparison, line: Line) -> list[dict[str, Value]]:
+    """A line's cells for programs."""
+    return [mean_record(line.label, line.metric, column.label, many.spread(line, column)) for column in many.columns]
 
 
 def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> dict[str, Value]:
@@ -219,7 +221,7 @@ def _difference_notes(many: Comparison) -> list[str]:
     others = dict.fromkeys(f"{p.ours} - {p.theirs}" for p in many.pairs if p.difference.noise == ("seeds",))
     if with_pretrainings:
         notes.append(f"noise of the pretraining's seed is in the intervals of {', '.join(with_pretrainings)}")
-        single = [column.label for column in many.columns if not column.baseline and len(column.runs) == 1]
+        single = [column.label for column in many.pretrainings if len(column.runs) == 1]
         compared = [label for label in single if any(label in name.split(" - ") for name in with_pretrainings)]
         if compared:
             notes.append(f"{', '.join(compared)} has one pretraining, which is taken to scatter as the other's")
@@ -249,12 +251,13 @@ def _difference_record(pair: Pair) -> dict[str, Value]:
 
 def _repetitions(many: Comparison, column: Column) -> Section:
     """Each pretraining of a column, and how far they lie apart."""
-    lines = [line for line in many.lines if Place(line.label, column.label) in many.values]
     rows, records = [], []
-    for line in lines:
-        spread = repeated_spread(many.values[Place(line.label, column.label)])
-        of_run = {run.label: seed_values(run, line.transfer, PRETRAINED) for run in column.runs if run in line.runs}
-        cells = [spread_cell([of_run[run.label]]) if of_run.get(run.label) else "-" for run in column.runs]
+    for line in many.lines:
+        spread = many.spread(line, column)
+        if not spread.values:
+            continue
+        of_run = [seed_values(run, line.transfer, PRETRAINED) if run in line.runs else {} for run in column.runs]
+        cells = [spread_cell([by_seed]) if by_seed else "-" for by_seed in of_run]
         rows.append((line.label, *cells, number(spread.between), number(spread.within)))
         records.append(mean_record(line.label, line.metric, column.label, spread))
     return Section(

@@ -3,7 +3,7 @@
 import math
 
 from hemoco.intervals import repeated_spread
-from hemoco.report.comparison_tables import known, mean_record, number, spread_cell, value_cell
+from hemoco.report.comparison_tables import known, line_records, mean_record, number, spread_cell, value_cell
 from hemoco.report.tables import Section, Value
 from hemoco.results.comparison import Comparison, Place, Run
 from hemoco.results.label_efficiency import label_curves
@@ -121,12 +121,9 @@ def _label_efficiency(many: Comparison) -> list[Section]:
     for place, points in enumerate(label_curves(many), start=1):
         rows, records = [], []
         for labels, images, line in points:
-            cells = [value_cell(many, line.label, column) for column in many.columns]
+            cells = [value_cell(many, line, column) for column in many.columns]
             rows.append((labels, number(images, 0), line.label, *cells))
-            for column in many.columns:
-                spread = repeated_spread(many.values.get(Place(line.label, column.label), ()))
-                record = mean_record(line.label, line.metric, column.label, spread)
-                records.append({"labels": labels, "images": known(images)} | record)
+            records += [{"labels": labels, "images": known(images)} | record for record in line_records(many, line)]
         section = Section(
             name="label_efficiency" if place == 1 else f"label_efficiency_{place}",
             title="Label efficiency" if place == 1 else f"Label efficiency, data set {place}",

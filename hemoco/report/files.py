@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hemoco.intervals import repeated_spread
 from hemoco.report.comparison_tables import known, main_sections
 from hemoco.report.extra_tables import extra_sections
 from hemoco.report.tables import Section, Value, csv_text, latex, markdown
-from hemoco.results.comparison import Comparison, Place
+from hemoco.results.comparison import Comparison
 from hemoco.results.records import Row, RunResults
 
 Format = Literal["markdown", "csv", "json", "latex"]
@@ -41,7 +40,7 @@ def write_comparison(many: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"json": render(many, "json"), "csv": render(many, "csv"), "md": render(many, "markdown")}
     if len(many.runs) == 1:
-        results = many.runs[0].found
+        results = many.runs[0].results
         rows = [dataclasses.asdict(row) for row in results.rows]
         texts["json"] = contract_json(results)
         texts["csv"] = csv_text(rows, [field.name for field in dataclasses.fields(Row)])
@@ -69,7 +68,7 @@ def wide_records(many: Comparison) -> list[dict[str, Value]]:
     for line in many.lines:
         record: dict[str, Value] = {"transfer": line.label, "metric": line.metric}
         for column in many.columns:
-            spread = repeated_spread(many.values.get(Place(line.label, column.label), ()))
+            spread = many.spread(line, column)
             record |= {
                 f"{column.label} mean": known(spread.mean),
                 f"{column.label} sd": known(spread.sd),
@@ -89,17 +88,17 @@ def wide_records(many: Comparison) -> list[dict[str, Value]]:
 
 def row_records(many: Comparison) -> list[dict[str, Value]]:
     """One for each value: those of comparison.json, with the run, its pretraining and that one's seed."""
-    return [
-        dataclasses.asdict(row)
-        | {"run": run.name, "label": run.label, "pretraining": run.found.pretraining.run_id, "pretrain_seed": run.seed}
-        for run in many.runs
-        for row in run.found.rows
-    ]
+    records = []
+    for run in many.runs:
+        pretraining = run.results.pretraining.run_id
+        about = {"run": run.name, "label": run.label, "pretraining": pretraining, "pretrain_seed": run.seed}
+        records += [dataclasses.asdict(row) | about for row in run.results.rows]
+    return records
 
 
 def _json(many: Comparison, found: Sequence[Section]) -> str:
     """`pretraining` of the first run and `rows` as in the comparison of one run; then a list for each table."""
-    pretraining = _known(dataclasses.asdict(many.runs[0].found.pretraining))
+    pretraining = _known(dataclasses.asdict(many.runs[0].results.pretraining))
     tables = {section.name: section.records for section in found}
     return json.dumps({"pretraining": pretraining, "rows": row_records(many)} | tables, indent=2) + "\n"
 

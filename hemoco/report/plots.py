@@ -25,6 +25,16 @@ _MOST_POINTS = 1000
 _WIDTH = 4.7  # inches: so narrow that the text can be read on a phone
 
 
+class Plot(NamedTuple):
+    """A drawn plot with its words."""
+
+    title: str
+    svg: bytes
+    alt: str
+    """What it shows, for readers who cannot see it."""
+    caption: str
+
+
 class Point(NamedTuple):
     """One point of a curve, with half the width of its interval; nan where there is none."""
 
@@ -112,7 +122,7 @@ def transfer_bars(many: Comparison) -> bytes:
 
 def column_colours(many: Comparison) -> dict[str, str]:
     """The colour of each column: strong for pretrainings, grey for baselines."""
-    pretrainings = [column.label for column in many.columns if not column.baseline]
+    pretrainings = [column.label for column in many.pretrainings]
     baselines = [column.label for column in many.columns if column.baseline]
     strong = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(pretrainings)}
     return strong | {label: BASELINE_COLOURS[place % len(BASELINE_COLOURS)] for place, label in enumerate(baselines)}

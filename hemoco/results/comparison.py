@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from hemoco.config import config_difference
 from hemoco.errors import UsageError
-from hemoco.intervals import RepeatedDifference, Repetitions, repeated_difference, repeated_spread
+from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_difference, repeated_spread
 from hemoco.results.cost import Cost, run_cost
 from hemoco.results.identity import baseline_identity, curve_values, pretraining_settings, transfer_protocol
 from hemoco.results.records import PRETRAINED, Records, RunResults, read_records, results_of
@@ -30,7 +30,7 @@ class Run:
     label: str
     """A, B, ...; A1, A2, ... where several are repetitions of one pretraining; `pretrained` where it is alone."""
     records: Records
-    found: RunResults
+    results: RunResults
     settings: dict[str, str] | None
     """Of the pretraining and its data; None where MLflow does not know them."""
     cost: Cost
@@ -103,6 +103,15 @@ class Comparison:
     curve: dict[tuple[int, Place], Repetitions]
     """Transfer quality of the backbones after so many epochs."""
 
+    @property
+    def pretrainings(self) -> tuple[Column, ...]:
+        """The columns that are no baselines; they come first."""
+        return tuple(column for column in self.columns if not column.baseline)
+
+    def spread(self, line: Line, column: Column) -> RepeatedSpread:
+        """Mean and deviation of a cell; nan where it has no value."""
+        return repeated_spread(self.values.get(Place(line.label, column.label), ()))
+
 
 def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
     """What MLflow has recorded of some runs so far, side by side in this order.
@@ -119,7 +128,7 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
         Run(
             label="",
             records=records,
-            found=results_of(records),
+            results=results_of(records),
             settings=pretraining_settings(uri, records),
             cost=run_cost(uri, records),
         )
@@ -194,7 +203,7 @@ def _baselines(runs: Sequence[Run]) -> tuple[Column, ...]:
     """The inits other than the pretrained one; of two that share a name and not their origin each is a column."""
     found: dict[str, list[tuple[dict[str, str], list[Run]]]] = {}
     for run in runs:
-        for init in dict.fromkeys(row.init for row in run.found.rows if row.init != PRETRAINED):
+        for init in dict.fromkeys(row.init for row in run.results.rows if row.init != PRETRAINED):
             identity, same = baseline_identity(run.records, init), found.setdefault(init, [])
             group = next((group for known, group in same if known == identity), None)
             if group is None:
@@ -253,7 +262,7 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Rep
 
 def seed_values(run: Run, transfer: str, init: str) -> SeedValues:
     """Values of one transfer from one backbone."""
-    return {row.seed: row.value for row in run.found.rows if (row.transfer, row.init) == (transfer, init)}
+    return {row.seed: row.value for row in run.results.rows if (row.transfer, row.init) == (transfer, init)}
 
 
 def _means(measured: Sequence[SeedValues]) -> SeedValues:

@@ -60,7 +60,7 @@ def demo(*, out: str = "", seed: int = 0) -> None:
             _keep_backbone(run, folder)
     many = show_results(run, str(folder))
     print(f"MLflow UI   uv run mlflow ui --backend-store-uri {client.tracking_uri()}")
-    check_learned(many.runs[0].found.pretraining)
+    check_learned(many.runs[0].results.pretraining)
 
 
 def check_learned(pretraining: Pretraining) -> None:
