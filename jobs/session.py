@@ -102,6 +102,7 @@ def print_results(many: Comparison, folder: Path) -> None:
     console = table_console()
     for section in sections(many):
         print_section(console, section)
+    console.print()
     names = [run.name for run in many.runs]
     for title, text in (
         ("report", str(folder / "report.html")),

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> None:
-    """The whole way; the result is in MLflow, where `hemoco.comparison` reads it. `pipeline.study` checks before.
+    """The whole way; the result is in MLflow, where `hemoco.results` reads it. `pipeline.checks` checks before.
 
     Args:
         recipe: what to do.

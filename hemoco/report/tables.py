@@ -54,7 +54,8 @@ def print_section(console: "Console", section: Section) -> None:
             console.print()
         console.print(_rich_table(section, columns))
     for note in section.notes:
-        console.print(Text(note, style="dim"))
+        # a dagger marks what failed or is unfinished, which must not be overlooked
+        console.print(Text(note, style="bold red" if note.startswith("†") else "dim"))
 
 
 def markdown(sections: Iterable[Section]) -> str:
