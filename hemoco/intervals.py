@@ -25,24 +25,6 @@ class Spread(NamedTuple):
     """n."""
 
 
-class Difference(NamedTuple):
-    """The mean of paired differences; nan where there are none."""
-
-    mean: float
-    half_width: float
-    """Of the 95% confidence interval of the mean (Student's t); nan for fewer than two pairs."""
-    pairs: int
-
-    @property
-    def stands_out(self) -> bool | None:
-        """Whether the interval leaves out 0; None where no noise was seen: of fewer than two pairs, or of equal ones.
-
-        It is the noise of what the seeds draw in a transfer; that of the pretraining's own seed is not in it.
-        """
-        # nan, or what is nothing drawn
-        return abs(self.mean) > self.half_width if self.half_width > 0 else None
-
-
 def spread_of(values: Sequence[float]) -> Spread:
     """Mean, deviation and number of some values."""
     if not values:
@@ -59,16 +41,6 @@ def confidence_half_width(values: Sequence[float]) -> float:
 
     quantile = float(stdtrit(len(values) - 1, 0.975))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Ours minus theirs over the seeds that both have.
-
-    Paired, since a seed draws the same images, splits and orders for every backbone: what the draw adds to both drops
-    out of the difference.
-    """
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return Difference(spread_of(differences).mean, confidence_half_width(differences), len(differences))
 
 
 class RepeatedSpread(NamedTuple):
@@ -128,7 +100,8 @@ def repeated_spread(values: Repetitions) -> RepeatedSpread:
 def repeated_difference(ours: Repetitions, theirs: Repetitions, *, baseline: bool) -> RepeatedDifference:
     """Ours minus theirs, over the transfer's seeds that all have, with the noise of seeds and of pretrainings.
 
-    The seeds are paired, as in `paired_difference`. The pretrainings are not: that two of different settings share a
+    The seeds are paired, since a seed draws the same images, splits and orders for every backbone: what the draw adds
+    to both drops out of the difference. The pretrainings are not: that two of different settings share a
     seed hardly makes them alike. The variance of the difference is the sum of what seeds and what pretrainings
     contribute; each contains the noise that is left in a single measurement, so that the interval is rather too wide
     than too narrow. Its quantile is Student's with Welch and Satterthwaite's degrees of freedom. Where one side alone

@@ -13,13 +13,14 @@ from rich.console import Console
 from cluster.local.ray import local_ray
 from cluster.submit.checkout import CHECKOUT, git_facts
 from hemoco.config import config_digest
-from hemoco.report.files import rich_table, to_markdown, write_comparison
-from hemoco.results.comparison import ManyComparison, compare_runs
-from hemoco.results.records import Comparison, comparison, headlines
+from hemoco.report.comparison_tables import main_sections
+from hemoco.report.files import sections, write_comparison
+from hemoco.report.tables import markdown, print_section
+from hemoco.results.comparison import Comparison, compare_runs, headlines
 from hemoco.storage.objects import absolute_url, check_writable, home
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
-from hemoco.tracking.runs import find_run, log_artifact_bytes, set_tags
+from hemoco.tracking.runs import log_artifact_bytes, set_tags
 from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 from jobs.options import RunOptions
@@ -72,15 +73,14 @@ def run_tags(verb: str, recipe_word: str) -> dict[str, str]:
     return tags
 
 
-def print_comparison(run: str, out: str) -> Path:
-    """Prints a run's table, writes comparison.{json,csv,md} and report.html, says where; returns the folder."""
+def show_results(run: str, out: str) -> Comparison:
+    """Prints a finished run's tables, writes them to a folder, and puts them on the run's page in MLflow."""
+    many = compare_runs(tracking_uri(), [run])  # read once, for all of them
     folder = results_folder(run, out)
-    console = table_console()
-    console.print(rich_table(write_results(run, folder)))
-    console.print(f"report      {folder / 'report.html'}", soft_wrap=True, highlight=False)
-    again = shlex.join(["python", "-m", "jobs", "compare", run])
-    console.print(f"again       {again}", soft_wrap=True, highlight=False)
-    return folder
+    write_results(many, folder)
+    print_results(many, folder)
+    publish(many, folder)
+    return many
 
 
 def results_folder(name: str, out: str) -> Path:
@@ -88,21 +88,28 @@ def results_folder(name: str, out: str) -> Path:
     return Path(out).expanduser().resolve() if out else home() / "reports" / name
 
 
-def write_results(run: str, folder: Path) -> Comparison:
-    """Writes comparison.{json,csv,md} and report.html of a run."""
-    many = compare_runs(tracking_uri(), [run])
-    found = many.runs[0].found
-    write_comparison(found, folder)
-    write_report(many, folder)
-    return found
-
-
-def write_report(many: ManyComparison, folder: Path) -> None:
-    """Writes report.html of one run or of several."""
+def write_results(many: Comparison, folder: Path) -> None:
+    """Writes comparison.{json,csv,md} and report.html of one run or of several."""
     from hemoco.report.data import collect_report  # torch takes seconds to import, errors should not
     from hemoco.report.page import render_report
 
-    (folder / "report.html").write_text(render_report(collect_report(tracking_uri(), many)), encoding="utf-8")
+    write_comparison(many, folder)
+    report = render_report(collect_report(tracking_uri(), many))
+    (folder / "report.html").write_text(report, encoding="utf-8")
+
+
+def print_results(many: Comparison, folder: Path) -> None:
+    """Prints the tables and where the files are."""
+    console = table_console()
+    for section in sections(many):
+        print_section(console, section)
+    console.print()
+    names = [run.name for run in many.runs]
+    for title, text in (
+        ("report", str(folder / "report.html")),
+        ("again", shlex.join(["python", "-m", "jobs", "compare", *names])),
+    ):
+        console.print(f"{title:<12}{text}", soft_wrap=True, highlight=False, markup=False)
 
 
 def table_console() -> Console:
@@ -110,17 +117,13 @@ def table_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
-def publish(run: str, folder: Path) -> None:
-    """Puts the results on the page of the run they are of: the files, the table as its note, the means as metrics."""
-    uri = tracking_uri()
-    parent = find_run(uri, connect(uri), {Tag.RUN: run, Tag.PHASE: "parent"})
-    assert parent is not None, "the comparison was just read from it"
-    found = comparison(uri, run)
+def publish(many: Comparison, folder: Path) -> None:
+    """Puts the results on the page of their run: the files, the main tables as its note, the means as metrics."""
+    uri, parent = tracking_uri(), many.runs[0].records.parent.run_id
     for name in ("comparison.json", "comparison.csv", "comparison.md", "report.html"):
-        log_artifact_bytes(uri, parent.run_id, name, (folder / name).read_bytes())
-    set_tags(
-        uri, parent.run_id, {"mlflow.note.content": f"{to_markdown(found)}\nMore: report.html among the artifacts."}
-    )
+        log_artifact_bytes(uri, parent, name, (folder / name).read_bytes())
+    note = f"{markdown(main_sections(many))}\nMore: report.html among the artifacts."
+    set_tags(uri, parent, {"mlflow.note.content": note})
     now = int(time.time() * 1000)
-    points = [MetricPoint(key=key, value=value, timestamp=now, step=0) for key, value in headlines(found).items()]
-    send_points(uri, parent.run_id, points, patience_s=_PATIENCE_S)
+    points = [MetricPoint(key=key, value=value, timestamp=now, step=0) for key, value in headlines(many).items()]
+    send_points(uri, parent, points, patience_s=_PATIENCE_S)

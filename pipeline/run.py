@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from hemoco.backbones.file import backbone_metadata, read_backbone
 from hemoco.backbones.inits import check_architecture
 from hemoco.config import Recipe, world_sizes
+from hemoco.config.kinds import method_name
 from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.results.status import close_running
 from hemoco.storage.objects import absolute_url, join_url, write_bytes
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> None:
-    """The whole way; the result is in MLflow, where `hemoco.comparison` reads it. `pipeline.study` checks before.
+    """The whole way; the result is in MLflow, where `hemoco.results` reads it. `pipeline.checks` checks before.
 
     Args:
         recipe: what to do.
@@ -129,6 +130,7 @@ def _pretrain(study: Study) -> Pretrained:
         Tag.PHASE: "pretrain",
         Tag.RECIPE: study.recipe.name,
         Tag.DATA_DIGEST: study.data.digest,
+        Tag.METHOD: method_name(study.recipe.pretrain.moco),
     }
     run_id, finished = open_child(study, "pretrain", tags)
     config, url = study.recipe.pretrain, join_url(study.url, "pretrain")

@@ -5,21 +5,21 @@ from collections.abc import Sequence
 
 from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_spread
 from hemoco.report.tables import Section, Value
-from hemoco.results.comparison import Column, ManyComparison, Pair, Place, Run, seed_values
+from hemoco.results.comparison import Column, Comparison, Line, Pair, Place, Run, seed_values
 from hemoco.results.records import PRETRAINED
 
 _MOST_SETTINGS = 8
 
 
-def main_sections(many: ManyComparison) -> list[Section]:
+def main_sections(many: Comparison) -> list[Section]:
     """What the runs are, how they transfer, and how they differ; those that there is something for."""
     found = [
         _pretrainings(many),
         _transfers(many),
         _differences(many),
-        *(_repetitions(many, column) for column in many.columns if not column.baseline and len(column.runs) > 1),
+        *(_repetitions(many, column) for column in many.pretrainings if len(column.runs) > 1),
     ]
-    return [section for section in found if section.rows]
+    return [section for section in found if section.rows or (section.name == "transfers" and section.notes)]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -32,28 +32,27 @@ def known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _pretrainings(many: ManyComparison) -> Section:
-    runs = [run for column in many.columns if not column.baseline for run in column.runs]
-    notes = [note for column in many.columns if not column.baseline for note in _about(column, many.columns[0])]
-    if any(run.settings is None for run in runs):
-        unknown = ", ".join(run.label for run in runs if run.settings is None)
+def _pretrainings(many: Comparison) -> Section:
+    rows, notes, records = [], list[str](), []
+    for column in many.pretrainings:
+        notes += _about(column, many.columns[0])
+        for run in column.runs:
+            facts = run.results.pretraining
+            numbers = (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1)
+            rows.append((run.label, run.name, run.seed or "-", facts.status or "-", *map(number, numbers)))
+            records.append(_pretraining_record(run, column))
+    unknown = ", ".join(run.label for run in many.runs if run.settings is None)
+    if unknown:
         notes.append(f"{unknown}: MLflow does not know the pretraining")
     return Section(
         name="pretrainings",
         title="Pretrainings",
-        columns=("", "run", "seed", "status", "loss", "kNN"),
+        columns=("", "run", "seed", "status", "loss", "chance", "embedding std", "kNN"),
         heads=2,
-        rows=tuple((run.label, run.name, *_health(run)) for run in runs),
+        rows=tuple(rows),
         notes=tuple(notes),
-        records=tuple(
-            _pretraining_record(run, column) for column in many.columns if not column.baseline for run in column.runs
-        ),
+        records=tuple(records),
     )
-
-
-def _health(run: Run) -> tuple[str, ...]:
-    facts = run.found.pretraining
-    return run.seed or "-", facts.status or "-", number(facts.loss), number(facts.knn_top1)
 
 
 def _about(column: Column, first: Column) -> list[str]:
@@ -69,7 +68,7 @@ def _about(column: Column, first: Column) -> list[str]:
 
 
 def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
-    facts = run.found.pretraining
+    facts = run.results.pretraining
     return {
         "label": run.label,
         "column": column.label,
@@ -88,15 +87,15 @@ def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
     }
 
 
-def _transfers(many: ManyComparison) -> Section:
-    rows, best, records = [], set(), []
+def _transfers(many: Comparison) -> Section:
+    rows, best, records = [], set[tuple[int, int]](), []
     for place, line in enumerate(many.lines):
-        spreads = {c.label: repeated_spread(many.values.get(Place(line.label, c.label), ())) for c in many.columns}
-        rows.append((line.label, line.metric, *(value_cell(many, line.label, column) for column in many.columns)))
-        means = [-math.inf if math.isnan(spread.mean) else spread.mean for spread in spreads.values()]
-        if len(many.columns) > 1 and max(means) > -math.inf:
-            best |= {(place, 2 + position) for position, mean in enumerate(means) if mean == max(means)}
-        records += [mean_record(line.label, line.metric, label, spread) for label, spread in spreads.items()]
+        rows.append((line.label, line.metric, *(value_cell(many, line, column) for column in many.columns)))
+        records += line_records(many, line)
+        means = [many.spread(line, column).mean for column in many.columns]
+        highest = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+        if len(many.columns) > 1:
+            best |= {(place, 2 + position) for position, mean in enumerate(means) if mean == highest}
     return Section(
         name="transfers",
         title="Transfers: mean ± deviation (how many values)",
@@ -109,10 +108,10 @@ def _transfers(many: ManyComparison) -> Section:
     )
 
 
-def value_cell(many: ManyComparison, line: str, column: Column) -> str:
-    """What stands in the table of transfers: the values, or why there are none."""
-    values = many.values.get(Place(line, column.label))
-    state = "" if column.baseline else _state(many, line, column)
+def value_cell(many: Comparison, line: Line, column: Column) -> str:
+    """A cell of the table of transfers: the values, or why there are none."""
+    values = many.values.get(Place(line.label, column.label))
+    state = "" if column.baseline else _state(line, column)
     return f"{spread_cell(values)}{' †' if state else ''}" if values else state or "-"
 
 
@@ -125,27 +124,31 @@ def spread_cell(values: Repetitions) -> str:
     return f"{number(spread.mean)}{margin} ({f'{len(values)}x' if len(values) > 1 else ''}{each})"
 
 
-def _state(many: ManyComparison, line: str, column: Column) -> str:
-    """Why a pretraining has no value; empty where nobody asked for one."""
-    (transfer,) = (known.transfer for known in many.lines if known.label == line)
-    states = []
+def _state(line: Line, column: Column) -> str:
+    """Why a pretraining has no value; empty where none was asked for."""
     for run in column.runs:
-        states += ["failed" for item in run.found.failed if item.transfer == transfer]
-        states += [
-            "unfinished" if item.run_id else item.reason for item in run.found.unfinished if item.transfer == transfer
-        ]
-    return states[0] if states else ""
+        if any(item.transfer == line.transfer for item in run.results.failed):
+            return "failed"
+        for item in run.results.unfinished:
+            if item.transfer == line.transfer:
+                return "unfinished" if item.run_id else item.reason
+    return ""
 
 
-def _transfer_notes(many: ManyComparison) -> list[str]:
+def _transfer_notes(many: Comparison) -> list[str]:
     notes = [f"{line.label} has other settings: {'; '.join(line.differs)}" for line in many.lines if line.differs]
-    repeated = [column.label for column in many.columns if not column.baseline and len(column.runs) > 1]
+    repeated = [column.label for column in many.pretrainings if len(column.runs) > 1]
     if repeated:
         notes.append(f"± of {', '.join(repeated)}: between pretrainings; of the others: over the transfer's seeds")
     for run in many.runs:
-        notes += [f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.found.failed]
-        notes += [f"† {run.label}: {item.transfer} is unfinished: {item.reason}" for item in run.found.unfinished]
+        notes += [f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.results.failed]
+        notes += [f"† {run.label}: {item.transfer} is unfinished: {item.reason}" for item in run.results.unfinished]
     return notes
+
+
+def line_records(many: Comparison, line: Line) -> list[dict[str, Value]]:
+    """A line's cells for programs."""
+    return [mean_record(line.label, line.metric, column.label, many.spread(line, column)) for column in many.columns]
 
 
 def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> dict[str, Value]:
@@ -163,7 +166,7 @@ def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> 
     }
 
 
-def _differences(many: ManyComparison) -> Section:
+def _differences(many: Comparison) -> Section:
     kinds = list(dict.fromkeys((pair.ours, pair.theirs) for pair in many.pairs))
     of_place = {(pair.line, pair.ours, pair.theirs): pair.difference for pair in many.pairs}
     rows = [
@@ -171,8 +174,8 @@ def _differences(many: ManyComparison) -> Section:
     ]
     if len(rows) > 1:
         scores = [_scores(many.pairs, kind) for kind in kinds]
-        rows.append(("higher, beyond noise", *(higher for higher, _ in scores)))
-        rows.append(("lower, beyond noise", *(lower for _, lower in scores)))
+        rows.append(("higher, significant", *(higher for higher, _ in scores)))
+        rows.append(("lower, significant", *(lower for _, lower in scores)))
     return Section(
         name="differences",
         title="Differences: mean ± 95% interval",
@@ -195,7 +198,7 @@ def _mark(difference: RepeatedDifference) -> str:
 
 
 def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
-    """In how many transfers the first is higher, and lower, and in how many of them beyond the noise."""
+    """In how many transfers the first is higher, and lower, and in how many of them significantly."""
     differences = [pair.difference for pair in pairs if (pair.ours, pair.theirs) == kind and pair.difference.seeds]
     higher = [difference for difference in differences if difference.mean > 0]
     lower = [difference for difference in differences if difference.mean < 0]
@@ -207,10 +210,10 @@ def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
     return score(higher), score(lower)
 
 
-def _difference_notes(many: ManyComparison) -> list[str]:
+def _difference_notes(many: Comparison) -> list[str]:
     notes = [
-        "paired by the transfer's seed; *: the interval leaves out 0; ?: no noise was seen, nobody can say",
-        "each interval stands alone: of twenty differences of equals one leaves out 0 by chance",
+        "paired by the transfer's seed; *: significant, the interval excludes 0; ?: n/a (one seed, or equal values)",
+        "each interval stands alone: of twenty differences between equals one excludes 0 by chance",
     ]
     with_pretrainings = dict.fromkeys(
         f"{p.ours} - {p.theirs}" for p in many.pairs if "pretrainings" in p.difference.noise
@@ -218,14 +221,14 @@ def _difference_notes(many: ManyComparison) -> list[str]:
     others = dict.fromkeys(f"{p.ours} - {p.theirs}" for p in many.pairs if p.difference.noise == ("seeds",))
     if with_pretrainings:
         notes.append(f"noise of the pretraining's seed is in the intervals of {', '.join(with_pretrainings)}")
-        single = [column.label for column in many.columns if not column.baseline and len(column.runs) == 1]
+        single = [column.label for column in many.pretrainings if len(column.runs) == 1]
         compared = [label for label in single if any(label in name.split(" - ") for name in with_pretrainings)]
         if compared:
             notes.append(f"{', '.join(compared)} has one pretraining, which is taken to scatter as the other's")
     if others:
         notes.append(
-            f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they speak of these "
-            "backbones; of their recipes, pretrainings with other values of --pretrain.seed would"
+            f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they hold for these "
+            "backbones; for their recipes, compare pretrainings with several values of --pretrain.seed"
         )
     if any(pair.difference.seeds == 0 for pair in many.pairs):
         notes.append("-: no seed in common")
@@ -246,14 +249,15 @@ def _difference_record(pair: Pair) -> dict[str, Value]:
     }
 
 
-def _repetitions(many: ManyComparison, column: Column) -> Section:
+def _repetitions(many: Comparison, column: Column) -> Section:
     """Each pretraining of a column, and how far they lie apart."""
-    lines = [line for line in many.lines if Place(line.label, column.label) in many.values]
     rows, records = [], []
-    for line in lines:
-        spread = repeated_spread(many.values[Place(line.label, column.label)])
-        of_run = {run.label: seed_values(run, line.transfer, PRETRAINED) for run in column.runs if run in line.runs}
-        cells = [spread_cell([of_run[run.label]]) if of_run.get(run.label) else "-" for run in column.runs]
+    for line in many.lines:
+        spread = many.spread(line, column)
+        if not spread.values:
+            continue
+        of_run = [seed_values(run, line.transfer, PRETRAINED) if run in line.runs else {} for run in column.runs]
+        cells = [spread_cell([by_seed]) if by_seed else "-" for by_seed in of_run]
         rows.append((line.label, *cells, number(spread.between), number(spread.within)))
         records.append(mean_record(line.label, line.metric, column.label, spread))
     return Section(

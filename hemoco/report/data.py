@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hemoco.config import config_difference
 from hemoco.errors import CheckpointError
 from hemoco.features.sample import FILE_NAME, FeatureSample, decode_sample
-from hemoco.results.comparison import ManyComparison, Run
+from hemoco.results.comparison import Comparison, Run
 from hemoco.results.records import Records
 from hemoco.tracking.runs import metric_points, read_artifacts
 from hemoco.tracking.tags import Tag
@@ -57,7 +57,7 @@ class RunDetail:
 class ReportData:
     """All that a report shows."""
 
-    many: ManyComparison
+    many: Comparison
     details: tuple[RunDetail, ...]
     """In the order of its runs."""
 
@@ -65,8 +65,7 @@ class ReportData:
     def examples(self) -> tuple[RunDetail, ...]:
         """Of each pretraining the first run, and those of its repetitions that differ by more than their seed."""
         by_label = {detail.run.label: detail for detail in self.details}
-        pretrainings = [column.runs for column in self.many.columns if not column.baseline]
-        first = {run.label: by_label[runs[0].label] for runs in pretrainings for run in runs}
+        first = {run.label: by_label[column.runs[0].label] for column in self.many.pretrainings for run in column.runs}
         return tuple(
             detail
             for detail in self.details
@@ -74,7 +73,7 @@ class ReportData:
         )
 
 
-def collect_report(uri: str, many: ManyComparison) -> ReportData:
+def collect_report(uri: str, many: Comparison) -> ReportData:
     """The comparison with the settings, curves and images of its runs.
 
     Raises:

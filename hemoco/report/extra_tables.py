@@ -3,14 +3,14 @@
 import math
 
 from hemoco.intervals import repeated_spread
-from hemoco.report.comparison_tables import known, mean_record, number, spread_cell, value_cell
+from hemoco.report.comparison_tables import known, line_records, mean_record, number, spread_cell, value_cell
 from hemoco.report.tables import Section, Value
-from hemoco.results.comparison import ManyComparison, Place, Run
+from hemoco.results.comparison import Comparison, Place, Run
 from hemoco.results.label_efficiency import label_curves
 from hemoco.results.sweep import SweepResult
 
 
-def extra_sections(many: ManyComparison) -> list[Section]:
+def extra_sections(many: Comparison) -> list[Section]:
     """Those that there is something for."""
     found = [_curve(many), *_label_efficiency(many), _pretraining_cost(many), _transfer_times(many)]
     return [section for section in found if section.rows]
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _pretraining_cost(many: ManyComparison) -> Section:
+def _pretraining_cost(many: Comparison) -> Section:
     notes = [
         "active: training steps, and what lies between two records unless it is more than 10 minutes; device hours: "
         "active time of the devices asked for at the start; images: repeated steps count once"
@@ -62,7 +62,7 @@ def _cost_record(run: Run) -> dict[str, Value]:
     return record | {name: known(value) for name, value in numbers.items()} | {"pauses": cost.pauses}
 
 
-def _transfer_times(many: ManyComparison) -> Section:
+def _transfer_times(many: Comparison) -> Section:
     transfers = list(dict.fromkeys(time.transfer for run in many.runs for time in run.cost.transfers))
     cells = {(run.label, time.transfer): time for run in many.runs for time in run.cost.transfers}
     rows = []
@@ -93,7 +93,7 @@ def _transfer_times(many: ManyComparison) -> Section:
     )
 
 
-def _curve(many: ManyComparison) -> Section:
+def _curve(many: Comparison) -> Section:
     places = [place for place in _places(many) if any(at == place for _, at in many.curve)]
     epochs = sorted({epoch for epoch, _ in many.curve})
     metrics = {line.label: line.metric for line in many.lines}
@@ -112,21 +112,18 @@ def _curve(many: ManyComparison) -> Section:
     )
 
 
-def _places(many: ManyComparison) -> list[Place]:
+def _places(many: Comparison) -> list[Place]:
     return [Place(line.label, column.label) for line in many.lines for column in many.columns]
 
 
-def _label_efficiency(many: ManyComparison) -> list[Section]:
+def _label_efficiency(many: Comparison) -> list[Section]:
     found = []
     for place, points in enumerate(label_curves(many), start=1):
         rows, records = [], []
         for labels, images, line in points:
-            cells = [value_cell(many, line.label, column) for column in many.columns]
+            cells = [value_cell(many, line, column) for column in many.columns]
             rows.append((labels, number(images, 0), line.label, *cells))
-            for column in many.columns:
-                spread = repeated_spread(many.values.get(Place(line.label, column.label), ()))
-                record = mean_record(line.label, line.metric, column.label, spread)
-                records.append({"labels": labels, "images": known(images)} | record)
+            records += [{"labels": labels, "images": known(images)} | record for record in line_records(many, line)]
         section = Section(
             name="label_efficiency" if place == 1 else f"label_efficiency_{place}",
             title="Label efficiency" if place == 1 else f"Label efficiency, data set {place}",

@@ -1,12 +1,11 @@
 """The part of a report that shows what a backbone has learned: a map of features, nearest images, drawn detections."""
 
 from collections.abc import Sequence
-from html import escape
+from typing import Literal, NamedTuple
 
 from hemoco.features.map import (
     CLASS_COLOURS,
     MIN_IMAGES,
-    NearImage,
     all_alike,
     chosen_rows,
     draw_map,
@@ -17,100 +16,130 @@ from hemoco.features.map import (
     thumbnail,
 )
 from hemoco.features.sample import FeatureSample
-from hemoco.report.data import ReportData, RunDetail, TransferImage
-from hemoco.report.html import columns, data_uri, folded, section
+from hemoco.report.data import ReportData, RunDetail
 
 _QUERIES, _NEIGHBOURS = 8, 6
 _CONFUSION = "_confusion"
 _MOST_RUNS = 6  # with a map each
 
 
-def feature_sections(data: ReportData) -> list[str]:
-    """A map and nearest images for each pretraining that has recorded a sample of features; of repeated ones once."""
-    sampled = [detail for detail in data.examples if detail.sample is not None]
-    return [part for detail in sampled[:_MOST_RUNS] for part in (_map(data, detail), _neighbours(data, detail))]
+class FeatureMap(NamedTuple):
+    """Thumbnails arranged by the similarity of their features, or the reason why there is no map."""
+
+    title: str
+    caption: str
+    """The reason where `png` is None."""
+    png: bytes | None = None
+    alt: str = ""
+    legend: Sequence[tuple[str, str]] = ()
+    """Name and colour of each class."""
 
 
-def image_sections(data: ReportData) -> list[str]:
-    """What transfers have drawn: detections beside the ground truth, and confusion matrices, which are folded."""
-    drawn = [(detail, image) for detail in data.examples for image in detail.images]
-    detections = [_figure(data, *one) for one in drawn if not one[1].name.endswith(_CONFUSION)]
-    confusions = [_figure(data, *one) for one in drawn if one[1].name.endswith(_CONFUSION)]
-    note = (
-        '<p class="note">Left the ground truth, right the highest-scored predictions, as many as there are objects.</p>'
-    )
-    found = [section("Detections", columns(detections) + note)] if detections else []
-    shown = folded(f"All {len(confusions)}", columns(confusions))
-    return found + ([section("Confusion matrices", shown)] if confusions else [])
+class Tile(NamedTuple):
+    """One image among its neighbours."""
+
+    kind: Literal["query", "near"]
+    png: bytes
+    alt: str
+    caption: str
 
 
-def _figure(data: ReportData, detail: RunDetail, image: TransferImage) -> str:
-    name = escape(f"{_of(data, detail)}{image.transfer}: {image.name.removesuffix(_CONFUSION).replace('_', ' ')}")
-    picture = f'<img src="{data_uri(image.png, "image/png")}" alt="{name}"/>'
-    return f"<figure><h3>{name}</h3>{picture}</figure>"
+class Neighbours(NamedTuple):
+    """A grid of images: each row has a query and its nearest images."""
+
+    title: str
+    columns: int
+    tiles: Sequence[Tile]
+    note: str
 
 
-def _map(data: ReportData, detail: RunDetail) -> str:
-    sample = detail.sample
-    assert sample is not None, "the caller has looked"
-    title = f"{_of(data, detail)}Feature map"
+class Features(NamedTuple):
+    """The features of one pretraining."""
+
+    map: FeatureMap
+    neighbours: Neighbours | None
+    """None where the sample has a single image."""
+
+
+class Picture(NamedTuple):
+    """A PNG that a transfer drew."""
+
+    title: str
+    png: bytes
+
+
+def feature_views(data: ReportData) -> list[Features]:
+    """A map and nearest images for each pretraining with a recorded sample of features; once for repeated ones."""
+    views: list[Features] = []
+    for detail in data.examples:
+        if detail.sample is not None and len(views) < _MOST_RUNS:
+            of = _of(data, detail)
+            views.append(Features(_map(detail.sample, f"{of}Feature map"), _neighbours(detail.sample, of)))
+    return views
+
+
+def drawn_detections(data: ReportData) -> list[Picture]:
+    """Detections beside the ground truth, as transfers drew them."""
+    return _pictures(data, is_confusion=False)
+
+
+def drawn_confusions(data: ReportData) -> list[Picture]:
+    """Confusion matrices, as transfers drew them."""
+    return _pictures(data, is_confusion=True)
+
+
+def _pictures(data: ReportData, *, is_confusion: bool) -> list[Picture]:
+    pictures = []
+    for detail in data.examples:
+        for image in detail.images:
+            if image.name.endswith(_CONFUSION) == is_confusion:
+                name = image.name.removesuffix(_CONFUSION).replace("_", " ")
+                pictures.append(Picture(f"{_of(data, detail)}{image.transfer}: {name}", image.png))
+    return pictures
+
+
+def _map(sample: FeatureSample, title: str) -> FeatureMap:
     if len(sample.keys) < MIN_IMAGES:
-        return section(title, f"<p>Split {escape(sample.split)!r} has too few images for a map.</p>")
+        return FeatureMap(title, f"Split {sample.split!r} has too few images for a map.")
     if all_alike(sample):
-        return section(title, "<p>All images have the same features: the backbone has collapsed.</p>")
-    png = draw_map(sample)
-    alt = f"{len(sample.keys)} thumbnails of split {sample.split}, those with similar features near each other"
-    image = f'<img src="{data_uri(png, "image/png")}" alt="{escape(alt)}"/>'
-    caption = (
-        f"{len(sample.keys)} images of split {sample.split} where t-SNE puts their frozen features, each in the "
-        "nearest free cell: similar ones lie together. Distances between groups mean nothing."
+        return FeatureMap(title, "All images have the same features: the backbone has collapsed.")
+    return FeatureMap(
+        title=title,
+        caption=(
+            f"{len(sample.keys)} images of split {sample.split} where t-SNE puts their frozen features, each in the "
+            "nearest free cell: similar ones lie together. Distances between groups mean nothing."
+        ),
+        png=draw_map(sample),
+        alt=f"{len(sample.keys)} thumbnails of split {sample.split}, those with similar features near each other",
+        legend=list(zip(sample.classes, CLASS_COLOURS, strict=False)) if has_colours(sample) else (),
     )
-    return section(title, f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>{_legend(sample)}")
 
 
-def _legend(sample: FeatureSample) -> str:
-    if not has_colours(sample):
-        return ""
-    keys = [
-        f'<span class="key"><i style="background:{colour}"></i>{escape(name)}</span>'
-        for name, colour in zip(sample.classes, CLASS_COLOURS, strict=False)
-    ]
-    return f"<div>{''.join(keys)}</div>"
-
-
-def _neighbours(data: ReportData, detail: RunDetail) -> str:
-    sample = detail.sample
-    assert sample is not None, "the caller has looked"
+def _neighbours(sample: FeatureSample, of: str) -> Neighbours | None:
     count = min(_NEIGHBOURS, len(sample.keys) - 1)
     if count < 1:
-        return ""
+        return None
     near = nearest(sample, count)
-    tiles = "".join(_row_of_tiles(sample, row, near[row]) for row in chosen_rows(sample, _QUERIES))
-    grid = f'<div class="neighbours" style="grid-template-columns:repeat({count + 1},minmax(0,1fr))">{tiles}</div>'
+    tiles = []
+    for row in chosen_rows(sample, _QUERIES):
+        own = int(sample.labels[row])
+        tiles.append(_tile(sample, row, kind="query", caption=_name(sample, row)))
+        for other in near[row]:
+            same = " ✓" if own >= 0 and int(sample.labels[other.row]) == own else ""
+            tiles.append(_tile(sample, other.row, kind="near", caption=f"{other.similarity:.2f}{same}"))
+    note = (
+        f"Left: an image of split {sample.split}. Right: the nearest of {len(sample.keys) - 1} others by the cosine "
+        "of their frozen features."
+    )
     share = same_label_share(sample, near)
-    note = f"Left: an image of split {sample.split}. Right: the nearest of {len(sample.keys) - 1} others by the cosine "
-    note += "of their frozen features."
     if share is not None:
         note += f" The nearest has the same label for {100 * share:.0f}% of the images; ✓ marks the same label."
-    return section(f"{_of(data, detail)}Nearest images", f'{grid}<p class="note">{escape(note)}</p>')
+    return Neighbours(f"{of}Nearest images", count + 1, tiles, note)
 
 
-def _row_of_tiles(sample: FeatureSample, row: int, near: Sequence[NearImage]) -> str:
-    own = int(sample.labels[row])
-    tiles = [_tile(sample, row, _name(sample, row), "query")]
-    for other in near:
-        same = own >= 0 and int(sample.labels[other.row]) == own
-        tiles.append(_tile(sample, other.row, f"{other.similarity:.2f}{' ✓' if same else ''}", "near"))
-    return "".join(tiles)
-
-
-def _tile(sample: FeatureSample, row: int, caption: str, kind: str) -> str:
-    image = data_uri(encode_png(thumbnail(sample, row)), "image/png")
-    alt = f"image {sample.keys[row]}, {_name(sample, row)}"
-    return (
-        f'<figure class="{kind}" title="{escape(alt)}"><img src="{image}" alt="{escape(alt)}"/>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _tile(sample: FeatureSample, row: int, *, kind: Literal["query", "near"], caption: str) -> Tile:
+    png = encode_png(thumbnail(sample, row))
+    return Tile(kind, png, f"image {sample.keys[row]}, {_name(sample, row)}", caption)
 
 
 def _name(sample: FeatureSample, row: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hemoco.intervals import Repetitions, confidence_half_width
-from hemoco.results.comparison import ManyComparison, Place
+from hemoco.results.comparison import Comparison, Place
 from hemoco.results.records import PRETRAINED
 
 if TYPE_CHECKING:
@@ -23,6 +23,16 @@ _DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _INK, _LIMIT = "#333333", "#A84A00"
 _MOST_POINTS = 1000
 _WIDTH = 4.7  # inches: so narrow that the text can be read on a phone
+
+
+class Plot(NamedTuple):
+    """A drawn plot with its words."""
+
+    title: str
+    svg: bytes
+    alt: str
+    """What it shows, for readers who cannot see it."""
+    caption: str
 
 
 class Point(NamedTuple):
@@ -88,7 +98,7 @@ def panels_plot(panels: Sequence[Panel]) -> bytes:
     return _svg(figure)
 
 
-def transfer_bars(many: ManyComparison) -> bytes:
+def transfer_bars(many: Comparison) -> bytes:
     """A bar for each transfer and column, the mean with its 95% interval; a dot for each value where there are some."""
     height = 0.78 / max(len(many.columns), 1)
     figure, (axes,) = _canvas(rows=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines))
@@ -110,9 +120,9 @@ def transfer_bars(many: ManyComparison) -> bytes:
     return _svg(figure)
 
 
-def column_colours(many: ManyComparison) -> dict[str, str]:
+def column_colours(many: Comparison) -> dict[str, str]:
     """The colour of each column: strong for pretrainings, grey for baselines."""
-    pretrainings = [column.label for column in many.columns if not column.baseline]
+    pretrainings = [column.label for column in many.pretrainings]
     baselines = [column.label for column in many.columns if column.baseline]
     strong = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(pretrainings)}
     return strong | {label: BASELINE_COLOURS[place % len(BASELINE_COLOURS)] for place, label in enumerate(baselines)}

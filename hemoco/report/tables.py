@@ -54,7 +54,8 @@ def print_section(console: "Console", section: Section) -> None:
             console.print()
         console.print(_rich_table(section, columns))
     for note in section.notes:
-        console.print(Text(note, style="dim"))
+        # a dagger marks what failed or is unfinished, which must not be overlooked
+        console.print(Text(note, style="bold red" if note.startswith("†") else "dim"))
 
 
 def markdown(sections: Iterable[Section]) -> str:
@@ -67,12 +68,11 @@ def latex(sections: Iterable[Section]) -> str:
     return "% \\usepackage{booktabs}\n\n" + "\n".join(_latex(section) for section in sections)
 
 
-def csv_text(records: Sequence[dict[str, Value]]) -> str:
-    """One line per record, below the names that any of them has; what is unknown is empty."""
+def csv_text(records: Sequence[dict[str, Value]], names: Sequence[str] = ()) -> str:
+    """One line per record, below these names, or all that any of them has; what is unknown is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for record in records for name in record)), lineterminator="\n"
-    )
+    names = names or list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from hemoco.report.comparison_tables import number
 from hemoco.report.data import ReportData, RunDetail
-from hemoco.report.html import plot
-from hemoco.report.plots import Panel, Point, Series, interval, line_plot, numbered, panels_plot
+from hemoco.report.plots import Panel, Plot, Point, Series, interval, line_plot, numbered, panels_plot
+from hemoco.results.kinds import kind_of
 from hemoco.results.records import Pretraining
+from hemoco.tracking.runs import RunFacts
 from hemoco.tracking.unsent import MetricPoint
 
 HEALTHY_LOSS = 0.85
@@ -44,21 +45,21 @@ def health_checks(pretraining: Pretraining) -> list[HealthCheck]:
     ]
 
 
-def training_plots(data: ReportData) -> list[str]:
-    """A box for each plot that there are values for."""
-    return [part for part in (_loss(data), _collapse(data)) if part]
+def training_plots(data: ReportData) -> list[Plot]:
+    """Loss, signs of collapse and throughput, where there are values."""
+    return [plot for plot in (_loss(data), _collapse(data), _timeline(data)) if plot is not None]
 
 
-def quality_plots(data: ReportData) -> list[str]:
+def quality_plots(data: ReportData) -> list[Plot]:
     """kNN and transfers over the epochs of the pretraining."""
-    return [part for part in (_knn(data), _transfer_curve(data)) if part]
+    return [plot for plot in (_knn(data), _transfer_curve(data)) if plot is not None]
 
 
-def timeline(data: ReportData) -> str:
+def _timeline(data: ReportData) -> Plot | None:
     """Images per second and the share of time spent waiting for data, over the hours of the training."""
     rates = _series(data, "images_per_s", _since_start)
     if not rates:
-        return ""
+        return None
     longest = max(point.x for one in rates for point in one.points)
     unit, seconds = ("h", 3600) if longest > 7200 else ("min", 60) if longest > 120 else ("s", 1)
     scaled = [_scaled(one, 1 / seconds, 1) for one in rates]
@@ -68,7 +69,7 @@ def timeline(data: ReportData) -> str:
         panels.append(Panel(series=waits, x_label=panels[0].x_label, y_label="waiting for\ndata, %"))
     last = [one.points[-1].y for one in rates]
     alt = f"Lines: throughput ends at {', '.join(f'{value:,.0f}' for value in last)} images per second"
-    return plot(
+    return Plot(
         "Throughput and waiting for data",
         panels_plot(panels),
         alt,
@@ -76,13 +77,14 @@ def timeline(data: ReportData) -> str:
     )
 
 
-def _loss(data: ReportData) -> str:
+def _loss(data: ReportData) -> Plot | None:
     series = _series(data, "loss", _by_step)
     if not series:
-        return ""
-    trained = [detail.params for detail in data.details if detail.curves["loss"]]
-    chances = {chance for params in trained if (chance := _chance(params)) is not None}
-    fills = {fill for params in trained if (fill := _fill_step(params)) is not None}
+        return None
+    sources = [detail.run.records.pretraining for detail in data.details if detail.curves["loss"]]
+    trained = [facts for facts in sources if facts is not None]
+    chances = {chance for facts in trained if (chance := _chance(facts)) is not None}
+    fills = {fill for facts in trained if (fill := _fill_step(facts.params)) is not None}
     queue = len(fills) == 1 and len(chances) == 1
     panel = Panel(
         series=series,
@@ -101,7 +103,7 @@ def _loss(data: ReportData) -> str:
         if queue
         else "Constant embeddings give the chance loss."
     )
-    return plot("Loss", line_plot(panel), alt, caption)
+    return Plot("Loss", line_plot(panel), alt, caption)
 
 
 def _good_band(series: Sequence[Series], limit: float) -> tuple[float, float]:
@@ -112,7 +114,7 @@ def _last_step(series: Sequence[Series]) -> float:
     return max(one.points[-1].x for one in series)
 
 
-def _collapse(data: ReportData) -> str:
+def _collapse(data: ReportData) -> Plot | None:
     step = "optimiser step"
     gaps = [_gap(data, detail) for detail in data.details]
     wanted = [
@@ -128,7 +130,7 @@ def _collapse(data: ReportData) -> str:
     ]
     panels = [panel for panel in wanted if panel.series]
     if not panels:
-        return ""
+        return None
     spread = wanted[0].series
     alt = "Lines over steps: spread, effective rank, similarity of positives over negatives, pretext accuracy"
     if spread:
@@ -137,7 +139,7 @@ def _collapse(data: ReportData) -> str:
         "Collapse is a spread (std x sqrt(C), 1 is isotropic) or an effective rank that falls towards 0 or 1, and "
         "positives no more alike than negatives. Pretext top-1: how often the positive is nearest of all keys."
     )
-    return plot("Collapse", panels_plot(panels), alt, caption)
+    return Plot("Collapse", panels_plot(panels), alt, caption)
 
 
 def _gap(data: ReportData, detail: RunDetail) -> Series:
@@ -147,7 +149,7 @@ def _gap(data: ReportData, detail: RunDetail) -> Series:
     return _of_run(data, detail, points)
 
 
-def _knn(data: ReportData) -> str:
+def _knn(data: ReportData) -> Plot | None:
     series = []
     for detail in data.details:
         points = detail.curves["knn_top1"]
@@ -157,15 +159,15 @@ def _knn(data: ReportData) -> str:
             by_epoch = [Point(point.step * first / points[0].step, point.value) for point in points]
             series.append(_of_run(data, detail, by_epoch))
     if not series:
-        return ""
+        return None
     panel = Panel(series=series, x_label="epoch", y_label="kNN top-1 accuracy")
     ends = series[0].points
     alt = f"Line: kNN accuracy goes from {ends[0].y:.3f} to {ends[-1].y:.3f}"
     caption = "Frozen features of the query encoder; pretraining itself sees no labels."
-    return plot("kNN during pretraining", line_plot(panel), alt, caption)
+    return Plot("kNN during pretraining", line_plot(panel), alt, caption)
 
 
-def _transfer_curve(data: ReportData) -> str:
+def _transfer_curve(data: ReportData) -> Plot | None:
     many = data.many
     places = list(dict.fromkeys(place for _, place in many.curve))
     series = []
@@ -175,11 +177,11 @@ def _transfer_curve(data: ReportData) -> str:
         label = place.line if len({at.column for at in places}) == 1 else f"{place.line} {place.column}"
         series.append(numbered(label, points, order))
     if not series:
-        return ""
+        return None
     panel = Panel(series=series, x_label="epoch", y_label="headline metric", shares=True)
     alt = "Lines: " + "; ".join(f"{one.label} ends at {one.points[-1].y:.3f}" for one in series)
     caption = "Transfers of the backbones that were exported on the way, with their 95% intervals."
-    return plot("Transfer over epochs of the pretraining", line_plot(panel), alt, caption)
+    return Plot("Transfer over epochs of the pretraining", line_plot(panel), alt, caption)
 
 
 def _series(data: ReportData, name: str, place: Callable[[Sequence[MetricPoint]], list[Point]]) -> list[Series]:
@@ -190,9 +192,8 @@ def _series(data: ReportData, name: str, place: Callable[[Sequence[MetricPoint]]
 def _of_run(data: ReportData, detail: RunDetail, points: Sequence[Point]) -> Series:
     """A curve in the colour that its pretraining has in all plots; repetitions differ by their dashes."""
     run = detail.run
-    pretrainings = [column for column in data.many.columns if not column.baseline]
-    number = next(place for place, column in enumerate(pretrainings) if run in column.runs)
-    return numbered(run.label, points, number, pretrainings[number].runs.index(run))
+    number, column = next(each for each in enumerate(data.many.pretrainings) if run in each[1].runs)
+    return numbered(run.label, points, number, column.runs.index(run))
 
 
 def _by_step(points: Sequence[MetricPoint]) -> list[Point]:
@@ -214,17 +215,19 @@ def _scaled(series: Series, x: float, y: float) -> Series:
     return dataclasses.replace(series, points=[Point(point.x * x, point.y * y) for point in series.points])
 
 
-def _chance(params: dict[str, str]) -> tuple[float, str] | None:
-    """The loss of constant embeddings, and its formula; None where the settings are unknown."""
-    if "pretrain.moco.queue_length" in params:
-        return math.log(int(params["pretrain.moco.queue_length"]) + 1), "ln(K+1)"
-    if "pretrain.moco.hidden_size" in params:  # v3: both directions, each 2T times the cross-entropy
-        batch, temperature = int(params["pretrain.global_batch_size"]), float(params["pretrain.moco.temperature"])
-        return 4 * temperature * math.log(batch), "4T ln(G)"
+def _chance(pretraining: RunFacts) -> tuple[float, str] | None:
+    """The loss of constant embeddings, and its formula; None where the method is unknown."""
+    params = pretraining.params
+    match kind_of(pretraining):
+        case "moco_v1" | "moco_v2":
+            return math.log(int(params["pretrain.moco.queue_length"]) + 1), "ln(K+1)"
+        case "moco_v3":  # both directions, each 2T times the cross-entropy
+            batch, temperature = int(params["pretrain.global_batch_size"]), float(params["pretrain.moco.temperature"])
+            return 4 * temperature * math.log(batch), "4T ln(G)"
     return None
 
 
 def _fill_step(params: dict[str, str]) -> float | None:
-    """The step after which no key of the queue is a random vector."""
+    """The step after which no key of the queue is a random vector; None where there is no queue."""
     length, batch = params.get("pretrain.moco.queue_length"), params.get("pretrain.global_batch_size")
     return int(length) / int(batch) if length and batch else None

@@ -8,15 +8,16 @@ agree.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hemoco.config import config_difference
 from hemoco.errors import UsageError
-from hemoco.intervals import RepeatedDifference, Repetitions, repeated_difference
+from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_difference, repeated_spread
 from hemoco.results.cost import Cost, run_cost
 from hemoco.results.identity import baseline_identity, curve_values, pretraining_settings, transfer_protocol
-from hemoco.results.records import PRETRAINED, Comparison, Records, compare_records, read_records
+from hemoco.results.records import PRETRAINED, Records, RunResults, read_records, results_of
 from hemoco.tracking.tags import Tag
 
 SeedValues = dict[int, float]
@@ -29,7 +30,7 @@ class Run:
     label: str
     """A, B, ...; A1, A2, ... where several are repetitions of one pretraining; `pretrained` where it is alone."""
     records: Records
-    found: Comparison
+    results: RunResults
     settings: dict[str, str] | None
     """Of the pretraining and its data; None where MLflow does not know them."""
     cost: Cost
@@ -90,7 +91,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ManyComparison:
+class Comparison:
     """Runs side by side; cells without a value are missing from `values`."""
 
     runs: tuple[Run, ...]
@@ -102,8 +103,17 @@ class ManyComparison:
     curve: dict[tuple[int, Place], Repetitions]
     """Transfer quality of the backbones after so many epochs."""
 
+    @property
+    def pretrainings(self) -> tuple[Column, ...]:
+        """The columns that are no baselines; they come first."""
+        return tuple(column for column in self.columns if not column.baseline)
 
-def compare_runs(uri: str, names: Sequence[str]) -> ManyComparison:
+    def spread(self, line: Line, column: Column) -> RepeatedSpread:
+        """Mean and deviation of a cell; nan where it has no value."""
+        return repeated_spread(self.values.get(Place(line.label, column.label), ()))
+
+
+def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
     """What MLflow has recorded of some runs so far, side by side in this order.
 
     Raises:
@@ -118,7 +128,7 @@ def compare_runs(uri: str, names: Sequence[str]) -> ManyComparison:
         Run(
             label="",
             records=records,
-            found=compare_records(records),
+            results=results_of(records),
             settings=pretraining_settings(uri, records),
             cost=run_cost(uri, records),
         )
@@ -129,7 +139,7 @@ def compare_runs(uri: str, names: Sequence[str]) -> ManyComparison:
     columns = (*pretrainings, *_baselines(runs))
     lines = _lines(runs)
     values = _values(columns, lines)
-    return ManyComparison(
+    return Comparison(
         runs=runs,
         columns=columns,
         lines=lines,
@@ -137,6 +147,17 @@ def compare_runs(uri: str, names: Sequence[str]) -> ManyComparison:
         pairs=tuple(_pairs(columns, lines, values)),
         curve=_curve(uri, pretrainings, lines),
     )
+
+
+def headlines(many: Comparison) -> dict[str, float]:
+    """Means of a single run by the names they have on its page: TRANSFER/METRIC/INIT, and the differences.
+
+    A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
+    """
+    names = {line.label: f"{line.transfer}/{line.metric}" for line in many.lines}
+    means = {f"{names[place.line]}/{place.column}": repeated_spread(found).mean for place, found in many.values.items()}
+    over = {f"{names[pair.line]}/over_{pair.theirs}": pair.difference.mean for pair in many.pairs}
+    return {name: value for name, value in (means | over).items() if not math.isnan(value)}
 
 
 def _pretrainings(runs: Sequence[Run]) -> tuple[Column, ...]:
@@ -182,7 +203,7 @@ def _baselines(runs: Sequence[Run]) -> tuple[Column, ...]:
     """The inits other than the pretrained one; of two that share a name and not their origin each is a column."""
     found: dict[str, list[tuple[dict[str, str], list[Run]]]] = {}
     for run in runs:
-        for init in dict.fromkeys(row.init for row in run.found.rows if row.init != PRETRAINED):
+        for init in dict.fromkeys(row.init for row in run.results.rows if row.init != PRETRAINED):
             identity, same = baseline_identity(run.records, init), found.setdefault(init, [])
             group = next((group for known, group in same if known == identity), None)
             if group is None:
@@ -241,7 +262,7 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Rep
 
 def seed_values(run: Run, transfer: str, init: str) -> SeedValues:
     """Values of one transfer from one backbone."""
-    return {row.seed: row.value for row in run.found.rows if (row.transfer, row.init) == (transfer, init)}
+    return {row.seed: row.value for row in run.results.rows if (row.transfer, row.init) == (transfer, init)}
 
 
 def _means(measured: Sequence[SeedValues]) -> SeedValues:

@@ -9,7 +9,7 @@ minutes: then nobody was at work, or waited for machines, and only the steps cou
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from hemoco.results.records import Records
 from hemoco.tracking.client import ask
@@ -81,19 +81,17 @@ def run_cost(uri: str, records: Records) -> Cost:
         TrackingError: MLflow cannot be used.
     """
     facts = records.pretraining
-    runs = [*records.transfers, *([facts] if facts else [])]
-    infos = ask(uri, lambda client: {run.run_id: client.get_run(run.run_id).info for run in runs})
-    transfers = tuple(_transfer_time(run, infos[run.run_id]) for run in records.transfers)
+    transfers = tuple(_transfer_time(run) for run in records.transfers)
     if facts is None or "pretrain.global_batch_size" not in facts.params:
         nothing = Activity(math.nan, math.nan, 0, 0)
         return _cost({}, nothing, images=0, transfers=transfers)
     points = ask(uri, lambda client: client.get_metric_history(facts.run_id, "images_per_s"))
     rates = sorted(RateRecord(point.timestamp / 1000, point.step, point.value) for point in points)
-    info, batch = infos[facts.run_id], int(facts.params["pretrain.global_batch_size"])
+    batch = int(facts.params["pretrain.global_batch_size"])
     activity = measure_activity(
         rates,
-        began_s=info.start_time / 1000,
-        ended_s=_ended_s(info),
+        began_s=facts.started_s,
+        ended_s=_ended_s(facts),
         every=int(facts.params["pretrain.log_every_steps"]),
         batch=batch,
     )
@@ -149,17 +147,16 @@ def _cost(params: dict[str, str], activity: Activity, *, images: int, transfers:
     )
 
 
-def _transfer_time(facts: RunFacts, info: Any) -> TransferTime:
-    ended_s = _ended_s(info) if facts.status == "FINISHED" else None
+def _transfer_time(facts: RunFacts) -> TransferTime:
+    ended_s = facts.ended_s if facts.status == "FINISHED" else None
     attempts = [value for tag, value in facts.tags.items() if tag.startswith(Tag.ATTEMPT_PREFIX)]
     return TransferTime(
         transfer=facts.tags[Tag.TRANSFER],
-        wall_s=math.nan if ended_s is None else ended_s - info.start_time / 1000,
+        wall_s=math.nan if ended_s is None else ended_s - facts.started_s,
         again=any(int(value) > 1 for value in attempts),
     )
 
 
-def _ended_s(info: Any) -> float | None:
+def _ended_s(facts: RunFacts) -> float | None:
     """None while it runs: a run that is reopened keeps the end it had before."""
-    ended = info.status in ("FINISHED", "FAILED", "KILLED") and info.end_time
-    return info.end_time / 1000 if ended else None
+    return facts.ended_s if facts.status in ("FINISHED", "FAILED", "KILLED") else None

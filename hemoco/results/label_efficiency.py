@@ -7,7 +7,8 @@ quite of its kind; both are what papers show.
 import math
 from typing import NamedTuple
 
-from hemoco.results.comparison import Line, ManyComparison
+from hemoco.results.comparison import Comparison, Line
+from hemoco.results.kinds import kind_of
 from hemoco.results.records import done_values
 from hemoco.tracking.runs import RunFacts
 from hemoco.tracking.tags import Tag
@@ -23,7 +24,7 @@ class LabelPoint(NamedTuple):
     line: Line
 
 
-def label_curves(many: ManyComparison) -> list[list[LabelPoint]]:
+def label_curves(many: Comparison) -> list[list[LabelPoint]]:
     """One curve for each data set that has a low-shot transfer and at least one more point; fewest labels first."""
     by_data: dict[tuple[str, ...], list[LabelPoint]] = {}
     for line in many.lines:
@@ -36,23 +37,25 @@ def label_curves(many: ManyComparison) -> list[list[LabelPoint]]:
 
 
 def _labels(line: Line) -> str:
-    """How many labels a transfer sees, told by the settings that only its kind has; empty for those of other kinds."""
-    settings = {name.removeprefix(f"transfers.{line.transfer}."): value for name, value in line.protocol.items()}
-    if "fraction" in settings:
-        share = float(settings["fraction"])
-        return f"{100 * share:g}%" if share else f"{settings['shots']} a class"
-    linear = "lbfgs_check" in settings or ("schedule" in settings and "backbone_lr" not in settings)
-    return "100%" if linear else ""
+    """The share of labels that a transfer sees; empty for kinds that are not part of a curve."""
+    kind = next((kind_of(facts) for facts in _transfers(line)), "")
+    if kind in ("linear_probe", "linear_classifier"):
+        return "100%"
+    if kind != "low_shot":
+        return ""
+    fraction = float(line.protocol[f"transfers.{line.transfer}.fraction"])
+    return f"{100 * fraction:g}%" if fraction else f"{line.protocol[f'transfers.{line.transfer}.shots']} a class"
 
 
 def _images(line: Line) -> float:
-    runs = (facts for run in line.runs for facts in run.records.transfers)
-    found = (row.value for facts in runs if _is(facts, line) for row in done_values(facts, "labelled_images"))
+    found = (row.value for facts in _transfers(line) for row in done_values(facts, "labelled_images"))
     return next(found, math.nan)
 
 
-def _is(facts: RunFacts, line: Line) -> bool:
-    return facts.tags[Tag.TRANSFER] == line.transfer
+def _transfers(line: Line) -> list[RunFacts]:
+    """The MLflow runs of a line, measured from final backbones or on the way."""
+    every = [facts for run in line.runs for facts in (*run.records.transfers, *run.records.curve)]
+    return [facts for facts in every if facts.tags[Tag.TRANSFER] == line.transfer]
 
 
 def _order(point: LabelPoint) -> tuple[bool, float, float]:

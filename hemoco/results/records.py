@@ -5,6 +5,7 @@ of the transfer's run. What a training logs on its way has the same name.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -12,10 +13,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hemoco.errors import UsageError
-from hemoco.intervals import Difference, Spread, paired_difference, spread_of
+from hemoco.errors import RefusedError, UsageError
+from hemoco.results.kinds import kind_of
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import RunFacts, find_runs
+from hemoco.tracking.runs import RunFacts, run_facts, search
 from hemoco.tracking.tags import Tag
 
 PRETRAINED = "pretrained"
@@ -68,7 +69,7 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class RunResults:
     """A pretraining and what its transfers measured."""
 
     pretraining: Pretraining
@@ -76,21 +77,6 @@ class Comparison:
     failed: tuple[Failure, ...]
     unfinished: tuple[Failure, ...] = ()
     """Transfers that are running, were left by a process that is gone, or have not begun."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One transfer of the pretrained backbone against one baseline, over the seeds."""
-
-    transfer: str
-    metric: str
-    pretrained: Spread
-    baseline: str
-    """Its init; empty where none was measured."""
-    other: Spread
-    """Of the baseline."""
-    difference: Difference
-    """Pretrained minus baseline."""
 
 
 class Records(NamedTuple):
@@ -105,78 +91,41 @@ class Records(NamedTuple):
     """Transfers of backbones exported during the pretraining, one for each transfer and epoch."""
 
 
-def comparison(uri: str, run: str) -> Comparison:
+def run_results(uri: str, run: str) -> RunResults:
     """What MLflow has recorded of a run so far.
 
     Raises:
         UsageError: MLflow knows no run of this name.
         TrackingError: MLflow cannot be used.
     """
-    return compare_records(read_records(uri, run))
-
-
-def summaries(found: Comparison) -> list[Summary]:
-    """One line per transfer and baseline, in the order of the rows."""
-    lines = []
-    for transfer, metric in dict.fromkeys((row.transfer, row.metric) for row in found.rows):
-        values: dict[str, dict[int, float]] = {}
-        for row in found.rows:
-            if row.transfer == transfer:
-                values.setdefault(row.init, {})[row.seed] = row.value
-        ours = values.pop(PRETRAINED, {})
-        for baseline, theirs in values.items() or [("", {})]:
-            line = Summary(
-                transfer=transfer,
-                metric=metric,
-                pretrained=spread_of(list(ours.values())),
-                baseline=baseline,
-                other=spread_of(list(theirs.values())),
-                difference=paired_difference(ours, theirs),
-            )
-            lines.append(line)
-    return lines
-
-
-def headlines(found: Comparison) -> dict[str, float]:
-    """Means over the seeds by the names they have on a run's page: TRANSFER/METRIC/INIT, and the differences.
-
-    A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
-    """
-    values: dict[str, float] = {}
-    for line in summaries(found):
-        name = f"{line.transfer}/{line.metric}"
-        values[f"{name}/{PRETRAINED}"] = line.pretrained.mean
-        if line.baseline:
-            values[f"{name}/{line.baseline}"] = line.other.mean
-            values[f"{name}/over_{line.baseline}"] = line.difference.mean
-    return {key: value for key, value in values.items() if not math.isnan(value)}
+    return results_of(read_records(uri, run))
 
 
 def read_records(uri: str, run: str) -> Records:
-    """What MLflow has of a run; the same errors as `comparison`."""
+    """What MLflow has of a run; the same errors as `run_results`."""
     experiment_id = connect(uri)
-    found = find_runs(uri, experiment_id, {Tag.RUN: run})
+    found = search(uri, experiment_id, {Tag.RUN: run})
     phases: dict[str, list[RunFacts]] = {"parent": [], "pretrain": [], "transfer": [], "curve": []}
     for facts in reversed(found):  # the oldest first
         phases[facts.tags[Tag.PHASE]].append(facts)
     if not phases["parent"]:
-        raise UsageError(unknown_run(run, find_runs(uri, experiment_id, {Tag.PHASE: "parent"})))
+        raise UsageError(unknown_run(run, search(uri, experiment_id, {Tag.PHASE: "parent"})))
     parent = phases["parent"][-1]
     newest = {facts.tags[Tag.TRANSFER]: facts for facts in phases["transfer"]}
     curve = {(facts.tags[Tag.TRANSFER], facts.tags[Tag.EPOCH]): facts for facts in phases["curve"]}
     source = parent.tags.get(Tag.PRETRAIN_RUN_ID)
     if source is not None:  # the backbone is another run's, which this MLflow need not know
-        known = find_runs(uri, experiment_id, {Tag.PHASE: "pretrain"})
-        phases["pretrain"] = [facts for facts in known if facts.run_id == source]
+        with contextlib.suppress(RefusedError):
+            phases["pretrain"].append(run_facts(uri, source))
     pretraining = next(reversed(phases["pretrain"]), None)
     return Records(run, parent, pretraining, list(newest.values()), list(curve.values()))
 
 
-def compare_records(records: Records) -> Comparison:
-    """The comparison that a run's records make."""
+def results_of(records: Records) -> RunResults:
+    """The results in a run's records."""
     rows = [row for facts in records.transfers for row in done_rows(facts)]
     ended = [facts for facts in records.transfers if facts.status in ("FAILED", "KILLED")]
-    return Comparison(
+    return RunResults(
         pretraining=_pretraining(records),
         rows=tuple(rows),
         failed=tuple(_failure(facts, facts.tags.get(Tag.ERROR, "no reason was recorded")) for facts in ended),
@@ -212,7 +161,7 @@ def _pretraining(records: Records) -> Pretraining:
     parent, facts = records.parent, records.pretraining
     tags = parent.tags | (facts.tags if facts else {})
     metrics = facts.metrics if facts else {}
-    queue_length = facts.params.get("pretrain.moco.queue_length") if facts else None
+    has_queue = facts is not None and kind_of(facts) in ("moco_v1", "moco_v2")
     return Pretraining(
         run=records.run,
         run_id=facts.run_id if facts else tags.get(Tag.PRETRAIN_RUN_ID, ""),
@@ -221,7 +170,7 @@ def _pretraining(records: Records) -> Pretraining:
         recipe=tags.get(Tag.RECIPE, ""),
         data_digest=tags.get(Tag.DATA_DIGEST, ""),
         loss=metrics.get("loss", math.nan),
-        chance_loss=math.log(int(queue_length) + 1) if queue_length else math.nan,
+        chance_loss=math.log(int(facts.params["pretrain.moco.queue_length"]) + 1) if facts and has_queue else math.nan,
         embedding_std=metrics.get("embedding_std", math.nan),
         knn_top1=metrics.get("knn_top1", math.nan),
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hemoco.errors import UsageError
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import RunFacts, find_run, find_runs, metric_history
+from hemoco.tracking.runs import RunFacts, find_run, search
 from hemoco.tracking.tags import Tag
 
 OBJECTIVE = "objective"
@@ -94,7 +94,7 @@ def sweep_result(uri: str, sweep: str) -> SweepResult:
     """
     found = find_sweep(uri, sweep)
     if found is None:
-        known = {facts.tags[Tag.SWEEP] for facts in find_runs(uri, connect(uri), {Tag.PHASE: "sweep"})}
+        known = {facts.tags[Tag.SWEEP] for facts in search(uri, connect(uri), {Tag.PHASE: "sweep"})}
         raise UsageError(f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}")
     return found
 
@@ -109,7 +109,9 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
     parent = find_run(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "sweep"})
     if parent is None:
         return None
-    trials = find_runs(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "trial"})
+    trials = search(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "trial"})
+    newest_first = search(uri, experiment_id, {Tag.PHASE: "pretrain"}, prefix={Tag.RUN: f"{sweep}/"})
+    pretrainings = {facts.tags[Tag.RUN]: facts for facts in reversed(newest_first)}
     return SweepResult(
         sweep=sweep,
         run_id=parent.run_id,
@@ -122,7 +124,7 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         data_digest=parent.tags[Tag.DATA_DIGEST],
         params=parent.params,
         tags=parent.tags,
-        trials=tuple(sorted((_trial(uri, experiment_id, facts) for facts in trials), key=_rank)),
+        trials=tuple(sorted((_trial(facts, pretrainings) for facts in trials), key=_rank)),
     )
 
 
@@ -137,9 +139,9 @@ def sweep_json(result: SweepResult) -> str:
     return json.dumps(facts | {"best": best, "trials": trials}, indent=2) + "\n"
 
 
-def _trial(uri: str, experiment_id: str, facts: RunFacts) -> TrialResult:
+def _trial(facts: RunFacts, pretrainings: Mapping[str, RunFacts]) -> TrialResult:
     run = f"{facts.tags[Tag.SWEEP]}/{facts.tags['mlflow.runName']}"
-    pretraining = find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "pretrain"})
+    pretraining = pretrainings.get(run)
     became = outcome(facts)
     return TrialResult(
         trial=int(facts.tags[Tag.TRIAL]),
@@ -147,7 +149,7 @@ def _trial(uri: str, experiment_id: str, facts: RunFacts) -> TrialResult:
         settings=facts.params,
         outcome=became,
         objective=facts.metrics.get(OBJECTIVE, math.nan) if became == "finished" else math.nan,
-        epochs=_epochs(uri, facts, pretraining),
+        epochs=_epochs(facts, pretraining),
         reason=_reason(facts, became),
         run_id=facts.run_id,
         backbone_url=pretraining.tags.get(Tag.BACKBONE_URL, "") if pretraining else "",
@@ -166,11 +168,10 @@ def _reason(facts: RunFacts, became: Outcome) -> str:
     return facts.tags.get(Tag.VERDICT, error) if became == "stopped" else error
 
 
-def _epochs(uri: str, trial: RunFacts, pretraining: RunFacts | None) -> int:
+def _epochs(trial: RunFacts, pretraining: RunFacts | None) -> int:
     if pretraining is None:
         return 0
-    steps = [step for step, _ in metric_history(uri, pretraining.run_id, "loss")]
-    return max(steps, default=0) // int(trial.tags[Tag.STEPS_PER_EPOCH])
+    return pretraining.steps.get("loss", 0) // int(trial.tags[Tag.STEPS_PER_EPOCH])
 
 
 def _rank(trial: TrialResult) -> tuple[int, float, int, int]:

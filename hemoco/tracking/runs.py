@@ -6,6 +6,7 @@ mlflow is imported inside functions: it takes seconds, and `import hemoco` must 
 import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,17 +18,33 @@ from hemoco.tracking.unsent import MetricPoint
 
 DIGEST_LENGTH = 36
 """MLflow keeps so many characters of a data set's digest."""
+_PAGE = 500
+"""Runs in one answer to a search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What MLflow knows of one run; metrics are the values of the highest step."""
+    """One run in MLflow; times are in seconds since 1970."""
 
     run_id: str
     status: str
+    started_s: float
+    """When it first began."""
+    ended_s: float | None
+    """When it last ended, also of a run that was reopened since; None if it never ended."""
+    measured_s: float | None
+    """When its newest metric was measured; None if it has none."""
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
+    """Values of the highest step."""
+    steps: dict[str, int]
+    """That step, by the metric's name."""
+
+    @property
+    def name(self) -> str:
+        """Its name in MLflow: pretrain, a transfer's name, NAME@EPOCH of one measured during the pretraining."""
+        return self.tags.get("mlflow.runName", self.run_id)
 
 
 def open_run(
@@ -44,31 +61,67 @@ def open_run(
     return run_id
 
 
-def find_run(uri: str, experiment_id: str, tags: dict[str, str]) -> RunFacts | None:
+def find_run(uri: str, experiment_id: str, tags: Mapping[str, str]) -> RunFacts | None:
     """The newest run that has all these tags."""
-    found = find_runs(uri, experiment_id, tags)
+    found = search(uri, experiment_id, tags, limit=1)
     return found[0] if found else None
 
 
-def find_runs(uri: str, experiment_id: str, tags: dict[str, str]) -> list[RunFacts]:
-    """All runs that have all these tags, the newest first.
+def search(
+    uri: str,
+    experiment_id: str,
+    tags: Mapping[str, str],
+    *,
+    exclude: Mapping[str, Sequence[str]] | None = None,
+    prefix: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    patience_s: float = 60.0,
+) -> list[RunFacts]:
+    """The runs that fulfil all conditions, the newest first. The only search for runs in hemoco.
+
+    Args:
+        uri: MLflow's URI.
+        experiment_id: where to search.
+        tags: values that a run's tags must have.
+        exclude: values that a run's tags must not have; the run has these tags.
+        prefix: how values of a run's tags must begin.
+        limit: most runs to return; None: all.
+        patience_s: how long a search that fails is tried again; 0: once.
 
     Raises:
         UsageError: a value cannot be searched for.
+        TrackingError: MLflow does not answer.
     """
-    for value in tags.values():
+    exclude, prefix = exclude or {}, prefix or {}
+    conditions = [(name, "=", value) for name, value in tags.items()]
+    conditions += [(name, "!=", value) for name, values in exclude.items() for value in values]
+    conditions += [(name, "LIKE", f"{value}%") for name, value in prefix.items()]
+    for _, _, value in conditions:
         if '"' in value:
             raise UsageError(f'{value}: a name must not contain "')
-    wanted = " and ".join(f'tags.`{name}` = "{value}"' for name, value in tags.items())
+    wanted = " and ".join(f'tags.`{name}` {operator} "{value}"' for name, operator, value in conditions)
 
-    def search(client: Any) -> list[Any]:
-        options = {"max_results": 500, "order_by": ["attributes.start_time DESC"]}
-        pages = [client.search_runs([experiment_id], wanted, **options)]
-        while pages[-1].token:
-            pages.append(client.search_runs([experiment_id], wanted, page_token=pages[-1].token, **options))
-        return [run for page in pages for run in page]
+    def begins_right(run: RunFacts) -> bool:
+        # LIKE takes _ for any letter and ignores case
+        return all(run.tags[name].startswith(value) for name, value in prefix.items())
 
-    return [facts_of(run) for run in ask(uri, search)]
+    def search_pages(client: Any) -> list[RunFacts]:
+        size = _PAGE if limit is None else min(limit, _PAGE)
+        found, token = list[RunFacts](), None
+        while True:
+            page = client.search_runs(
+                [experiment_id],
+                wanted,
+                max_results=size,
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            found += filter(begins_right, map(_facts, page))
+            token = page.token
+            if not token or (limit is not None and len(found) >= limit):
+                return found[:limit]
+
+    return ask(uri, search_pages, patience_s=patience_s)
 
 
 def run_facts(uri: str, run_id: str) -> RunFacts:
@@ -77,18 +130,24 @@ def run_facts(uri: str, run_id: str) -> RunFacts:
     Raises:
         TrackingError: MLflow does not know it.
     """
-    return facts_of(ask(uri, lambda client: client.get_run(run_id)))
+    return _facts(ask(uri, lambda client: client.get_run(run_id)))
 
 
-def facts_of(run: Any) -> RunFacts:
-    """What a run that MLflow's client has given says."""
-    data = run.data
+def _facts(run: Any) -> RunFacts:
+    """The facts of a run as MLflow's client returns it."""
+    data, info = run.data, run.info
+    # the public dictionary of metrics has values only; their steps and times are in this private list
+    points = data._metric_objs
     return RunFacts(
-        run_id=run.info.run_id,
-        status=run.info.status,
+        run_id=info.run_id,
+        status=info.status,
+        started_s=info.start_time / 1000,
+        ended_s=info.end_time / 1000 if info.end_time else None,
+        measured_s=max((point.timestamp / 1000 for point in points), default=None),
         tags=dict(data.tags),
         params=dict(data.params),
         metrics=dict(data.metrics),
+        steps={point.key: int(point.step) for point in points},
     )
 
 

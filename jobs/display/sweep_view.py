@@ -12,9 +12,9 @@ from rich.text import Text
 from hemoco.config import Recipe
 from hemoco.config.sweep import SweepConfig
 from hemoco.results.sweep import OBJECTIVE, Outcome, outcome
-from hemoco.tracking.runs import RunFacts, facts_of
+from hemoco.tracking.runs import RunFacts, search
 from hemoco.tracking.tags import Tag
-from jobs.display.facts import last_steps, search_once
+from jobs.display.facts import MOST_RUNS
 from jobs.display.live import displayed
 from jobs.display.run_view import GAP, STYLES, State, fitting, footer, lines_within, name_column, named_row
 
@@ -53,15 +53,21 @@ def read_sweep(uri: str, experiment_id: str, sweep: str) -> SweepFacts:
         TrackingError: MLflow does not answer.
     """
     pretrainings = {}
-    for run in search_once(
-        uri, experiment_id, f'tags.`hemoco.phase` = "pretrain" and tags.`hemoco.run` LIKE "{sweep}/trial_%"'
+    for facts in reversed(
+        search(
+            uri,
+            experiment_id,
+            {Tag.PHASE: "pretrain"},
+            prefix={Tag.RUN: f"{sweep}/trial_"},
+            limit=MOST_RUNS,
+            patience_s=0.0,
+        )
     ):
-        facts = facts_of(run)
-        folder, _, number = facts.tags[Tag.RUN].rpartition("/trial_")
-        if folder == sweep and number.isdigit():  # LIKE takes _ for any letter
-            pretrainings[int(number)] = facts, last_steps(run).get("loss", 0)  # of a repeated one the newest
-    found = search_once(uri, experiment_id, f'tags.`hemoco.phase` = "trial" and tags.`hemoco.sweep` = "{sweep}"')
-    trials = {_number(facts): facts for facts in map(facts_of, found)}
+        number = facts.tags[Tag.RUN].rpartition("/trial_")[2]
+        if number.isdigit():
+            pretrainings[int(number)] = facts, facts.steps.get("loss", 0)  # of a repeated one the newest
+    opened = search(uri, experiment_id, {Tag.PHASE: "trial", Tag.SWEEP: sweep}, limit=MOST_RUNS, patience_s=0.0)
+    trials = {_number(facts): facts for facts in reversed(opened)}
     return SweepFacts(trials=tuple(trials[number] for number in sorted(trials)), pretrainings=pretrainings)
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from hemoco.errors import RefusedError, UsageError
 from hemoco.storage.objects import join_url, list_names, remove
 from hemoco.tracking.client import connect, tracking_uri
-from hemoco.tracking.runs import find_runs, run_facts
+from hemoco.tracking.runs import run_facts, search
 from hemoco.tracking.tags import Tag
 from hemoco.tracking.versions import BackboneVersion, backbone_version, backbone_versions, delete_version, set_alias
 from pipeline.run_folder import check_run_folder
@@ -123,7 +123,7 @@ def _checkpoints(uri: str, one: BackboneVersion) -> list[str]:
             f"{one.name} {one.version}: its run is gone, and with it the place of its checkpoints"
         ) from error
     # a run that --fresh began anew has left its name, and its folder, to the new one
-    newest = find_runs(uri, connect(uri), {Tag.STORAGE: parent.tags[Tag.STORAGE], Tag.PHASE: "parent"})
+    newest = search(uri, connect(uri), {Tag.STORAGE: parent.tags[Tag.STORAGE], Tag.PHASE: "parent"})
     if newest[0].run_id != parent.run_id:
         raise UsageError(f"{one.name} {one.version}: its checkpoints are gone, its folder is now of a run begun anew")
     if "RUNNING" in (pretraining.status, parent.status):

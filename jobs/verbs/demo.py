@@ -14,14 +14,14 @@ import tyro
 from cluster.local.ray import embedded_stack
 from hemoco.config import DataConfig, Recipe
 from hemoco.errors import TrainingError
-from hemoco.results.records import comparison
+from hemoco.results.records import Pretraining, run_results
 from hemoco.storage.objects import home, join_url, read_bytes, write_bytes
 from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.tags import Tag
 from jobs.display.live import live_display
 from jobs.options import load_recipe
-from jobs.session import print_comparison, publish, run_tags, take_sigterm_as_ctrl_c
+from jobs.session import run_tags, show_results, take_sigterm_as_ctrl_c
 from jobs.verbs.pack import pack_with_progress
 
 
@@ -57,23 +57,23 @@ def demo(*, out: str = "", seed: int = 0) -> None:
             pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)
-    publish(run, print_comparison(run, str(folder)))
+    many = show_results(run, str(folder))
     print(f"MLflow UI   uv run mlflow ui --backend-store-uri {client.tracking_uri()}")
-    check_learned(run)
+    check_learned(many.runs[0].results.pretraining)
 
 
-def check_learned(run: str) -> None:
+def check_learned(pretraining: Pretraining) -> None:
     """A collapsed pretraining can still beat random initialisation on some transfers, so the demo looks itself.
 
     Raises:
         TrainingError: the loss is not well below chance, ln(K + 1), or the embeddings have collapsed.
     """
-    from hemoco.report.training import health_checks
+    from hemoco.report.training import health_checks  # torch takes seconds to import, errors should not
 
-    checks = health_checks(comparison(client.tracking_uri(), run).pretraining)
+    checks = health_checks(pretraining)
     findings = [f"{check.name}: {check.finding}" for check in checks if not check.passed]
     if findings:
-        raise TrainingError(f"{run}: pretraining learned nothing: {'; '.join(findings)}")
+        raise TrainingError(f"{pretraining.run}: pretraining learned nothing: {'; '.join(findings)}")
 
 
 def _use_embedded_defaults() -> None:
@@ -109,7 +109,7 @@ def _data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
 def _keep_backbone(run: str, folder: Path) -> None:
     """Copies the backbone out of the S3 server that is about to end, and says so in MLflow."""
     uri = client.tracking_uri()
-    pretraining = comparison(uri, run).pretraining
+    pretraining = run_results(uri, run).pretraining
     kept = join_url(folder.as_uri(), "backbone.safetensors")
     write_bytes(kept, read_bytes(pretraining.backbone_url))
     tracking.set_tags(uri, pretraining.run_id, {Tag.BACKBONE_URL: kept})

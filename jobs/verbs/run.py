@@ -3,7 +3,7 @@
 from jobs.display.live import live_display
 from jobs.options import ReportOptions, parse_options
 from jobs.recorded_command import command_tags
-from jobs.session import announce, print_comparison, publish, ray_session, run_name, storage_url
+from jobs.session import announce, ray_session, run_name, show_results, storage_url
 
 
 def main(argv: list[str]) -> None:
@@ -25,4 +25,4 @@ def main(argv: list[str]) -> None:
             fresh=options.fresh,
             tags=command_tags("run", argv[0], options),
         )
-    publish(name, print_comparison(name, options.out))
+    show_results(name, options.out)

@@ -18,10 +18,12 @@ from hemoco.errors import HemocoError, UsageError
 from hemoco.names import check_run_name
 from hemoco.report.extra_tables import sweep_section
 from hemoco.report.tables import print_section
-from hemoco.results.status import PhaseStatus, RunStatus, newest_complete, newest_runs, run_status
+from hemoco.results.status import RunStatus, newest_complete, newest_runs, run_status
 from hemoco.results.sweep import SweepResult, find_sweep
 from hemoco.storage.objects import join_url
 from hemoco.tracking.client import tracking_uri
+from hemoco.tracking.runs import RunFacts
+from hemoco.tracking.tags import Tag
 from jobs.options import settings_flags
 from jobs.recorded_command import recorded_command
 from jobs.verbs.submit import head_address
@@ -71,7 +73,8 @@ def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], asked
         table.add_column(column, overflow="fold")
     newest = {job.run: job for job in reversed(jobs)}  # the first one of a run is its newest
     for found in runs:
-        cells = [found.run, found.recipe, found.status, _at(found), _ago(found.seen)]
+        parent = found.parent
+        cells = [found.run, parent.tags.get(Tag.RECIPE, ""), parent.status, _at(found), _ago(found.measured_s)]
         table.add_row(*map(_plain, cells), *([_job_cell(newest.pop(found.run, None))] if asked else []))
     for job in newest.values():  # packings, and runs that MLflow does not know
         table.add_row(_plain(job.run), "", "", _plain(job.words.partition(" ")[0]), "", _job_cell(job))
@@ -93,12 +96,14 @@ def _show_run(console: Console, run: str, jobs: list["Job"], address: str) -> No
             raise
         _say(console, {"run": run, "status": "MLflow does not know it", "job": _job_text(job)})
         return _say(console, {"again": _resume_words(None, job, address)})
-    lines = {"run": run, "recipe": found.recipe, "status": found.status, "storage": found.storage or "not recorded"}
+    tags, status = found.parent.tags, found.parent.status
+    recipe, storage = tags.get(Tag.RECIPE, ""), tags.get(Tag.STORAGE, "not recorded")
+    lines = {"run": run, "recipe": recipe, "status": status, "storage": storage}
     if job is not None:
         lines["job"] = _job_text(job)
     _say(console, lines | {"checkpoint": _checkpoint(found)})
     _show_phases(console, found.phases)
-    if found.status == "FINISHED":
+    if status == "FINISHED":
         _say(console, {"table": shlex.join(["python", "-m", "jobs", "compare", run])})
     else:
         _say(console, _go_on(_resume_words(found, job, address), run, job, address))
@@ -127,14 +132,15 @@ def _go_on(again: str, run: str, job: "Job | None", address: str) -> dict[str, s
     return {"follow": again, "stop": shlex.join(["python", "-m", "jobs", "stop", run, "--address", address])}
 
 
-def _show_phases(console: Console, phases: tuple[PhaseStatus, ...]) -> None:
+def _show_phases(console: Console, phases: tuple[RunFacts, ...]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("phase", "status", "step", "last metric", "starts", "error"):
         table.add_column(column, overflow="fold")
     for phase in phases:
-        step = "" if phase.step is None else str(phase.step)
-        starts = str(phase.attempts or "")
-        table.add_row(*map(_plain, (phase.name, phase.status, step, _ago(phase.seen), starts, phase.error)))
+        step = str(max(phase.steps.values(), default=""))
+        attempts = (int(value) for name, value in phase.tags.items() if name.startswith(Tag.ATTEMPT_PREFIX))
+        starts, error = str(sum(attempts) or ""), phase.tags.get(Tag.ERROR, "")
+        table.add_row(*map(_plain, (phase.name, phase.status, step, _ago(phase.measured_s), starts, error)))
     if phases:
         console.print()
         console.print(table)
@@ -142,10 +148,11 @@ def _show_phases(console: Console, phases: tuple[PhaseStatus, ...]) -> None:
 
 
 def _checkpoint(found: RunStatus) -> str:
-    if not found.storage:
+    storage = found.parent.tags.get(Tag.STORAGE)
+    if not storage:  # an older version did not record it
         return "unknown"
     try:
-        return newest_complete(join_url(found.storage, "pretrain", "checkpoints")) or "none yet"
+        return newest_complete(join_url(storage, "pretrain", "checkpoints")) or "none yet"
     except HemocoError as error:
         return str(error)
 
@@ -155,23 +162,25 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
     if job is not None:
         return _submit_words(job, address)
     assert found is not None, "one of both is known"
-    if found.verb == "demo":
+    tags = found.parent.tags
+    verb, backbone, storage = (tags.get(tag, "") for tag in (Tag.VERB, Tag.BACKBONE_URL, Tag.STORAGE))
+    if verb == "demo":
         return "cannot be, its storage has ended with it; python -m jobs demo begins another"
-    if found.verb == "sweep":  # one of its trials
+    if verb == "sweep":  # one of its trials
         whole = find_sweep(tracking_uri(), found.run.rpartition("/")[0])
         return _sweep_words(whole) if whole else "the command that began its sweep"
     unknown = _unknown(found.run)
-    if found.verb == "transfer" and not found.backbone:  # it ended before it had read one
+    if verb == "transfer" and not backbone:  # it ended before it had read one
         return unknown
-    command = recorded_command(found.tags, found.params)
+    command = recorded_command(tags, found.parent.params)
     if command is None:
         return unknown
-    words = [found.verb or "run", command.recipe]
-    if found.backbone:
+    words = [verb or "run", command.recipe]
+    if backbone:
         only = ["--only", *command.only] if command.only else []
-        words = ["transfer", command.recipe, "--backbone", found.backbone, *only]
-    storage = ["--storage", found.storage.removesuffix(f"/{found.run}")] if found.storage else []
-    words += [*command.flags(), "--run", found.run, *storage]
+        words = ["transfer", command.recipe, "--backbone", backbone, *only]
+    folder = ["--storage", storage.removesuffix(f"/{found.run}")] if storage else []
+    words += [*command.flags(), "--run", found.run, *folder]
     return shlex.join(["python", "-m", "jobs", *words])
 
 
@@ -203,12 +212,14 @@ def _at(found: RunStatus) -> str:
     training = next((phase for phase in found.phases if phase.name == "pretrain"), None)
     transfers = [phase for phase in found.phases if phase.name != "pretrain" and "@" not in phase.name]
     if not transfers:
-        step = f", step {training.step}" if training and training.step else ""
-        return f"pretrain{step}" if training else ""
+        if training is None:
+            return ""
+        step = max(training.steps.values(), default=0)
+        return f"pretrain, step {step}" if step else "pretrain"
     return _counted("transfers", transfers, _UNDONE)
 
 
-def _counted(what: str, phases: Sequence[PhaseStatus], undone: dict[str, str]) -> str:
+def _counted(what: str, phases: Sequence[RunFacts], undone: dict[str, str]) -> str:
     """How many are done, and of how many one of these statuses says why not."""
     counts = Counter(phase.status for phase in phases)
     others = [f"{counts[status]} {word}" for status, word in undone.items() if counts[status]]

@@ -9,7 +9,7 @@ from hemoco.errors import RefusedError, TrackingError, UsageError
 from hemoco.names import check_run_name
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
-from hemoco.tracking.runs import RunFacts, find_runs
+from hemoco.tracking.runs import RunFacts, search
 from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import deliver_file, kept_files, kept_folders
 
@@ -29,7 +29,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
     """
     check_run_name("RUN", run)
     uri = tracking_uri()
-    runs = find_runs(uri, connect(uri), {Tag.RUN: run})
+    runs = search(uri, connect(uri), {Tag.RUN: run})
     names = {found.run_id: _name(found) for found in runs}
     folders = kept_folders(_storage(run, runs))
     refused: list[str] = []

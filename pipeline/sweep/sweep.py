@@ -23,7 +23,7 @@ from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.names import check_new_name
-from hemoco.results.records import PRETRAINED, comparison
+from hemoco.results.records import PRETRAINED, run_results
 from hemoco.results.status import close_running
 from hemoco.results.sweep import OBJECTIVE, is_over, search_settings
 from hemoco.storage.objects import absolute_url, join_url, list_names
@@ -145,7 +145,7 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
     key, url = {Tag.SWEEP: run, Tag.PHASE: "sweep"}, join_url(storage, run)
     if fresh:
         _check_trial_folders(url, run, config.trials)
-        for old in tracking.find_runs(uri, experiment_id, {Tag.SWEEP: run}):
+        for old in tracking.search(uri, experiment_id, {Tag.SWEEP: run}):
             tracking.set_tags(uri, old.run_id, {Tag.SWEEP: f"{run} (superseded)"})
     known = tracking.find_run(uri, experiment_id, key)
     if known is None:
@@ -251,7 +251,7 @@ def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
             _enter(sweep, trial, recipe, judge)
             tags = sweep.tags | {"mlflow.parentRunId": trial.run_id, Tag.SWEEP: sweep.run}
             pretrain_then_transfer(recipe, run=trial.run, storage=sweep.storage, fresh=sweep.fresh, tags=tags)
-            values = [row.value for row in comparison(uri, trial.run).rows if row.transfer == sweep.config.objective]
+            values = [row.value for row in run_results(uri, trial.run).rows if row.transfer == sweep.config.objective]
             _log_objective(uri, trial.run_id, sum(values) / len(values))
     except StoppedError as error:
         _close_stopped(sweep, trial, error)
@@ -290,7 +290,7 @@ def _log_objective(uri: str, run_id: str, value: float) -> None:
 def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:
     """A trial that was stopped has not failed, and neither have its run and its pretraining."""
     reason = first_line(error).partition(";")[0]
-    for facts in tracking.find_runs(sweep.uri, sweep.experiment_id, {Tag.RUN: trial.run}):
+    for facts in tracking.search(sweep.uri, sweep.experiment_id, {Tag.RUN: trial.run}):
         if facts.tags.get(Tag.ERROR, "").startswith(reason):
             tracking.close_run(sweep.uri, facts.run_id, "KILLED")
     tracking.set_tags(sweep.uri, trial.run_id, {Tag.STOPPED: "true", Tag.ERROR: reason})

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from hemoco.config import TransferConfig
+from hemoco.config.kinds import transfer_kind
 from hemoco.data.shards.index import read_index
 from hemoco.storage.objects import join_url
 from hemoco.tracking import runs as tracking
@@ -52,6 +53,7 @@ def record_transfer(
     facts = {
         Tag.RUN: study.run,
         Tag.METRIC: headline_metric(config),
+        Tag.TRANSFER_KIND: transfer_kind(config),
         Tag.BACKBONE_URL: origin.backbone_url,
         Tag.PRETRAIN_RUN_ID: origin.run_id,
         Tag.DATA_DIGEST: study.data.digest,

@@ -28,7 +28,7 @@ from cluster.local.processes import descendants
 from cluster.local.servers import MlflowServer, mlflow_server
 from cluster.submit.checkout import CHECKOUT
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import find_runs, metric_history
+from hemoco.tracking.runs import metric_history, search
 
 _OUTAGE_S = 60.0
 _EPOCHS, _BATCH, _PER_CLASS = 8, 100, {"train": 500, "test": 200}
@@ -132,7 +132,7 @@ def _interrupt(
 
 def _steps(uri: str, run: str) -> set[int]:
     """Of the run's pretraining that have a loss in MLflow."""
-    found = find_runs(uri, connect(uri), {"hemoco.run": run, "hemoco.phase": "pretrain"})
+    found = search(uri, connect(uri), {"hemoco.run": run, "hemoco.phase": "pretrain"})
     return {step for facts in found for step, _ in metric_history(uri, facts.run_id, "loss")}
 
 

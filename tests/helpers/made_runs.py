@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from mlflow.entities import Param
 
 from hemoco.config import AnyTransferConfig, Recipe, flat_params
+from hemoco.config.kinds import method_name, transfer_kind
 from hemoco.tracking.client import ask, connect
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import close_run, open_run, set_tags
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 Values = Mapping[tuple[str, int], float]
@@ -35,6 +37,7 @@ def begin_run(uri: str, name: str, recipe: Recipe, *, digest: str = "d1") -> Mad
     params = flat_params(recipe)
     parent = open_run(uri, connect(uri), name=name, parent=None, tags=of_parent, params=params)
     tags |= {"hemoco.phase": "pretrain", "hemoco.data_digest": digest}
+    tags[Tag.METHOD] = method_name(recipe.pretrain.moco)
     tags |= {"mlflow.parentRunId": parent}
     began = {"start_time": START_S * 1000, "tags": tags, "run_name": "pretrain"}
     run_id = ask(uri, lambda client: client.create_run(connect(uri), **began)).info.run_id
@@ -78,6 +81,7 @@ def write_transfer(
         "hemoco.transfer": name,
         "hemoco.metric": "top1",
         "hemoco.transfer_data_digest": "t1",
+        Tag.TRANSFER_KIND: transfer_kind(config),
     }
     tags |= {"hemoco.phase": "transfer"} if epoch is None else {"hemoco.phase": "curve", "hemoco.epoch": str(epoch)}
     tags |= {f"hemoco.done/{init}/seed_{seed}": "true" for init, seed in values}

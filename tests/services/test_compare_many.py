@@ -8,8 +8,10 @@ import math
 import re
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 from scipy import stats
 
@@ -26,9 +28,9 @@ from hemoco.config import (
 from hemoco.errors import UsageError
 from hemoco.intervals import repeated_spread
 from hemoco.report.extra_tables import extra_sections
-from hemoco.report.files import render, sections, wide_records, write_files
+from hemoco.report.files import render, sections, wide_records, write_comparison, write_tables
 from hemoco.report.tables import Section, print_section
-from hemoco.results.comparison import ManyComparison, Place, compare_runs
+from hemoco.results.comparison import Comparison, Place, compare_runs
 from hemoco.results.cost import run_cost
 from hemoco.results.label_efficiency import label_curves
 from jobs.cli import main
@@ -109,22 +111,22 @@ def names(tracking: str) -> Names:
 
 
 @pytest.fixture(scope="module")
-def many(tracking: str, names: Names) -> ManyComparison:
+def many(tracking: str, names: Names) -> Comparison:
     return compare_runs(tracking, [names.first, names.second, names.other])
 
 
-def section(many: ManyComparison, name: str) -> Section:
+def section(many: Comparison, name: str) -> Section:
     (found,) = (found for found in sections(many) if found.name == name)
     return found
 
 
-def cells(many: ManyComparison, name: str, row: str) -> dict[str, str]:
+def cells(many: Comparison, name: str, row: str) -> dict[str, str]:
     found = section(many, name)
     (line,) = (line for line in found.rows if row in line[: found.heads])
     return dict(zip(found.columns, line, strict=True))
 
 
-def test_pretrainings_that_differ_by_their_seed_share_a_column(many: ManyComparison) -> None:
+def test_pretrainings_that_differ_by_their_seed_share_a_column(many: Comparison) -> None:
     assert [(column.label, [run.label for run in column.runs]) for column in many.columns] == [
         ("A", ["A1", "A2"]),
         ("B", ["B"]),
@@ -145,26 +147,26 @@ def test_runs_on_other_data_are_not_taken_for_repetitions(tracking: str, names: 
     assert found.columns[1].differs == ("data digest: d1 -> d2", "pretrain.seed: 0 -> 7")
 
 
-def test_a_cell_has_the_deviation_between_pretrainings_where_there_are_several(many: ManyComparison) -> None:
+def test_a_cell_has_the_deviation_between_pretrainings_where_there_are_several(many: Comparison) -> None:
     row = cells(many, "transfers", "probe")
     mean = 0.71 + sum(NOISE) / 3 + 0.002
     assert row["A"] == f"{mean:.3f} ± {0.02 / math.sqrt(2):.3f} (2x3)"
     assert row["random"] == f"{0.2 + sum(NOISE) / 3:.3f} ± {stats.tstd(NOISE):.3f} (3)"
 
 
-def test_a_baseline_measured_by_several_runs_counts_once_a_seed(many: ManyComparison) -> None:
+def test_a_baseline_measured_by_several_runs_counts_once_a_seed(many: Comparison) -> None:
     (by_seed,) = many.values[Place("knn", "random")]
     assert by_seed == {seed: pytest.approx(0.18 + noise, abs=0.02) for seed, noise in enumerate(NOISE)}
     assert repeated_spread([by_seed]).values == 3
 
 
-def test_differences_are_those_of_all_pretrainings_and_baselines(many: ManyComparison) -> None:
+def test_differences_are_those_of_all_pretrainings_and_baselines(many: Comparison) -> None:
     assert section(many, "differences").columns[1:] == ("A - B", "A - random", "B - random")
     row = cells(many, "differences", "knn")
     assert row["B - random"].startswith("+0.3") and row["B - random"].endswith("*")
 
 
-def test_noise_of_the_pretraining_is_said_where_it_is_known(many: ManyComparison) -> None:
+def test_noise_of_the_pretraining_is_said_where_it_is_known(many: Comparison) -> None:
     noise = {(pair.ours, pair.theirs): pair.difference.noise for pair in many.pairs if pair.line == "knn"}
     assert noise == {
         ("A", "B"): ("seeds", "pretrainings"),
@@ -173,7 +175,7 @@ def test_noise_of_the_pretraining_is_said_where_it_is_known(many: ManyComparison
     }
 
 
-def test_a_transfer_without_values_says_why(many: ManyComparison) -> None:
+def test_a_transfer_without_values_says_why(many: Comparison) -> None:
     assert cells(many, "transfers", "probe")["B"] == "failed"
     assert cells(many, "transfers", "one_percent")["B"] == "not begun"
     notes = section(many, "transfers").notes
@@ -182,7 +184,7 @@ def test_a_transfer_without_values_says_why(many: ManyComparison) -> None:
     assert cells(many, "transfers", "ten_percent")["B"] == "0.600 (1) †"
 
 
-def test_a_value_of_a_unit_that_is_not_done_does_not_count(many: ManyComparison) -> None:
+def test_a_value_of_a_unit_that_is_not_done_does_not_count(many: Comparison) -> None:
     assert many.values[Place("ten_percent", "B")] == [{0: 0.6}]
 
 
@@ -205,7 +207,7 @@ def test_baselines_of_one_name_and_other_origin_have_a_column_each(tracking: str
     assert [column.label for column in found.columns] == ["A", "theirs of A1", "theirs of A2"]
 
 
-def test_quality_over_epochs_is_that_of_the_exported_backbones(many: ManyComparison) -> None:
+def test_quality_over_epochs_is_that_of_the_exported_backbones(many: Comparison) -> None:
     found = section(many, "curve")
     assert [row[0] for row in found.rows] == ["2", "4"]
     assert found.rows[0][1] == f"{0.4 + sum(NOISE) / 3:.3f} ± {stats.tstd(NOISE):.3f} (3)"
@@ -217,7 +219,7 @@ def test_a_curve_is_shown_before_any_transfer_has_begun(tracking: str) -> None:
     assert section(compare_runs(tracking, [run.name]), "curve").rows == (("1", "0.300 (1)"),)
 
 
-def test_label_efficiency_goes_from_few_labels_to_all(many: ManyComparison) -> None:
+def test_label_efficiency_goes_from_few_labels_to_all(many: Comparison) -> None:
     (points,) = label_curves(many)
     assert [(point.labels, point.line.label) for point in points] == [
         ("1%", "one_percent"),
@@ -228,7 +230,7 @@ def test_label_efficiency_goes_from_few_labels_to_all(many: ManyComparison) -> N
     assert section(many, "label_efficiency").rows[0][3:] == section(many, "transfers").rows[1][2:]
 
 
-def test_cost_is_active_time_of_the_devices_asked_for(many: ManyComparison) -> None:
+def test_cost_is_active_time_of_the_devices_asked_for(many: Comparison) -> None:
     cost = many.runs[0].cost
     assert (cost.active_s, cost.device, cost.devices) == (30, "CPU", 6)
     assert cost.device_hours == pytest.approx(30 * 6 / 3600)
@@ -237,7 +239,7 @@ def test_cost_is_active_time_of_the_devices_asked_for(many: ManyComparison) -> N
     assert all(0 <= time.wall_s < 60 for time in cost.transfers)
 
 
-def test_json_keeps_the_contract_and_names_the_run_of_each_row(many: ManyComparison, names: Names) -> None:
+def test_json_keeps_the_contract_and_names_the_run_of_each_row(many: Comparison, names: Names) -> None:
     read = json.loads(render(many, "json"))
     assert read["pretraining"]["run"] == names.first
     assert {"run_id", "backbone_url", "recipe", "data_digest"} <= set(read["pretraining"])
@@ -246,7 +248,7 @@ def test_json_keeps_the_contract_and_names_the_run_of_each_row(many: ManyCompari
     assert {"transfers", "differences", "curve", "label_efficiency", "cost", "transfer_times"} <= set(read)
 
 
-def test_csv_has_a_line_for_each_transfer(many: ManyComparison) -> None:
+def test_csv_has_a_line_for_each_transfer(many: Comparison) -> None:
     lines = list(csv.DictReader(io.StringIO(render(many, "csv"))))
     assert [line["transfer"] for line in lines] == list(RECIPE.transfers)
     knn = wide_records(many)[0]
@@ -254,7 +256,7 @@ def test_csv_has_a_line_for_each_transfer(many: ManyComparison) -> None:
     assert lines[3]["B mean"] == ""
 
 
-def test_markdown_tables_have_equally_many_cells_in_all_lines(many: ManyComparison) -> None:
+def test_markdown_tables_have_equally_many_cells_in_all_lines(many: Comparison) -> None:
     text = render(many, "markdown")
     tables = [part.splitlines() for part in re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)]
     assert len(tables) == len(sections(many))
@@ -262,7 +264,7 @@ def test_markdown_tables_have_equally_many_cells_in_all_lines(many: ManyComparis
     assert "**" in text
 
 
-def test_latex_tables_are_balanced_and_escaped(many: ManyComparison) -> None:
+def test_latex_tables_are_balanced_and_escaped(many: Comparison) -> None:
     text = render(many, "latex")
     for environment in ("table", "tabular"):
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == len(sections(many))
@@ -273,7 +275,7 @@ def test_latex_tables_are_balanced_and_escaped(many: ManyComparison) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_no_line_is_wider_than_the_terminal(many: ManyComparison, width: int) -> None:
+def test_no_line_is_wider_than_the_terminal(many: Comparison, width: int) -> None:
     console = Console(width=width, file=io.StringIO(), record=True)
     for found in sections(many):
         print_section(console, found)
@@ -283,8 +285,9 @@ def test_no_line_is_wider_than_the_terminal(many: ManyComparison, width: int) ->
         assert cell in text  # not broken over two lines
 
 
-def test_files_are_those_of_all_tables(many: ManyComparison, tmp_path: Path) -> None:
-    write_files(many, tmp_path / "new", "comparison")
+def test_files_are_those_of_all_tables(many: Comparison, tmp_path: Path) -> None:
+    write_comparison(many, tmp_path / "new")
+    write_tables(many, tmp_path / "new")
     found = {path.name for path in (tmp_path / "new").iterdir()}
     assert {f"comparison.{suffix}" for suffix in ("json", "csv", "md", "tex")} <= found
     assert {"rows.csv", "curve.csv", "label_efficiency.csv", "cost.csv", "repetitions_A.csv"} <= found
@@ -301,7 +304,7 @@ def test_a_run_named_twice_is_wrong_usage(tracking: str, names: Names) -> None:
         compare_runs(tracking, [names.first, names.first])
 
 
-def test_a_pretraining_that_mlflow_does_not_know_has_no_cost(tracking: str, many: ManyComparison) -> None:
+def test_a_pretraining_that_mlflow_does_not_know_has_no_cost(tracking: str, many: Comparison) -> None:
     found = run_cost(tracking, many.runs[0].records._replace(pretraining=None))
     assert (found.images, math.isnan(found.device_hours)) == (0, True)
 
@@ -314,7 +317,23 @@ def test_command_prints_the_wanted_format_and_writes_files(
     assert main(["compare", names.first, "--out", str(tmp_path / "one")]) == 0
     assert "Label efficiency" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "one" / "comparison.json").read_text())) == {"pretraining", "rows"}
-    assert (tmp_path / "one" / "report.html").exists() and (tmp_path / "one" / "details.tex").exists()
+    assert (tmp_path / "one" / "report.html").exists() and (tmp_path / "one" / "details.json").exists()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_command_searches_mlflow_once_for_each_run(
+    names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    searches, search_runs = [], MlflowClient.search_runs
+
+    def counted(client: MlflowClient, *args: Any, **options: Any) -> Any:
+        searches.append(args)
+        return search_runs(client, *args, **options)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", counted)
+    some = [names.first, names.second, names.other][:count]
+    assert main(["compare", *some, "--out", str(tmp_path)]) == 0
+    assert len(searches) == count
 
 
 def test_command_without_a_run_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from hemoco.errors import UsageError
-from hemoco.report.files import rich_table, to_csv, to_json, to_markdown, write_comparison
-from hemoco.results.records import Row, comparison, headlines, summaries
+from hemoco.report.files import contract_json, render, sections, write_comparison
+from hemoco.report.tables import print_section
+from hemoco.results.comparison import compare_runs, headlines
+from hemoco.results.records import Row, run_results
 from hemoco.tracking.client import connect
 from hemoco.tracking.metric_queue import Tracker
 from hemoco.tracking.runs import close_run, log_artifact_bytes, open_run, set_tags
@@ -82,7 +84,7 @@ def written(tracking: str) -> Written:
 
 
 def test_comparison_is_what_was_written(tracking: str, written: Written) -> None:
-    found = comparison(tracking, written.name)
+    found = run_results(tracking, written.name)
     expected = [
         Row(transfer=transfer, metric=metric, init=init, seed=seed, value=value, run_id=written.transfers[transfer])
         for transfer, metric in (("knn", "top1"), ("mask|rcnn", "mask_ap"))
@@ -103,26 +105,17 @@ def test_a_transfer_that_runs_or_has_not_begun_is_named(tracking: str) -> None:
     parent_tags = {"hemoco.run": name, "hemoco.phase": "parent"}
     parent = open_run(tracking, connect(tracking), name=name, parent=None, tags=parent_tags, params=params)
     write_transfer(tracking, name, parent, "knn", "top1")
-    found = comparison(tracking, name)
+    found = run_results(tracking, name)
     assert [(item.transfer, item.reason) for item in found.unfinished] == [
         ("knn", "4 measured"),
         ("probe", "not begun"),
     ]
-    assert "- knn is unfinished: 4 measured\n- probe is unfinished: not begun\n" in to_markdown(found)
-
-
-def test_summary_is_the_mean_over_seeds(tracking: str, written: Written) -> None:
-    line = summaries(comparison(tracking, written.name))[0]
-    assert (line.transfer, line.baseline) == ("knn", "random")
-    assert line.pretrained == (0.625, pytest.approx(0.25 / math.sqrt(2)), 2)
-    assert line.other == (0.1875, pytest.approx(0.125 / math.sqrt(2)), 2)
-    # Student's t with one degree of freedom: 12.706; the paired differences are 0.5 and 0.375
-    assert line.difference == (0.4375, pytest.approx(12.7062 * 0.0625, rel=1e-4), 2)
-    assert line.difference.stands_out is False
+    notes = [f"- † pretrained: {item.transfer} is unfinished: {item.reason}\n" for item in found.unfinished]
+    assert "".join(notes) in render(compare_runs(tracking, [name]), "markdown")
 
 
 def test_json_has_the_keys_other_tools_rely_on(tracking: str, written: Written) -> None:
-    read = json.loads(to_json(comparison(tracking, written.name)))
+    read = json.loads(contract_json(run_results(tracking, written.name)))
     assert set(read) == {"pretraining", "rows"}
     assert {"run_id", "backbone_url", "recipe", "data_digest"} <= set(read["pretraining"])
     assert read["rows"][0] == {
@@ -135,62 +128,61 @@ def test_json_has_the_keys_other_tools_rely_on(tracking: str, written: Written) 
     }
 
 
-def test_csv_has_one_line_per_row(tracking: str, written: Written) -> None:
-    found = comparison(tracking, written.name)
-    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
-    assert [(line["transfer"], float(line["value"])) for line in lines] == [(r.transfer, r.value) for r in found.rows]
-
-
 def test_headlines_are_means_and_differences_by_name(tracking: str, written: Written) -> None:
-    found = headlines(comparison(tracking, written.name))
+    found = headlines(compare_runs(tracking, [written.name]))
     assert found["knn/top1/pretrained"] == 0.625 and found["knn/top1/random"] == 0.1875
     assert found["knn/top1/over_random"] == 0.4375
-    assert all(math.isfinite(value) for value in found.values())
+    assert len(found) == 6 and all(math.isfinite(value) for value in found.values())
 
 
 def test_markdown_has_one_line_per_transfer_and_names_what_failed(tracking: str, written: Written) -> None:
-    lines = to_markdown(comparison(tracking, written.name)).splitlines()
-    assert lines[2] == "| knn | top1 | 0.625 ± 0.177 | random | 0.188 ± 0.088 | +0.438 ± 0.794 | 2 | no |"
-    assert lines[3].startswith(r"| mask\|rcnn | mask_ap |")
-    assert lines[-1] == "- probe failed: out of memory"
+    lines = render(compare_runs(tracking, [written.name]), "markdown").splitlines()
+    assert "| knn | top1 | **0.625 ± 0.177 (2)** | 0.188 ± 0.088 (2) |" in lines
+    assert r"| mask\|rcnn | mask_ap | **0.625 ± 0.177 (2)** | 0.188 ± 0.088 (2) |" in lines
+    assert "- † pretrained: probe failed: out of memory" in lines
+    # Student's t with one degree of freedom: 12.706; the paired differences are 0.5 and 0.375
+    assert f"| knn | +0.438 ± {12.7062 * 0.0625:.3f} |" in lines
 
 
-def test_terminal_table_shows_results_and_failures(tracking: str, written: Written) -> None:
-    console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(rich_table(comparison(tracking, written.name)))
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_has_the_cells_of_the_markdown_and_breaks_none(tracking: str, written: Written, width: int) -> None:
+    many = compare_runs(tracking, [written.name])
+    console = Console(width=width, file=io.StringIO(), record=True)
+    for section in sections(many):
+        print_section(console, section)
     text = console.export_text()
-    assert all(word in text for word in ("knn", "0.625", "+0.438", "probe failed: out of memory", "chance 6.931"))
-
-
-def test_terminal_table_breaks_no_word_at_80_columns(tracking: str, written: Written) -> None:
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(rich_table(comparison(tracking, written.name)))
-    words = console.export_text().split()
-    assert {"mask|rcnn", "pretrained", "difference", "0.625", "+0.438", "memory"} <= set(words)
+    cells = [cell for section in sections(many) for row in section.rows for cell in row if len(cell) < 30]
+    assert [cell for cell in cells if cell not in text] == []
+    markdown = render(many, "markdown").replace("\\|", "|")
+    assert [cell for cell in cells if cell not in markdown] == []
 
 
 def test_files_are_written_to_a_new_folder(tracking: str, written: Written, tmp_path: Path) -> None:
-    write_comparison(comparison(tracking, written.name), tmp_path / "new" / "out")
-    names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
-    assert names == {"comparison.json", "comparison.csv", "comparison.md"}
+    folder = tmp_path / "new" / "out"
+    write_comparison(compare_runs(tracking, [written.name]), folder)
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.csv", "comparison.md"}
+    results = run_results(tracking, written.name)
+    assert (folder / "comparison.json").read_text() == contract_json(results)
+    lines = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
+    assert [(line["transfer"], float(line["value"])) for line in lines] == [(r.transfer, r.value) for r in results.rows]
 
 
 def test_transfers_alone_show_the_pretraining_of_another_run(tracking: str, written: Written) -> None:
     name = f"alone-{uuid.uuid4().hex}"
     write_parent(tracking, name, backbone_url="file:///kept", pretrain_run_id=written.pretrain)
-    found = comparison(tracking, name).pretraining
+    found = run_results(tracking, name).pretraining
     assert (found.run, found.run_id, found.backbone_url, found.loss) == (name, written.pretrain, "file:///kept", 3.0)
 
 
 def test_transfers_from_an_unknown_backbone_have_no_loss(tracking: str) -> None:
     name = f"foreign-{uuid.uuid4().hex}"
     write_parent(tracking, name, backbone_url="file:///foreign", pretrain_run_id="elsewhere")
-    found = comparison(tracking, name)
+    found = run_results(tracking, name)
     assert math.isnan(found.pretraining.loss) and found.pretraining.run_id == "elsewhere"
-    assert json.loads(to_json(found))["pretraining"]["loss"] is None
-    assert comparison(tracking, name) == found
+    assert json.loads(contract_json(found))["pretraining"]["loss"] is None
+    assert run_results(tracking, name) == found
 
 
 def test_unknown_run_names_the_nearest_ones(tracking: str, written: Written) -> None:
     with pytest.raises(UsageError, match=f"run 'x{written.name}' is not in MLflow.*{written.name}"):
-        comparison(tracking, f"x{written.name}")
+        run_results(tracking, f"x{written.name}")

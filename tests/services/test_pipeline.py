@@ -17,7 +17,7 @@ from hemoco.data.labelled import load_images
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.features.extract import extract_features
 from hemoco.features.sample import FILE_NAME, decode_sample
-from hemoco.results.records import comparison
+from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url, read_bytes, write_bytes
 from hemoco.tracking.client import tracking_uri
 from hemoco.tracking.runs import read_artifacts
@@ -42,7 +42,7 @@ def unbroken(recipe, s3):
 
 
 def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
-    rows = comparison(tracking, unbroken).rows
+    rows = run_results(tracking, unbroken).rows
     expected = {(name, init) for name, config in recipe.transfers.items() for init in config.inits}
     assert {(row.transfer, row.init) for row in rows} == expected
     assert all(0 < row.value <= 1 for row in rows)
@@ -50,7 +50,7 @@ def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
 
 def test_curve_ends_with_what_the_transfer_of_the_last_backbone_measures(unbroken, tracking):
     (point,) = MlflowClient(tracking).get_metric_history(child(unbroken, "pretrain").run_id, "curve/knn/top1")
-    row = next(row for row in comparison(tracking, unbroken).rows if (row.transfer, row.init) == ("knn", "pretrained"))
+    row = next(row for row in run_results(tracking, unbroken).rows if (row.transfer, row.init) == ("knn", "pretrained"))
     assert (point.step, point.value) == (1, row.value)
     assert child(unbroken, "curve", transfer="knn", epoch="1").status == "FINISHED"
 
@@ -87,12 +87,12 @@ def test_transfers_overlap_in_time(unbroken):
 
 
 def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
-    before = comparison(tracking, unbroken)
+    before = run_results(tracking, unbroken)
     began = time.monotonic()
     elsewhere = dataclasses.replace(recipe.pretrain, resources=ResourcesConfig(workers=1), keep_last=5)
     for again in (recipe, dataclasses.replace(recipe, pretrain=elsewhere)):
         pretrain_then_transfer(again, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
-        assert comparison(tracking, unbroken) == before
+        assert run_results(tracking, unbroken) == before
     assert time.monotonic() - began < 30  # of training alone it would be more
 
 
@@ -127,7 +127,7 @@ def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroke
                 fresh=False,
                 tags={},
             )
-    found = comparison(tracking, "one-fails")
+    found = run_results(tracking, "one-fails")
     assert {row.transfer for row in found.rows} == {"knn", "linear_probe"}
     assert child("one-fails", "transfer", transfer="low_shot").status == "FAILED"
 

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from test_report import RECIPE, VALUES
 
-from jobs.session import print_comparison, publish
+from jobs.session import show_results
 from tests.helpers.made_runs import begin_run, write_transfer
 
 # raised inside mlflow by SQLAlchemy 2.1
@@ -20,11 +20,11 @@ def test_results_are_on_the_page_of_the_run(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
     run = begin_run(tracking, f"page-{uuid.uuid4().hex}", RECIPE)
     write_transfer(run, "knn", VALUES)
-    publish(run.name, print_comparison(run.name, str(tmp_path)))
+    show_results(run.name, str(tmp_path))
     client = MlflowClient(tracking)
     data = client.get_run(run.parent).data
     assert data.metrics == {"knn/top1/pretrained": 0.625, "knn/top1/random": 0.1875, "knn/top1/over_random": 0.4375}
-    assert "| knn | top1 | 0.625 ± 0.177 | random |" in data.tags["mlflow.note.content"]
+    assert "| knn | top1 | **0.625 ± 0.177 (2)** | 0.188" in data.tags["mlflow.note.content"]
     kept = {item.path for item in client.list_artifacts(run.parent)}
     assert kept == {"comparison.json", "comparison.csv", "comparison.md", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == kept and f"compare {run.name}" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -17,7 +18,8 @@ from hemoco.tracking import client
 from hemoco.tracking import runs as door
 from hemoco.tracking.client import connect
 from hemoco.tracking.metric_queue import Tracker, send_points
-from hemoco.tracking.runs import close_run, find_run, metric_history, open_run, run_facts
+from hemoco.tracking.runs import close_run, find_run, metric_history, open_run, run_facts, search
+from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint, kept_files, read_points
 
 # raised inside mlflow by SQLAlchemy 2.1
@@ -126,6 +128,35 @@ def test_the_newest_of_several_runs_is_found(uri: str) -> None:
         time.sleep(0.002)  # MLflow orders by milliseconds
     assert find_run(uri, experiment, {"hemoco.run": "a"}).run_id == ids[-1]
     assert find_run(uri, experiment, {"hemoco.run": "b"}) is None
+
+
+def test_search_takes_excluded_values_a_prefix_and_a_limit(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = connect(uri)
+    for name, phase in (("s/t_1", "a"), ("s/t_2", "b"), ("s/t_3", "c"), ("S/T_4", "a"), ("s/tx5", "a")):
+        tags = {Tag.RUN: name, Tag.PHASE: phase}
+        open_run(uri, experiment, name=name, parent=None, tags=tags, params={})
+        time.sleep(0.002)  # MLflow orders by milliseconds
+
+    def names(**conditions: Any) -> list[str]:
+        return [facts.tags[Tag.RUN] for facts in search(uri, experiment, {}, **conditions)]
+
+    assert names(prefix={Tag.RUN: "s/t_"}) == ["s/t_3", "s/t_2", "s/t_1"]  # not LIKE's _ nor its capitals
+    assert names(exclude={Tag.PHASE: ("a", "c")}) == ["s/t_2"]
+    monkeypatch.setattr(door, "_PAGE", 2)
+    assert names(prefix={Tag.RUN: "s/t"}) == ["s/tx5", "s/t_3", "s/t_2", "s/t_1"]
+    assert names(prefix={Tag.RUN: "s/t_"}, limit=1) == ["s/t_3"]
+    assert len(names()) == 5 and len(names(limit=3)) == 3
+
+
+def test_search_has_times_and_steps_of_metrics(uri: str) -> None:
+    experiment = connect(uri)
+    run_id = open_run(uri, experiment, name="a", parent=None, tags={Tag.RUN: "a"}, params={})
+    send_points(uri, run_id, [MetricPoint(key="loss", value=1.0, timestamp=5000, step=7)])
+    close_run(uri, run_id, "FINISHED")
+    (facts,) = search(uri, experiment, {Tag.RUN: "a"}, patience_s=0.0)
+    info = MlflowClient(uri).get_run(run_id).info
+    assert (facts.steps, facts.measured_s) == ({"loss": 7}, 5.0)
+    assert (facts.started_s, facts.ended_s) == (info.start_time / 1000, info.end_time / 1000)
 
 
 def test_name_that_cannot_be_searched_for_is_refused(uri: str) -> None:

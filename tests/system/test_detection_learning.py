@@ -4,7 +4,7 @@ import pytest
 
 from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.config import DataConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig, PretrainConfig, Recipe
-from hemoco.results.records import comparison
+from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import find_run, read_artifacts
@@ -57,7 +57,7 @@ def test_detectors_find_cells_and_shapes(recipe, s3, tracking):
     export_backbone(backbone, url, {"data_digest": "", "run_id": ""})
     storage = join_url(s3, "detection-learning", "runs")
     transfer_only(recipe, backbone_url=url, run="detection-learning", storage=storage, fresh=False, tags={})
-    rows = {row.transfer: row for row in comparison(tracking, "detection-learning").rows}
+    rows = {row.transfer: row for row in run_results(tracking, "detection-learning").rows}
     assert (rows["cells"].metric, rows["shapes"].metric) == ("box_ap50", "mask_ap")
     assert rows["cells"].value > 0.2
     facts = {

@@ -11,7 +11,7 @@ import pytest
 
 from hemoco.storage.objects import list_names
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import find_runs
+from hemoco.tracking.runs import search
 from tests.helpers.shard_folders import write_shards
 
 pytestmark = pytest.mark.timeout(900)
@@ -32,7 +32,7 @@ def interrupted(tmp_path_factory):
     found = {}
     for phase, reached in (
         ("pretrain", lambda: list_names(checkpoints)),
-        ("transfer", lambda: find_runs(uri, connect(uri), {"hemoco.phase": "transfer"})),
+        ("transfer", lambda: search(uri, connect(uri), {"hemoco.phase": "transfer"})),
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs", *words],
@@ -47,9 +47,7 @@ def interrupted(tmp_path_factory):
             time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=90)[0].decode()
-        statuses = {
-            run.tags["hemoco.phase"]: run.status for run in find_runs(uri, connect(uri), {"hemoco.run": "night"})
-        }
+        statuses = {run.tags["hemoco.phase"]: run.status for run in search(uri, connect(uri), {"hemoco.run": "night"})}
         found[phase] = output, process.returncode, statuses
     return found
 

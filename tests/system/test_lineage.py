@@ -29,7 +29,7 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.results.records import comparison
+from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import Tracker
@@ -146,7 +146,7 @@ def test_client_alone_walks_from_data_to_every_transfer_and_back(lineage, tracki
     run, child, _, digest = lineage
     done = subprocess.run([sys.executable, "-c", CLIENT, digest], capture_output=True, text=True, check=True)
     forward, back = json.loads(done.stdout)
-    rows = [row for row in comparison(tracking, run).rows if row.init == "pretrained"]
+    rows = [row for row in run_results(tracking, run).rows if row.init == "pretrained"]
     means = {row.run_id: [r.value for r in rows if r.run_id == row.run_id] for row in rows}
     keys = {row.run_id: f"{row.transfer}/{row.metric}" for row in rows}
     assert forward["pretraining"] == child and forward["version"] == ["hemoco-lineage", 1, forward["backbone"]]
@@ -173,7 +173,7 @@ def test_imported_backbone_has_a_model_that_shows_its_own_results(lineage, track
     client = MlflowClient(tracking)
     (theirs,) = [m for m in client.search_logged_models([connect(tracking)]) if m.name == "theirs"]
     (metric,) = theirs.metrics
-    rows = [row.value for row in comparison(tracking, lineage[0]).rows if row.init == "theirs"]
+    rows = [row.value for row in run_results(tracking, lineage[0]).rows if row.init == "theirs"]
     assert (metric.key, metric.value) == ("knn/top1", pytest.approx(sum(rows) / len(rows)))
     assert theirs.tags["hemoco.source"] == "imported from moco" and theirs.source_run_id is None
 
@@ -185,7 +185,7 @@ def test_transfers_from_a_registered_backbone_join_its_results(lineage, recipe, 
     transfer_only(only, backbone_url=name, run="lineage-2", storage=storage, fresh=False, tags={})
     (version,) = [one for one in backbone_versions(tracking) if one.run == run]
     assert version.run_id == child and version.results.keys() == {"knn/top1", "probe/top1", "again/top1"}
-    assert comparison(tracking, "lineage-2").pretraining.backbone_url == f"models:/{version.model_id}"
+    assert run_results(tracking, "lineage-2").pretraining.backbone_url == f"models:/{version.model_id}"
 
 
 def test_recipe_in_mlflow_is_one_that_runs(lineage, recipe, tracking, tmp_path):
@@ -198,7 +198,7 @@ def test_recipe_in_mlflow_is_one_that_runs(lineage, recipe, tracking, tmp_path):
 
 
 def test_transfer_knows_its_machine(lineage, tracking):
-    found = {row.run_id for row in comparison(tracking, lineage[0]).rows}
+    found = {row.run_id for row in run_results(tracking, lineage[0]).rows}
     for run_id in found:
         tags = MlflowClient(tracking).get_run(run_id).data.tags
         assert machine_facts().items() <= tags.items()

@@ -21,10 +21,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cluster.local.servers import BUCKET, _rclone
-from hemoco.results.records import comparison
+from hemoco.results.records import run_results
 from hemoco.storage.objects import list_names
 from hemoco.tracking.client import connect
-from hemoco.tracking.runs import RunFacts, find_run, find_runs
+from hemoco.tracking.runs import RunFacts, find_run, search
 from jobs.demo_data import write_digits
 from jobs.options import load_recipe
 from tests.helpers.canary import places_with
@@ -314,7 +314,7 @@ def test_link_that_loses_packets_for_a_second_at_a_time_costs_no_restart(night):
 
 def test_mlflow_has_one_run_of_each_kind_and_no_orphan(night):
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    found = find_runs(uri, connect(uri), {"hemoco.run": "night"})
+    found = search(uri, connect(uri), {"hemoco.run": "night"})
     names = ("hemoco.phase", "hemoco.transfer", "hemoco.epoch")
     kinds = Counter(tuple(run.tags.get(name, "") for name in names) for run in found)
     assert set(kinds.values()) == {1}
@@ -322,7 +322,7 @@ def test_mlflow_has_one_run_of_each_kind_and_no_orphan(night):
 
 
 def test_comparison_has_every_transfer(night):
-    rows = comparison(os.environ["MLFLOW_TRACKING_URI"], "night").rows
+    rows = run_results(os.environ["MLFLOW_TRACKING_URI"], "night").rows
     assert {row.transfer for row in rows} == {"knn", "probe", "fine_tune"}
 
 

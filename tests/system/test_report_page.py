@@ -9,13 +9,13 @@ import pytest
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
-from test_report import RECIPE, collected, fill
 
 from hemoco.features.map import CLASS_COLOURS
 from hemoco.report.page import render_report
 from hemoco.report.plots import BASELINE_COLOURS, COLOURS
 from tests.helpers.chromium import Shown, chromium, show
 from tests.helpers.made_runs import begin_run
+from tests.services.test_report import RECIPE, collected, fill
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")

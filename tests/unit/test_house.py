@@ -18,6 +18,7 @@ DOORS = {
     "torchvision.models": ("hemoco/transfer/detection/",),
     "pyarrow": ("hemoco/features/", "pipeline/workers/group.py"),
     "matplotlib": ("hemoco/report/", "hemoco/transfer/classification/scores.py"),
+    "jinja2": ("hemoco/report/",),
     "rich": ("jobs/", "hemoco/report/"),
     "tyro": ("jobs/",),
 }

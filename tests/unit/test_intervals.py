@@ -7,11 +7,9 @@ import pytest
 from scipy import stats
 
 from hemoco.intervals import (
-    Difference,
     RepeatedDifference,
     Repetitions,
     confidence_half_width,
-    paired_difference,
     repeated_difference,
     repeated_spread,
     spread_of,
@@ -21,34 +19,10 @@ OURS = {0: 0.71, 1: 0.74, 2: 0.69, 5: 0.75}
 THEIRS = {0: 0.66, 1: 0.70, 2: 0.66, 7: 0.1}
 
 
-def test_a_difference_is_paired_over_the_seeds_that_both_have() -> None:
-    found = paired_difference(OURS, THEIRS)
-    test = stats.ttest_rel([0.71, 0.74, 0.69], [0.66, 0.70, 0.66])
-    low, high = test.confidence_interval(0.95)
-    assert found == (pytest.approx(0.04), pytest.approx((high - low) / 2), 3)
-    assert found.stands_out is bool(test.pvalue < 0.05) is True
-
-
 @pytest.mark.parametrize(("count", "quantile"), [(2, 12.706), (5, 2.776), (30, 2.045)])
 def test_the_interval_uses_students_quantile(count: int, quantile: float) -> None:
     values = [float(place % 2) for place in range(count)]
     assert confidence_half_width(values) == pytest.approx(quantile * spread_of(values).sd / math.sqrt(count), rel=1e-3)
-
-
-def test_one_seed_says_nothing_about_noise() -> None:
-    found = paired_difference({0: 0.5}, {0: 0.25, 1: 0.1})
-    assert (found.mean, found.pairs, found.stands_out) == (0.25, 1, None)
-    assert math.isnan(found.half_width)
-
-
-def test_what_was_not_measured_is_nan() -> None:
-    assert all(math.isnan(value) for value in (*spread_of([])[:2], paired_difference({}, {0: 1.0}).mean))
-    assert Difference(0.1, math.nan, 1).stands_out is None
-
-
-def test_equal_differences_say_nothing_about_noise() -> None:
-    found = paired_difference({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25})
-    assert (found.half_width, found.stands_out) == (0.0, None)
 
 
 def half_width_of(test: object) -> float:
@@ -63,10 +37,17 @@ def test_deviations_between_pretrainings_and_over_seeds_are_said_apart() -> None
     assert (found.pretrainings, found.values, found.sd) == (2, 4, found.between)
 
 
-def test_one_pretraining_each_is_the_paired_test_over_seeds() -> None:
-    found = repeated_difference([OURS], [THEIRS], baseline=False)
-    paired = paired_difference(OURS, THEIRS)
-    assert found == (pytest.approx(paired.mean), pytest.approx(paired.half_width), 3, ("seeds",))
+@pytest.mark.parametrize("baseline", [True, False])
+def test_one_pretraining_each_is_the_paired_test_over_the_seeds_that_both_have(baseline: bool) -> None:
+    found = repeated_difference([OURS], [THEIRS], baseline=baseline)
+    test = stats.ttest_rel([0.71, 0.74, 0.69], [0.66, 0.70, 0.66])
+    assert found == (pytest.approx(0.04), pytest.approx(half_width_of(test)), 3, ("seeds",))
+    assert found.stands_out is bool(test.pvalue < 0.05) is True
+
+
+def test_what_was_not_measured_is_nan() -> None:
+    assert all(math.isnan(value) for value in spread_of([])[:2])
+    assert all(math.isnan(value) for value in repeated_difference([{}], [{0: 1.0}], baseline=True)[:2])
 
 
 def test_pretrainings_with_one_seed_against_a_baseline_are_a_test_of_one_sample() -> None:
@@ -94,7 +75,9 @@ def test_seeds_that_are_not_common_to_all_are_left_out() -> None:
 
 
 def test_nothing_repeated_or_nothing_moved_says_nothing() -> None:
-    assert repeated_difference([{0: 0.5}], [{0: 0.25}], baseline=True).stands_out is None
+    one_seed = repeated_difference([{0: 0.5}], [{0: 0.25, 1: 0.1}], baseline=True)
+    assert (one_seed.mean, one_seed.seeds, one_seed.stands_out) == (0.25, 1, None)
+    assert math.isnan(one_seed.half_width)
     equal: Repetitions = [{0: 0.5, 1: 0.5}] * 2
     assert repeated_difference(equal, [{0: 0.25, 1: 0.25}], baseline=True).stands_out is None
 

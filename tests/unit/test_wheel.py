@@ -24,9 +24,9 @@ def test_the_wheel_holds_hemoco_alone(names):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"hemoco"}
 
 
-def test_the_wheel_holds_every_module_of_hemoco(names):
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hemoco").rglob("*.py")}
-    assert expected <= set(names)
+def test_the_wheel_holds_every_module_of_hemoco_and_the_templates_of_the_report(names):
+    files = [*(ROOT / "hemoco").rglob("*.py"), *(ROOT / "hemoco/report/templates").iterdir()]
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
 
 
 def test_the_wheel_carries_the_licence(names):

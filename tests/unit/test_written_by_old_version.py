@@ -36,8 +36,8 @@ from hemoco.data.stream.bad_samples import BadSampleFile
 from hemoco.data.stream.batches import Batch, batches, pretraining_plan, steps_per_epoch
 from hemoco.data.stream.loader import CropPlan, StreamPosition
 from hemoco.features.extract import extract_features
-from hemoco.report.files import to_json
-from hemoco.results.records import Comparison, Pretraining, Row
+from hemoco.report.files import contract_json
+from hemoco.results.records import Pretraining, Row, RunResults
 from hemoco.train.checkpoint import newest_checkpoint, resume_newest, save_checkpoint
 from hemoco.train.pretrain import TrainState, batch_fingerprint, build_state, train_steps
 from hemoco.transfer.classification.classifier import ClassifierState, build_classifier_state, classifier_plan
@@ -260,4 +260,4 @@ def test_comparison_json_is_still_written_with_the_same_names_in_the_same_order(
     old = json.loads(text)
     pretraining = {name: math.nan if value is None else value for name, value in old["pretraining"].items()}
     rows = tuple(Row(**row) for row in old["rows"])
-    assert to_json(Comparison(pretraining=Pretraining(**pretraining), rows=rows, failed=())) == text
+    assert contract_json(RunResults(pretraining=Pretraining(**pretraining), rows=rows, failed=())) == text
