@@ -20,7 +20,8 @@ from hemoco.storage.objects import read_bytes, write_bytes
 from tests.helpers.waiting import within
 
 ROOT = Path(__file__).parents[2]
-SERVE = "import sys, time, pathlib; from cluster.servers import s3_server\nwith s3_server(pathlib.Path(sys.argv[1])): "
+SERVE = "import sys, time, pathlib\nfrom cluster.local.servers import s3_server\n"
+SERVE += "with s3_server(pathlib.Path(sys.argv[1])): "
 # a daemon of its own session, as servers start them, below a shell that ignores SIGTERM
 STUBBORN = ["sh", "-c", "trap '' TERM; setsid sleep 1234 & echo $! > pids; sleep 5678 & echo $! >> pids; wait; wait"]
 
