@@ -92,6 +92,12 @@ def facts_of(run: Any) -> RunFacts:
     )
 
 
+def metric_steps(run: Any) -> dict[str, int]:
+    """The newest step of each metric of a run that MLflow's client has given."""
+    # `run.data.metrics` has no steps
+    return {point.key: int(point.step) for point in run.data.to_proto().metrics}
+
+
 def reopen_run(uri: str, run_id: str) -> None:
     """Marks a run as running again and takes the reason of its failure away."""
     ask(uri, lambda client: client.update_run(run_id, status="RUNNING"))

@@ -1,10 +1,10 @@
-"""What MLflow knows of a run while somebody watches it."""
+"""The records of a run or a sweep that the live display shows: the only module of the display that asks MLflow."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hemoco.tracking.client import ask
-from hemoco.tracking.runs import RunFacts, facts_of
+from hemoco.tracking.runs import RunFacts, facts_of, metric_steps
 from hemoco.tracking.tags import Tag
 
 
@@ -13,51 +13,65 @@ class Phase(NamedTuple):
 
     facts: RunFacts
     steps: dict[str, int]
-    """At which its metrics were last measured."""
+    """The newest step of each metric."""
     ended_s: float | None
     """When it last ended, in seconds since 1970."""
 
 
 class Facts(NamedTuple):
-    """What MLflow knows of a run."""
+    """The pretraining and the transfers of a run that MLflow has."""
 
     pretraining: Phase | None = None
     transfers: Mapping[str, Phase] = {}
     """By name; only those that were begun."""
 
 
+class SweepFacts(NamedTuple):
+    """The trials of a sweep that MLflow has."""
+
+    trials: Mapping[int, RunFacts] = {}
+    """By number; only those that were opened."""
+    pretrainings: Mapping[int, Phase] = {}
+    """The newest pretraining of each trial that has begun, by the trial's number."""
+
+
 def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
-    """What MLflow knows of a run now, by one question that is asked once.
+    """Reads a run once, without retries; of repeated phases the newest counts, as in a comparison.
 
     Raises:
         TrackingError: MLflow does not answer.
     """
-    wanted = f'tags.`hemoco.run` = "{run}" and tags.`hemoco.phase` != "curve" and tags.`hemoco.phase` != "parent"'
-    phases = _by_phase(search_once(uri, experiment_id, wanted))  # the newest counts, as in a comparison
-    transfers = {phase.facts.tags[Tag.TRANSFER]: phase for phase in phases.get("transfer", [])}
-    return Facts(next(reversed(phases.get("pretrain", [])), None), transfers)
+    pretraining, transfers = None, {}
+    for phase in _search(uri, experiment_id, f'tags.`{Tag.RUN}` = "{run}" and tags.`{Tag.PHASE}` != "curve"'):
+        if phase.facts.tags[Tag.PHASE] == "pretrain":
+            pretraining = phase
+        elif phase.facts.tags[Tag.PHASE] == "transfer":
+            transfers[phase.facts.tags[Tag.TRANSFER]] = phase
+    return Facts(pretraining, transfers)
 
 
-def search_once(uri: str, experiment_id: str, wanted: str) -> list[Any]:
-    """The newest 500 runs that are as wanted, the oldest of them first; who looks again soon need not wait long.
+def read_sweep(uri: str, experiment_id: str, sweep: str) -> SweepFacts:
+    """Reads a sweep once, without retries.
 
     Raises:
         TrackingError: MLflow does not answer.
     """
+    pretrainings = {}
+    wanted = f'tags.`{Tag.PHASE}` = "pretrain" and tags.`{Tag.RUN}` LIKE "{sweep}/trial_%"'
+    for phase in _search(uri, experiment_id, wanted):
+        folder, _, number = phase.facts.tags[Tag.RUN].rpartition("/trial_")
+        if folder == sweep and number.isdigit():  # LIKE takes _ for any letter
+            pretrainings[int(number)] = phase
+    wanted = f'tags.`{Tag.PHASE}` = "trial" and tags.`{Tag.SWEEP}` = "{sweep}"'
+    trials = {int(phase.facts.tags[Tag.TRIAL]): phase.facts for phase in _search(uri, experiment_id, wanted)}
+    return SweepFacts(dict(sorted(trials.items())), pretrainings)
+
+
+def _search(uri: str, experiment_id: str, wanted: str) -> list[Phase]:
+    """The newest 500 runs that match, the oldest of them first; the display looks again soon, so nothing is retried."""
     options: dict[str, Any] = {"max_results": 500, "order_by": ["attributes.start_time DESC"]}
-    found = ask(uri, lambda client: list(client.search_runs([experiment_id], wanted, **options)), patience_s=0.0)
-    return found[::-1]
-
-
-def last_steps(run: Any) -> dict[str, int]:
-    """At which the metrics of one of MLflow's runs were last measured; its public dictionary has lost that."""
-    return {point.key: int(point.step) for point in run.data._metric_objs}
-
-
-def _by_phase(found: list[Any]) -> dict[str, list[Phase]]:
-    phases: dict[str, list[Phase]] = {}
-    for run in found:
-        facts = facts_of(run)
-        ended_s = run.info.end_time / 1000 if run.info.end_time else None
-        phases.setdefault(facts.tags[Tag.PHASE], []).append(Phase(facts, last_steps(run), ended_s))
-    return phases
+    runs = ask(uri, lambda client: list(client.search_runs([experiment_id], wanted, **options)), patience_s=0.0)
+    return [
+        Phase(facts_of(run), metric_steps(run), run.info.end_time / 1000 if run.info.end_time else None)
+        for run in reversed(runs)
+    ]
