@@ -165,7 +165,7 @@ def _status(parent: Any, children: list[Any]) -> RunStatus:
 
 def _phase(child: Any) -> PhaseStatus:
     tags = child.data.tags
-    points = child.data._metric_objs  # the public dictionary has lost step and time
+    points = child.data.to_proto().metrics  # the dictionary of metrics has neither step nor time
     return PhaseStatus(
         name=tags.get("mlflow.runName", child.info.run_id),
         run_id=child.info.run_id,
