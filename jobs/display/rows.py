@@ -11,6 +11,8 @@ RUNNING = "running"
 STYLES = {"waiting": "dim", RUNNING: "cyan", "done": "green", "failed": "red", "stopped": "red"}
 WARNING = "yellow"
 _BAR = 16
+_LONGEST = 120
+"""Letters of an error that are shown; the log above the display has it whole."""
 _PACE_S = 3600.0
 """The time left follows from the progress of so many seconds."""
 
@@ -37,14 +39,15 @@ class Rows(Progress):
             self.reset(row, completed=completed)  # type: ignore[arg-type]  # rich's own tasks have floats
             self.advance(row, 0)
         self._states[row] = state
-        self.update(row, completed=completed, state=state, text=GAP.join(filter(None, parts)))
+        text = GAP.join(part[:_LONGEST] for part in parts if part)
+        self.update(row, completed=completed, state=state, text=text)
 
 
 class _StateColumn(ProgressColumn):
-    """Takes the room that is left, and is cut where the terminal ends."""
+    """Takes the room that is left, on several lines where it is little."""
 
     def __init__(self) -> None:
-        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        super().__init__(Column(ratio=1))
 
     def render(self, task: Task) -> Text:
         state, left_s = task.fields["state"], task.time_remaining

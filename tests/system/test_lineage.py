@@ -214,7 +214,7 @@ def test_system_metrics_go_to_the_step_that_training_logged_last(tracking, run_i
         tracker.log(7, {"loss": 1.0})
         wait_until(lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics, 60)
     run = client.get_run(run_id)
-    points = {point.key: point for point in run.data._metric_objs}
+    points = {point.key: point for point in run.data.to_proto().metrics}
     assert points["system/cpu_utilization_percentage"].step == 7
     assert 0 <= points["system/cpu_utilization_percentage"].value <= 100
     assert 0 < points["system/system_memory_usage_percentage"].value < 100
