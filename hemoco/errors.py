@@ -4,7 +4,6 @@ import contextlib
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 
 class HemocoError(Exception):
@@ -51,7 +50,6 @@ class RefusedError(TrackingError):
 _SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 """Of torch's allocators; torch and NumPy raise a MemoryError only now and then."""
 _PREFIX = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")
-_STATUS, _MACHINE = Path("/proc/self/status"), Path("/proc/meminfo")
 
 
 class LostLoaderError(HemocoError):
@@ -92,14 +90,11 @@ def _out_of_memory(doing: str, error: BaseException, advice: str) -> TrainingErr
 
 
 def _held() -> str:
-    """Memory of this process and of the machine, where the kernel tells."""
+    """Memory in use by this process and free on the machine."""
     try:
-        own, free = _kilobytes(_STATUS, "VmRSS"), _kilobytes(_MACHINE, "MemAvailable")
-    except (OSError, LookupError):
-        return "this system does not say how much is in use"
-    return f"this process holds {own / 1e6:.2f} GB, {free / 1e6:.2f} GB of the machine are free"
+        import psutil  # missing where only the models are installed
 
-
-def _kilobytes(path: Path, name: str) -> int:
-    fields = {line.partition(":")[0]: line.partition(":")[2] for line in path.read_text().splitlines()}
-    return int(fields[name].split()[0])
+        own, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    except Exception as error:  # the advice must not be lost because of this detail
+        return f"the memory in use is unknown ({first_line(error)})"
+    return f"this process holds {own / 1e9:.2f} GB, {free / 1e9:.2f} GB of the machine are free"

@@ -1,8 +1,8 @@
 """Child processes that cannot outlive their parent, not even a killed one.
 
-Each command runs below a keeper: this file as a script, standard library only. The keeper ends when the parent has
-gone or asks by SIGTERM, and takes with it all that the command has started, daemons included. PR_SET_PDEATHSIG alone
-would not reach grandchildren and needs a preexec_fn, which is unsafe in a process with threads.
+Each command runs below a keeper: this file as a script, with psutil alone. The keeper ends when the parent has gone or
+sends SIGTERM, and takes with it all that the command has started, daemons included. PR_SET_PDEATHSIG alone would not
+reach grandchildren and needs a preexec_fn, which is unsafe in a process with threads.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
@@ -30,7 +32,7 @@ def child_process(
     Yields:
         The keeper, which ends with the command.
     """
-    keeper = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
+    keeper = [sys.executable, "-I", str(Path(__file__).resolve()), str(os.getpid()), *command]
     with log.open("wb") as output:
         child = subprocess.Popen(
             keeper, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -94,32 +96,15 @@ def _keep(parent: int, command: list[str]) -> int:
 
 def _end_descendants(grace_s: float) -> None:
     """SIGTERM to all, SIGKILL after the grace time to those that are left or were started meanwhile."""
-    deadline = time.monotonic() + grace_s
-    asked: set[int] = set()
-    while found := descendants(os.getpid()):
+    keeper, deadline = psutil.Process(), time.monotonic() + grace_s
+    asked: set[psutil.Process] = set()
+    while found := set(keeper.children(recursive=True)):
         late = time.monotonic() > deadline
-        for pid in found if late else found - asked:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        for process in found if late else found - asked:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
         asked |= found
-        time.sleep(_POLL_S / 2)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
-
-def descendants(root: int) -> set[int]:
-    """Process ids below a process, from /proc."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            # the name in parentheses may hold spaces: split after it
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found, frontier = set[int](), {root}
-    while frontier:
-        frontier = {pid for pid, parent in parents.items() if parent in frontier}
-        found |= frontier
-    return found
+        psutil.wait_procs(found, timeout=_POLL_S / 2)  # also removes zombies that have become our children
 
 
 if __name__ == "__main__":

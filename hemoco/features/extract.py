@@ -5,8 +5,8 @@ Shapes: M images, S x S pixels each, F features.
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from hemoco.models.batch_norm import BatchNorm
 from hemoco.models.resnet import Backbone
 
 CALIBRATION_IMAGES = 4096
@@ -26,7 +26,7 @@ def calibrate_batch_norm(backbone: Backbone, images: Tensor) -> None:
         backbone: its parameters stay as they are.
         images: uint8 (M, 3, S, S), M >= 2.
     """
-    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in backbone.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

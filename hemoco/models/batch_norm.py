@@ -12,12 +12,15 @@ Shapes: N images on this rank, C channels.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from hemoco.distributed import sum_with_gradient, world_size
 
+__all__ = ["AllReduceBatchNorm", "BatchNorm", "SplitBatchNorm", "synchronise_batch_norms"]
+# BatchNorm is the base of all batch normalisations of torch, which has no public name
 
-class AllReduceBatchNorm(_BatchNorm):
+
+class AllReduceBatchNorm(BatchNorm):
     """Batch normalisation over the images of all ranks, (N, C) or (N, C, H, W); ranks may differ in N, H and W."""
 
     running_mean: Tensor
@@ -72,7 +75,7 @@ def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
             synchronise_batch_norms(child, device)
 
 
-class SplitBatchNorm(_BatchNorm):
+class SplitBatchNorm(BatchNorm):
     """Batch normalisation of each `group_size` consecutive images by their own statistics.
 
     Takes (N, C) and (N, C, H, W). Running statistics follow the mean over the groups; evaluation and the names in the

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from hemoco import foreach
+
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -35,7 +37,7 @@ class EmbeddingNetwork(nn.Module):
 @torch.no_grad()
 def move_towards(followers: Iterable[Parameter], leaders: Iterable[Parameter], momentum: float) -> None:
     """follower = m follower + (1 - m) leader (eq. 2), in the parameters' own float32."""
-    torch._foreach_lerp_(list[Tensor](followers), list[Tensor](leaders), 1 - momentum)
+    foreach.lerp_(list[Tensor](followers), list[Tensor](leaders), 1 - momentum)
 
 
 def build_head(kind: Literal["linear", "mlp", "mlp_bn"], features: int, embedding_size: int) -> nn.Module:

@@ -91,12 +91,13 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     if scheme in _S3:
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         options = {"endpoint_url": endpoint, "config_kwargs": _S3_CONFIG, "use_listings_cache": False}
-    if scheme in _AZURE:  # the account may stand in the URL
-        options = fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(url)
-    made = fsspec.filesystem(scheme, **options)
+    if scheme in _AZURE:  # the account may stand where a host would, and only this function looks there
+        made, _ = fsspec.core.url_to_fs(f"{scheme}://{urlsplit(url).netloc}")
+    else:
+        made = fsspec.filesystem(scheme, **options)
     _made[id(made)] = made
     # fsspec leaves the %20 of a file:// URL as it is
-    return made, url2pathname(urlsplit(url).path) if scheme == "file" else made._strip_protocol(url)
+    return made, url2pathname(urlsplit(url).path) if scheme == "file" else fsspec.core.strip_protocol(url)
 
 
 def direct_url(url: str) -> str | None:

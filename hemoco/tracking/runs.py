@@ -136,8 +136,7 @@ def run_facts(uri: str, run_id: str) -> RunFacts:
 def _facts(run: Any) -> RunFacts:
     """The facts of a run as MLflow's client returns it."""
     data, info = run.data, run.info
-    # the public dictionary of metrics has values only; their steps and times are in this private list
-    points = data._metric_objs
+    points = data.to_proto().metrics  # the dictionary of metrics has neither steps nor times
     return RunFacts(
         run_id=info.run_id,
         status=info.status,

@@ -1,23 +1,22 @@
-"""The machine a training runs on: what it is, and how busy it is while training goes on.
+"""The machine a training runs on: which hardware it has, and how busy it is while training goes on.
 
-The names of the metrics are those of MLflow's own system metrics, so that its pages show them as such. MLflow's monitor
-is not used: it sends by itself, and ends for good when MLflow does not answer once.
+The metrics have the names of MLflow's own system metrics, so that its pages show them as such. MLflow's monitor is not
+used: it sends by itself, and ends for good when MLflow does not answer once.
+
+psutil and pynvml are imported inside functions: models must load on machines that have neither.
 """
 
 import contextlib
 import logging
-import math
 import os
 import platform
 import shutil
 import socket
-import subprocess
 import threading
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import torch
 
@@ -33,21 +32,11 @@ logger = logging.getLogger(__name__)
 _EVERY_S = 10.0
 _JOIN_S = 2.0
 _MEGA = 1e6
-_PROC = Path("/proc")
-_GPU_FIELDS = ("index", "utilization.gpu", "memory.used", "memory.total", "power.draw", "power.limit")
-
-
-class _Counters(NamedTuple):
-    """What grows from start to start of the machine."""
-
-    busy: int
-    total: int
-    received: int
-    sent: int
+_LOOPBACK = ("lo", "lo0")
 
 
 def machine_facts() -> dict[str, str]:
-    """Tags that say on what, and with what, this process computes; GPUs are those that it may use."""
+    """Tags with this process's hardware and versions; GPUs are those that it may use."""
     facts = {
         Tag.HOST: socket.gethostname(),
         Tag.CPU: _cpu_model(),
@@ -65,8 +54,8 @@ def machine_facts() -> dict[str, str]:
 class SystemMetrics:
     """Samples this machine while the block runs, at the step that training has logged last. A context manager.
 
-    A thread of its own reads files of the kernel and asks nvidia-smi, each 10 s. What it finds goes the way of all
-    metrics: an outage of MLflow loses none of it. Trouble of any kind is logged, once, and does not touch training.
+    A thread of its own reads psutil and NVML every 10 s. The samples take the way of all metrics: an outage of MLflow
+    loses none of them. Trouble of any kind is logged, once, and does not touch training.
     """
 
     def __init__(self, uri: str, run_id: str, tracker: Tracker, *, every_s: float = _EVERY_S) -> None:
@@ -93,61 +82,48 @@ class SystemMetrics:
         self._thread.join(_JOIN_S)
 
     def _sample_until_ended(self) -> None:
-        told = self._tell()
-        first = before = _counters()
+        recorded = self._record_facts()
+        sources = (_disk_usage, HostUsage(), gpu_usage)
+        self._values_of(sources)  # CPU and network are measured from here on
         while not self._ending.wait(self._every_s):
-            now = _counters()
-            values = self._values_of(_disk_usage, partial(_usage, first, before, now), _gpu_usage)
-            before = now
-            if self._tracker.step is not None:  # before the first one there is no place for them
+            values = self._values_of(sources)
+            if self._tracker.step is not None:  # before the first step there is no place for them
                 self._tracker.log(self._tracker.step, {f"system/{name}": value for name, value in values.items()})
-            told = told or self._tell()
+            recorded = recorded or self._record_facts()
 
-    def _values_of(self, *sources: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What those say that can be asked."""
+    def _values_of(self, sources: Sequence[Callable[[], dict[str, float]]]) -> dict[str, float]:
+        """The values of all sources that can be read."""
         values: dict[str, float] = {}
         for source in sources:
             try:
                 values |= source()
-            except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+            except Exception as error:  # psutil, NVML and the kernel have many classes of errors
                 if not self._warned:
-                    logger.warning("event=system_metrics %s", error)
+                    logger.warning("event=system_metrics %s: %s", type(error).__name__, error)
                 self._warned = True
         return values
 
-    def _tell(self) -> bool:
-        """Whether MLflow has taken the facts of the machine."""
+    def _record_facts(self) -> bool:
+        """Sends the facts of the machine; returns whether MLflow has taken them."""
         facts = machine_facts().items()
         try:
             ask(self._uri, lambda client: [client.set_tag(self._run_id, *fact) for fact in facts], patience_s=0)
         except HemocoError as error:
-            logger.debug("event=machine_untold %s", error)
+            logger.debug("event=machine_facts_not_recorded %s", error)
             return False
         return True
 
 
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in (_PROC / "cpuinfo").read_text().splitlines():
+    with contextlib.suppress(OSError):  # psutil does not have the model's name
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def _counters() -> _Counters | None:
-    """None where the kernel has no /proc."""
-    if not (_PROC / "net/dev").exists():
-        return None
-    ticks = [int(word) for word in (_PROC / "stat").read_text().partition("\n")[0].split()[1:9]]
-    idle = ticks[3] + ticks[4]  # the latter waits for disks
-    links = [line.split(":") for line in (_PROC / "net/dev").read_text().splitlines()[2:]]
-    outside = [rest.split() for name, rest in links if name.strip() != "lo"]
-    received, sent = (sum(int(fields[place]) for fields in outside) for place in (0, 8))
-    return _Counters(sum(ticks) - idle, sum(ticks), received, sent)
-
-
 def _disk_usage() -> dict[str, float]:
-    """Of the disk of $HEMOCO_HOME, which keeps shards."""
+    """Use of the disk of $HEMOCO_HOME, which holds cached shards."""
     disk = shutil.disk_usage(next(path for path in (home(), *home().parents) if path.exists()))
     return {
         "disk_usage_percentage": 100 * disk.used / disk.total,
@@ -156,54 +132,58 @@ def _disk_usage() -> dict[str, float]:
     }
 
 
-def _usage(first: _Counters | None, before: _Counters | None, now: _Counters | None) -> dict[str, float]:
-    """Of the CPUs since the last sample, of the network since the first one, of the memory now."""
-    if first is None or before is None or now is None:
-        return {}
-    fields = (line.split() for line in (_PROC / "meminfo").read_text().splitlines())
-    memory = {words[0]: int(words[1]) * 1024 for words in fields}
-    used = memory["MemTotal:"] - memory["MemAvailable:"]
-    return {
-        "cpu_utilization_percentage": 100 * (now.busy - before.busy) / max(1, now.total - before.total),
-        "system_memory_usage_megabytes": used / _MEGA,
-        "system_memory_usage_percentage": 100 * used / memory["MemTotal:"],
-        "network_receive_megabytes": (now.received - first.received) / _MEGA,
-        "network_transmit_megabytes": (now.sent - first.sent) / _MEGA,
-    }
+class HostUsage:
+    """CPU since the call before, network since the first call, memory now; the first call's CPU means nothing."""
 
+    def __init__(self) -> None:
+        self._first: tuple[int, int] | None = None
 
-def _gpu_usage() -> dict[str, float]:
-    """Of all GPUs of the node; nothing where there is no nvidia-smi."""
-    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_EVERY_S, check=True)
-    return parse_gpu_usage(done.stdout)
+    def __call__(self) -> dict[str, float]:
+        import psutil
 
-
-def parse_gpu_usage(text: str) -> dict[str, float]:
-    """What nvidia-smi's lines of CSV say; a number that a card does not give is left out.
-
-    Args:
-        text: index, utilisation in percent, memory used and in all in MiB, power and its limit in W.
-    """
-    values: dict[str, float] = {}
-    for line in text.splitlines():
-        index, *fields = (word.strip() for word in line.split(","))
-        busy, used, memory, power, limit = (_number(word) for word in fields)
-        card = {
-            "utilization_percentage": busy,
-            "memory_usage_megabytes": used * 2**20 / _MEGA,
-            "memory_usage_percentage": 100 * used / memory,
-            "power_usage_watts": power,
-            "power_usage_percentage": 100 * power / limit,
+        memory = psutil.virtual_memory()
+        used = memory.total - memory.available
+        links = psutil.net_io_counters(pernic=True)
+        outside = [link for name, link in links.items() if name not in _LOOPBACK]
+        received, sent = sum(link.bytes_recv for link in outside), sum(link.bytes_sent for link in outside)
+        if self._first is None:
+            self._first = received, sent
+        return {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": used / _MEGA,
+            "system_memory_usage_percentage": 100 * used / memory.total,
+            "network_receive_megabytes": (received - self._first[0]) / _MEGA,
+            "network_transmit_megabytes": (sent - self._first[1]) / _MEGA,
         }
-        values |= {f"gpu_{index}_{name}": value for name, value in card.items() if math.isfinite(value)}
+
+
+def gpu_usage() -> dict[str, float]:
+    """Use of all GPUs of the node, without what a card does not report; empty where this process has no GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    import pynvml
+
+    values: dict[str, float] = {}
+    pynvml.nvmlInit()
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            card = pynvml.nvmlDeviceGetHandleByIndex(index)
+            values |= {f"gpu_{index}_{name}": value for name, value in _card_usage(pynvml, card).items()}
+    finally:
+        pynvml.nvmlShutdown()
     return values
 
 
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:  # [N/A], [Not Supported]
-        return math.nan
+def _card_usage(nvml: Any, card: Any) -> dict[str, float]:
+    values: dict[str, float] = {}
+    with contextlib.suppress(nvml.NVMLError_NotSupported):
+        values["utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(card).gpu)
+    with contextlib.suppress(nvml.NVMLError_NotSupported):
+        memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)  # v1 counts the driver's share as used
+        values["memory_usage_megabytes"] = memory.used / _MEGA
+        values["memory_usage_percentage"] = 100 * memory.used / memory.total
+    with contextlib.suppress(nvml.NVMLError_NotSupported):
+        milliwatts = nvml.nvmlDeviceGetPowerUsage(card)
+        values["power_usage_watts"] = milliwatts / 1000
+        values["power_usage_percentage"] = 100 * milliwatts / nvml.nvmlDeviceGetPowerManagementLimit(card)
+    return values

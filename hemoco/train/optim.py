@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hemoco import foreach
 from hemoco.config import MoCoConfig, MoCoV3Config, OptimizerConfig
 
 
@@ -84,9 +85,9 @@ class LARS(Optimizer):
             if group["adapt"]:
                 gradients = _adapted(parameters, gradients, group["weight_decay"], group["trust"])
             velocities = [self.state[p]["momentum_buffer"] for p in parameters]
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, gradients)
-            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+            foreach.mul_(velocities, group["momentum"])
+            foreach.add_(velocities, gradients)
+            foreach.add_(parameters, velocities, alpha=-group["lr"])
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
@@ -116,9 +117,9 @@ def _start_velocities(optimizer: Optimizer) -> None:
 def _adapted(
     parameters: list[nn.Parameter], gradients: list[Tensor], weight_decay: float, trust: float
 ) -> list[Tensor]:
-    gradients = list(torch._foreach_add(gradients, list[Tensor](parameters), alpha=weight_decay))
-    lengths = torch.stack(torch._foreach_norm(list[Tensor](parameters)))
-    slopes = torch.stack(torch._foreach_norm(gradients))
+    gradients = list(foreach.add(gradients, list[Tensor](parameters), alpha=weight_decay))
+    lengths = torch.stack(foreach.norm(list[Tensor](parameters)))
+    slopes = torch.stack(foreach.norm(gradients))
     ratios = torch.where((lengths > 0) & (slopes > 0), trust * lengths / slopes, torch.ones_like(lengths))
-    torch._foreach_mul_(gradients, list(ratios.unbind()))
+    foreach.mul_(gradients, list(ratios.unbind()))
     return gradients

@@ -1,170 +1,93 @@
 """The live display of a sweep: the trials that run, the best one so far, and what became of the others."""
 
 import collections
-import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group, RenderableType
+from rich.progress import TaskID
 from rich.text import Text
 
-from hemoco.config import Recipe
 from hemoco.config.sweep import SweepConfig
-from hemoco.results.sweep import OBJECTIVE, Outcome, outcome
-from hemoco.tracking.runs import RunFacts, search
+from hemoco.results.sweep import OBJECTIVE, outcome
+from hemoco.tracking.runs import RunFacts
 from hemoco.tracking.tags import Tag
-from jobs.display.facts import MOST_RUNS
-from jobs.display.live import displayed
-from jobs.display.run_view import GAP, STYLES, State, fitting, footer, lines_within, name_column, named_row
-
-_STATES: dict[Outcome, State] = {"finished": "done", "stopped": "stopped", "failed": "failed", "unfinished": "waiting"}
-_NAMES = ("trial 0000", "best", "trials", "elapsed")
+from jobs.display.facts import SweepFacts, read_sweep
+from jobs.display.rows import GAP, RUNNING, STYLES, Rows, one_line
+from jobs.display.run_view import pretraining_values
 
 
-@contextmanager
-def live_sweep(sweep: str, recipe: Recipe) -> Iterator[None]:
-    """Shows where a sweep is while the block works at it, as `displayed` does.
+class SweepView:
+    """A sweep as rows of rich: one for the sweep, and one for each running trial.
 
     Args:
         sweep: its name.
-        recipe: with a `sweep`.
+        config: of the sweep.
+        epochs: of a pretraining, where the space does not set them.
+        now: the time in seconds since 1970.
     """
-    assert recipe.sweep is not None, "a recipe without one is no sweep"
-    config, began_s = recipe.sweep, time.time()
-    with displayed(lambda: _SweepScene(sweep, config, recipe.pretrain.epochs, began_s)):
-        yield
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepFacts:
-    """What MLflow knows of a sweep."""
-
-    trials: tuple[RunFacts, ...] = ()
-    """The trials that were opened, by number."""
-    pretrainings: Mapping[int, tuple[RunFacts, int]] = dataclasses.field(default_factory=dict)
-    """Of the trials that have begun: the pretraining and its newest step, by the trial's number."""
-
-
-def read_sweep(uri: str, experiment_id: str, sweep: str) -> SweepFacts:
-    """What MLflow knows of a sweep now, by two questions that are asked once.
-
-    Raises:
-        TrackingError: MLflow does not answer.
-    """
-    pretrainings = {}
-    for facts in reversed(
-        search(
-            uri,
-            experiment_id,
-            {Tag.PHASE: "pretrain"},
-            prefix={Tag.RUN: f"{sweep}/trial_"},
-            limit=MOST_RUNS,
-            patience_s=0.0,
-        )
-    ):
-        number = facts.tags[Tag.RUN].rpartition("/trial_")[2]
-        if number.isdigit():
-            pretrainings[int(number)] = facts, facts.steps.get("loss", 0)  # of a repeated one the newest
-    opened = search(uri, experiment_id, {Tag.PHASE: "trial", Tag.SWEEP: sweep}, limit=MOST_RUNS, patience_s=0.0)
-    trials = {_number(facts): facts for facts in reversed(opened)}
-    return SweepFacts(trials=tuple(trials[number] for number in sorted(trials)), pretrainings=pretrainings)
-
-
-class _SweepScene:
-    """A sweep, as `Scene` says."""
-
-    def __init__(self, sweep: str, config: SweepConfig, epochs: int, began_s: float) -> None:
-        self._sweep, self._config, self._epochs, self._began_s = sweep, config, epochs, began_s
-        self._facts = SweepFacts()
+    def __init__(self, sweep: str, config: SweepConfig, epochs: int, now: Callable[[], float] = time.time) -> None:
+        self._sweep, self._config, self._epochs, self._rows = sweep, config, epochs, Rows(now)
+        self._all = self._rows.add("trials", config.trials)
+        self._running: dict[int, TaskID] = {}
+        """The rows of the running trials, by number."""
+        self.show(SweepFacts())
 
     def look(self, uri: str, experiment_id: str) -> None:
-        """As `Scene` says."""
-        self._facts = read_sweep(uri, experiment_id, self._sweep)
+        """Reads MLflow once, and shows it.
 
-    def picture(self, now_s: float, silence_s: float, problem: str) -> "SweepPicture":
-        """As `Scene` says."""
-        return SweepPicture(
-            sweep=self._sweep,
-            config=self._config,
-            epochs=self._epochs,
-            facts=self._facts,
-            elapsed_s=now_s - self._began_s,
-            silence_s=silence_s,
-            problem=problem,
+        Raises:
+            TrackingError: it does not answer.
+        """
+        self.show(read_sweep(uri, experiment_id, self._sweep))
+
+    def show(self, facts: SweepFacts) -> None:
+        """Shows what MLflow has recorded by now."""
+        counts = collections.Counter(
+            RUNNING if trial.status == "RUNNING" else outcome(trial) for trial in facts.trials.values()
         )
+        waiting = counts["unfinished"] + max(0, self._config.trials - len(facts.trials))
+        over = ("finished", "stopped", "failed")
+        parts = [f"{counts[name]} {name}" for name in (RUNNING, *over) if counts[name]]
+        parts += [f"{waiting} waiting"] if waiting else []
+        state = RUNNING if counts[RUNNING] else "waiting" if waiting else "done"
+        self._rows.set(self._all, sum(counts[name] for name in over), state, *parts)
+        running = {number: trial for number, trial in facts.trials.items() if trial.status == "RUNNING"}
+        for number in self._running.keys() - running.keys():
+            self._rows.remove_task(self._running.pop(number))
+        for number, trial in running.items():
+            self._show_trial(number, trial, facts)
+        self._best = self._best_line(facts)
 
+    def __rich__(self) -> RenderableType:
+        return Group(self._rows, one_line(self._best))
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepPicture:
-    """A sweep at one moment; rich draws it, always with the same number of lines."""
+    def _show_trial(self, number: int, trial: RunFacts, facts: SweepFacts) -> None:
+        pretraining, per_epoch = facts.pretrainings.get(number), int(trial.tags.get(Tag.STEPS_PER_EPOCH, 0))
+        epochs = int(trial.params.get("pretrain.epochs", self._epochs))
+        if number not in self._running:
+            self._running[number] = self._rows.add(f"trial {number}", epochs * per_epoch or None)
+        row = self._running[number]
+        self._rows.update(row, total=epochs * per_epoch or None)
+        if pretraining is None or not per_epoch:
+            self._rows.set(row, 0, "starting", *_settings(trial))
+            return
+        step = pretraining.steps.get("loss", 0)
+        state = f"measuring {self._config.objective}" if pretraining.status == "FINISHED" else RUNNING
+        epoch = f"epoch {min(step // per_epoch + 1, epochs)}/{epochs}"
+        self._rows.set(row, step, state, epoch, *pretraining_values(pretraining.metrics), *_settings(trial))
 
-    sweep: str
-    config: SweepConfig
-    epochs: int
-    """Of a pretraining, where the space says nothing else."""
-    facts: SweepFacts
-    elapsed_s: float
-    silence_s: float
-    """Since MLflow last answered."""
-    problem: str
-    """Why it did not; empty where it did."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from lines_within(options.max_width, self._lines)
-
-    def _lines(self, width: int) -> Iterable[Text]:
-        column = name_column(max(map(len, _NAMES)), width)
-        room = width - column
-        yield Text()
-        running = [trial for trial in self.facts.trials if trial.status == "RUNNING"]
-        slots = min(self.config.max_concurrent, self.config.trials)
-        for trial in running[:slots]:
-            yield named_row(f"trial {_number(trial)}", column) + fitting(self._running(trial), room)
-        yield from (Text() for _ in range(slots - len(running)))
-        yield named_row("best", column) + fitting(self._best(), room)
-        yield named_row("trials", column) + fitting(self._counts(len(running)), room)
-        yield named_row("elapsed", column) + footer(self.sweep, self.elapsed_s, self.silence_s, self.problem, room)
-
-    def _running(self, trial: RunFacts) -> list[Text]:
-        """What it is at, then its settings."""
-        begun, settings = self.facts.pretrainings.get(_number(trial)), _settings(trial)
-        if begun is None or Tag.STEPS_PER_EPOCH not in trial.tags:
-            return [Text("starting", style=STYLES["running"]), *settings]
-        facts, step = begun
-        epochs = int(trial.params.get("pretrain.epochs", self.epochs))
-        epoch = min(step // int(trial.tags[Tag.STEPS_PER_EPOCH]) + 1, epochs)
-        parts = [Text(f"epoch {epoch:>{len(str(epochs))}}/{epochs}", style=STYLES["running"])]
-        if facts.status == "FINISHED":
-            parts = [Text(f"measuring {self.config.objective}", style=STYLES["running"])]
-        for name, word in (("loss", "loss"), ("knn_top1", "kNN")):
-            if name in facts.metrics:
-                parts.append(Text(f"{word} {facts.metrics[name]:.3f}"))
-        return [*parts, *settings]
-
-    def _best(self) -> list[Text]:
-        done = [trial for trial in self.facts.trials if trial.status == "FINISHED" and OBJECTIVE in trial.metrics]
+    def _best_line(self, facts: SweepFacts) -> Text:
+        done = {n: each for n, each in facts.trials.items() if each.status == "FINISHED" and OBJECTIVE in each.metrics}
         if not done:
-            return [Text("none has ended yet", style="dim")]
-        best = max(done, key=lambda trial: trial.metrics[OBJECTIVE])
-        words = f"{self.config.objective} {best.metrics[OBJECTIVE]:.3f}{GAP}trial {_number(best)}"
-        return [Text(words, style=STYLES["done"]), *_settings(best)]
-
-    def _counts(self, running: int) -> list[Text]:
-        over = collections.Counter(outcome(trial) for trial in self.facts.trials if trial.status != "RUNNING")
-        over["unfinished"] += max(0, self.config.trials - len(self.facts.trials))
-        parts = [Text(f"{running} running", style=STYLES["running"])] if running else []
-        for name, state in _STATES.items():
-            if over[name]:
-                word = "waiting" if name == "unfinished" else name
-                parts.append(Text(f"{over[name]} {word}", style=STYLES[state]))
-        return parts
+            return Text("best  none has ended yet", style="dim")
+        number = max(done, key=lambda number: done[number].metrics[OBJECTIVE])
+        value = f"{self._config.objective} {done[number].metrics[OBJECTIVE]:.3f}"
+        best = GAP.join(["best", value, f"trial {number}", *_settings(done[number])])
+        return Text(best, style=STYLES["done"])
 
 
-def _number(trial: RunFacts) -> int:
-    return int(trial.tags[Tag.TRIAL])
-
-
-def _settings(trial: RunFacts) -> list[Text]:
-    """Of the space, without what all names have in common."""
-    return [Text(f"{name.removeprefix('pretrain.')} {value}", style="dim") for name, value in trial.params.items()]
+def _settings(trial: RunFacts) -> list[str]:
+    """The settings of the space, without the prefix that all names have in common."""
+    return [f"{name.removeprefix('pretrain.')} {value}" for name, value in trial.params.items()]

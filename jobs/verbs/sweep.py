@@ -12,7 +12,7 @@ from hemoco.report.tables import print_section
 from hemoco.results.sweep import SweepResult, search_settings, sweep_json, sweep_result
 from hemoco.tracking.client import tracking_uri
 from hemoco.tracking.runs import log_artifact_bytes
-from jobs.display.sweep_view import live_sweep
+from jobs.display.live import live_sweep
 from jobs.options import ReportOptions, parse_options, settings_flags
 from jobs.recorded_command import RecordedCommand, command_tags, recorded_command
 from jobs.session import announce, ray_session, results_folder, storage_url, table_console

@@ -19,7 +19,6 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.torch.config import _TorchBackend
 
 from hemoco.config import ResourcesConfig
 from hemoco.distributed import rank
@@ -164,6 +163,9 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         pass
 
 
+_TorchBackend: Any = TorchConfig().backend_cls
+
+
 class _NotingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types there
     """Has SIGTERM noted in each process: the training runs in a thread, which cannot, and Ray's own handler ends it."""
 
@@ -175,7 +177,7 @@ class _NotingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types t
 @dataclasses.dataclass
 class _TorchConfig(TorchConfig):  # type: ignore[misc]
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[_NotingBackend]:
         return _NotingBackend
 
 

@@ -12,7 +12,6 @@ leaves the comparison with its report.html in the folder (some 15 minutes on 2 c
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,9 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 from big_sets import add_data_option, cifar10_archives
 
-from cluster.local.processes import descendants
 from cluster.local.servers import MlflowServer, mlflow_server
 from cluster.submit.checkout import CHECKOUT
 from hemoco.tracking.client import connect
@@ -121,8 +120,8 @@ def _interrupt(
     while not (steps := _steps(server.uri, run)):
         assert process.poll() is None, f"{run} ended before MLflow could be killed"
         time.sleep(1)
-    for pid in descendants(server.process.pid):
-        os.kill(pid, signal.SIGKILL)
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        process.kill()
     print(f"-- MLflow was killed at step {max(steps)}, for {_OUTAGE_S:.0f} s", flush=True)
     time.sleep(_OUTAGE_S)
     assert process.poll() is None, f"{run} did not outlast the outage"

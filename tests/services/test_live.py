@@ -21,11 +21,14 @@ from rich.console import Console
 
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.tracking.client import connect
+from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import close_run, set_tags
+from hemoco.tracking.unsent import MetricPoint
 from hemoco.train.pretrain import StepMetrics
 from jobs.display.facts import Facts, read_facts
-from jobs.display.live import live_display, terminal
-from jobs.display.run_view import Pace, Picture, Plan, clock
+from jobs.display.live import footer, live_display, terminal
+from jobs.display.rows import clock
+from jobs.display.run_view import Plan, RunView
 from jobs.options import load_recipe
 from pipeline.pretrain import _progress
 from tests.helpers.made_runs import MadeRun, begin_run, end_pretraining, log_rate, write_transfer
@@ -85,122 +88,166 @@ def facts(made: MadeRun) -> Facts:
     return read_facts(made.uri, connect(made.uri), made.name)
 
 
-def picture(found: Facts, **changes) -> Picture:
-    plan = {"run": "r", "began_s": BEGAN_S, "pretrain": RECIPE.pretrain, "steps_per_epoch": 10, "curve": False}
-    plan |= {"transfers": RECIPE.transfers}
-    plan |= {name: changes.pop(name) for name in list(changes) if name in plan}
-    values = {"pace": Pace(), "now_s": BEGAN_S + 271, "silence_s": 1.0, "problem": ""} | changes
-    return Picture(plan=Plan(**plan), facts=found, **values)
+class Watched:
+    """The view of a run, and the clock it looks at."""
+
+    def __init__(self, **changes) -> None:
+        plan = {"run": "r", "began_s": BEGAN_S, "pretrain": RECIPE.pretrain, "steps_per_epoch": 10}
+        self.now_s = BEGAN_S
+        self.view = RunView(Plan(**plan | {"transfers": RECIPE.transfers} | changes), lambda: self.now_s)
+
+    def show(self, found: Facts, at_s: float = 0.0) -> None:
+        self.now_s = BEGAN_S + at_s
+        self.view.show(found)
+
+    def drawn(self, width: int = 100) -> list[str]:
+        return lines_of(self.view, width)
+
+    def line(self, name: str, width: int = 100) -> str:
+        """The row of a phase without its bar, spaces as one."""
+        row = next(each for each in self.drawn(width) if each.startswith(name))
+        return " ".join(re.sub("[━╸╺]", " ", row).split())
 
 
-def drawn(found: Facts, *, width: int = 100, **changes) -> list[str]:
+def lines_of(shown: object, width: int) -> list[str]:
     file = io.StringIO()
-    Console(file=file, force_terminal=True, width=width, no_color=True, _environ={}).print(picture(found, **changes))
+    Console(file=file, force_terminal=True, width=width, no_color=True, _environ={}).print(shown)
     return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
 
 
-def line(found: Facts, name: str, **changes) -> str:
-    """What is said behind a name, spaces as one."""
-    return next(" ".join(each.split()) for each in drawn(found, **changes) if each.startswith(name))
+def line(found: Facts, name: str, width: int = 100, **changes) -> str:
+    watched = Watched(**changes)
+    watched.show(found)
+    return watched.line(name, width)
 
 
-def paced(*moments: tuple[float, int]) -> Pace:
-    pace = Pace()
-    for now_s, step in moments:
-        pace.note(step, BEGAN_S + now_s)
-    return pace
+def at_step(made: MadeRun, step: int) -> Facts:
+    log_rate(made, step=step, at_s=step, images_per_s=1234.5)
+    return facts(made)
 
 
 def test_before_mlflow_knows_anything_all_waits():
-    assert line(Facts(), "pretrain").endswith("0/120 waiting")
-    assert [line(Facts(), name) for name in RECIPE.transfers] == [f"{name} waiting" for name in RECIPE.transfers]
+    assert line(Facts(), "pretrain") == "pretrain 0/120 waiting"
+    for name, config in RECIPE.transfers.items():
+        assert line(Facts(), name) == f"{name} 0/{len(config.inits)} waiting"
 
 
 def test_a_pretraining_without_records_is_starting(made):
-    assert line(facts(made), "pretrain").endswith("0/120 starting")
+    assert line(facts(made), "pretrain").startswith("pretrain 0/120 starting")
 
 
-def test_a_pretraining_shows_step_epoch_and_values(made):
-    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
-    shown = drawn(facts(made), pace=paced((0, 0), (260, 20), (265, 30)))
-    assert "  30/120  " in shown[1]
-    assert shown[2].split() == ["epoch", "4/12", "loss", "3.000", "kNN", "0.500", "1,234", "images/s"]
-
-
-def test_time_left_follows_the_records_seen(made):
-    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
-    pace = paced((0, 0), (249, 10), (269, 30))  # 1 s a step, the last one 2 s ago
-    assert line(facts(made), "pretrain", pace=pace).endswith("30/120 1:28 left")
+def test_a_pretraining_shows_time_left_epoch_and_values(made):
+    watched = Watched()
+    watched.show(facts(made))
+    watched.show(at_step(made, 10), at_s=250)  # the start is no measure
+    watched.show(at_step(made, 30), at_s=270)
+    shown = watched.line("pretrain")
+    assert shown == "pretrain 30/120 1:30 left epoch 4/12 loss 3.000 kNN 0.500 1,234 images/s"
 
 
 def test_records_from_before_are_no_pace(made):
-    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
-    assert line(facts(made), "pretrain", pace=paced((0, 30), (2, 30))).endswith("30/120 resuming")
+    watched = Watched()
+    watched.show(at_step(made, 30))
+    watched.show(facts(made), at_s=2)
+    assert watched.line("pretrain").startswith("pretrain 30/120 resuming epoch 4/12")
+    watched.show(at_step(made, 40), at_s=60)
+    assert "left" not in watched.line("pretrain")
+    watched.show(at_step(made, 60), at_s=70)
+    assert watched.line("pretrain").startswith("pretrain 60/120 0:30 left epoch 7/12")
 
 
-def test_a_pretraining_that_falls_silent_is_told(made):
-    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
-    pace = paced((0, 0), (1, 20), (2, 30))
-    assert line(facts(made), "pretrain", pace=pace).endswith("30/120 last record 4:29 ago")
+def test_a_pretraining_that_falls_silent_is_shown(made):
+    watched = Watched()
+    watched.show(facts(made))
+    watched.show(at_step(made, 30), at_s=2)
+    watched.show(facts(made), at_s=602)
+    assert watched.line("pretrain").startswith("pretrain 30/120 last record 10:00 ago epoch 4/12")
 
 
 def test_an_unknown_length_shows_the_step_alone(made):
-    log_rate(made, step=30, at_s=1, images_per_s=1234.5)
-    assert line(facts(made), "pretrain", steps_per_epoch=None) == "pretrain step 30 resuming"
+    shown = line(at_step(made, 30), "pretrain", steps_per_epoch=None)
+    assert shown == "pretrain 30/? resuming loss 3.000 kNN 0.500 1,234 images/s"
 
 
-def test_a_transfer_says_how_much_is_measured_while_it_runs(made):
+def test_a_transfer_shows_how_much_is_measured_and_the_time_left(made):
     end_pretraining(made, at_s=9)
-    write_transfer(made, "knn", {("pretrained", 0): 0.98}, open_=1)
     config = dataclasses.replace(RECIPE.transfers["knn"], seeds=(0, 1, 2))
-    assert line(facts(made), "knn", transfers={"knn": config}) == "knn running 1 of 6 measured"
+    watched = Watched(transfers={"knn": config})
+    write_transfer(made, "knn", {}, open_=1)
+    watched.show(facts(made))
+    assert watched.line("knn") == "knn 0/6 running"
+    write_transfer(made, "knn", {("pretrained", 0): 0.98, ("random", 0): 0.9}, open_=1)
+    watched.show(facts(made), at_s=30)
+    assert watched.line("knn") == "knn 2/6 1:00 left"
+
+
+def test_a_detector_in_training_shows_its_step_and_the_time_left(made):
+    end_pretraining(made, at_s=9)
+    config = dataclasses.replace(RECIPE.transfers["mask_rcnn"], steps=100, inits=("pretrained", "random"))
+    watched = Watched(transfers={"mask_rcnn": config})
+    run_id = write_transfer(made, "mask_rcnn", {("pretrained", 0): 0.4}, open_=1)
+    for at_s, step in ((0, 10), (20, 60)):
+        points = [MetricPoint(key="random/seed_0/loss", value=1.0, timestamp=1, step=step)]
+        send_points(made.uri, run_id, points)
+        watched.show(facts(made), at_s=at_s)
+    assert watched.line("mask_rcnn") == "mask_rcnn 1/2 0:16 left step 60"
 
 
 def test_a_transfer_that_is_done_shows_its_headline(made):
     write_transfer(made, "knn", DONE)
-    assert line(facts(made), "knn") == "knn done top1 0.980 random 0.910"
+    assert line(facts(made), "knn") == "knn 2/2 done top1 0.980 random 0.910"
 
 
-def test_a_transfer_that_failed_shows_why_and_no_more_than_fits(made):
+def test_a_transfer_that_failed_shows_why(made):
     write_transfer(made, "knn", {}, error="storage does not answer, for a long time already")
-    assert line(facts(made), "knn", width=50) == "knn failed storage does not answer..."
+    assert line(facts(made), "knn") == "knn 0/2 failed storage does not answer, for a long time already"
+
+
+def test_what_does_not_fit_beside_a_bar_goes_on_below(made):
+    watched = Watched()
+    watched.show(at_step(made, 30))
+    assert {"4/12", "3.000", "0.500", "1,234", "images/s"} <= set(" ".join(watched.drawn(60)).split())
 
 
 def test_what_failed_before_waits_to_be_tried_again(made):
     write_transfer(made, "knn", {("pretrained", 0): 0.98}, error="interrupted")
-    assert line(facts(made), "knn", began_s=time.time() + 60) == "knn waiting 1 of 2 measured"
+    assert line(facts(made), "knn", began_s=time.time() + 60) == "knn 1/2 waiting"
 
 
 def test_a_transfer_left_running_waits_for_the_pretraining(made):
     write_transfer(made, "knn", {}, open_=1)
-    assert line(facts(made), "knn") == "knn waiting"
+    assert line(facts(made), "knn") == "knn 0/2 waiting"
 
 
 def test_a_pretraining_that_failed_shows_why(made):
     set_tags(made.uri, made.pretraining, {"hemoco.error": "the loss is nan at step 7"})
     close_run(made.uri, made.pretraining, "FAILED")
-    assert line(facts(made), "pretrain").endswith("0/120 failed")
-    assert drawn(facts(made))[2].strip() == "the loss is nan at step 7"
+    assert line(facts(made), "pretrain") == "pretrain 0/120 failed the loss is nan at step 7"
 
 
-def test_points_of_the_curve_are_no_transfers(made):
+def test_points_of_the_curve_stand_with_their_transfer_until_it_begins(made):
     write_transfer(made, "knn", DONE, epoch=3)
+    points = [MetricPoint(key="curve/knn/top1", value=0.9, timestamp=1, step=3)]
+    send_points(made.uri, made.pretraining, points)
     assert facts(made).transfers == {}
+    assert line(facts(made), "knn") == "knn 0/2 waiting 0.900 after epoch 3"
 
 
 def test_an_mlflow_that_is_away_is_named():
-    found = line(Facts(), "elapsed", silence_s=40.0, problem="connection refused")
-    assert found == "elapsed 4:31 MLflow does not answer, 0:40 connection refused"
+    (found,) = lines_of(footer("r", elapsed_s=271.0, silence_s=40.0, problem="connection refused"), 100)
+    assert " ".join(found.split()) == "elapsed 4:31 MLflow does not answer, 0:40 connection refused"
+    assert lines_of(footer("r", elapsed_s=271.0, silence_s=1.0, problem=""), 100) == ["elapsed 4:31  r"]
 
 
-@pytest.mark.parametrize("width", [20, 36, 50, 80, 200])
-def test_every_line_fits_and_their_number_stays(made, width):
-    before = drawn(Facts(), width=width, problem="a reason " * 30, silence_s=400.0)
+@pytest.mark.parametrize("width", [20, 50, 80, 200])
+def test_every_line_fits(made, width):
     log_rate(made, step=30, at_s=1, images_per_s=1234.5)
-    write_transfer(made, "linear_probe", {}, error="a reason " * 30)
-    shown = drawn(facts(made), width=width)
-    assert max(map(len, before + shown)) < width
-    assert len(before) == len(shown) == 4 + len(RECIPE.transfers)
+    write_transfer(made, "linear_probe", {}, error="a [reason] " * 30)
+    watched = Watched()
+    before = watched.drawn(width)
+    watched.show(facts(made))
+    shown = watched.drawn(width)
+    assert max(map(len, before + shown)) <= width
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(5, "0:05"), (271, "4:31"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")])

@@ -13,7 +13,9 @@ from hemoco.tracking.client import ask, connect
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import open_run, set_tags
 from hemoco.tracking.unsent import MetricPoint
-from jobs.display.sweep_view import SweepFacts, SweepPicture, read_sweep
+from jobs.display.facts import SweepFacts, read_sweep
+from jobs.display.rows import clock
+from jobs.display.sweep_view import SweepView
 
 LR = "pretrain.optimizer.lr"
 CONFIG = SweepConfig(space={LR: LogUniform(0.01, 1.0)}, objective="knn", trials=6, max_concurrent=2)
@@ -55,51 +57,68 @@ def half_done(tracking: str) -> tuple[str, SweepFacts]:
     return sweep, read_sweep(tracking, connect(tracking), sweep)
 
 
-def drawn(sweep: str, facts: SweepFacts, *, width: int = 100, **changes) -> list[str]:
-    values = {"config": CONFIG, "epochs": EPOCHS, "elapsed_s": 271.0, "silence_s": 1.0, "problem": ""} | changes
+def drawn(view: SweepView, width: int = 100) -> list[str]:
+    """Its rows without their bars, spaces as one."""
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=width, no_color=True, _environ={})
-    console.print(SweepPicture(sweep=sweep, facts=facts, **values))
-    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
+    Console(file=file, force_terminal=True, width=width, no_color=True, _environ={}).print(view)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    assert max(map(len, text.splitlines())) <= width
+    return [" ".join(line.split()) for line in re.sub("[━╸╺]", " ", text).splitlines()]
 
 
-def test_each_running_trial_says_where_it_is_and_what_is_special_of_it(half_done):
-    lines = [" ".join(line.split()) for line in drawn(*half_done)]
-    assert lines == [
-        "",
-        f"trial 3 epoch 4/{EPOCHS} loss 4.100 kNN 0.420 optimizer.lr 0.3",
-        "trial 4 starting optimizer.lr 0.4",
+def test_each_running_trial_shows_how_far_it_is_and_its_settings(half_done):
+    view = SweepView("s", CONFIG, EPOCHS)
+    view.show(half_done[1])
+    assert drawn(view) == [
+        "trials 3/6 running 2 running 1 finished 1 stopped 1 failed 1 waiting",
+        f"trial 3 34/{EPOCHS * 10} running epoch 4/{EPOCHS} loss 4.100 kNN 0.420 optimizer.lr 0.3",
+        f"trial 4 0/{EPOCHS * 10} starting optimizer.lr 0.4",
         "best knn 0.612 trial 0 optimizer.lr 0.0",
-        "trials 2 running 1 finished 1 stopped 1 failed 1 waiting",
-        f"elapsed 4:31 {half_done[0]}",
     ]
+
+
+def test_trials_and_their_pretrainings_show_the_time_left(half_done):
+    now = [0.0]
+    view = SweepView("s", CONFIG, EPOCHS, lambda: now[0])
+    found = half_done[1]
+    view.show(found)
+    now[0] = 100.0
+    phase = found.pretrainings[3]
+    later = phase._replace(steps={"loss": 54})
+    stopped = dataclasses.replace(found.trials[4], status="KILLED", tags=found.trials[1].tags)
+    view.show(SweepFacts({**found.trials, 4: stopped}, {3: later}))
+    everything, trial_3 = drawn(view)[:2]
+    assert everything == "trials 4/6 3:20 left 1 running 1 finished 2 stopped 1 failed 1 waiting"
+    seconds = 5 * (EPOCHS * 10 - 54)
+    assert f"{clock(seconds)} left epoch 6/{EPOCHS}" in trial_3
 
 
 def test_a_trial_whose_pretraining_is_done_is_being_measured(tracking):
     sweep = f"measured-{time.time_ns()}"
     trial(tracking, sweep, 0, "RUNNING")
     pretraining(tracking, f"{sweep}/trial_0000", 80, status="FINISHED")
-    found = read_sweep(tracking, connect(tracking), sweep)
-    assert "measuring knn  loss 4.100" in drawn(sweep, found)[1]
+    view = SweepView(sweep, CONFIG, EPOCHS)
+    view.show(read_sweep(tracking, connect(tracking), sweep))
+    assert "measuring knn epoch 9" in drawn(view)[1] and "loss 4.100" in drawn(view)[1]
 
 
 @pytest.mark.parametrize("width", [12, 30, 60, 200])
-def test_every_line_fits_and_their_number_stays(half_done, width):
-    sweep, found = half_done
-    ended = dataclasses.replace(found, trials=tuple(facts for facts in found.trials if facts.status != "RUNNING"))
-    for facts in (SweepFacts(), found, ended):
-        lines = drawn(sweep, facts, width=width)
-        assert len(lines) == 6
-        assert max(map(len, lines)) < width
+def test_every_line_fits_whatever_runs(half_done, width):
+    view = SweepView("s", CONFIG, EPOCHS)
+    assert drawn(view, width)  # which compares the widths
+    view.show(half_done[1])
+    assert drawn(view, width)
+
+
+def test_a_trial_that_has_ended_leaves_the_rows(half_done):
+    view = SweepView("s", CONFIG, EPOCHS)
+    view.show(half_done[1])
+    view.show(SweepFacts({number: half_done[1].trials[number] for number in (0, 1, 2)}))
+    assert [row.split()[0] for row in drawn(view)] == ["trials", "best"]
 
 
 def test_before_mlflow_knows_anything_all_wait():
-    lines = [" ".join(line.split()) for line in drawn("s", SweepFacts(), silence_s=12.0, problem="gone")]
-    assert lines[3:] == [
-        "best none has ended yet",
-        "trials 6 waiting",
-        "elapsed 4:31 MLflow does not answer, 0:12 gone",
-    ]
+    assert drawn(SweepView("s", CONFIG, EPOCHS)) == ["trials 0/6 waiting 6 waiting", "best none has ended yet"]
 
 
 def test_a_superseded_trial_is_left_out(tracking):
@@ -108,4 +127,4 @@ def test_a_superseded_trial_is_left_out(tracking):
     set_tags(tracking, old, {"hemoco.sweep": f"{sweep} (superseded)"})
     trial(tracking, sweep, 0, "SCHEDULED")
     found = read_sweep(tracking, connect(tracking), sweep)
-    assert [facts.status for facts in found.trials] == ["SCHEDULED"]
+    assert [facts.status for facts in found.trials.values()] == ["SCHEDULED"]

@@ -17,10 +17,8 @@ from tests.helpers.processes import alive, busy_port
 from tests.helpers.waiting import within
 
 ROOT = Path(__file__).parents[2]
-SERVE = """
-import sys, time, pathlib
-from cluster.local.servers import s3_server
-with s3_server(pathlib.Path(sys.argv[1])): """
+SERVE = "import sys, time, pathlib\nfrom cluster.local.servers import s3_server\n"
+SERVE += "with s3_server(pathlib.Path(sys.argv[1])): "
 # a daemon of its own session, as servers start them, below a shell that ignores SIGTERM
 STUBBORN = ["sh", "-c", "trap '' TERM; setsid sleep 1234 & echo $! > pids; sleep 5678 & echo $! >> pids; wait; wait"]
 

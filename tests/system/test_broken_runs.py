@@ -8,14 +8,13 @@ import signal
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
 from mlflow import MlflowClient
 
-from cluster.local.processes import descendants
 from hemoco.backbones.file import load_backbone
 from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
 from hemoco.storage.objects import join_url, list_names
@@ -153,10 +152,10 @@ def _pretrain_in_thread(recipe, storage, failures, run="killed"):
 def _train_workers():
     """Pids of the training processes of this session's Ray, which set their title."""
     found = []
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
     return sorted(found)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 import threading
@@ -35,7 +34,7 @@ from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import Tracker
 from hemoco.tracking.models import BackboneRecord, record_backbone, register_version
 from hemoco.tracking.runs import log_dataset_input, open_run, set_tags
-from hemoco.tracking.system_metrics import SystemMetrics, machine_facts, parse_gpu_usage
+from hemoco.tracking.system_metrics import SystemMetrics, machine_facts
 from hemoco.tracking.unsent import kept_files, read_points
 from hemoco.tracking.versions import backbone_versions
 from jobs.options import load_recipe
@@ -215,7 +214,7 @@ def test_system_metrics_go_to_the_step_that_training_logged_last(tracking, run_i
         tracker.log(7, {"loss": 1.0})
         wait_until(lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics, 60)
     run = client.get_run(run_id)
-    points = {point.key: point for point in run.data._metric_objs}
+    points = {point.key: point for point in run.data.to_proto().metrics}
     assert points["system/cpu_utilization_percentage"].step == 7
     assert 0 <= points["system/cpu_utilization_percentage"].value <= 100
     assert 0 < points["system/system_memory_usage_percentage"].value < 100
@@ -234,17 +233,6 @@ def test_system_metrics_of_an_outage_are_kept_with_the_others(tmp_path):
         tracker.log(1, {"loss": 1.0})
         wait_until(lambda: {"loss", "system/cpu_utilization_percentage"} <= kept(), 60)
     tracker.close(timeout_s=0)
-
-
-def test_gpu_numbers_that_a_card_does_not_give_are_left_out():
-    text = "0, 97, 40960, 81920, 350.00, 700.00\n1, [N/A], 1024, 81920, [Not Supported], [N/A]\n"
-    values = parse_gpu_usage(text)
-    assert values["gpu_0_utilization_percentage"] == 97 and values["gpu_0_power_usage_percentage"] == 50
-    assert math.isclose(values["gpu_0_memory_usage_megabytes"], 40960 * 1.048576)
-    assert {name for name in values if name.startswith("gpu_1")} == {
-        "gpu_1_memory_usage_megabytes",
-        "gpu_1_memory_usage_percentage",
-    }
 
 
 def test_server_that_is_away_for_a_moment_takes_the_backbone_once(tmp_path, monkeypatch):

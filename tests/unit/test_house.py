@@ -98,7 +98,19 @@ def test_import_hemoco_is_light():
 
 
 def test_a_backbone_loads_where_only_torch_torchvision_and_timm_are_installed():
-    missing = ("ray", "mlflow", "webdataset", "s3fs", "aiobotocore", "botocore", "sklearn", "faster_coco_eval", "tyro")
+    missing = (
+        "ray",
+        "mlflow",
+        "webdataset",
+        "s3fs",
+        "aiobotocore",
+        "botocore",
+        "sklearn",
+        "faster_coco_eval",
+        "tyro",
+        "psutil",
+        "pynvml",
+    )
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({missing})); import hemoco;"
         "from hemoco.models.resnet import Backbone; hemoco.load_backbone"

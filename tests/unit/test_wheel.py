@@ -29,5 +29,9 @@ def test_the_wheel_holds_every_module_of_hemoco_and_the_templates_of_the_report(
     assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
 
 
+def test_the_wheel_carries_its_types(names):
+    assert "hemoco/py.typed" in names
+
+
 def test_the_wheel_carries_the_licence(names):
     assert any(name.endswith("licenses/LICENSE") for name in names)

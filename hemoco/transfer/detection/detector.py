@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -29,9 +28,10 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from hemoco.config import DetectionConfig, MaskRcnnConfig
 from hemoco.errors import ConfigError
+from hemoco.models.batch_norm import BatchNorm
 from hemoco.models.resnet import Backbone, feature_channels
 
-NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (BatchNorm, nn.GroupNorm, nn.LayerNorm)
 """Layers whose parameters do not decay."""
 _MOMENTUM = 0.9
 _WARMUP_START = 1e-3  # share of the learning rate

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from hemoco import foreach
 from hemoco.config import DetectionConfig, MaskRcnnConfig, flat_params
 from hemoco.distributed import compute_on_all, mean_over_ranks, rank, world_size, wrap_for_gradients
 from hemoco.errors import TrainingError
-from hemoco.models.batch_norm import synchronise_batch_norms
+from hemoco.models.batch_norm import BatchNorm, synchronise_batch_norms
 from hemoco.models.resnet import Backbone, seeded
 from hemoco.train.state import LoggedStep, TrainingState
 from hemoco.transfer.detection.data import Batch, DetectionSample, detection_batches
@@ -161,7 +161,7 @@ def average_batch_norm(state: DetectionState, batches: Iterable[Batch], steps: i
         batches: of this rank, more than `steps`.
         steps: batches taken, > 0.
     """
-    norms = [module for module in state.model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in state.model.modules() if isinstance(module, BatchNorm)]
     statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
     sums = [torch.zeros_like(buffer) for buffer in statistics]
     momenta = [norm.momentum for norm in norms]
@@ -171,7 +171,7 @@ def average_batch_norm(state: DetectionState, batches: Iterable[Batch], steps: i
     for place, (images, targets) in zip(range(steps), batches, strict=False):
         with _sampling(_AVERAGING, place, rank(), device=state.device):
             _forward(state.model, images, targets, state)
-        torch._foreach_add_(sums, statistics)
+        foreach.add_(sums, statistics)
     for buffer, total in zip(statistics, sums, strict=True):
         buffer.copy_(total / steps)
     for norm, momentum in zip(norms, momenta, strict=True):
