@@ -25,7 +25,7 @@ from pipeline.shards.pack import (
     replaceable_index,
     restore_table,
 )
-from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks, unite_findings
+from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks, unite_findings
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,6 @@ class _IndexedTar(NamedTuple):
     left_out: list[Finding]
     undecodable: list[Finding]
     restored: list[str]
-
-
-def index_tars(sources: Sequence[str], dest: str, *, split: str, overwrite: bool = False) -> Indexed:
-    """As `index_steps`, without progress."""
-    return finish(index_steps(sources, dest, split=split, overwrite=overwrite))
 
 
 def index_steps(

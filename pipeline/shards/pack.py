@@ -42,7 +42,7 @@ from hemoco.storage.objects import (
     write_bytes,
 )
 from pipeline.shards import markers as unfinished
-from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks
+from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks
 
 if TYPE_CHECKING:
     from hemoco.data.decode import UndecodableImage
@@ -95,15 +95,6 @@ class _PackedShard(NamedTuple):
         """From what `to_json` gave."""
         shard = Shard(**fields["shard"]) if fields["shard"] else None
         return cls(**fields | {"shard": shard, "skips": [_Skip(*skip) for skip in fields["skips"]]})
-
-
-def pack(
-    sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool = False
-) -> Packed:
-    """As `pack_steps`, without progress."""
-    return finish(
-        pack_steps(sources, dest, split=split, samples_per_shard=samples_per_shard, seed=seed, overwrite=overwrite)
-    )
 
 
 def pack_steps(

@@ -135,16 +135,6 @@ def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
     raise AssertionError("unreachable")
 
 
-def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
-    """What steps return in the end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            result: ResultT = done.value
-            return result
-
-
 def _may_pass(error: HemocoError | None) -> bool:
     return isinstance(error, StorageError | TrackingError | LostLoaderError | LostWorkerError)
 

@@ -37,11 +37,11 @@ from jobs.demo_data import write_digits
 from jobs.options import parse_options
 from jobs.verbs.sweep import SweepOptions, sweep_name
 from pipeline.pretrain import PretrainJob, pretrain_worker
-from pipeline.shards.pack import pack
 from pipeline.sweep.early_stop import EarlyStop, Halving, Watched
 from pipeline.sweep.sweep import drawn_settings, run_sweep, trial_recipe
 from pipeline.workers.interruption import TrainingProcess
 from pipeline.workers.stop_request import StoppedError, request_stop
+from tests.helpers.whole_stages import pack
 
 LR, TEMPERATURE = "pretrain.optimizer.lr", "pretrain.moco.temperature"
 SPACE = {LR: LogUniform(0.01, 1.0), TEMPERATURE: Uniform(0.1, 0.4), "pretrain.moco.head": Choice(("linear", "mlp"))}

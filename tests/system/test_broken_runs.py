@@ -21,11 +21,11 @@ from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
 from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking.client import tracking_uri
 from pipeline.run import pretrain_only
-from pipeline.shards.pack import pack
 from tests.helpers.drawn_sets import write_class_zip
 from tests.helpers.expected_batches import fingerprints
 from tests.helpers.small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from tests.helpers.waiting import wait_until
+from tests.helpers.whole_stages import pack
 
 pytestmark = pytest.mark.slow
 

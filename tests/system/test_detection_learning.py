@@ -9,7 +9,7 @@ from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import find_run, read_artifacts
 from pipeline.run import transfer_only
-from pipeline.shards.pack import pack
+from tests.helpers.whole_stages import pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")]
 ENCODER = EncoderConfig(architecture="resnet18")
