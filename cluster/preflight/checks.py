@@ -13,7 +13,7 @@ from cluster.local.ray import local_ray
 from cluster.preflight.node import Finding, checked, disk_check, shm_check, size
 from cluster.preflight.survey import Needs, Node, survey
 from hemoco.capacity import fitting_processes
-from hemoco.data.shards.index import read_index, shard_url
+from hemoco.data.shards.index import ShardIndexes, shard_url
 from hemoco.errors import HemocoError, ShardError, StorageError
 from hemoco.storage.fetch import FetchCounts, fetch_range
 from hemoco.storage.objects import join_url, list_names, read_bytes, remove, write_bytes
@@ -36,11 +36,11 @@ class Group(NamedTuple):
     gpus: int
 
 
-def check_shards(url: str) -> Finding:
+def check_shards(url: str, indexes: ShardIndexes) -> Finding:
     """Whether index and first shard of a folder can be read, the shard as the stream will read it."""
 
     def check() -> str:
-        index = read_index(url)
+        index = indexes.at(url)
         if not index.shards:
             raise ShardError(f"{url}: its index names no shards; pack the data again")
         first = shard_url(url, index.shards[0])

@@ -16,10 +16,9 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from hemoco.config import Recipe, TransferConfig
-from hemoco.data.shards.index import read_index
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import HemocoError, first_line
-from hemoco.storage.objects import absolute_url
 from hemoco.tracking.client import connect, tracking_uri
 from jobs.display.facts import Facts, read_facts
 from jobs.display.lines import Frames, lines_above
@@ -35,13 +34,16 @@ _THREAD = "hemoco-live"
 
 
 @contextmanager
-def live_display(run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig]) -> Iterator[None]:
+def live_display(
+    run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig], indexes: ShardIndexes
+) -> Iterator[None]:
     """Shows where a run is while the block works at it, as `displayed` does.
 
     Args:
         run: its name.
         pretrain: the recipe it pretrains by; None: its backbone is given.
         transfers: that it measures, by name.
+        indexes: of this command.
     """
 
     def scene() -> _RunScene:
@@ -49,7 +51,7 @@ def live_display(run: str, *, pretrain: Recipe | None, transfers: Mapping[str, T
             run=run,
             began_s=time.time(),
             pretrain=pretrain.pretrain if pretrain else None,
-            steps_per_epoch=_steps_per_epoch(pretrain) if pretrain else None,
+            steps_per_epoch=_steps_per_epoch(pretrain, indexes) if pretrain else None,
             curve=bool(pretrain and pretrain.curve),
             transfers=transfers,
         )
@@ -188,9 +190,9 @@ def _end(live: Live) -> None:
         live.stop()
 
 
-def _steps_per_epoch(recipe: Recipe) -> int | None:
+def _steps_per_epoch(recipe: Recipe, indexes: ShardIndexes) -> int | None:
     try:
-        index = read_index(absolute_url(recipe.data.shards))
+        index = indexes.at(recipe.data.shards)
         return steps_per_epoch(index, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain))
     except HemocoError as error:  # the run will say so itself, and better
         logger.debug("event=length_unknown %s", error)

@@ -58,7 +58,8 @@ def embed(
     """
     if cpus < 1 or gpus not in (0, 1):
         raise UsageError(f"--cpus is {cpus}, --gpus {gpus}: a task has at least 1 core, and 0 or 1 GPU")
-    index = read_index(absolute_url(shards))
+    shards, dest = absolute_url(shards), absolute_url(dest)
+    index = read_index(shards)
     chosen = index.shards if split is None else index.split(split)
     url = fixed_url(backbone)
     size = usual_size(url) if size is None else size

@@ -32,7 +32,7 @@ from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.data.sources.folders import Item, Source, open_source, read_items
 from hemoco.errors import ShardError, StorageError, UsageError
 from hemoco.storage.objects import (
-    absolute_url,
+    check_url,
     check_writable,
     exists,
     join_url,
@@ -117,7 +117,7 @@ def pack_steps(
     """
     if samples_per_shard < 1:
         raise UsageError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
-    dest = absolute_url(dest)
+    check_url("dest", dest)
     check_writable(dest)
     source = open_source(sources, split)
     plans = _plan(source.items, samples_per_shard, seed)

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from cluster.local.processes import descendants
 from hemoco.backbones.file import load_backbone
 from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking.client import tracking_uri
 from pipeline.run import pretrain_only
@@ -38,7 +39,9 @@ def recipe(s3, ray_cluster, tracking, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(recipe, s3):
     """The pretraining, undisturbed; its losses are what a broken run must repeat."""
-    pretrain_only(recipe, run="untouched", storage=join_url(s3, "broken/runs"), fresh=False, tags={})
+    pretrain_only(
+        recipe, indexes=ShardIndexes(), run="untouched", storage=join_url(s3, "broken/runs"), fresh=False, tags={}
+    )
     return "untouched"
 
 
@@ -109,7 +112,12 @@ def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
     }
     pretrain = dataclasses.replace(recipe.pretrain, **alone)
     pretrain_only(
-        dataclasses.replace(recipe, pretrain=pretrain), run="curve", storage=join_url(s3, "runs"), fresh=False, tags={}
+        dataclasses.replace(recipe, pretrain=pretrain),
+        indexes=ShardIndexes(),
+        run="curve",
+        storage=join_url(s3, "runs"),
+        fresh=False,
+        tags={},
     )
     client = MlflowClient(tracking_uri())
     ends = [
@@ -147,7 +155,7 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
 
 def _pretrain_in_thread(recipe, storage, failures, run="killed"):
     try:
-        pretrain_only(recipe, run=run, storage=storage, fresh=False, tags={})
+        pretrain_only(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
     except BaseException as error:
         failures.append(error)
 
