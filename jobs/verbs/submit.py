@@ -59,7 +59,7 @@ class Request(NamedTuple):
     words: list[str]
     recipe_file: Path | None
     recipe: Recipe | None
-    """None for `pack`."""
+    """As it was typed; None for `pack`."""
 
 
 def main(argv: list[str]) -> None:
@@ -134,6 +134,7 @@ def check_here(request: Request) -> None:
     indexes = ShardIndexes()
     try:
         _look_for_folders(recipe)
+        recipe = absolute_recipe(recipe)
         if verb == "sweep":
             return check_sweep(recipe, indexes)
         if verb != "transfer":
@@ -170,9 +171,9 @@ def _parse_recipe_verb(verb: str, rest: list[str]) -> Request:
     recipe = os.path.relpath(file.resolve(), CHECKOUT) if file else rest[0]
     if verb == "preflight":  # not the run's name: it may be asked for beside that one's job
         words = [verb, recipe, *rest[1:]]
-        return Request(_digest_name(verb, words), words, file, absolute_recipe(options.recipe))
+        return Request(_digest_name(verb, words), words, file, options.recipe)
     named = [] if options.run else ["--run", run]
-    return Request(run, [verb, recipe, *rest[1:], *named], file, absolute_recipe(options.recipe))
+    return Request(run, [verb, recipe, *rest[1:], *named], file, options.recipe)
 
 
 def _parse_pack(rest: list[str]) -> Request:
