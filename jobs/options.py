@@ -10,9 +10,12 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from hemoco.config import Recipe, flat_params
+from hemoco.config import DataConfig, Recipe, config_digest, flat_params, init_label, init_url
 from hemoco.errors import HemocoError, UsageError
 from hemoco.names import check_new_name
+from hemoco.results.sweep import search_settings
+from hemoco.storage.objects import absolute_url, home
+from hemoco.tracking.models import SCHEME
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -48,14 +51,47 @@ class TransferOptions(ReportOptions):
     """Transfers to run; default: all of the recipe."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(ReportOptions):
+    """Options of `sweep`."""
+
+    out: str = ""
+    """Folder for sweep.json; default: the sweep's folder in $HEMOCO_HOME/reports."""
+
+
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
 def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
-    """Reads `RECIPE [--name value ...]`.
+    """Reads `RECIPE [--name value ...]`; the run then has its name, and every path is an absolute URL.
+
+    Paths become URLs here and nowhere later. The default name of a run is made before, of the settings as they were
+    typed: the same command in another folder finds the run again, as does a newer hemoco.
 
     Raises:
-        UsageError: no recipe is named, or it is unknown; or `--run` is no name of a run.
+        UsageError: as `typed_options`; for `transfer`, no backbone or an unknown transfer is named; for `sweep`, the
+            recipe has none.
+        StorageError: a URL is none that hemoco reads.
+        SystemExit: 2 for a misspelt flag, 0 after --help.
+    """
+    options = typed_options(verb, argv, kind)
+    options = dataclasses.replace(
+        options,
+        run=run_name(options),
+        recipe=absolute_recipe(options.recipe),
+        storage=absolute_url(options.storage or str(home() / "runs")),
+    )
+    if isinstance(options, TransferOptions) and not options.backbone.startswith(SCHEME):
+        options = dataclasses.replace(options, backbone=absolute_url(options.backbone))
+    return options
+
+
+def typed_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
+    """Reads a command line like `parse_options`, and leaves its values as they were typed.
+
+    Raises:
+        UsageError: no recipe is named, or it is unknown; `--run` is no name of a run; `transfer` names no backbone, or
+            a transfer that the recipe does not have.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
     if argv and argv[0] in ("-h", "--help"):
@@ -75,16 +111,56 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
     )
     if options.run:  # else it is made of the recipe's name and a digest
         check_new_name("--run", options.run)
+    if isinstance(options, TransferOptions):
+        options = dataclasses.replace(options, recipe=_recipe_with_chosen_transfers(options))
     return options
 
 
-def parse_transfer(argv: list[str]) -> TransferOptions:
-    """As `parse_options`, for `transfer`; of the recipe's transfers those that `--only` names.
+def run_name(options: RunOptions) -> str:
+    """The run's identity: what was given, else recipe name and a digest of all settings as they were typed.
 
     Raises:
-        UsageError: no backbone is named, or a transfer that the recipe does not have.
+        UsageError: it is that of a sweep, and the recipe has none.
     """
-    options = parse_options("transfer", argv, TransferOptions)
+    recipe = options.recipe
+    if not isinstance(options, SweepOptions):
+        more = (options.backbone,) if isinstance(options, TransferOptions) else ()
+        return options.run or f"{recipe.name}-{config_digest({'recipe': recipe, 'more': more})}"
+    if recipe.sweep is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no sweep: give it one, for example sweep=SweepConfig(objective='knn', "
+            "space={'pretrain.optimizer.lr': LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
+        )
+    search = search_settings(flat_params(recipe))
+    return options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
+
+
+def absolute_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with absolute URLs instead of paths; where it names no data, none.
+
+    Raises:
+        StorageError: a URL is none that hemoco reads.
+    """
+    transfers = {
+        name: dataclasses.replace(
+            config, data=_absolute_data(config.data), inits=tuple(map(_absolute_init, config.inits))
+        )
+        for name, config in recipe.transfers.items()
+    }
+    return dataclasses.replace(recipe, data=_absolute_data(recipe.data), transfers=transfers)
+
+
+def _absolute_data(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, shards=absolute_url(data.shards)) if data.shards else data
+
+
+def _absolute_init(init: str) -> str:
+    url = init_url(init)
+    return f"{init_label(init)}={absolute_url(url)}" if url else init
+
+
+def _recipe_with_chosen_transfers(options: TransferOptions) -> Recipe:
+    """The recipe with those of its transfers that `--only` names, or all."""
     recipe = options.recipe
     if not options.backbone:
         raise UsageError("transfer needs --backbone URL, the backbone.safetensors that `pretrain` named at its end")
@@ -93,7 +169,7 @@ def parse_transfer(argv: list[str]) -> TransferOptions:
         known = ", ".join(recipe.transfers)
         raise UsageError(f"--only {unknown[0]}: recipe {recipe.name} has no such transfer; it has {known}")
     kept = {name: config for name, config in recipe.transfers.items() if not options.only or name in options.only}
-    return dataclasses.replace(options, recipe=dataclasses.replace(recipe, transfers=kept))
+    return dataclasses.replace(recipe, transfers=kept)
 
 
 def changed_settings(params: Mapping[str, str], recipe: Recipe) -> dict[str, str]:

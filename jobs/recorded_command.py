@@ -39,16 +39,12 @@ def command_tags(verb: str, recipe_word: str, options: RunOptions) -> dict[str, 
     Args:
         verb: of `python -m jobs`.
         recipe_word: the recipe as it was typed.
-        options: what the command line was read to.
+        options: what the command line was read to, with absolute URLs: it may be resumed in another folder.
     """
-    from pipeline.checks import with_absolute_urls  # torch, which `status` does without
-
     tags = run_tags(verb, recipe_word)
-    # the same words may be typed in another folder
-    params = flat_params(with_absolute_urls(options.recipe))
     command = RecordedCommand(
         recipe=tags.get(Tag.RECIPE_FILE, recipe_word),
-        settings=changed_settings(params, load_recipe(recipe_word)),
+        settings=changed_settings(flat_params(options.recipe), load_recipe(recipe_word)),
         only=options.only if isinstance(options, TransferOptions) else (),
     )
     text = json.dumps(dataclasses.asdict(command))

@@ -12,37 +12,19 @@ from rich.console import Console
 
 from cluster.local.ray import local_ray
 from cluster.submit.checkout import CHECKOUT, git_facts
-from hemoco.config import config_digest
 from hemoco.report.comparison_tables import main_sections
 from hemoco.report.files import sections, write_comparison
 from hemoco.report.tables import markdown, print_section
 from hemoco.results.comparison import Comparison, compare_runs, headlines
-from hemoco.storage.objects import absolute_url, check_writable, home
+from hemoco.storage.objects import home
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import log_artifact_bytes, set_tags
 from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
-from jobs.options import RunOptions
 
 _PATIENCE_S = 60.0
 _FILE_WIDTH = 120  # columns where no terminal says how wide it is
-
-
-def run_name(options: RunOptions, *more: str) -> str:
-    """The run's identity: what was given, else recipe name and a digest of all settings."""
-    return options.run or f"{options.recipe.name}-{config_digest({'recipe': options.recipe, 'more': more})}"
-
-
-def storage_url(given: str) -> str:
-    """Where checkpoints and backbones go, checked by writing to it.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    url = absolute_url(given or str(home() / "runs"))
-    check_writable(url)
-    return url
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Checks of a recipe against its data that need neither Ray nor MLflow."""
 
-import dataclasses
 import logging
 
+from hemoco.backbones.file import backbone_metadata
 from hemoco.backbones.inits import check_architecture, check_supervised
 from hemoco.config import (
     ClassifierConfig,
@@ -12,13 +12,12 @@ from hemoco.config import (
     PretrainConfig,
     Recipe,
     TransferConfig,
-    init_label,
     init_url,
 )
-from hemoco.data.shards.index import read_index
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import ConfigError, ShardError, UsageError
-from hemoco.storage.objects import absolute_url
+from hemoco.storage.objects import check_url
 from hemoco.train.advice import checkpoint_bytes, doubtful_settings
 from hemoco.transfer.classification.classifier import classifier_plan
 from hemoco.transfer.classification.knn import check_neighbours
@@ -31,16 +30,39 @@ def transfer_data(recipe: Recipe, config: TransferConfig) -> DataConfig:
     return config.data if config.data.shards else recipe.data
 
 
-def check_pretraining(recipe: Recipe) -> None:
-    """What a pretraining would fail of later, found in seconds and without Ray; settings that rarely work are logged.
+def check_urls(recipe: Recipe) -> None:
+    """Refuses paths: workers run in other folders and on other machines, where a relative path means nothing.
+
+    Command lines may have paths, which become URLs when they are read (`jobs.options`).
 
     Raises:
-        UsageError: the recipe names no shards.
+        UsageError: the recipe names no shards, or a path instead of a URL.
+    """
+    if not recipe.data.shards:
+        raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
+    urls = {"data.shards": recipe.data.shards}
+    for name, config in recipe.transfers.items():
+        urls[f"transfers.{name}.data.shards"] = config.data.shards
+        urls |= {f"transfers.{name}.inits": url for url in map(init_url, config.inits) if url}
+    for name, url in urls.items():
+        if url:
+            check_url(name, url)
+
+
+def check_pretraining(recipe: Recipe, indexes: ShardIndexes) -> None:
+    """Finds what would make a pretraining fail later, in seconds and without Ray; settings that rarely work are logged.
+
+    Args:
+        recipe: with absolute URLs.
+        indexes: of this command.
+
+    Raises:
+        UsageError: the recipe names no shards, or a path instead of a URL.
         ShardError: there are none, or not the splits it names.
         ConfigError: the recipe does not fit its data.
     """
-    recipe = with_absolute_urls(recipe)
-    data, index = recipe.data, read_index(recipe.data.shards)
+    check_urls(recipe)
+    data, index = recipe.data, indexes.at(recipe.data.shards)
     index.split(data.pretrain_split)
     steps = steps_per_epoch(index, data.pretrain_split, pretraining_plan(recipe.pretrain))
     for doubt in doubtful_settings(recipe.pretrain, steps):
@@ -57,16 +79,21 @@ def check_pretraining(recipe: Recipe) -> None:
         index.split(split)
 
 
-def check_transfers(recipe: Recipe) -> None:
-    """As `check_pretraining`, of the transfers."""
-    recipe = with_absolute_urls(recipe)
+def check_transfers(recipe: Recipe, indexes: ShardIndexes) -> None:
+    """Finds what would make the transfers fail later; arguments and errors are those of `check_pretraining`.
+
+    Raises:
+        CheckpointError: a file that an init names is no backbone.
+    """
+    check_urls(recipe)
+    given = {url for config in recipe.transfers.values() for url in map(init_url, config.inits) if url}
+    for url in sorted(given):
+        check_architecture(url, backbone_metadata(url), recipe.pretrain.encoder)
     for name, config in recipe.transfers.items():
-        for url in filter(None, map(init_url, config.inits)):
-            check_architecture(url, recipe.pretrain.encoder)
         if "supervised" in config.inits:
             check_supervised(recipe.pretrain.encoder)
         used = transfer_data(recipe, config)
-        found = read_index(used.shards)
+        found = indexes.at(used.shards)
         for split in (used.train_split, used.test_split):
             try:
                 found.split(split)
@@ -87,23 +114,3 @@ def _say_checkpoints(config: PretrainConfig) -> None:
     if config.keep_every_steps:
         kept += f" and one every {config.keep_every_steps} steps"
     logger.info("a checkpoint takes %.2f GB, %s", checkpoint_bytes(config) / 1e9, kept)
-
-
-def with_absolute_urls(recipe: Recipe) -> Recipe:
-    """Workers run in other folders and on other machines: a relative path means nothing there."""
-    if not recipe.data.shards:
-        raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
-    transfers = {
-        name: dataclasses.replace(config, data=_absolute(config.data), inits=tuple(map(_absolute_init, config.inits)))
-        for name, config in recipe.transfers.items()
-    }
-    return dataclasses.replace(recipe, data=_absolute(recipe.data), transfers=transfers)
-
-
-def _absolute(data: DataConfig) -> DataConfig:
-    return dataclasses.replace(data, shards=absolute_url(data.shards)) if data.shards else data
-
-
-def _absolute_init(init: str) -> str:
-    url = init_url(init)
-    return f"{init_label(init)}={absolute_url(url)}" if url else init

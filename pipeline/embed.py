@@ -22,7 +22,7 @@ from hemoco.features.parquet import BAD_SAMPLES_NAME, file_name
 from hemoco.features.plan import EmbedPlan, finished_files
 from hemoco.storage.objects import check_writable, join_url
 from pipeline.workers.capacity import possible_workers
-from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks
+from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +43,6 @@ class Embedded:
     """That it took to compute them, the start of processes included."""
     bad: tuple[Finding, ...]
     """Samples that were left out; each is listed in the file BAD_SAMPLES_NAME of the folder."""
-
-
-def embed(plan: EmbedPlan, shards: Sequence[Shard], *, cpus: int, gpus: int, max_bad_share: float) -> Embedded:
-    """As `embed_steps`, without progress."""
-    return finish(embed_steps(plan, shards, cpus=cpus, gpus=gpus, max_bad_share=max_bad_share))
 
 
 def embed_steps(

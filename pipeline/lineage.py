@@ -26,10 +26,10 @@ _METHODS = {"linear": "moco_v1", "mlp": "moco_v2", "mlp_bn": "moco_v2"}  # by th
 class BackboneModels:
     """The logged models of the backbones that a run's transfers start from; those given by URL are recorded here."""
 
-    def __init__(self, study: Study, pretrained: str) -> None:
-        """Takes the id of the model that `pretrained` stands for."""
+    def __init__(self, study: Study, pretrained: str, url: str) -> None:
+        """Takes the id of the model that `pretrained` stands for, and the URL of its file."""
         self._study, self._pretrained = study, pretrained
-        self._known: dict[str, str] = {}
+        self._known = {url: pretrained}
         self._lock = threading.Lock()  # transfers are threads, and one file is one model
 
     def tags(self, config: TransferConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from hemoco.config import (
     config_difference,
     flat_params,
 )
-from hemoco.data.shards.index import ShardIndex, read_index
+from hemoco.data.shards.index import ShardIndex, ShardIndexes
 from hemoco.errors import TrackingError, UsageError, first_line
 from hemoco.names import check_run_name
 from hemoco.storage.objects import join_url
@@ -20,7 +20,7 @@ from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.client import shown
 from hemoco.tracking.tags import Tag
-from pipeline.checks import with_absolute_urls
+from pipeline.checks import check_urls
 from pipeline.run_folder import check_run_folder, mark_run_folder, remove_run_folder, saved_names
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _IDENTITY = (Tag.RUN, Tag.PHASE, Tag.TRANSFER, Tag.EPOCH)  # tags by which a chi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """An opened run: its recipe with all URLs absolute, its parent run in MLflow, its folder."""
+    """An opened run: its recipe, its parent run in MLflow, its folder, its data."""
 
     recipe: Recipe
     run: str
@@ -38,7 +38,10 @@ class Study:
     experiment_id: str
     parent_id: str
     url: str
+    indexes: ShardIndexes
+    """Of all data that the run reads."""
     data: ShardIndex
+    """Index of the data of the pretraining."""
     stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set when all of it is given up, as by Ctrl-C."""
 
@@ -51,16 +54,19 @@ class Origin(NamedTuple):
     """Of its pretraining in MLflow."""
 
 
-def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Study:
+def open_study(
+    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+) -> Study:
     """Finds the run by its name or opens it; its parent run gets the tags.
 
     Raises:
-        UsageError: the name belongs to a run with other settings (the difference is shown), or with its checkpoints
-            elsewhere; or its folder has what MLflow does not know or, with `fresh`, what is not this run's.
+        UsageError: the recipe has a path instead of a URL; the name belongs to a run with other settings (the
+            difference is shown), or with its checkpoints elsewhere; or its folder has what MLflow does not know or,
+            with `fresh`, what is not this run's.
     """
     check_run_name("run", run)
-    recipe = with_absolute_urls(recipe)
-    index = read_index(recipe.data.shards)
+    check_urls(recipe)
+    data = indexes.at(recipe.data.shards)
     uri = client.tracking_uri()
     experiment_id = client.connect(uri)
     params = flat_params(recipe)
@@ -100,7 +106,16 @@ def open_study(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dic
         # the last code that worked at it counts; the folder is where `status` and `sync` look
         tracking.set_tags(uri, parent_id, tags | {Tag.STORAGE: url})
         mark_run_folder(url, run)
-    return Study(recipe=recipe, run=run, uri=uri, experiment_id=experiment_id, parent_id=parent_id, url=url, data=index)
+    return Study(
+        recipe=recipe,
+        run=run,
+        uri=uri,
+        experiment_id=experiment_id,
+        parent_id=parent_id,
+        url=url,
+        indexes=indexes,
+        data=data,
+    )
 
 
 def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:

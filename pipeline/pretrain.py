@@ -80,13 +80,13 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
     state = build_state(config, device, data_digest=index.digest)
     folder = join_url(job.url, "checkpoints")
     attempt = checkpoint.resume_newest(folder, state)
-    knn = _OnlineKnn(job, device) if rank() == 0 and config.knn_every_epochs else None
+    knn = _OnlineKnn(job, index, device) if rank() == 0 and config.knn_every_epochs else None
     last: dict[str, float] = {}
     with (
         _tracker(job) if rank() == 0 else nullcontext() as tracker,
         SystemMetrics(job.tracking_uri, job.run_id, tracker) if tracker is not None else nullcontext(),
         closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
-        closing(_batches(job, state.position, device, bad_samples)) as source,
+        closing(_batches(job, index, state.position, device, bad_samples)) as source,
         watched_request(job.url) as request,
     ):
         for metrics in _naming_checkpoint(train_steps(state, source, per_epoch), folder):
@@ -146,10 +146,15 @@ def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[St
 
 
 def _batches(
-    job: PretrainJob, start: StreamPosition | None, device: torch.device, bad_samples: BadSampleFile
+    job: PretrainJob,
+    index: ShardIndex,
+    start: StreamPosition | None,
+    device: torch.device,
+    bad_samples: BadSampleFile,
 ) -> Generator[Batch, None, None]:
     return batches(
         job.data.shards,
+        index,
         job.data.pretrain_split,
         pretraining_plan(job.config),
         rank=rank(),
@@ -169,11 +174,11 @@ def _ends_epoch(step: int, per_epoch: int, config: PretrainConfig, *, every: int
 class _OnlineKnn:
     """kNN accuracy of the query encoder; the images are read once."""
 
-    def __init__(self, job: PretrainJob, device: torch.device) -> None:
+    def __init__(self, job: PretrainJob, index: ShardIndex, device: torch.device) -> None:
         self.device = device
-        size = job.config.views.size
-        self.bank, self.bank_labels, _ = load_images(job.data.shards, job.data.train_split, size)
-        self.queries, self.query_labels, _ = load_images(job.data.shards, job.data.test_split, size)
+        data, size = job.data, job.config.views.size
+        self.bank, self.bank_labels, _ = load_images(data.shards, index, data.train_split, size)
+        self.queries, self.query_labels, _ = load_images(data.shards, index, data.test_split, size)
         self.views = job.config.views
 
     def __call__(self, state: TrainState) -> dict[str, float]:

@@ -9,13 +9,14 @@ import pprint
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hemoco.backbones.file import backbone_metadata, read_backbone
+from hemoco.backbones.file import backbone_metadata, parse_metadata, read_backbone
 from hemoco.backbones.inits import check_architecture
 from hemoco.config import Recipe, world_sizes
 from hemoco.config.kinds import method_name
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.results.status import close_running
-from hemoco.storage.objects import absolute_url, join_url, write_bytes
+from hemoco.storage.objects import check_url, join_url, write_bytes
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import SCHEME
 from hemoco.tracking.tags import Tag
@@ -31,11 +32,14 @@ from pipeline.workers.run_lock import only_driver
 logger = logging.getLogger(__name__)
 
 
-def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> None:
+def pretrain_then_transfer(
+    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+) -> None:
     """The whole way; the result is in MLflow, where `hemoco.results` reads it. `pipeline.checks` checks before.
 
     Args:
-        recipe: what to do.
+        recipe: what to do, with absolute URLs.
+        indexes: of this command.
         run: its identity; unfinished work under the same name goes on, finished work is kept.
         storage: URL of the folder that receives checkpoints and backbone.
         fresh: forget what is there under that name.
@@ -45,22 +49,31 @@ def pretrain_then_transfer(recipe: Recipe, *, run: str, storage: str, fresh: boo
         UsageError: the name belongs to a run with other settings, or another process is at it.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
-    with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
+    with _opened(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags) as study:
         done = _pretrain(study)
         model_id = record_pretrained(study, done.run_id, done.backbone_url)
         _transfer_all(study, Origin(done.backbone_url, done.run_id), model_id)
 
 
-def pretrain_only(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Pretrained:
+def pretrain_only(
+    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+) -> Pretrained:
     """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second. Checks as there."""
-    with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
+    with _opened(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags) as study:
         done = _pretrain(study)
         record_pretrained(study, done.run_id, done.backbone_url)
         return done
 
 
 def transfer_only(
-    recipe: Recipe, *, backbone_url: str, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    backbone_url: str,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> None:
     """The second half of `pretrain_then_transfer`, from any backbone, also one of MLflow's registry (models:/...).
 
@@ -71,10 +84,16 @@ def transfer_only(
         TrainingError: a transfer failed; the others are finished and recorded.
     """
     registered = backbone_url.startswith(SCHEME)
-    backbone_url = pinned(backbone_url) if registered else absolute_url(backbone_url)
-    check_architecture(backbone_url, recipe.pretrain.encoder)
-    metadata = backbone_metadata(backbone_url)
-    with _opened(recipe, run=run, storage=storage, fresh=fresh, tags=tags) as study:
+    content = b""
+    if registered:
+        backbone_url = pinned(backbone_url)
+        content = read_backbone(backbone_url)  # MLflow gives whole files only
+        metadata = parse_metadata(backbone_url, content)
+    else:
+        check_url("backbone_url", backbone_url)
+        metadata = backbone_metadata(backbone_url)
+    check_architecture(backbone_url, metadata, recipe.pretrain.encoder)
+    with _opened(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags) as study:
         before = tracking.run_facts(study.uri, study.parent_id).tags.get(Tag.BACKBONE_URL, backbone_url)
         if before != backbone_url:
             raise UsageError(
@@ -91,15 +110,18 @@ def transfer_only(
         }
         tracking.set_tags(study.uri, study.parent_id, origin | sources)
         if registered:  # the workers read storage; they need no way to MLflow's files
-            backbone_url = _copied(study, backbone_url)
+            backbone_url = join_url(study.url, "backbone.safetensors")
+            write_bytes(backbone_url, content)
         _transfer_all(study, Origin(backbone_url, metadata["run_id"]), record_given(study, backbone_url))
 
 
 @contextmanager
-def _opened(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Iterator[Study]:
+def _opened(
+    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+) -> Iterator[Study]:
     """A run that this process alone is at; MLflow learns how it ended."""
     with only_driver(run):
-        study = open_study(recipe, run=run, storage=storage, fresh=fresh, tags=tags)
+        study = open_study(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags)
         with closing_run(study.uri, study.parent_id, study.stopping):
             _log_recipe(study)
             try:
@@ -114,13 +136,6 @@ def _log_recipe(study: Study) -> None:
     """Puts the recipe into the run as a file that `python -m jobs run` takes."""
     text = f"from hemoco.config import *\n\nrecipe = {pprint.pformat(study.recipe, width=120, sort_dicts=False)}\n"
     tracking.log_artifact_bytes(study.uri, study.parent_id, "recipe.py", text.encode())
-
-
-def _copied(study: Study, model: str) -> str:
-    """The URL of a copy of a registered backbone in the run's folder."""
-    url = join_url(study.url, "backbone.safetensors")
-    write_bytes(url, read_backbone(model))
-    return url
 
 
 def _pretrain(study: Study) -> Pretrained:
@@ -163,7 +178,7 @@ def _transfer_all(study: Study, origin: Origin, model_id: str) -> None:
     Raises:
         TrainingError: at least one failed.
     """
-    transfers, models = study.recipe.transfers, BackboneModels(study, model_id)
+    transfers, models = study.recipe.transfers, BackboneModels(study, model_id, origin.backbone_url)
     calls: dict[str, Callable[[], None]] = {
         name: lambda name=name: transfer_once(study, name, origin, models)  # type: ignore[misc]
         for name in transfers

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from cluster.local.ray import local_ray
 from cluster.preflight.node import Finding, checked, disk_check, shm_check, size
 from cluster.preflight.survey import Needs, Node, survey
-from hemoco.data.shards.index import read_index, shard_url
+from hemoco.capacity import fitting_processes
+from hemoco.data.shards.index import ShardIndexes, shard_url
 from hemoco.errors import HemocoError, ShardError, StorageError
 from hemoco.storage.fetch import FetchCounts, fetch_range
 from hemoco.storage.objects import join_url, list_names, read_bytes, remove, write_bytes
@@ -35,11 +36,11 @@ class Group(NamedTuple):
     gpus: int
 
 
-def check_shards(url: str) -> Finding:
+def check_shards(url: str, indexes: ShardIndexes) -> Finding:
     """Whether index and first shard of a folder can be read, the shard as the stream will read it."""
 
     def check() -> str:
-        index = read_index(url)
+        index = indexes.at(url)
         if not index.shards:
             raise ShardError(f"{url}: its index names no shards; pack the data again")
         first = shard_url(url, index.shards[0])
@@ -119,7 +120,7 @@ def check_room(nodes: Sequence[dict[str, float]], groups: Iterable[Group]) -> It
     largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
     for group in groups:
         asked = f"{group.processes} x {_amount(group.cpus, group.gpus)}"
-        room = sum(_fitting(node, group) for node in nodes)
+        room = fitting_processes(nodes, cpus=group.cpus, gpus=group.gpus)
         name = f"room {group.name}"
         if room >= group.processes:
             yield Finding("ok", name, f"{asked}: the nodes have room for {room}")
@@ -178,11 +179,6 @@ def _local_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _fitting(free: dict[str, float], group: Group) -> int:
-    needs = {"CPU": group.cpus, "GPU": group.gpus}
-    return int(min(free.get(kind, 0.0) // need for kind, need in needs.items() if need))
 
 
 def _amount(cpus: int, gpus: int) -> str:

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "webdataset", "s3fs", "pyarrow", "numpy")
 """Whose versions are compared with the driver's."""
 _CLOCK_WARN_S, _CLOCK_FAIL_S = 30.0, 600.0  # S3 refuses what is 900 s off
-_MIB = 1024**2
 
 
 class Finding(NamedTuple):

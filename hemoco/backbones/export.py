@@ -18,7 +18,6 @@ from hemoco.backbones.file import backbone_metadata, load_backbone
 from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, detectron2_name
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError
-from hemoco.models.build import Method
 from hemoco.storage.objects import write_bytes
 from hemoco.train.checkpoint import load_method
 
@@ -95,16 +94,12 @@ def export_method(checkpoint_url: str, dest: str) -> None:
             f"{checkpoint_url}: its head has batch normalisation (moco.head mlp_bn), which no official v1 or v2 has; "
             "export the backbone alone"
         )
-    content = {"epoch": saved.epoch, "arch": config.architecture, "state_dict": _official_names(saved.tensors)}
+    content = {"epoch": saved.epoch, "arch": config.architecture, "state_dict": official_names(saved.tensors)}
     write_bytes(dest, _torch_bytes(content))
 
 
-def official_state(method: Method) -> dict[str, Tensor]:
+def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a whole method under the names, and in the shapes, of the official MoCo v1, v2 or v3 files."""
-    return _official_names(method.state_dict())
-
-
-def _official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixes = _V1_V2 if "queue" in tensors else _V3
     named = {}
     for name, tensor in tensors.items():

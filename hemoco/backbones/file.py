@@ -9,7 +9,7 @@ from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, ConfigError
 from hemoco.models.resnet import Backbone, build_encoder
 from hemoco.storage.objects import read_bytes, write_bytes
-from hemoco.storage.tensor_files import parse_safetensors
+from hemoco.storage.tensor_files import parse_safetensors, read_safetensors_metadata
 from hemoco.tracking.models import SCHEME
 from hemoco.tracking.versions import read_model
 
@@ -41,12 +41,25 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
 def backbone_metadata(url: str) -> dict[str, str]:
     """format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id and the pretraining's size.
 
-    Those of imports have a source and no size.
+    Those of imports have a source and no size. From storage only the header of the file is read.
 
     Raises:
         CheckpointError: the file is not a hemoco backbone.
     """
-    return _parse_backbone(url, read_backbone(url))[0]
+    if url.startswith(SCHEME):
+        return parse_metadata(url, read_backbone(url))
+    metadata = read_safetensors_metadata(url)
+    _check_format(url, metadata)
+    return metadata
+
+
+def parse_metadata(url: str, data: bytes) -> dict[str, str]:
+    """The metadata in the bytes of a backbone's file, as `backbone_metadata` reads them from storage.
+
+    Raises:
+        CheckpointError: the file is not a hemoco backbone.
+    """
+    return _parse_backbone(url, data)[0]
 
 
 def read_backbone(url: str) -> bytes:
@@ -102,9 +115,13 @@ def _triple(values: list[float]) -> tuple[float, float, float]:
 
 def _parse_backbone(url: str, data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     metadata, tensors = parse_safetensors(url, data)
+    _check_format(url, metadata)
+    return metadata, tensors
+
+
+def _check_format(url: str, metadata: dict[str, str]) -> None:
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(
             f"{url}: is not a hemoco backbone: its metadata says format {metadata.get('format')}, "
             f"not {_FORMAT}; pretrain writes backbone.safetensors"
         )
-    return metadata, tensors

@@ -1,11 +1,12 @@
 """The backbone that a transfer starts from, by the name of its init."""
 
 import json
+from collections.abc import Mapping
 
 import timm
 from torch import nn
 
-from hemoco.backbones.file import backbone_metadata, load_backbone, random_backbone
+from hemoco.backbones.file import load_backbone, random_backbone
 from hemoco.config import EncoderConfig, ViewsConfig, init_url
 from hemoco.errors import ConfigError
 from hemoco.models.resnet import Backbone, check_timm_architecture
@@ -32,18 +33,17 @@ def init_backbone(init: str, backbone_url: str, encoder: EncoderConfig, views: V
     return load_backbone(backbone_url if init == "pretrained" else init_url(init))
 
 
-def check_architecture(url: str, encoder: EncoderConfig) -> None:
+def check_architecture(url: str, metadata: Mapping[str, str], encoder: EncoderConfig) -> None:
     """Refuses to compare backbones of different architectures: a larger network is no better pretraining.
 
     Args:
-        url: of a backbone.
+        url: of a backbone, for messages.
+        metadata: of that backbone.
         encoder: the recipe's, which the random and the supervised baseline have.
 
     Raises:
         ConfigError: it has another architecture.
-        CheckpointError: the file is no backbone.
     """
-    metadata = backbone_metadata(url)
     shortcuts = str(json.loads(metadata.get("shortcuts", "true")))  # older files do not say so
     found = {"architecture": metadata["architecture"], "stem": metadata["stem"], "shortcuts": shortcuts}
     for name, value in found.items():

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from hemoco.data.decode import decode_image
-from hemoco.data.shards.index import Shard, read_index, read_shard, read_tables
+from hemoco.data.shards.index import Shard, ShardIndex, read_shard, read_tables
 from hemoco.data.shards.tar import Sample
 from hemoco.data.transforms import center_view
 from hemoco.errors import ShardError
-from hemoco.storage.retry import EVALUATION_PATIENCE_S
 
 _BATCH = 256
 
@@ -38,15 +37,20 @@ class LabelledSplit(NamedTuple):
     """All images in their order, uint8 RGB (B, 3, S, S)."""
 
 
-def open_split(data_url: str, split: str, size: int) -> LabelledSplit:
+def open_split(data_url: str, index: ShardIndex, split: str, size: int) -> LabelledSplit:
     """A split of a shard folder; images are scaled so that their shorter side is S, and their centre is cut out.
 
+    Args:
+        data_url: URL of the shard folder.
+        index: its index.
+        split: name of the split.
+        size: S.
+
     Raises:
-        ShardError: there are no shards or no such split, or a table is missing or damaged; iterating over the batches,
-            an image has no label or cannot be decoded.
+        ShardError: there is no such split, or a table is missing or damaged; iterating over the batches, an image has
+            no label or cannot be decoded.
         StorageError: the storage refuses or does not answer.
     """
-    index = read_index(data_url, patience_s=EVALUATION_PATIENCE_S)
     shards = index.split(split)
     return LabelledSplit(
         labels=torch.from_numpy(np.concatenate([table.labels for table in read_tables(data_url, shards)])),
@@ -57,12 +61,12 @@ def open_split(data_url: str, split: str, size: int) -> LabelledSplit:
     )
 
 
-def some_images(data_url: str, split: str, *, size: int, count: int) -> Tensor:
+def some_images(data_url: str, index: ShardIndex, split: str, *, size: int, count: int) -> Tensor:
     """About `count` images (M, 3, S, S) from all over a split, or all if there are not more; as in `open_split`.
 
     Only as many shards are read as are needed, evenly spaced: shards often lie sorted by class.
     """
-    shards = read_index(data_url, patience_s=EVALUATION_PATIENCE_S).split(split)
+    shards = index.split(split)
     samples = sum(shard.samples for shard in shards)
     needed = min(len(shards), -(-count * len(shards) // max(samples, 1)))
     chosen = [shards[place * len(shards) // needed] for place in range(needed)]
@@ -85,13 +89,13 @@ class LabelledView(NamedTuple):
     key: str
 
 
-def load_images(data_url: str, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
+def load_images(data_url: str, index: ShardIndex, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
     """All centre views of a split that fits in memory: uint8 (M, 3, S, S), labels (M,) and keys.
 
     Raises:
         ShardError: an image has no label or cannot be decoded.
     """
-    shards = read_index(data_url, patience_s=EVALUATION_PATIENCE_S).split(split)
+    shards = index.split(split)
     images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
     labels, keys = [], []
     for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):

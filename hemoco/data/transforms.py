@@ -19,7 +19,6 @@ from torch.nn.functional import interpolate
 
 from hemoco.config import ViewsConfig
 
-_TRIES = 10  # of a random resized crop before the central one, as torchvision
 _RATIOS = (3 / 4, 4 / 3)  # width / height of a crop, as torchvision
 _SIGMAS = (0.1, 2.0)  # pixels, SimCLR's blur
 _VIEWS = 2  # purpose of the draws, part of their key; those of the order have others

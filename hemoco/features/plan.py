@@ -87,22 +87,22 @@ def plan_embedding(shards: str, index: ShardIndex, backbone_url: str, dest: str,
     """The plan for the features of a data set.
 
     Args:
-        shards: URL or path of the shard folder.
+        shards: URL of the shard folder.
         index: its index.
         backbone_url: as `fixed_url` gives it.
-        dest: URL or path of the folder for the files.
+        dest: URL of the folder for the files.
         config: how images become features.
 
     Raises:
         StorageError, TrackingError: the backbone cannot be read.
     """
     return EmbedPlan(
-        shards_url=absolute_url(shards),
+        shards_url=shards,
         data_digest=index.digest,
         classes=index.classes,
         backbone_url=backbone_url,
         backbone_sha256=backbone_digest(backbone_url),
-        dest=absolute_url(dest),
+        dest=dest,
         config=config,
     )
 

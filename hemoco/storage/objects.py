@@ -21,7 +21,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from hemoco.errors import StorageError, first_line
+from hemoco.errors import StorageError, UsageError, first_line
 from hemoco.storage.retry import loaded_classes
 from hemoco.storage.s3_errors import S3Answer, s3_advice, s3_answer
 
@@ -76,6 +76,16 @@ def absolute_url(url: str) -> str:
     if scheme == "file" and host not in ("", "localhost"):
         raise StorageError(f"{url}: {host!r} stands where a host would; use file:///folder or a plain path")
     return url.rstrip("/")
+
+
+def check_url(name: str, url: str) -> None:
+    """Refuses a path where a URL is wanted: on another machine, or in another folder, it means something else.
+
+    Raises:
+        UsageError: it is a path; `name` says of what.
+    """
+    if "://" not in url:
+        raise UsageError(f"{name} is {url}: give a URL; that of a path is hemoco.storage.objects.absolute_url(path)")
 
 
 def join_url(url: str, *names: str) -> str:

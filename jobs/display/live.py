@@ -17,9 +17,8 @@ from rich.live import Live
 from rich.text import Text
 
 from hemoco.config import Recipe, TransferConfig
-from hemoco.data.shards.index import read_index
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.errors import HemocoError, first_line
-from hemoco.storage.objects import absolute_url
 from hemoco.tracking.client import connect, tracking_uri
 from jobs.display.lines import lines_above
 from jobs.display.rows import GAP, WARNING, clock, one_line
@@ -50,13 +49,16 @@ class View(Protocol):
 
 
 @contextmanager
-def live_display(run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig]) -> Iterator[None]:
+def live_display(
+    run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig], indexes: ShardIndexes
+) -> Iterator[None]:
     """Shows how far a run is while the block works at it.
 
     Args:
         run: its name.
         pretrain: the recipe of its pretraining; None: its backbone is given.
         transfers: the transfers that it measures, by name.
+        indexes: of this command.
     """
 
     def view() -> RunView:
@@ -64,7 +66,7 @@ def live_display(run: str, *, pretrain: Recipe | None, transfers: Mapping[str, T
             run=run,
             began_s=time.time(),
             pretrain=pretrain.pretrain if pretrain else None,
-            steps_per_epoch=_steps_per_epoch(pretrain) if pretrain else None,
+            steps_per_epoch=_steps_per_epoch(pretrain, indexes) if pretrain else None,
             transfers=transfers,
         )
         return RunView(plan)
@@ -180,14 +182,14 @@ def _stop(live: Live) -> None:
         live.stop()
 
 
-def _steps_per_epoch(recipe: Recipe) -> int | None:
+def _steps_per_epoch(recipe: Recipe, indexes: ShardIndexes) -> int | None:
     from hemoco.data.stream.batches import (  # torch takes seconds to import, errors should not
         pretraining_plan,
         steps_per_epoch,
     )
 
     try:
-        index = read_index(absolute_url(recipe.data.shards))
+        index = indexes.at(recipe.data.shards)
         return steps_per_epoch(index, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain))
     except HemocoError as error:  # the run raises it too, with advice
         logger.debug("event=length_unknown %s", error)

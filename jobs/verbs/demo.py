@@ -13,6 +13,7 @@ import tyro
 
 from cluster.local.ray import embedded_stack
 from hemoco.config import DataConfig, Recipe
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.errors import TrainingError
 from hemoco.results.records import Pretraining, run_results
 from hemoco.storage.objects import home, join_url, read_bytes, write_bytes
@@ -53,8 +54,10 @@ def demo(*, out: str = "", seed: int = 0) -> None:
             client.connect(client.tracking_uri())
         recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
         tags = run_tags("demo", "demo")
-        with _phase("pretrain, then transfer"), live_display(run, pretrain=recipe, transfers=recipe.transfers):
-            pretrain_then_transfer(recipe, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
+        indexes = ShardIndexes()
+        display = live_display(run, pretrain=recipe, transfers=recipe.transfers, indexes=indexes)
+        with _phase("pretrain, then transfer"), display:
+            pretrain_then_transfer(recipe, indexes=indexes, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)
     many = show_results(run, str(folder))

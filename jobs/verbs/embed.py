@@ -60,7 +60,8 @@ def embed(
     from hemoco.features.plan import EmbedConfig, finished_files, fixed_url, plan_embedding, usual_size
     from pipeline.embed import embed_steps  # torch takes seconds to import, errors should not
 
-    index = read_index(absolute_url(shards))
+    shards, dest = absolute_url(shards), absolute_url(dest)
+    index = read_index(shards)
     chosen = index.shards if split is None else index.split(split)
     url = fixed_url(backbone)
     size = usual_size(url) if size is None else size

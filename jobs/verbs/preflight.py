@@ -13,8 +13,8 @@ from cluster.preflight.node import Finding, checked, clock_check, numbered
 from cluster.preflight.survey import Needs
 from cluster.submit.checkout import CHECKOUT, upload_problems
 from hemoco.config import ClassifierConfig, Recipe, StreamConfig, TrainedConfig, world_sizes
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.errors import HemocoError
-from hemoco.storage.objects import absolute_url, home
 from hemoco.tracking.client import tracking_uri
 from jobs.options import RunOptions, parse_options
 
@@ -46,12 +46,7 @@ def main(argv: list[str]) -> None:
 def _findings(options: RunOptions, recipe_file: Path | None) -> Iterator[Finding]:
     recipe, address = options.recipe, os.environ.get("RAY_ADDRESS", "")
     yield _upload(recipe_file, needed=address.startswith(("http://", "https://")))
-    try:
-        storage = absolute_url(options.storage or str(home() / "runs"))
-        shards = tuple(dict.fromkeys(absolute_url(url) for url in _shard_folders(recipe)))
-    except HemocoError as error:
-        yield Finding("FAIL", "places", f"{error} (the checks of what lies there are left out)")
-        return
+    storage, shards = options.storage, tuple(dict.fromkeys(_shard_folders(recipe)))
     yield from _data(recipe, shards)
     yield from check_storage(storage)
     if (clock := clock_check((storage, *shards))) is not None:
@@ -81,12 +76,13 @@ def _data(recipe: Recipe, shards: tuple[str, ...]) -> Iterator[Finding]:
     """The shards, and whether pretraining and transfers fit them."""
     from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
 
+    indexes = ShardIndexes()
     for name, url in numbered("shards", shards):
-        yield check_shards(url)._replace(name=name)
-    yield from _fit("pretrain", partial(check_pretraining, recipe))
+        yield check_shards(url, indexes)._replace(name=name)
+    yield from _fit("pretrain", partial(check_pretraining, recipe, indexes))
     for name, config in recipe.transfers.items():
         alone = replace(recipe, transfers={name: config}, curve=())
-        yield from _fit(name, partial(check_transfers, alone))
+        yield from _fit(name, partial(check_transfers, alone, indexes))
 
 
 def _fit(name: str, check: Callable[[], None]) -> Iterator[Finding]:

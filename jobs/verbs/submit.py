@@ -17,12 +17,27 @@ from cluster.submit.checkout import CHECKOUT, upload_problems, uploaded_files
 from cluster.submit.environment import job_spec, words_again
 from hemoco.config import Recipe, init_url
 from hemoco.errors import HemocoError, StorageError, TrackingError, UsageError
-from jobs.options import ReportOptions, RunOptions, TransferOptions, parse_options, parse_transfer
-from jobs.session import run_name
+from jobs.options import (
+    ReportOptions,
+    RunOptions,
+    SweepOptions,
+    TransferOptions,
+    absolute_recipe,
+    run_name,
+    typed_options,
+)
 
 if TYPE_CHECKING:
     from cluster.submit.client import Cluster, Job
 
+_OPTIONS: dict[str, type[RunOptions]] = {
+    "run": ReportOptions,
+    "pretrain": RunOptions,
+    "transfer": TransferOptions,
+    "sweep": SweepOptions,
+    "preflight": RunOptions,
+}
+"""Verbs over a recipe, and the options that each reads."""
 _VERBS = ("run", "pretrain", "transfer", "sweep", "pack", "preflight")
 _NOT_IN_MLFLOW = ("pack", "preflight")
 _USAGE = f"""\
@@ -44,7 +59,7 @@ class Request(NamedTuple):
     words: list[str]
     recipe_file: Path | None
     recipe: Recipe | None
-    """None for `pack`."""
+    """As it was typed; None for `pack`."""
 
 
 def main(argv: list[str]) -> None:
@@ -112,17 +127,20 @@ def check_here(request: Request) -> None:
     verb, recipe = request.words[0], request.recipe
     if recipe is None or verb == "preflight":  # that one checks there
         return
+    from hemoco.data.shards.index import ShardIndexes
     from jobs.verbs.sweep import check_sweep  # torch
     from pipeline.checks import check_pretraining, check_transfers
 
+    indexes = ShardIndexes()
     try:
         _look_for_folders(recipe)
+        recipe = absolute_recipe(recipe)
         if verb == "sweep":
-            return check_sweep(recipe)
+            return check_sweep(recipe, indexes)
         if verb != "transfer":
-            check_pretraining(recipe)
+            check_pretraining(recipe, indexes)
         if verb != "pretrain":
-            check_transfers(recipe)
+            check_transfers(recipe, indexes)
     except (StorageError, TrackingError) as error:  # the nodes may reach what this machine does not
         print(f"unchecked   whether the recipe fits its data, which cannot be read from here: {error}", flush=True)
     return None
@@ -142,17 +160,9 @@ def in_mlflow(run: str) -> bool:
 
 
 def _parse_recipe_verb(verb: str, rest: list[str]) -> Request:
-    if verb == "transfer":
-        options: RunOptions = parse_transfer(rest)
-        run = run_name(options, options.backbone) if isinstance(options, TransferOptions) else ""
-    elif verb == "sweep":
-        from jobs.verbs.sweep import SweepOptions, sweep_name  # torch
-
-        options = parse_options(verb, rest, SweepOptions)
-        run = sweep_name(options)
-    else:
-        options = parse_options(verb, rest, ReportOptions if verb == "run" else RunOptions)
-        run = run_name(options)
+    # a path may mean something else on the cluster, where the verb itself will read the command line
+    options = typed_options(verb, rest, _OPTIONS[verb])
+    run = run_name(options)
     _check_places(options)
     if verb != "preflight" and not options.recipe.data.shards:
         raise UsageError("--data.shards is missing: name the URL that `python -m jobs pack` wrote")

@@ -5,63 +5,42 @@ import shlex
 
 from rich.text import Text
 
-from hemoco.config import Recipe, config_digest, flat_params
-from hemoco.errors import UsageError
+from hemoco.config import Recipe
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.report.extra_tables import sweep_section
 from hemoco.report.tables import print_section
-from hemoco.results.sweep import SweepResult, search_settings, sweep_json, sweep_result
+from hemoco.results.sweep import SweepResult, sweep_json, sweep_result
+from hemoco.storage.objects import check_writable
 from hemoco.tracking.client import tracking_uri
 from hemoco.tracking.runs import log_artifact_bytes
 from jobs.display.live import live_sweep
-from jobs.options import ReportOptions, parse_options, settings_flags
+from jobs.options import SweepOptions, parse_options, settings_flags
 from jobs.recorded_command import RecordedCommand, command_tags, recorded_command
-from jobs.session import announce, ray_session, results_folder, storage_url, table_console
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepOptions(ReportOptions):
-    """Options of `sweep`."""
-
-    out: str = ""
-    """Folder for sweep.json; default: the sweep's folder in $HEMOCO_HOME/reports."""
+from jobs.session import announce, ray_session, results_folder, table_console
 
 
 def main(argv: list[str]) -> None:
     """Runs or resumes a sweep; a finished one prints its table."""
     options = parse_options("sweep", argv, SweepOptions)
-    recipe, name = options.recipe, sweep_name(options)
-    check_sweep(recipe)
+    recipe, name, indexes = options.recipe, options.run, ShardIndexes()
+    check_sweep(recipe, indexes)
     announce(name)
     with ray_session(), live_sweep(name, recipe):
         from pipeline.sweep.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
 
+        check_writable(options.storage)
         run_sweep(
             recipe,
+            indexes=indexes,
             run=name,
-            storage=storage_url(options.storage),
+            storage=options.storage,
             fresh=options.fresh,
             tags=command_tags("sweep", argv[0], options),
         )
     _show(sweep_result(tracking_uri(), name), options.out)
 
 
-def sweep_name(options: SweepOptions) -> str:
-    """The sweep's identity: what was given, else recipe name and a digest of the recipe and of what is searched.
-
-    Raises:
-        UsageError: the recipe has no sweep.
-    """
-    recipe = options.recipe
-    if recipe.sweep is None:
-        raise UsageError(
-            f"recipe {recipe.name} has no sweep: give it one, for example sweep=SweepConfig(objective='knn', "
-            "space={'pretrain.optimizer.lr': LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
-        )
-    search = search_settings(flat_params(recipe))
-    return options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
-
-
-def check_sweep(recipe: Recipe) -> None:
+def check_sweep(recipe: Recipe, indexes: ShardIndexes) -> None:
     """Raises what every trial would fail of later.
 
     Raises:
@@ -72,9 +51,9 @@ def check_sweep(recipe: Recipe) -> None:
 
     sweep = recipe.sweep
     assert sweep is not None, "a recipe without one has no name"
-    check_pretraining(recipe)
+    check_pretraining(recipe, indexes)
     measured = {name: recipe.transfers[name] for name in recipe.transfers if name in (sweep.objective, sweep.watch)}
-    check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None))
+    check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None), indexes)
 
 
 def best_lines(result: SweepResult) -> dict[str, str]:

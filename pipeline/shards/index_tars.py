@@ -15,7 +15,7 @@ from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
 from hemoco.data.shards.tar import parse_tar
 from hemoco.data.sources.tars import FoundTar, find_tars
 from hemoco.errors import HemocoError, ShardError
-from hemoco.storage.objects import absolute_url, check_writable, join_url, list_names, read_bytes, remove
+from hemoco.storage.objects import check_url, check_writable, join_url, list_names, read_bytes, remove
 from pipeline.shards.pack import (
     existing_index,
     image_flaw,
@@ -25,7 +25,7 @@ from pipeline.shards.pack import (
     replaceable_index,
     restore_table,
 )
-from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks, unite_findings
+from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks, unite_findings
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ class _IndexedTar(NamedTuple):
     restored: list[str]
 
 
-def index_tars(sources: Sequence[str], dest: str, *, split: str, overwrite: bool = False) -> Indexed:
-    """As `index_steps`, without progress."""
-    return finish(index_steps(sources, dest, split=split, overwrite=overwrite))
-
-
 def index_steps(
     sources: Sequence[str], dest: str, *, split: str, overwrite: bool
 ) -> Generator[Progress, None, Indexed]:
@@ -72,7 +67,7 @@ def index_steps(
         ShardError: a tar is damaged, or none holds a sample; then nothing is left at `dest`.
         StorageError: a tar cannot be read, or `dest` cannot be written.
     """
-    dest = absolute_url(dest)
+    check_url("dest", dest)
     check_writable(dest)
     tars = find_tars(sources, split)
     replaced = replaceable_index(dest) if overwrite else None

@@ -32,7 +32,7 @@ from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.data.sources.folders import Item, Source, open_source, read_items
 from hemoco.errors import ShardError, StorageError, UsageError
 from hemoco.storage.objects import (
-    absolute_url,
+    check_url,
     check_writable,
     exists,
     join_url,
@@ -42,7 +42,7 @@ from hemoco.storage.objects import (
     write_bytes,
 )
 from pipeline.shards import markers as unfinished
-from pipeline.workers.tasks import Finding, Progress, count_reasons, finish, run_tasks
+from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks
 
 if TYPE_CHECKING:
     from hemoco.data.decode import UndecodableImage
@@ -97,15 +97,6 @@ class _PackedShard(NamedTuple):
         return cls(**fields | {"shard": shard, "skips": [_Skip(*skip) for skip in fields["skips"]]})
 
 
-def pack(
-    sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool = False
-) -> Packed:
-    """As `pack_steps`, without progress."""
-    return finish(
-        pack_steps(sources, dest, split=split, samples_per_shard=samples_per_shard, seed=seed, overwrite=overwrite)
-    )
-
-
 def pack_steps(
     sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool
 ) -> Generator[Progress, None, Packed]:
@@ -126,7 +117,7 @@ def pack_steps(
     """
     if samples_per_shard < 1:
         raise UsageError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
-    dest = absolute_url(dest)
+    check_url("dest", dest)
     check_writable(dest)
     source = open_source(sources, split)
     plans = _plan(source.items, samples_per_shard, seed)

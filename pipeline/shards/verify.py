@@ -13,7 +13,7 @@ from hemoco.data.shards.tar import parse_tar
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import read_bytes
 from pipeline.shards.pack import image_flaw
-from pipeline.workers.tasks import Progress, finish, run_tasks
+from pipeline.workers.tasks import Progress, run_tasks
 
 
 class Verified(NamedTuple):
@@ -35,11 +35,6 @@ class _VerifiedShard(NamedTuple):
     damages: list[str]
     undecodable: list[str]
     annotations: int
-
-
-def verify(url: str, index: ShardIndex) -> Verified:
-    """As `verify_steps`, without progress."""
-    return finish(verify_steps(url, index))
 
 
 def verify_steps(url: str, index: ShardIndex) -> Generator[Progress, None, Verified]:

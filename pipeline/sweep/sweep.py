@@ -19,18 +19,19 @@ from ray import tune
 
 from hemoco.config import Choice, Recipe, SweepConfig, Uniform, config_difference, flat_params
 from hemoco.config.sweep import KNN, Range, with_settings
-from hemoco.data.shards.index import ShardIndex, read_index
+from hemoco.data.shards.index import ShardIndex, ShardIndexes
 from hemoco.data.stream.batches import pretraining_plan, steps_per_epoch
 from hemoco.errors import TrackingError, TrainingError, UsageError, first_line
 from hemoco.names import check_new_name
 from hemoco.results.records import PRETRAINED, run_results
 from hemoco.results.status import close_running
 from hemoco.results.sweep import OBJECTIVE, is_over, search_settings
-from hemoco.storage.objects import absolute_url, join_url, list_names
+from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking import client, metric_queue
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
+from pipeline.checks import check_urls
 from pipeline.open_run import closing_run, same_folder
 from pipeline.run import pretrain_then_transfer
 from pipeline.run_folder import check_run_folder
@@ -53,6 +54,7 @@ class Sweep:
     run_id: str
     """Its run in MLflow, the parent of its trials."""
     storage: str
+    indexes: ShardIndexes
     data: ShardIndex
     fresh: bool
     tags: dict[str, str]
@@ -72,11 +74,14 @@ class Trial(NamedTuple):
     over: bool
 
 
-def run_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> None:
+def run_sweep(
+    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+) -> None:
     """All trials; the result is in MLflow, where `hemoco.sweep_results` reads it. What is over is not done again.
 
     Args:
-        recipe: with a `sweep`.
+        recipe: with a `sweep`, and absolute URLs.
+        indexes: of this command.
         run: the sweep's identity; the trials are the runs `RUN/trial_0000`, ...
         storage: URL of the folder that receives checkpoints and backbones.
         fresh: forget what is there under that name.
@@ -87,7 +92,7 @@ def run_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict
         TrainingError: no trial came to its end.
     """
     with only_driver(run):
-        sweep = _open_sweep(recipe, run=run, storage=storage, fresh=fresh, tags=tags)
+        sweep = _open_sweep(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags)
         trials = [_open_trial(sweep, number, settings) for number, settings in enumerate(drawn_settings(sweep.config))]
         try:
             with closing_run(sweep.uri, sweep.run_id, sweep.stopping):
@@ -133,12 +138,14 @@ def _drawn(values: Range, generator: np.random.Generator) -> object:
     return min(max(number, values.low), values.high)
 
 
-def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: dict[str, str]) -> Sweep:
+def _open_sweep(
+    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+) -> Sweep:
     config = recipe.sweep
     assert config is not None, "checked by the caller"
     check_new_name("run", run)
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=absolute_url(recipe.data.shards)))
-    data, uri, params = read_index(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
+    check_urls(recipe)
+    data, uri, params = indexes.at(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
     experiment_id = client.connect(uri)
     if tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"}) is not None:
         raise UsageError(f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name")
@@ -175,6 +182,7 @@ def _open_sweep(recipe: Recipe, *, run: str, storage: str, fresh: bool, tags: di
         experiment_id=experiment_id,
         run_id=run_id,
         storage=storage,
+        indexes=indexes,
         data=data,
         fresh=fresh,
         tags=tags,
@@ -250,7 +258,14 @@ def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
             recipe = trial_recipe(sweep.recipe, trial.settings)
             _enter(sweep, trial, recipe, judge)
             tags = sweep.tags | {"mlflow.parentRunId": trial.run_id, Tag.SWEEP: sweep.run}
-            pretrain_then_transfer(recipe, run=trial.run, storage=sweep.storage, fresh=sweep.fresh, tags=tags)
+            pretrain_then_transfer(
+                recipe,
+                indexes=sweep.indexes,
+                run=trial.run,
+                storage=sweep.storage,
+                fresh=sweep.fresh,
+                tags=tags,
+            )
             values = [row.value for row in run_results(uri, trial.run).rows if row.transfer == sweep.config.objective]
             _log_objective(uri, trial.run_id, sum(values) / len(values))
     except StoppedError as error:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 from hemoco.config import TransferConfig
 from hemoco.config.kinds import transfer_kind
-from hemoco.data.shards.index import read_index
 from hemoco.storage.objects import join_url
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import Data
@@ -49,7 +48,7 @@ def record_transfer(
         url: of its folder.
     """
     data = transfer_data(study.recipe, config)
-    index = read_index(data.shards)
+    index = study.indexes.at(data.shards)
     facts = {
         Tag.RUN: study.run,
         Tag.METRIC: headline_metric(config),

@@ -7,6 +7,7 @@ from torch import Tensor
 from hemoco.backbones.inits import init_backbone
 from hemoco.config import DataConfig, EncoderConfig, TransferConfig, ViewsConfig, init_label
 from hemoco.data.labelled import some_images
+from hemoco.data.shards.index import ShardIndex
 from hemoco.features.extract import CALIBRATION_IMAGES
 from hemoco.models.resnet import Backbone
 from hemoco.storage.objects import join_url
@@ -58,10 +59,10 @@ class TransferUnit:
         return init_backbone(self.init, self.job.backbone_url, self.job.encoder, self.job.views, self.seed)
 
 
-def calibration_images(unit: TransferUnit, size: int) -> Tensor:
+def calibration_images(unit: TransferUnit, index: ShardIndex, size: int) -> Tensor:
     """Training images (M, 3, S, S) of that size S, to calibrate a random backbone by that stays frozen."""
     data = unit.job.data
-    return some_images(data.shards, data.train_split, size=size, count=CALIBRATION_IMAGES)
+    return some_images(data.shards, index, data.train_split, size=size, count=CALIBRATION_IMAGES)
 
 
 def open_units(job: TransferJob) -> list[TransferUnit]:

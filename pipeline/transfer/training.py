@@ -145,10 +145,11 @@ def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) ->
     config, data, device = unit.job.config, unit.job.data, process.device
     assert isinstance(config, ClassifierConfig)
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
-    check_labels(*(open_split(data.shards, split, config.size) for split in (data.train_split, data.test_split)))
+    splits = (data.train_split, data.test_split)
+    check_labels(*(open_split(data.shards, index, split, config.size) for split in splits))
     backbone = unit.backbone().to(device)
     if unit.init == "random" and isinstance(config, LinearClassifierConfig):
-        calibrate_batch_norm(backbone, calibration_images(unit, config.size))
+        calibrate_batch_norm(backbone, calibration_images(unit, index, config.size))
     state = build_classifier_state(config, backbone, len(index.classes), seed=unit.seed, data_digest=index.digest)
     checkpoints = _Checkpoints(unit, config, state)
     plan = classifier_plan(config, unit.seed)
@@ -157,6 +158,7 @@ def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) ->
         closing(
             batches(
                 data.shards,
+                index,
                 data.train_split,
                 plan,
                 rank=rank(),
@@ -179,8 +181,11 @@ def train_detector(unit: TransferUnit, process: TrainingProcess, log: _Log) -> T
     """Trains a detector to the end, and measures it on the test split."""
     config, data = unit.job.config, unit.job.data
     assert isinstance(config, DetectionConfig)
-    index, masks = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S), isinstance(config, MaskRcnnConfig)
-    train, test = (load_detection_samples(data.shards, s, masks=masks) for s in (data.train_split, data.test_split))
+    index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
+    masks = isinstance(config, MaskRcnnConfig)
+    train, test = (
+        load_detection_samples(data.shards, index, split, masks=masks) for split in (data.train_split, data.test_split)
+    )
     state = build_detection_state(
         config, unit.backbone(), index.categories, process.device, seed=unit.seed, data_digest=index.digest
     )

@@ -17,10 +17,12 @@ from hemoco.config import (
     TransferConfig,
 )
 from hemoco.data.labelled import LabelledSplit, open_split
+from hemoco.data.shards.index import ShardIndex, read_index
 from hemoco.errors import HemocoError, TrackingError, TrainingError, first_line, memory_errors
 from hemoco.features.cache import FeatureCache
 from hemoco.features.extract import calibrate_batch_norm
 from hemoco.storage.objects import home
+from hemoco.storage.retry import EVALUATION_PATIENCE_S
 from hemoco.transfer.classification.knn import run_knn
 from hemoco.transfer.classification.linear_probe import run_linear_probe
 from hemoco.transfer.classification.low_shot import run_low_shot
@@ -111,13 +113,14 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
     torch.set_num_threads(job.config.cpus)
     still_open = open_units(job)  # it may be a second attempt
     data, size = job.data, job.views.size
-    train, test = (open_split(data.shards, split, size) for split in (data.train_split, data.test_split))
+    index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
+    train, test = (open_split(data.shards, index, split, size) for split in (data.train_split, data.test_split))
     lines, errors = [], []
     for unit in (unit for unit in units if unit in still_open):
         begin_attempt(unit)
         try:
             with memory_errors(lambda unit=unit: unit.prefix, _LESS_MEMORY):  # type: ignore[misc]
-                result = _measure(unit, train, test)
+                result = _measure(unit, index, train, test)
         except HemocoError as error:
             errors.append(error)
             continue
@@ -137,10 +140,10 @@ def _train_together(unit: TransferUnit, config: TrainedConfig) -> list[str]:
     return lines
 
 
-def _measure(unit: TransferUnit, train: LabelledSplit, test: LabelledSplit) -> TransferResult:
+def _measure(unit: TransferUnit, index: ShardIndex, train: LabelledSplit, test: LabelledSplit) -> TransferResult:
     config, backbone = unit.job.config, unit.backbone().to("cuda" if unit.job.config.gpus else "cpu")
     if unit.init == "random":
-        calibrate_batch_norm(backbone, calibration_images(unit, train.size))
+        calibrate_batch_norm(backbone, calibration_images(unit, index, train.size))
     cache = FeatureCache(home() / "features")
     if isinstance(config, KnnConfig):
         return run_knn(config, backbone, train, test, unit.seed, cache)

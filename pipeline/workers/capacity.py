@@ -8,6 +8,7 @@ import ray
 from ray._private.state import available_resources_per_node, state
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from hemoco.capacity import fitting_processes
 from hemoco.config import ResourcesConfig
 
 logger = logging.getLogger(__name__)
@@ -19,15 +20,15 @@ _POLL_S = 0.5
 def fitting_workers(resources: ResourcesConfig) -> int:
     """Processes for which there is room now, on nodes that are to stay."""
     draining = state.get_draining_nodes()
-    nodes = available_resources_per_node()
-    return sum(_fitting(resources, free) for node, free in nodes.items() if node not in draining)
+    free = [free for node, free in available_resources_per_node().items() if node not in draining]
+    return fitting_processes(free, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
 
 
 def possible_workers(resources: ResourcesConfig) -> int:
     """Processes for which there would be room if nothing else ran, on nodes that are to stay."""
     draining = state.get_draining_nodes()
-    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
-    return sum(_fitting(resources, node["Resources"]) for node in alive)
+    whole = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return fitting_processes(whole, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
 
 
 def wait_for_room(resources: ResourcesConfig, sizes: Sequence[int], *, lost: bool) -> int:
@@ -55,8 +56,3 @@ def wait_for_room(resources: ResourcesConfig, sizes: Sequence[int], *, lost: boo
         return wanted
     finally:
         remove_placement_group(group)
-
-
-def _fitting(resources: ResourcesConfig, free: dict[str, float]) -> int:
-    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    return int(min(free.get(kind, 0.0) // need for kind, need in needs.items() if need))

@@ -133,17 +133,7 @@ def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
         return Outcome(arguments, None, error)
 
 
-def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
-    """What steps return in the end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            result: ResultT = done.value
-            return result
-
-
-def _may_pass(error: BaseException) -> bool:
+def _may_pass(error: BaseException | None) -> bool:
     return isinstance(error, StorageError | TrackingError | LostLoaderError | LostWorkerError)
 
 

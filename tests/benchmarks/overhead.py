@@ -43,7 +43,7 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.shards.index import Shard, ShardIndex, read_index, write_index, write_table
+from hemoco.data.shards.index import Shard, ShardIndex, ShardIndexes, read_index, write_index, write_table
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.data.stream.bad_samples import BadSampleFile
 from hemoco.data.stream.batches import batches, pretraining_plan, steps_per_epoch
@@ -149,7 +149,9 @@ def _by_ray(shards: str, folder: Path) -> Times:
 
     recipe = Recipe(name="overhead", data=DataConfig(shards=shards), pretrain=CONFIG)
     began = time.time()
-    done = pretrain_only(recipe, run=f"overhead-{began}", storage=str(folder / "runs"), fresh=True, tags={})
+    done = pretrain_only(
+        recipe, indexes=ShardIndexes(), run=f"overhead-{began}", storage=str(folder / "runs"), fresh=True, tags={}
+    )
     points = MlflowClient(tracking_uri()).get_metric_history(done.run_id, "loss")
     return _times(began, sorted(point.timestamp / 1000 for point in points))
 
@@ -166,6 +168,7 @@ def _train_as_rank(shards: str, out: Path) -> None:
         closing(
             batches(
                 shards,
+                read_index(shards),
                 "train",
                 plan,
                 rank=rank(),

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from hemoco.config import PretrainConfig
+from hemoco.data.shards.index import read_index
 from hemoco.data.stream.bad_samples import BadSampleFile
 from hemoco.data.stream.batches import batches, pretraining_plan
 from hemoco.train.pretrain import batch_fingerprint
@@ -15,6 +16,7 @@ def fingerprints(shards: str, split: str, config: PretrainConfig) -> dict[int, f
     plan = pretraining_plan(config)
     source = batches(
         shards,
+        read_index(shards),
         split,
         dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, workers=0)),
         rank=0,

@@ -18,6 +18,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +64,8 @@ class FaultProxy:
         """Its own address."""
         self.requests: list[Request] = []
         """All that came, in their order."""
+        self.sent_bytes: Counter[str] = Counter()
+        """Bytes of the bodies of answers that came from the server, by path."""
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
 
@@ -96,6 +99,11 @@ class FaultProxy:
     def heal(self) -> None:
         """Forgets all faults."""
         self._faults.clear()
+
+    def note_answer(self, path: str, length: int) -> None:
+        """Counts the bytes of an answer's body."""
+        with self._lock:
+            self.sent_bytes[path] += length
 
     def take(self, method: str, path: str, start: int | None) -> _Fault | None:
         """Notes a request and says what to do to it."""
@@ -156,6 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.endheaders(self.rfile.read(int(self.headers.get("Content-Length", 0))) or None)
             answer = upstream.getresponse()
             body = b"" if self.command == "HEAD" else answer.read()
+            self.proxy.note_answer(urlsplit(self.path).path, len(body))
             self._send_head(answer, len(body), fault)
             self._send_body(memoryview(body), fault)
 

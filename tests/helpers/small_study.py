@@ -25,7 +25,7 @@ from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.runs import RunFacts, find_run
 from jobs.demo_data import write_digits
-from pipeline.shards.pack import pack
+from tests.helpers.whole_stages import pack
 
 INTERVAL = 5
 """Steps between two checkpoints."""

@@ -41,6 +41,7 @@ def train(shards: str) -> list[float]:
         closing(
             batches(
                 shards,
+                read_index(shards),
                 "train",
                 dataclasses.replace(plan, epochs=1),
                 rank=rank(),

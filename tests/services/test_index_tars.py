@@ -10,12 +10,12 @@ from PIL import Image
 from hemoco.data.shards.index import read_index, read_shard, read_table, write_table
 from hemoco.data.shards.tar import encode_shard
 from hemoco.errors import ShardError, StorageError, UsageError
-from hemoco.storage.objects import join_url, list_names, write_bytes
+from hemoco.storage.objects import absolute_url, join_url, list_names, write_bytes
 from jobs.cli import main
 from jobs.verbs.pack import index_with_progress
-from pipeline.shards.index_tars import Indexed, index_tars
-from pipeline.shards.pack import pack
+from pipeline.shards.index_tars import Indexed, index_steps
 from pipeline.workers.tasks import Finding
+from tests.helpers.whole_stages import finish, pack
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -51,7 +51,9 @@ def tars(tmp_path: Path) -> Path:
 
 
 def indexed(dest: Path | str, *sources: Path | str, overwrite: bool = False) -> Indexed:
-    return index_tars([str(source) for source in sources], str(dest), split="given", overwrite=overwrite)
+    return finish(
+        index_steps([str(source) for source in sources], absolute_url(str(dest)), split="given", overwrite=overwrite)
+    )
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -18,10 +18,10 @@ from hemoco.data.shards.index import ShardIndex, read_index, read_table, write_i
 from hemoco.data.shards.sampling import count_labels
 from hemoco.errors import ShardError
 from jobs.cli import main
-from pipeline.shards.pack import pack
-from pipeline.shards.verify import verify
+from pipeline.shards.verify import verify_steps
 from tests.helpers.shard_folders import write_shards
 from tests.helpers.voc_xml import count_objects
+from tests.helpers.whole_stages import finish, pack
 
 ROOT = Path(__file__).parents[2]
 DAMAGES = {
@@ -149,7 +149,7 @@ def test_the_facts_are_told_without_ray_and_torch(tmp_path: Path) -> None:
 def test_every_damage_is_found_and_named(tmp_path: Path, kind: str) -> None:
     write_shards(str(tmp_path), [3, 3, 3])
     damage(tmp_path, 1, kind)
-    found = verify(str(tmp_path), read_index(str(tmp_path)))
+    found = finish(verify_steps(str(tmp_path), read_index(str(tmp_path))))
     (message,) = found.damages
     assert found.damaged == 1
     assert re.search(DAMAGES[kind], message)
@@ -161,14 +161,14 @@ def test_an_image_that_cannot_be_decoded_is_damage_of_our_shards_only(tmp_path: 
     write_shards(str(tmp_path), [3, 3], bad={1, 2})
     ours = read_index(str(tmp_path))
     where = f"{tmp_path}/train-000000.tar: 2 images cannot be decoded, first 1: its 12 bytes are not an image"
-    assert verify(str(tmp_path), ours)[:3] == ((where,), 1, ())
-    assert verify(str(tmp_path), dataclasses.replace(ours, packed=False))[:3] == ((), 0, (where,))
+    assert finish(verify_steps(str(tmp_path), ours))[:3] == ((where,), 1, ())
+    assert finish(verify_steps(str(tmp_path), dataclasses.replace(ours, packed=False)))[:3] == ((), 0, (where,))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_annotations_are_counted_by_split(test_data: Path, tmp_path: Path) -> None:
     index = pack([str(test_data / "bccd")], str(tmp_path), split="x", samples_per_shard=20, seed=0).index
-    found = verify(str(tmp_path), index)
+    found = finish(verify_steps(str(tmp_path), index))
     assert sum(found.annotations.values()) == count_objects(test_data / "bccd").total()
     assert found._replace(annotations={}) == ((), 0, (), {})
 

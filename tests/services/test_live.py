@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.tracking.client import connect
 from hemoco.tracking.metric_queue import send_points
@@ -41,6 +42,7 @@ DONE = {("pretrained", 0): 0.98, ("random", 0): 0.91}
 # two displays of the run named, one after the other: that of a block that fails, and of one that waits for Ctrl-C
 PROGRAM = """
 import logging, sys, threading, time
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.tracking.client import connect, tracking_uri
 from jobs.display.live import live_display
 from jobs.options import load_recipe
@@ -66,7 +68,7 @@ connect(tracking_uri())
 recipe = load_recipe("demo")
 for ending in ("fail", "interrupt"):
     try:
-        with live_display(sys.argv[1], pretrain=recipe, transfers=recipe.transfers):
+        with live_display(sys.argv[1], pretrain=recipe, transfers=recipe.transfers, indexes=ShardIndexes()):
             work()
             if ending == "fail":
                 raise ValueError("no luck")
@@ -257,7 +259,7 @@ def test_a_time_in_few_letters(seconds, said):
 
 def test_where_output_is_no_terminal_nothing_changes(capsys):
     before = sys.stdout
-    with live_display("any", pretrain=None, transfers={}):
+    with live_display("any", pretrain=None, transfers={}, indexes=ShardIndexes()):
         assert sys.stdout is before
         print("a line")
     assert capsys.readouterr() == ("a line\n", "")
@@ -298,7 +300,7 @@ def test_one_stream_that_goes_elsewhere_means_plain_lines(monkeypatch):
 def test_a_silent_mlflow_does_not_hold_the_end_back(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server, in_terminal():  # takes connections and never answers
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
-        with live_display("any", pretrain=None, transfers={}):
+        with live_display("any", pretrain=None, transfers={}, indexes=ShardIndexes()):
             server.accept()[0].close()
         left = asking()
     assert left, "the end has waited for an answer"
@@ -307,7 +309,7 @@ def test_a_silent_mlflow_does_not_hold_the_end_back(monkeypatch):
 
 def test_an_mlflow_that_is_away_is_not_logged_again_and_again(monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with in_terminal(), live_display("any", pretrain=None, transfers={}):
+    with in_terminal(), live_display("any", pretrain=None, transfers={}, indexes=ShardIndexes()):
         pass
     wait_until(lambda: not asking(), 60)
     assert caplog.messages == []
@@ -321,7 +323,7 @@ def test_handlers_that_hold_a_stream_get_it_back(tracking):
     with in_terminal():
         handler = logging.StreamHandler(sys.stderr)
         logging.getLogger("test_live").addHandler(handler)
-        with live_display("any", pretrain=None, transfers={}):
+        with live_display("any", pretrain=None, transfers={}, indexes=ShardIndexes()):
             during = handler.stream is sys.stderr
         logging.getLogger("test_live").removeHandler(handler)
         assert during and handler.stream is sys.stderr

@@ -14,10 +14,11 @@ from PIL import Image
 from hemoco.data.shards.index import ShardIndex, read_index, read_shard, read_table
 from hemoco.errors import ShardError, StorageError, UsageError
 from hemoco.storage.objects import list_names
-from pipeline.shards.pack import Packed, pack, pack_steps
+from pipeline.shards.pack import Packed, pack_steps
 from pipeline.workers.tasks import Progress
 from tests.helpers.drawn_sets import write_class_zip
 from tests.helpers.voc_xml import count_objects, listed_splits
+from tests.helpers.whole_stages import pack
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -133,7 +134,7 @@ def test_other_shards_are_refused_and_left_alone_unless_told(photos: Path, tmp_p
 
 def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(photos: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    steps = pack_steps((str(photos),), out, split="x", samples_per_shard=2, seed=0, overwrite=False)
+    steps = pack_steps((str(photos),), Path(out).as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False)
     assert list(itertools.islice(steps, 3)) == [Progress(0, 7), Progress(1, 7), Progress(2, 7)]
     steps.close()
     with pytest.raises(ShardError, match="python -m jobs pack"):
@@ -144,7 +145,7 @@ def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(photo
 
 def test_an_interrupted_pack_goes_on_with_what_is_missing(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    steps = pack_steps((str(photos),), str(out), split="x", samples_per_shard=2, seed=0, overwrite=False)
+    steps = pack_steps((str(photos),), out.as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False)
     list(itertools.islice(steps, 5))
     steps.close()
     # a shard that was under way when the pack was closed may be there without its mark: that one is written again
@@ -159,7 +160,7 @@ def test_an_interrupted_pack_goes_on_with_what_is_missing(photos: Path, tmp_path
 
 def test_what_an_interrupted_pack_of_other_settings_left_is_removed(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    steps = pack_steps((str(photos),), str(out), split="x", samples_per_shard=1, seed=0, overwrite=False)
+    steps = pack_steps((str(photos),), out.as_uri(), split="x", samples_per_shard=1, seed=0, overwrite=False)
     list(itertools.islice(steps, 15))
     steps.close()
     (out / "train-000001.tar.123.partial").write_bytes(b"what a killed worker had written")
@@ -227,7 +228,9 @@ def test_coco_annotations_travel_to_s3_and_back(coco_sets: dict[str, Path], buck
 
 
 def test_damage_found_by_a_worker_is_raised_here(photos: Path, tmp_path: Path) -> None:
-    steps = pack_steps((str(photos),), str(tmp_path / "out"), split="x", samples_per_shard=2, seed=0, overwrite=False)
+    steps = pack_steps(
+        (str(photos),), (tmp_path / "out").as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False
+    )
     next(steps)
     shutil.rmtree(photos)
     with pytest.raises(ShardError, match=r"photos/.*\.png: cannot be read"):

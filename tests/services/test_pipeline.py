@@ -14,6 +14,7 @@ from hemoco.config import (
     ResourcesConfig,
 )
 from hemoco.data.labelled import load_images
+from hemoco.data.shards.index import ShardIndexes, read_index
 from hemoco.errors import HemocoError, TrainingError, UsageError
 from hemoco.features.extract import extract_features
 from hemoco.features.sample import FILE_NAME, decode_sample
@@ -37,7 +38,9 @@ def recipe(s3, ray_cluster, tracking, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(recipe, s3):
     """The whole way, undisturbed; its losses are what a broken run must repeat."""
-    pretrain_then_transfer(recipe, run="unbroken", storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
+    pretrain_then_transfer(
+        recipe, indexes=ShardIndexes(), run="unbroken", storage=join_url(s3, "pipeline/runs"), fresh=False, tags={}
+    )
     return "unbroken"
 
 
@@ -73,7 +76,7 @@ def test_the_pretraining_keeps_features_of_test_images_for_the_map(unbroken, rec
     (kept,) = read_artifacts(tracking, child(unbroken, "pretrain").run_id, FILE_NAME).values()
     sample = decode_sample(kept)
     backbone = load_backbone(child(unbroken, "pretrain").tags["hemoco.backbone_url"])
-    images, labels, keys = load_images(recipe.data.shards, "test", 32)
+    images, labels, keys = load_images(recipe.data.shards, read_index(recipe.data.shards), "test", 32)
     rows = [keys.index(key) for key in sample.keys[:20]]
     assert sample.labels[:20].tolist() == labels[rows].tolist() and len(sample.keys) > 300
     wanted = functional.normalize(extract_features(backbone, images[rows]))
@@ -91,26 +94,40 @@ def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
     began = time.monotonic()
     elsewhere = dataclasses.replace(recipe.pretrain, resources=ResourcesConfig(workers=1), keep_last=5)
     for again in (recipe, dataclasses.replace(recipe, pretrain=elsewhere)):
-        pretrain_then_transfer(again, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
+        pretrain_then_transfer(
+            again, indexes=ShardIndexes(), run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={}
+        )
         assert run_results(tracking, unbroken) == before
     assert time.monotonic() - began < 30  # of training alone it would be more
 
 
 def test_another_backbone_under_an_old_name_is_refused(unbroken, recipe, s3, tmp_path):
     url = child(unbroken, "pretrain").tags["hemoco.backbone_url"]
-    copy = str(tmp_path / "copy.safetensors")
+    copy = (tmp_path / "copy.safetensors").as_uri()
     write_bytes(copy, read_bytes(url))
     nothing = dataclasses.replace(recipe, transfers={}, curve=())
     storage = join_url(s3, "pipeline/runs")
-    transfer_only(nothing, backbone_url=url, run="one-backbone", storage=storage, fresh=False, tags={})
+    transfer_only(
+        nothing, indexes=ShardIndexes(), backbone_url=url, run="one-backbone", storage=storage, fresh=False, tags={}
+    )
     with pytest.raises(UsageError, match=r"'one-backbone' measures another backbone"):
-        transfer_only(nothing, backbone_url=copy, run="one-backbone", storage=storage, fresh=False, tags={})
+        transfer_only(
+            nothing,
+            indexes=ShardIndexes(),
+            backbone_url=copy,
+            run="one-backbone",
+            storage=storage,
+            fresh=False,
+            tags={},
+        )
 
 
 def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbroken, recipe, s3):
     other = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, seed=1))
     with pytest.raises(UsageError, match=r"pretrain\.seed: 0 -> 1"):
-        pretrain_then_transfer(other, run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={})
+        pretrain_then_transfer(
+            other, indexes=ShardIndexes(), run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={}
+        )
 
 
 def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroken, recipe, s3, tracking):
@@ -121,6 +138,7 @@ def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroke
         with pytest.raises(TrainingError, match=r"1 of 3 transfers failed.*low_shot"):
             transfer_only(
                 broken,
+                indexes=ShardIndexes(),
                 backbone_url=pretraining.tags["hemoco.backbone_url"],
                 run="one-fails",
                 storage=join_url(s3, "pipeline/runs"),
@@ -155,4 +173,4 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(recipe, bucket
 def test_recipe_that_does_not_fit_its_data_is_refused_before_any_work(recipe, change, message):
     other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **change))
     with pytest.raises(HemocoError, match=message):
-        check_pretraining(other)
+        check_pretraining(other, ShardIndexes())

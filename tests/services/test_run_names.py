@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hemoco.config import DataConfig, KnnConfig, Recipe
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.errors import ConfigError, UsageError
 from hemoco.names import check_run_name, is_name
 from hemoco.storage.objects import exists, join_url, list_names, write_bytes
@@ -147,15 +148,15 @@ def test_fresh_begins_anew_in_its_own_folder_and_refuses_another(bucket, trackin
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
     storage, run = join_url(bucket, "runs"), f"fresh-{os.urandom(4).hex()}"
     recipe = Recipe(name="r", data=DataConfig(shards=write_shards(join_url(bucket, "shards"), [8])))
-    first = open_study(recipe, run=run, storage=storage, fresh=False, tags={})
+    first = open_study(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
     write_bytes(join_url(first.url, "pretrain", "checkpoints", "x"), b"x")
-    second = open_study(recipe, run=run, storage=storage, fresh=True, tags={})
+    second = open_study(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=True, tags={})
     assert list_names(second.url) == [MARK] and second.parent_id != first.parent_id
     elsewhere = join_url(bucket, "elsewhere")
     write_bytes(join_url(elsewhere, run, "thesis.tex"), b"x")
     for fresh, name in ((True, run), (True, ".."), (True, "../x")):
         with pytest.raises(UsageError):
-            open_study(recipe, run=name, storage=elsewhere, fresh=fresh, tags={})
+            open_study(recipe, indexes=ShardIndexes(), run=name, storage=elsewhere, fresh=fresh, tags={})
     known = find_run(tracking, connect(tracking), {"hemoco.run": run, "hemoco.phase": "parent"})
     assert known is not None and known.run_id == second.parent_id  # what is refused has not been forgotten
     assert list_names(join_url(elsewhere, run)) == ["thesis.tex"]
@@ -168,8 +169,8 @@ def test_without_fresh_another_folder_of_this_name_is_no_invitation_to_remove_it
     run = f"photos-{os.urandom(4).hex()}"
     write_bytes(join_url(bucket, run, "cat", "1.jpg"), b"x")
     with pytest.raises(UsageError, match="cat in it is not what a run writes") as refused:
-        open_study(recipe, run=run, storage=bucket, fresh=False, tags={})
+        open_study(recipe, indexes=ShardIndexes(), run=run, storage=bucket, fresh=False, tags={})
     assert "--fresh" not in str(refused.value)
     write_bytes(join_url(bucket, f"{run}-2", "pretrain", "checkpoints", "x"), b"x")
     with pytest.raises(UsageError, match="or --fresh to remove it"):
-        open_study(recipe, run=f"{run}-2", storage=bucket, fresh=False, tags={})
+        open_study(recipe, indexes=ShardIndexes(), run=f"{run}-2", storage=bucket, fresh=False, tags={})

@@ -48,6 +48,7 @@ def config(**changed: Any) -> PretrainConfig:
 def batches(url: str, made: PretrainConfig, epochs: int = 1) -> Iterator[stream.Batch]:
     return stream.batches(
         url,
+        read_index(url),
         "train",
         dataclasses.replace(stream.pretraining_plan(made), epochs=epochs),
         rank=0,
@@ -90,7 +91,7 @@ def test_an_outage_of_some_seconds_is_waited_out_by_training_and_evaluation(buck
     proxy.fail("status", times=10**6, for_s=8, match="")
     assert keys_and_counts(bucket, config())[0] == expected
     proxy.fail("status", times=10**6, for_s=8, match="")
-    assert len(labelled.load_images(bucket, "train", 8)[2]) == sum(SIZES)
+    assert len(labelled.load_images(bucket, read_index(bucket), "train", 8)[2]) == sum(SIZES)
 
 
 def test_a_sample_table_that_comes_late_is_waited_for(bucket: str, proxy: FaultProxy) -> None:

@@ -22,10 +22,10 @@ from hemoco.train import checkpoint
 from jobs.cli import main
 from jobs.options import (
     RunOptions,
+    TransferOptions,
     changed_settings,
     load_recipe,
     parse_options,
-    parse_transfer,
     settings_flags,
 )
 from jobs.recorded_command import command_tags
@@ -228,7 +228,9 @@ def test_a_recipe_given_by_its_path_is_resumed_by_it(tracking, capsys, tmp_path)
 def test_transfers_are_resumed_with_their_backbone_and_those_that_were_named(tracking, capsys):
     words = ["demo", "--data.shards", "s3://b/x", "--backbone", "s3://b/it's", "--only", "knn", "--run", "measured"]
     tags = {"hemoco.run": "measured", "hemoco.phase": "parent", "hemoco.recipe": "demo"}
-    tags |= command_tags("transfer", "demo", parse_transfer(words)) | {"hemoco.backbone_url": "s3://b/it's"}
+    tags |= command_tags("transfer", "demo", parse_options("transfer", words, TransferOptions)) | {
+        "hemoco.backbone_url": "s3://b/it's"
+    }
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", "measured"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume ")]

@@ -25,6 +25,7 @@ from hemoco.config import (
     config_digest,
 )
 from hemoco.config.sweep import with_settings
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.errors import ConfigError, TrainingError, UsageError
 from hemoco.results.sweep import sweep_result
 from hemoco.storage.objects import exists, join_url, list_names
@@ -34,14 +35,13 @@ from hemoco.tracking.runs import metric_history, open_run, run_facts
 from hemoco.tracking.unsent import MetricPoint
 from jobs.cli import main
 from jobs.demo_data import write_digits
-from jobs.options import parse_options
-from jobs.verbs.sweep import SweepOptions, sweep_name
+from jobs.options import SweepOptions, parse_options, run_name
 from pipeline.pretrain import PretrainJob, pretrain_worker
-from pipeline.shards.pack import pack
 from pipeline.sweep.early_stop import EarlyStop, Halving, Watched
 from pipeline.sweep.sweep import drawn_settings, run_sweep, trial_recipe
 from pipeline.workers.interruption import TrainingProcess
 from pipeline.workers.stop_request import StoppedError, request_stop
+from tests.helpers.whole_stages import pack
 
 LR, TEMPERATURE = "pretrain.optimizer.lr", "pretrain.moco.temperature"
 SPACE = {LR: LogUniform(0.01, 1.0), TEMPERATURE: Uniform(0.1, 0.4), "pretrain.moco.head": Choice(("linear", "mlp"))}
@@ -150,7 +150,7 @@ def test_a_sweep_beside_a_recipe_does_not_make_its_run_another():
 
 
 def test_more_trials_are_the_same_sweep_and_another_seed_is_not():
-    names = [sweep_name(SweepOptions(recipe=searching(**c))) for c in ({}, {"trials": 9}, {"seed": 1})]
+    names = [run_name(SweepOptions(recipe=searching(**c))) for c in ({}, {"trials": 9}, {"seed": 1})]
     assert names[0] == names[1] != names[2]
 
 
@@ -276,7 +276,7 @@ def test_trials_with_an_invalid_config_fail_with_their_reason(recipe, bucket, tr
     sweep = SweepConfig(space={"pretrain.global_batch_size": Choice((96, 65))}, objective="knn", trials=2)
     bad = dataclasses.replace(recipe, sweep=sweep)
     with pytest.raises(TrainingError, match="all 2 trials failed, invalid/trial_000"):
-        run_sweep(bad, run="invalid", storage=bucket, fresh=False, tags={})
+        run_sweep(bad, indexes=ShardIndexes(), run="invalid", storage=bucket, fresh=False, tags={})
     trials = sweep_result(tracking, "invalid").trials
     assert {(trial.outcome, trial.epochs) for trial in trials} == {("failed", 0)}
     assert {trial.reason.partition(":")[0] for trial in trials} == {
@@ -290,4 +290,4 @@ def test_sweep_with_another_search_under_an_old_name_is_refused(recipe, bucket, 
     for seed, error in ((0, TrainingError), (1, UsageError)):
         other = dataclasses.replace(recipe, sweep=dataclasses.replace(sweep, seed=seed))
         with pytest.raises(error, match=r"all 1 trials|its sweep.seed: 0 -> 1"):
-            run_sweep(other, run="renamed", storage=bucket, fresh=False, tags={})
+            run_sweep(other, indexes=ShardIndexes(), run="renamed", storage=bucket, fresh=False, tags={})

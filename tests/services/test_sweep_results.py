@@ -18,10 +18,10 @@ from hemoco.results.sweep import sweep_json, sweep_result
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import open_run, set_tags
 from jobs.cli import main
-from jobs.options import parse_options
+from jobs.options import SweepOptions, parse_options
 from jobs.recorded_command import RecordedCommand, command_tags
 from jobs.verbs.submit import parse_request
-from jobs.verbs.sweep import SweepOptions, again_words, sweep_name
+from jobs.verbs.sweep import again_words
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_sweep_that_was_ended_leaves_nothing_that_runs(made, tracking):
 
 def test_a_submitted_sweep_has_the_name_that_it_has_here():
     words = ["cifar10_resnet18_sweep", "--data.shards", "s3://b/shards", "--storage", "s3://b/runs"]
-    name = sweep_name(parse_options("sweep", words, SweepOptions))
+    name = parse_options("sweep", words, SweepOptions).run
     request = parse_request(["sweep", *words])
     assert (request.run, request.words) == (name, ["sweep", *words, "--run", name])
     with pytest.raises(UsageError, match="--out would be a folder of the cluster"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hemoco.backbones.file import export_backbone, random_backbone
+from hemoco.backbones.file import backbone_metadata, export_backbone, random_backbone
 from hemoco.backbones.inits import check_architecture, init_backbone
 from hemoco.config import (
     DataConfig,
@@ -188,13 +188,14 @@ def test_inits_give_the_backbones_they_name(job: TransferJob) -> None:
 def test_a_backbone_of_another_architecture_is_refused_with_the_setting_to_change(
     job: TransferJob, tmp_path: Path
 ) -> None:
-    check_architecture(job.backbone_url, ENCODER)
+    metadata = backbone_metadata(job.backbone_url)
+    check_architecture(job.backbone_url, metadata, ENCODER)
     for other in (EncoderConfig(architecture="resnet18", stem="small"), EncoderConfig(architecture="resnet10t")):
         with pytest.raises(ConfigError, match=r"set --pretrain\.encoder\.(architecture resnet10t|stem small)"):
-            check_architecture(job.backbone_url, other)
+            check_architecture(job.backbone_url, metadata, other)
     write_bytes(str(tmp_path / "x.safetensors"), b"no")
     with pytest.raises(CheckpointError):
-        check_architecture(str(tmp_path / "x.safetensors"), ENCODER)
+        backbone_metadata(str(tmp_path / "x.safetensors"))
 
 
 def test_supervised_weights_that_cannot_fit_are_refused(job: TransferJob) -> None:

@@ -17,14 +17,15 @@ from mlflow import MlflowClient
 
 from hemoco.backbones.file import load_backbone
 from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking.client import tracking_uri
 from pipeline.run import pretrain_only
-from pipeline.shards.pack import pack
 from tests.helpers.drawn_sets import write_class_zip
 from tests.helpers.expected_batches import fingerprints
 from tests.helpers.small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from tests.helpers.waiting import wait_until
+from tests.helpers.whole_stages import pack
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def recipe(s3, ray_cluster, tracking, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(recipe, s3):
     """The pretraining, undisturbed; its losses are what a broken run must repeat."""
-    pretrain_only(recipe, run="untouched", storage=join_url(s3, "broken/runs"), fresh=False, tags={})
+    pretrain_only(
+        recipe, indexes=ShardIndexes(), run="untouched", storage=join_url(s3, "broken/runs"), fresh=False, tags={}
+    )
     return "untouched"
 
 
@@ -106,7 +109,12 @@ def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
     }
     pretrain = dataclasses.replace(recipe.pretrain, **alone)
     pretrain_only(
-        dataclasses.replace(recipe, pretrain=pretrain), run="curve", storage=join_url(s3, "runs"), fresh=False, tags={}
+        dataclasses.replace(recipe, pretrain=pretrain),
+        indexes=ShardIndexes(),
+        run="curve",
+        storage=join_url(s3, "runs"),
+        fresh=False,
+        tags={},
     )
     client = MlflowClient(tracking_uri())
     ends = [
@@ -144,7 +152,7 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
 
 def _pretrain_in_thread(recipe, storage, failures, run="killed"):
     try:
-        pretrain_only(recipe, run=run, storage=storage, fresh=False, tags={})
+        pretrain_only(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
     except BaseException as error:
         failures.append(error)
 

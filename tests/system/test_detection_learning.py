@@ -4,12 +4,13 @@ import pytest
 
 from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.config import DataConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig, PretrainConfig, Recipe
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect
 from hemoco.tracking.runs import find_run, read_artifacts
 from pipeline.run import transfer_only
-from pipeline.shards.pack import pack
+from tests.helpers.whole_stages import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 ENCODER = EncoderConfig(architecture="resnet18")
@@ -56,7 +57,15 @@ def test_detectors_find_cells_and_shapes(recipe, s3, tracking):
     backbone = random_backbone(ENCODER, 0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     export_backbone(backbone, url, {"data_digest": "", "run_id": ""})
     storage = join_url(s3, "detection-learning", "runs")
-    transfer_only(recipe, backbone_url=url, run="detection-learning", storage=storage, fresh=False, tags={})
+    transfer_only(
+        recipe,
+        indexes=ShardIndexes(),
+        backbone_url=url,
+        run="detection-learning",
+        storage=storage,
+        fresh=False,
+        tags={},
+    )
     rows = {row.transfer: row for row in run_results(tracking, "detection-learning").rows}
     assert (rows["cells"].metric, rows["shapes"].metric) == ("box_ap50", "mask_ap")
     assert rows["cells"].value > 0.2

@@ -23,6 +23,7 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
+from hemoco.data.shards.index import read_index
 from hemoco.data.stream.bad_samples import BadSample, BadSampleFile
 from hemoco.data.stream.batches import Batch, batches, pretraining_plan
 from hemoco.data.stream.loader import StreamPosition
@@ -120,7 +121,9 @@ def test_memory_that_runs_out_in_the_reading_names_what_was_read(shards: str) ->
 def test_a_loader_process_that_the_kernel_kills_is_named(shards: str, killed: int) -> None:
     plan = dataclasses.replace(pretraining_plan(CONFIG), stream=StreamConfig(workers=2, lanes=4), epochs=1000)
     listed = BadSampleFile("memory://unwritten")
-    found = batches(shards, "train", plan, rank=0, world_size=1, start=None, device=CPU, bad_samples=listed)
+    found = batches(
+        shards, read_index(shards), "train", plan, rank=0, world_size=1, start=None, device=CPU, bad_samples=listed
+    )
     with contextlib.closing(found):
         next(found)
         for child in multiprocessing.active_children()[:killed]:
@@ -164,6 +167,7 @@ def test_failed_allocations_are_told_from_other_errors(error: Exception, ours: b
 READ = """
 import dataclasses, resource, sys, torch
 from hemoco.config import MoCoConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.data.shards.index import read_index
 from hemoco.data.stream.bad_samples import BadSampleFile
 from hemoco.data.stream.batches import batches, pretraining_plan
 from hemoco.errors import HemocoError
@@ -176,7 +180,8 @@ if memory:
     resource.setrlimit(resource.RLIMIT_DATA, (used + memory, resource.RLIM_INFINITY))
 try:
     plan = pretraining_plan(config)
-    found = batches(url, "train", plan, rank=0, world_size=1, start=None, device=cpu, bad_samples=listed)
+    index = read_index(url)
+    found = batches(url, index, "train", plan, rank=0, world_size=1, start=None, device=cpu, bad_samples=listed)
     print(sum(len(batch.keys) for batch in found))
 except HemocoError as error:
     sys.exit(f"{type(error).__name__}: {error}")

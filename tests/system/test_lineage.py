@@ -28,6 +28,7 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
+from hemoco.data.shards.index import ShardIndexes
 from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect, tracking_uri
@@ -114,7 +115,7 @@ def backbone(seed):
 
 def pretrained_before(recipe, run, storage):
     """A run whose pretraining is finished and not recorded further, as MLflow's outage would leave it."""
-    study = open_study(recipe, run=run, storage=storage, fresh=False, tags={})
+    study = open_study(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
     tags = {"hemoco.run": run, "hemoco.phase": "pretrain", "hemoco.data_digest": study.data.digest}
     child, _ = open_child(study, "pretrain", tags)
     url = join_url(study.url, "pretrain/backbone.safetensors")
@@ -131,7 +132,7 @@ def lineage(recipe, s3):
     child, url, digest = pretrained_before(recipe, "lineage-1", storage)
     log_dataset_input(tracking_uri(), child, "lineage/cells", recipe.data.shards, digest, "pretraining")
     for _ in range(2):  # the second time nothing is left to do
-        pretrain_then_transfer(recipe, run="lineage-1", storage=storage, fresh=False, tags={})
+        pretrain_then_transfer(recipe, indexes=ShardIndexes(), run="lineage-1", storage=storage, fresh=False, tags={})
     return "lineage-1", child, url, digest
 
 
@@ -181,7 +182,9 @@ def test_transfers_from_a_registered_backbone_join_its_results(lineage, recipe, 
     run, child, _, _ = lineage
     only = dataclasses.replace(recipe, transfers={"again": KnnConfig(neighbours=4, inits=("pretrained",))})
     storage, name = join_url(s3, "lineage/runs"), f"models:/hemoco-lineage@{run}"
-    transfer_only(only, backbone_url=name, run="lineage-2", storage=storage, fresh=False, tags={})
+    transfer_only(
+        only, indexes=ShardIndexes(), backbone_url=name, run="lineage-2", storage=storage, fresh=False, tags={}
+    )
     (version,) = [one for one in backbone_versions(tracking) if one.run == run]
     assert version.run_id == child and version.results.keys() == {"knn/top1", "probe/top1", "again/top1"}
     assert run_results(tracking, "lineage-2").pretraining.backbone_url == f"models:/{version.model_id}"
@@ -257,7 +260,8 @@ def test_pretraining_has_its_backbone_and_every_snapshot_as_outputs(recipe, s3, 
     longer = dataclasses.replace(recipe, name="longer", pretrain=pretrain, transfers=measured, curve=("knn",))
     storage, client = join_url(s3, "lineage/runs"), MlflowClient(tracking)
     first, again = (
-        pretrain_only(longer, run="lineage-3", storage=storage, fresh=False, tags={}).run_id for _ in range(2)
+        pretrain_only(longer, indexes=ShardIndexes(), run="lineage-3", storage=storage, fresh=False, tags={}).run_id
+        for _ in range(2)
     )
     assert first == again
     assert machine_facts().items() <= client.get_run(first).data.tags.items()

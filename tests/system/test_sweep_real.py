@@ -30,7 +30,7 @@ from hemoco.config import (
     SweepConfig,
     ViewsConfig,
 )
-from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
+from hemoco.data.shards.index import Shard, ShardIndex, ShardIndexes, write_index, write_table
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.storage.objects import join_url, write_bytes
 from jobs.demo_data import split_digits
@@ -195,7 +195,7 @@ def test_same_words_again_run_no_trial_again(client, words):
     before = {run.info.run_id: run.info.end_time for run in search(client, hemoco__sweep=NAME)}
     shards, storage = words[4], words[6]
     again = dataclasses.replace(load_recipe(__file__), data=DataConfig(shards=shards))
-    run_sweep(again, run=NAME, storage=storage, fresh=False, tags={})
+    run_sweep(again, indexes=ShardIndexes(), run=NAME, storage=storage, fresh=False, tags={})
     after = {run.info.run_id: run.info.end_time for run in search(client, hemoco__sweep=NAME)}
     (sweep,) = search(client, hemoco__sweep=NAME, hemoco__phase="sweep")
     assert {run for run in before if before[run] != after[run]} == {sweep.info.run_id}

@@ -124,7 +124,11 @@ def state() -> TrainState:
 def batches(url: str, start: StreamPosition | None = None) -> list[stream.Batch]:
     plan = dataclasses.replace(stream.pretraining_plan(CONFIG), epochs=1)
     listed, cpu = BadSampleFile("memory://unwritten"), torch.device("cpu")
-    return list(stream.batches(url, "train", plan, rank=0, world_size=1, start=start, device=cpu, bad_samples=listed))
+    return list(
+        stream.batches(
+            url, read_index(url), "train", plan, rank=0, world_size=1, start=start, device=cpu, bad_samples=listed
+        )
+    )
 
 
 def same(ours: list[stream.Batch], theirs: list[stream.Batch]) -> bool:

@@ -133,6 +133,7 @@ def stream(plan: CropPlan, start: StreamPosition | None) -> Iterator[Batch]:
     """The batches of this process, the only one, after a position."""
     source = batches(
         SHARDS,
+        read_index(SHARDS),
         "train",
         plan,
         rank=0,
@@ -241,7 +242,7 @@ def test_a_checkpoint_written_today_has_the_manifest_of_the_old_one(training: st
 def test_an_old_backbone_gives_the_features_that_it_gave() -> None:
     backbone, expected = load_backbone(BACKBONE), EXPECTED["backbone"]
     assert tensors_digest(backbone.encoder.state_dict()) == expected["tensors"]
-    images, labels, _ = load_images(SHARDS, "test", V2.views.size)
+    images, labels, _ = load_images(SHARDS, read_index(SHARDS), "test", V2.views.size)
     assert labels.tolist() == [label for _, label, _ in EXPECTED["samples"]["test-000000.tar"]]
     features = extract_features(backbone, images)
     torch.testing.assert_close(features, torch.tensor(expected["features"]), rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,20 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
         StorageError: the storage refuses or does not answer.
     """
     index_url = storage.join_url(url, INDEX_NAME)
-    if not patiently(lambda: storage.exists(index_url), patience_s):
-        if storage.list_names(storage.join_url(url, UNFINISHED)):
-            raise ShardError(f"{url}: an unfinished pack; the same `python -m jobs pack SOURCE DEST` again goes on")
-        raise ShardError(f"{url}: no {INDEX_NAME}, so no shards here; make some with `python -m jobs pack SOURCE DEST`")
     try:
-        fields = json.loads(patiently(lambda: storage.read_bytes(index_url), patience_s))
+        data = patiently(lambda: storage.read_bytes(index_url), patience_s)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        if storage.list_names(storage.join_url(url, UNFINISHED)):  # raises where it is the bucket that is missing
+            raise ShardError(
+                f"{url}: an unfinished pack; the same `python -m jobs pack SOURCE DEST` again goes on"
+            ) from error
+        raise ShardError(
+            f"{url}: no {INDEX_NAME}, so no shards here; make some with `python -m jobs pack SOURCE DEST`"
+        ) from error
+    try:
+        fields = json.loads(data)
     except ValueError as error:
         raise ShardError(f"{index_url}: not JSON ({error}); pack the data again") from error
     if not isinstance(fields, dict) or fields.get("format") != INDEX_FORMAT:
@@ -148,6 +157,29 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     if index.digest != fields.get("digest"):
         raise ShardError(f"{index_url}: its digest does not fit its content: it was edited; pack the data again")
     return index
+
+
+class ShardIndexes:
+    """Indexes of shard folders by URL, each read once, when it is first needed.
+
+    A command makes one and passes it on, so that its checks, its pretraining and its transfers see the same index and
+    its driver reads it once. Worker processes read the index themselves, once each.
+    """
+
+    def __init__(self) -> None:
+        self._indexes: dict[str, ShardIndex] = {}
+        self._lock = Lock()  # transfers run in threads
+
+    def at(self, url: str) -> ShardIndex:
+        """The index of the folder at a URL.
+
+        Raises:
+            ShardError, StorageError: as `read_index`; the next call tries again.
+        """
+        with self._lock:
+            if url not in self._indexes:
+                self._indexes[url] = read_index(url)
+            return self._indexes[url]
 
 
 def shard_url(url: str, shard: Shard) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hemoco.config import PretrainConfig
-from hemoco.data.shards.index import ShardColumns, ShardIndex, read_index
+from hemoco.data.shards.index import ShardColumns, ShardIndex
 from hemoco.data.stream.bad_samples import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
 from hemoco.data.stream.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
 from hemoco.errors import HemocoError
@@ -59,6 +59,7 @@ def steps_per_epoch(index: ShardIndex, split: str, plan: CropPlan) -> int:
 
 def batches(
     data_url: str,
+    index: ShardIndex,
     split: str,
     plan: CropPlan,
     *,
@@ -75,7 +76,14 @@ def batches(
     Closing the generator ends the loader processes.
 
     Args:
+        data_url: URL of the shard folder.
+        index: its index.
+        split: name of the split.
+        plan: order and crops.
+        rank: of this process.
+        world_size: number of processes.
         start: position of the last batch consumed; None starts at the beginning.
+        device: receives the crops.
         bad_samples: receives those of this rank; the caller writes it.
 
     Raises:
@@ -85,7 +93,6 @@ def batches(
     """
     size, stream = plan.global_batch_size, plan.stream
     slots = (size * rank // world_size, size * (rank + 1) // world_size)
-    index = read_index(data_url, patience_s=stream.retry_s)
     shards = ShardColumns(index.split(split))
     source = CropSource(data_url, shards, plan, slots=slots, start=start)
     limit = BadSampleLimit(stream.max_bad_share)

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from hemoco.config import DetectionConfig, MaskRcnnConfig
 from hemoco.data.decode import decode_image
-from hemoco.data.shards.index import read_index, read_shard, shard_url
+from hemoco.data.shards.index import ShardIndex, read_shard, shard_url
 from hemoco.data.shards.tar import Sample
 from hemoco.errors import ConfigError, ShardError
-from hemoco.storage.retry import EVALUATION_PATIENCE_S
 from hemoco.transfer.detection.annotations import clean_annotations
 from hemoco.transfer.detection.targets import Example, build_target, flip_horizontally, scale
 
@@ -95,22 +94,22 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 """Images and targets."""
 
 
-def load_detection_samples(data_url: str, split: str, *, masks: bool) -> DetectionData:
+def load_detection_samples(data_url: str, index: ShardIndex, split: str, *, masks: bool) -> DetectionData:
     """All images of a split with the annotations that can be used.
 
     Ids are given anew, by place, so it does not matter where an id comes twice. Objects that VOC calls difficult are
     kept, and trained on as by detectron2 (its pascal_voc.py: "they don't hurt accuracy"); the VOC metric ignores them.
 
     Args:
-        data_url: of the shard folder.
-        split: its name.
+        data_url: URL of the shard folder.
+        index: its index.
+        split: name of the split.
         masks: whether objects need a mask; else those they have are left out.
 
     Raises:
         ShardError: an image has no annotations, no readable header, or an annotation that is none; or masks are wanted
             where there are boxes only.
     """
-    index = read_index(data_url, patience_s=EVALUATION_PATIENCE_S)
     known = frozenset(int(category["id"]) for category in index.categories)
     samples: list[DetectionSample] = []
     counts = Counter(dict.fromkeys(COUNTS, 0))

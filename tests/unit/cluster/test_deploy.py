@@ -14,7 +14,7 @@ from cluster.submit.checkout import uploaded_files
 from cluster.submit.environment import job_spec
 from hemoco.config import ResourcesConfig
 from jobs.cli import _VERBS
-from jobs.options import ReportOptions, parse_options
+from jobs.options import ReportOptions, typed_options
 from tests.helpers.deploy_files import (
     AWS,
     COMPOSE,
@@ -145,7 +145,7 @@ def test_the_words_of_the_rayjob_are_understood_and_fill_its_workers():
     spec = documents("kuberay-job.yaml")[0]["spec"]
     python, dash_m, module, verb, *words = shlex.split(spec["entrypoint"])
     assert (python, dash_m, module, verb) == ("python", "-m", "jobs", "run")
-    options = parse_options(verb, words, ReportOptions)
+    options = typed_options(verb, words, ReportOptions)
     asked: ResourcesConfig = options.recipe.pretrain.resources
     limits = pods("kuberay-job.yaml")["worker"]["containers"][0]["resources"]["limits"]
     nodes, gpus = spec["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"], int(limits["nvidia.com/gpu"])

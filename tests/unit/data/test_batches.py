@@ -50,6 +50,7 @@ def run(
     return list(
         stream.batches(
             url,
+            read_index(url),
             "train",
             dataclasses.replace(stream.pretraining_plan(made), epochs=epochs),
             rank=rank,
@@ -119,6 +120,7 @@ def test_memory_of_loader_processes_used_again_holds_the_right_views(shards: str
 def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
     source = stream.batches(
         shards,
+        read_index(shards),
         "train",
         dataclasses.replace(stream.pretraining_plan(config(workers=2)), epochs=1000),
         rank=0,
@@ -192,7 +194,7 @@ def test_batches_say_what_was_read(shards: str) -> None:
 
 
 def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:
-    images, labels, keys = labelled.load_images(shards, "train", 8)
+    images, labels, keys = labelled.load_images(shards, read_index(shards), "train", 8)
     assert images.shape == (75, 3, 8, 8) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [int(key) for key in keys] == list(range(75))
     assert labels.tolist() == [number % 3 for number in range(75)]
@@ -201,7 +203,7 @@ def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:
 def test_evaluation_names_an_image_without_label_or_with_damage(tmp_path: Path) -> None:
     unlabelled = write_shards(f"file://{tmp_path}/a", SIZES, labelled=False)
     with pytest.raises(ShardError, match=r"train-000000\.tar: sample 0 has no label"):
-        labelled.load_images(unlabelled, "train", 8)
+        labelled.load_images(unlabelled, read_index(unlabelled), "train", 8)
     damaged = write_shards(f"file://{tmp_path}/b", SIZES, bad=(3,))
     with pytest.raises(ShardError, match=r"sample 3: its 12 bytes are not an image"):
-        labelled.load_images(damaged, "train", 8)
+        labelled.load_images(damaged, read_index(damaged), "train", 8)

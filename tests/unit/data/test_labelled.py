@@ -27,8 +27,8 @@ def backbone(seed: int = 0) -> Backbone:
 
 
 def test_a_split_in_storage_is_the_one_in_memory(shards: str) -> None:
-    images, labels, _ = load_images(shards, "train", 8)
-    split = open_split(shards, "train", 8)
+    images, labels, _ = load_images(shards, read_index(shards), "train", 8)
+    split = open_split(shards, read_index(shards), "train", 8)
     batches = list(split.batches())
     assert [len(batch) for batch in batches] == [256, 256, 39]
     assert torch.equal(torch.cat(batches), images)
@@ -40,7 +40,7 @@ def test_a_split_in_storage_is_the_one_in_memory(shards: str) -> None:
 
 def test_cached_features_need_no_image(tmp_path: Path) -> None:
     url, cache = write_shards(str(tmp_path / "shards"), (9, 3)), FeatureCache(tmp_path / "cache")
-    split = open_split(url, "train", 8)
+    split = open_split(url, read_index(url), "train", 8)
     live = split_features(backbone(), split, cache)
     for path in (tmp_path / "shards").glob("*.tar"):
         path.unlink()
@@ -50,9 +50,10 @@ def test_cached_features_need_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["backbone", "size", "data"])
 def test_features_of_anything_else_are_computed(change: str, tmp_path: Path) -> None:
     url, cache = write_shards(str(tmp_path / "shards"), (9, 3)), FeatureCache(tmp_path / "cache")
-    split_features(backbone(), open_split(url, "train", 8), cache)
+    split_features(backbone(), open_split(url, read_index(url), "train", 8), cache)
     other = write_shards(str(tmp_path / "other"), (8, 4)) if change == "data" else url
-    made, split = backbone(int(change == "backbone")), open_split(other, "train", 12 if change == "size" else 8)
+    made = backbone(int(change == "backbone"))
+    split = open_split(other, read_index(other), "train", 12 if change == "size" else 8)
     assert torch.equal(split_features(made, split, cache), split_features(made, split, None))
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
@@ -62,18 +63,18 @@ def test_some_images_come_from_few_shards_all_over_the_split(tmp_path: Path) -> 
     for path in tmp_path.glob("*.tar"):
         if int(path.stem[-6:]) % 5:
             path.unlink()  # not read
-    values = some_images(url, "train", size=8, count=50)[:, 0, 0, 0].tolist()
+    values = some_images(url, read_index(url), "train", size=8, count=50)[:, 0, 0, 0].tolist()
     assert values == [shard * 10 + row for shard in range(0, 25, 5) for row in range(10)]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(551, 551), (10_000, 551), (100, 100)])
 def test_some_images_are_about_as_many_as_wanted_or_all(shards: str, count: int, expected: int) -> None:
-    assert len(some_images(shards, "train", size=4, count=count)) == pytest.approx(expected, abs=5)
+    assert len(some_images(shards, read_index(shards), "train", size=4, count=count)) == pytest.approx(expected, abs=5)
 
 
 def test_images_without_a_label_are_told_before_any_is_read(tmp_path: Path) -> None:
     url = write_shards(str(tmp_path), (4,), labelled=False)
     (tmp_path / read_index(url).shards[0].name).unlink()
-    split = open_split(url, "train", 8)
+    split = open_split(url, read_index(url), "train", 8)
     with pytest.raises(ShardError, match="4 of 4 images have no label"):
         check_labels(split, split)

@@ -29,7 +29,7 @@ def backbone() -> Backbone:
 def test_a_sample_has_the_features_of_its_images(backbone: Backbone, tmp_path: Path) -> None:
     write_shards(str(tmp_path), [5, 4])
     sample = sample_features(backbone, str(tmp_path), read_index(str(tmp_path)), "train", 16)
-    images, labels, keys = load_images(str(tmp_path), "train", 16)
+    images, labels, keys = load_images(str(tmp_path), read_index(str(tmp_path)), "train", 16)
     assert sample.keys == tuple(keys) and sample.labels.tolist() == labels.tolist()
     assert torch.equal(sample.thumbnails, images)
     features = extract_features(backbone, images)

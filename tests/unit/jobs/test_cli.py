@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from hemoco import config
-from hemoco.config import Recipe
+from hemoco.config import Recipe, config_digest
+from hemoco.errors import UsageError
 from jobs.cli import main
-from jobs.options import RunOptions, load_recipe, parse_options, recipe_names
+from jobs.options import RunOptions, TransferOptions, load_recipe, parse_options, recipe_names, typed_options
+from pipeline.checks import check_urls
 from tests.helpers.shard_folders import write_shards
 
 ROOT = Path(__file__).parents[3]
@@ -157,6 +159,38 @@ def test_help_of_a_recipe_verb_needs_no_recipe(capsys):
 def test_flags_are_the_names_of_the_config():
     options = parse_options("run", ["cifar10_resnet18_mocov2", "--transfers.knn.neighbours", "7"], RunOptions)
     assert options.recipe.transfers["knn"].neighbours == 7
+
+
+def test_paths_become_urls_and_the_default_name_is_that_of_what_was_typed(tmp_path, monkeypatch):
+    words = ["demo", "--data.shards", "some/folder", "--storage", "runs", "--transfers.knn.inits", "pretrained", "a=x"]
+    words += ["--backbone", "backbone.safetensors"]
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        options = parse_options("transfer", words, TransferOptions)
+        here = folder.as_uri()
+        assert (options.storage, options.backbone) == (f"{here}/runs", f"{here}/backbone.safetensors")
+        assert options.recipe.data.shards == f"{here}/some/folder"
+        assert options.recipe.transfers["knn"].inits == ("pretrained", f"a={here}/x")
+        found.append(options.run)
+    typed = typed_options("transfer", words, TransferOptions)
+    assert (typed.recipe.data.shards, typed.run) == ("some/folder", "")
+    digest = config_digest({"recipe": typed.recipe, "more": ("backbone.safetensors",)})
+    assert found == [f"demo-{digest}"] * 2
+
+
+def test_urls_and_registered_backbones_stay_as_they_are():
+    words = ["demo", "--data.shards", "s3://b/x", "--storage", "s3://b/runs", "--backbone", "models:/mine@best"]
+    options = parse_options("transfer", words, TransferOptions)
+    assert (options.recipe.data.shards, options.storage) == ("s3://b/x", "s3://b/runs")
+    assert options.backbone == "models:/mine@best"
+
+
+def test_the_pipeline_refuses_paths_instead_of_urls():
+    recipe = dataclasses.replace(load_recipe("demo"), data=config.DataConfig(shards="some/folder"))
+    with pytest.raises(UsageError, match=r"data\.shards is some/folder: give a URL"):
+        check_urls(recipe)
 
 
 def test_help_of_the_command_and_of_a_verb():

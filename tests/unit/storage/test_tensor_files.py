@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from hemoco.errors import CheckpointError
-from hemoco.storage.tensor_files import parse_file
+from hemoco.storage.tensor_files import parse_file, read_safetensors_metadata
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}
 CONTENT = {"epoch": 3, "state_dict": TENSORS}
@@ -67,6 +67,25 @@ def test_safetensors_come_with_their_metadata():
     assert torch.equal(found["state_dict"]["a"], TENSORS["a"])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         parse_file("theirs", data[:-1])
+
+
+@pytest.mark.parametrize("long", ["", "x" * 100_000])  # the second header needs another request
+def test_the_metadata_of_safetensors_are_read_without_the_tensors(tmp_path, long):
+    file = tmp_path / "b.safetensors"
+    data = safetensors.torch.save(TENSORS, {"format": "pt", "long": long})
+    file.write_bytes(data)
+    assert read_safetensors_metadata(str(file)) == {"format": "pt", "long": long}
+    file.write_bytes(safetensors.torch.save({}))
+    assert read_safetensors_metadata(str(file)) == {}
+    for wrong in (data[:-1], data + b"x", data[:100], b"", data[:5], b"x" * 200, saved(CONTENT)):
+        file.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+            read_safetensors_metadata(str(file))
+    length = (20).to_bytes(8, "little")
+    for header in (b"{nonsense          }", b'{"a": 1}            ', b'{"a": {"dtype": 1}} '):
+        file.write_bytes(length + header)
+        with pytest.raises(CheckpointError, match="its header cannot be read"):
+            read_safetensors_metadata(str(file))
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", pickle.dumps({"a": 1})[:-2], b"\x00" * 8 + b"{}"])

@@ -66,6 +66,7 @@ def train(state: ClassifierState, url: str, steps: int | None = None) -> list[Lo
     index, plan = read_index(url), classifier_plan(state.config, state.seed)
     source = batches(
         url,
+        read_index(url),
         "train",
         plan,
         rank=rank(),
@@ -237,7 +238,7 @@ def test_a_checkpoint_of_other_settings_seed_or_data_is_refused(tmp_path: Path) 
 def test_scores_are_of_the_centre_view(shards: str) -> None:
     state = fresh(dataclasses.replace(LINEAR, resize=20))
     scores = classify(state, shards, read_index(shards).split("train"), batch_size=7)
-    images, labels, _ = load_images(shards, "train", 20)
+    images, labels, _ = load_images(shards, read_index(shards), "train", 20)
     with torch.no_grad():
         expected = state.model(state.model.backbone.normalise(torch.stack([center_view(i, 16, 20) for i in images])))
     assert torch.equal(scores.labels, labels)

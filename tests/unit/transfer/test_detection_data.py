@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from hemoco.config import FasterRcnnConfig, MaskRcnnConfig
-from hemoco.data.shards.index import Shard, ShardIndex, write_index
+from hemoco.data.shards.index import Shard, ShardIndex, read_index, write_index
 from hemoco.data.shards.tar import Sample, encode_shard
 from hemoco.data.sources.folders import open_source, read_items
 from hemoco.errors import ConfigError, ShardError
@@ -77,7 +77,7 @@ def shards(folder: Path, annotations: list[list[dict[str, Any]] | None], image: 
 
 def test_samples_are_numbered_anew_and_keep_their_files(tmp_path: Path) -> None:
     url = shards(tmp_path, [[square(0, 0, 9, id=5)], [square(0, 0, 9, id=5)]])
-    data = load_detection_samples(url, "train", masks=True)
+    data = load_detection_samples(url, read_index(url), "train", masks=True)
     assert [(s.image_id, s.source_id, s.key) for s in data.samples] == [(1, 9, "k0"), (2, 9, "k1")]
     assert [(s.height, s.width) for s in data.samples] == [(48, 64)] * 2
     assert data.samples[1].image == picture(1) and data.samples[1].decode()[0, 0, 0] == 1
@@ -90,7 +90,7 @@ def test_what_is_clipped_dropped_and_empty_is_counted(tmp_path: Path) -> None:
     other["segmentation"] = encode_mask(np.ones((64, 48), bool))
     crowd = square(0, 0, 9, iscrowd=1)
     url = shards(tmp_path, [[outside, flat, reaching, other, square(1, 1, 9)], [], [crowd], [flat]])
-    data = load_detection_samples(url, "train", masks=True)
+    data = load_detection_samples(url, read_index(url), "train", masks=True)
     assert data.counts == {
         "annotations_clipped": 1.0,
         "annotations_dropped": 4.0,
@@ -139,9 +139,9 @@ def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
     without = square(0, 0, 9)
     del without["segmentation"]
     url = shards(tmp_path, [[without], [without]])
-    assert len(load_detection_samples(url, "train", masks=False).samples) == 2
+    assert len(load_detection_samples(url, read_index(url), "train", masks=False).samples) == 2
     with pytest.raises(ShardError, match=r"none of the 2 objects of split 'train' has a mask.* use Faster R-CNN"):
-        load_detection_samples(url, "train", masks=True)
+        load_detection_samples(url, read_index(url), "train", masks=True)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,15 @@ def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
 def test_annotations_that_are_none_are_named(
     tmp_path: Path, annotations: list[dict[str, Any]] | None, message: str
 ) -> None:
+    url = shards(tmp_path, [annotations])
     with pytest.raises(ShardError, match=f"train-0.tar: {message}"):
-        load_detection_samples(shards(tmp_path, [annotations]), "train", masks=True)
+        load_detection_samples(url, read_index(url), "train", masks=True)
 
 
 def test_an_image_without_a_header_is_named(tmp_path: Path) -> None:
     url = shards(tmp_path, [[square(0, 0, 9)]], image=b"no image")
     with pytest.raises(ShardError, match=r"train-0.tar: k0: not an image with a sound header"):
-        load_detection_samples(url, "train", masks=True)
+        load_detection_samples(url, read_index(url), "train", masks=True)
 
 
 def test_damaged_pixels_and_masks_are_named_when_they_are_used() -> None:
@@ -181,7 +182,8 @@ def test_a_photo_held_sideways_has_the_size_it_is_seen_in(tmp_path: Path) -> Non
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 48)).save(buffer, "jpeg", exif=exif)
-    found = load_detection_samples(shards(tmp_path, [[square(0, 0, 9)]], buffer.getvalue()), "train", masks=False)
+    url = shards(tmp_path, [[square(0, 0, 9)]], buffer.getvalue())
+    found = load_detection_samples(url, read_index(url), "train", masks=False)
     (turned,) = found.samples
     assert (turned.height, turned.width) == (64, 48) == turned.decode().shape[1:]
 
