@@ -32,7 +32,7 @@ _STAGES = {
     "start S3, Ray and MLflow": 20,
     "draw digits and scenes": 15,
     "pack them into shards on S3": 15,
-    "pretrain, then transfer": 255,
+    "pretrain, then transfer": 280,
     "keep the backbone": 1,
     "write the table and the report": 15,
 }
