@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 
@@ -27,6 +28,7 @@ from hemoco.tracking.system_metrics import SystemMetrics
 from hemoco.train import checkpoint
 from hemoco.train.pretrain import StepMetrics, TrainState, build_state, train_steps
 from hemoco.transfer.classification.knn import knn_accuracy
+from pipeline.time_left import TimeLeft, left_text
 from pipeline.workers.group import GroupSize, run_workers
 from pipeline.workers.interruption import TrainingProcess
 from pipeline.workers.stop_request import watched_request
@@ -82,6 +84,8 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
     attempt = checkpoint.resume_newest(folder, state)
     knn = _OnlineKnn(job, index, device) if rank() == 0 and config.knn_every_epochs else None
     last: dict[str, float] = {}
+    total_steps = config.epochs * per_epoch
+    time_left = TimeLeft(total_steps)
     with (
         _tracker(job) if rank() == 0 else nullcontext() as tracker,
         SystemMetrics(job.tracking_uri, job.run_id, tracker) if tracker is not None else nullcontext(),
@@ -93,9 +97,10 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
             values = dict(metrics.values)
             if knn is not None and _ends_epoch(metrics.step, per_epoch, config, every=config.knn_every_epochs):
                 values |= knn(state)
+            left_s = time_left.seconds(metrics.step, time.monotonic())
             if values and tracker is not None:
                 tracker.log(metrics.step, values)
-                logger.info("%s", _progress(metrics, values, config.epochs * per_epoch))
+                logger.info("%s  %s", _progress(metrics, values, total_steps), left_text(left_s))
             last |= values
             if rank() == 0 and _ends_epoch(metrics.step, per_epoch, config, every=config.export_every_epochs):
                 _export(job, state, epoch_backbone(job.url, metrics.step // per_epoch))

@@ -12,8 +12,10 @@ from rich.ansi import AnsiDecoder
 from rich.console import Console
 from rich.text import Text
 
-# rank 0 of a pretraining logs each record; the display shows the same, and these lines would push all else away
-_SHOWN_BELOW = re.compile(r"(\([^)]*pid=\d+[^)]*\) )?pretrain step \d+/\d+  epoch \d+  ")
+# trainings log their progress; the display shows the same, and these lines would push all else away
+_SHOWN_BELOW = re.compile(
+    r"(\([^)]*pid=\d+[^)]*\) )?(pretrain step \d+/\d+  epoch \d+  |transfer \S+ \S+/seed_\d+ step \d+/\d+)"
+)
 
 
 @contextmanager

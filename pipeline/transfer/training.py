@@ -6,6 +6,8 @@ Shapes: N images of a batch, S x S pixels each.
 """
 
 import dataclasses
+import logging
+import time
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
 from functools import partial
@@ -36,6 +38,7 @@ from hemoco.transfer.classification.classifier import build_classifier_state, cl
 from hemoco.transfer.classification.scores import check_labels, classification_result, count_predictions
 from hemoco.transfer.classification.training import classifier_steps, classify
 from hemoco.transfer.detection.data import load_detection_samples
+from hemoco.transfer.detection.detector import scaled_schedule
 from hemoco.transfer.detection.training import (
     build_detection_state,
     detection_steps,
@@ -43,6 +46,7 @@ from hemoco.transfer.detection.training import (
     sorted_category_ids,
 )
 from hemoco.transfer.result import TransferResult
+from pipeline.time_left import TimeLeft, left_text
 from pipeline.transfer.job import (
     TransferUnit,
     begin_attempt,
@@ -55,6 +59,9 @@ from pipeline.transfer.job import (
 from pipeline.workers.interruption import TrainingProcess, sigterm_noted
 from pipeline.workers.tasks import Interrupted
 
+logger = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 20.0
 _LESS_MEMORY = (
     "take more workers for this transfer or machines with more memory: the same words go on from the last checkpoint"
 )
@@ -71,6 +78,8 @@ def train_alone(unit: TransferUnit) -> list[str] | Interrupted:
     """What a Ray task runs; the result in a line, the only one."""
     config = unit.job.config
     begin_attempt(unit)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)  # Ray brings the lines to the driver
     torch.set_num_threads(config.cpus)
     alone = ResourcesConfig(cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
     with sigterm_noted():
@@ -114,14 +123,24 @@ class _Checkpoints:
     """Saves a training every few steps, at its end and when it is interrupted, on rank 0."""
 
     def __init__(self, unit: TransferUnit, config: TrainedConfig, state: TrainingState) -> None:
+        self._unit = unit
         self._url, self._every, self._state = join_url(unit.url, "checkpoints"), config.checkpoint_every_steps, state
         self._attempt = resume_newest(self._url, state)
         self._saved = state.step
 
-    def follow(self, steps: Iterable[LoggedStep], process: TrainingProcess, log: _Log) -> Interrupted | None:
-        """Takes the steps to their end, or to an interruption."""
+    def follow(
+        self, steps: Iterable[LoggedStep], process: TrainingProcess, log: _Log, *, total_steps: int
+    ) -> Interrupted | None:
+        """Takes the steps to their end, or to an interruption; rank 0 prints now and then how long is left."""
+        time_left, printed_s = TimeLeft(total_steps), time.monotonic()
         for step in steps:
             log(*step)
+            now_s = time.monotonic()
+            left_s = time_left.seconds(step.step, now_s)
+            if rank() == 0 and now_s - printed_s >= _LINE_EVERY_S:
+                printed_s = now_s
+                name = f"{self._unit.job.name} {self._unit.prefix}"
+                logger.info("transfer %s step %d/%d  %s", name, step.step, total_steps, left_text(left_s))
             due = step.step % self._every == 0
             reason = process.interruption(at_checkpoint=due)
             if due or reason:
@@ -170,7 +189,8 @@ def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) ->
         ) as source,
     ):
         per_epoch = steps_per_epoch(index, data.train_split, plan)
-        interrupted = checkpoints.follow(classifier_steps(state, source, per_epoch), process, log)
+        steps = classifier_steps(state, source, per_epoch)
+        interrupted = checkpoints.follow(steps, process, log, total_steps=config.epochs * per_epoch)
     if interrupted:
         return interrupted
     scores = classify(state, data.shards, index.split(data.test_split))
@@ -190,7 +210,8 @@ def train_detector(unit: TransferUnit, process: TrainingProcess, log: _Log) -> T
         config, unit.backbone(), index.categories, process.device, seed=unit.seed, data_digest=index.digest
     )
     steps = detection_steps(state, train.samples, sorted_category_ids(index.categories))
-    interrupted = _Checkpoints(unit, config, state).follow(steps, process, log)
+    total_steps = scaled_schedule(config).steps
+    interrupted = _Checkpoints(unit, config, state).follow(steps, process, log, total_steps=total_steps)
     if interrupted:
         return interrupted
     result = evaluate_detector(state, train.samples, test.samples, index.categories)

@@ -15,8 +15,9 @@ from hemoco.errors import ShardError
 from hemoco.features.neighbours import Neighbours
 from hemoco.features.plan import EmbedConfig, EmbedPlan, fixed_url, plan_embedding
 from hemoco.storage.objects import read_bytes, write_bytes
-from pipeline.embed import embed
+from pipeline.embed import embed_steps
 from tests.helpers.shard_folders import write_shards
+from tests.helpers.whole_stages import finish
 
 ROOT = Path(__file__).parents[2]
 CONFIG = EmbedConfig(size=10, resize=10, batch_size=4)
@@ -45,10 +46,10 @@ def test_the_same_call_again_goes_on_with_what_is_missing(bucket: str, tmp_path:
     shards = write_shards(f"{bucket}/shards", [5, 4, 3], bad={6})
     plan = planned(shards, backbone, tmp_path / "out")
     chosen = read_index(shards).shards
-    first = embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0)
+    first = finish(embed_steps(plan, chosen, cpus=1, gpus=0, max_bad_share=0))
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "train-000002.parquet").unlink()
-    again = embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0)
+    again = finish(embed_steps(plan, chosen, cpus=1, gpus=0, max_bad_share=0))
     after = contents(tmp_path / "out")
     assert (first.images, first.computed, again.images, again.computed) == (11, 11, 11, 3)
     assert again.bad == first.bad == (("not an image", 1, f"6 in {shards}/train-000001.tar"),)
@@ -62,8 +63,8 @@ def test_too_many_bad_samples_stop_it_unless_allowed(tmp_path: Path, backbone: s
     plan, chosen = planned(shards, backbone, tmp_path / "out"), read_index(shards).shards
     for _ in range(2):  # also when the file is there
         with pytest.raises(ShardError, match=r"11 of 12 samples are bad, the last is 10 in .*: not an image; repack"):
-            embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0.1)
-    assert embed(plan, chosen, cpus=1, gpus=0, max_bad_share=0.95).images == 1
+            finish(embed_steps(plan, chosen, cpus=1, gpus=0, max_bad_share=0.1))
+    assert finish(embed_steps(plan, chosen, cpus=1, gpus=0, max_bad_share=0.95)).images == 1
 
 
 def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(

@@ -36,7 +36,8 @@ from tests.helpers.made_runs import MadeRun, begin_run, end_pretraining, log_rat
 from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-RECIPE = load_recipe("demo")
+DEMO = load_recipe("demo")
+RECIPE = dataclasses.replace(DEMO, pretrain=dataclasses.replace(DEMO.pretrain, epochs=12))
 BEGAN_S = time.time()
 DONE = {("pretrained", 0): 0.98, ("random", 0): 0.91}
 # two displays of the run named, one after the other: that of a block that fails, and of one that waits for Ctrl-C

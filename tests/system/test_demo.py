@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,10 +45,24 @@ def test_demo_measures_every_transfer_from_both_inits(demo):
     assert {(row["transfer"], row["init"]) for row in rows} == expected
 
 
+def test_pretraining_beats_random_initialisation_on_every_transfer(demo):
+    rows = json.loads((demo[1] / "comparison.json").read_text())["rows"]
+    values = {(row["transfer"], row["init"]): row["value"] for row in rows}
+    for name in ("knn", "linear_probe", "low_shot", "mask_rcnn"):
+        assert values[name, "pretrained"] > 1.5 * values[name, "random"], values
+
+
+def test_progress_says_how_long_is_left(demo):
+    lines = demo[0].splitlines()
+    assert re.search(r"^\d stages, about \d+ min on two cores:$", lines[0])
+    left = [line for line in lines if line.startswith("[") and line.endswith(" left")]
+    assert len(left) == int(lines[0].split()[0])
+
+
 def test_backbone_opens_after_the_demo_has_ended(demo):
     comparison = json.loads((demo[1] / "comparison.json").read_text())
     assert comparison["pretraining"]["backbone_url"] == (demo[1] / "backbone.safetensors").as_uri()
-    assert hemoco.load_backbone(comparison["pretraining"]["backbone_url"]).num_features == 512
+    assert hemoco.load_backbone(comparison["pretraining"]["backbone_url"]).num_features == 96
 
 
 def test_named_commands_work_after_the_demo_has_ended(demo, home, tmp_path):
