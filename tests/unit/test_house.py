@@ -42,6 +42,8 @@ DOORS = {
     "matplotlib": ("hemoco/report/", "hemoco/transfer/classification/scores.py"),
     "rich": ("jobs/", "hemoco/report/"),
     "tyro": ("jobs/",),
+    "psutil": ("hemoco/errors.py", "hemoco/tracking/system_metrics.py", "cluster/local/processes.py"),
+    "pynvml": ("hemoco/tracking/system_metrics.py",),
 }
 """Where an outside package may be imported."""
 FULLEST = 12
