@@ -21,6 +21,8 @@ DOORS = {
     "jinja2": ("hemoco/report/",),
     "rich": ("jobs/", "hemoco/report/"),
     "tyro": ("jobs/",),
+    "psutil": ("hemoco/errors.py", "hemoco/tracking/system_metrics.py", "cluster/local/processes.py"),
+    "pynvml": ("hemoco/tracking/system_metrics.py",),
 }
 """Where an outside package may be imported."""
 FULLEST = 12
