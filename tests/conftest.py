@@ -30,6 +30,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import pytest
 
 from tests.helpers.drawn_sets import write_polygon_coco, write_sparse_coco
+from tests.helpers.servers import bucket, ray_cluster, s3, tracking
+
+__all__ = ["bucket", "ray_cluster", "s3", "tracking"]  # one of each for a session; tests/unit refuses them
 
 
 def pytest_sessionfinish() -> None:

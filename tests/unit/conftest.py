@@ -1,4 +1,4 @@
-"""Tests here use no server: the fixtures of tests/helpers/servers.py are not known, and Ray and MLflow out of reach."""
+"""Tests here use no server: fixtures of tests/helpers/servers.py are refused; S3, Ray and MLflow are out of reach."""
 
 import sys
 from collections.abc import Iterator
@@ -19,3 +19,15 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = _ray_is_running()
     yield
     assert _ray_is_running() == before, "this test starts Ray: its place is tests/services"
+
+
+@pytest.fixture(scope="session")
+def s3() -> None:
+    """Refuses the server to this test, and with it the fixtures bucket and ray_cluster."""
+    pytest.fail("a test that needs a server has its place in tests/services")
+
+
+@pytest.fixture(scope="session")
+def tracking() -> None:
+    """Refuses MLflow to this test."""
+    pytest.fail("a test that needs MLflow has its place in tests/services")
