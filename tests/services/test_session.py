@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from test_report import RECIPE, VALUES
 
 from jobs.session import show_results
+from tests.helpers.made_report import RECIPE, VALUES
 from tests.helpers.made_runs import begin_run, write_transfer
 
 # raised inside mlflow by SQLAlchemy 2.1

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 
 import pytest
 import torch
@@ -10,18 +9,9 @@ import torch
 from hemoco.config import (
     Choice,
     DataConfig,
-    EncoderConfig,
-    KnnConfig,
-    LinearProbeConfig,
     LogUniform,
-    MoCoConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    Recipe,
-    StreamConfig,
     SweepConfig,
     Uniform,
-    ViewsConfig,
     config_digest,
 )
 from hemoco.config.sweep import with_settings
@@ -30,9 +20,7 @@ from hemoco.errors import ConfigError, TrainingError, UsageError
 from hemoco.results.sweep import sweep_result
 from hemoco.storage.objects import exists, join_url, list_names
 from hemoco.tracking.client import connect
-from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import metric_history, open_run, run_facts
-from hemoco.tracking.unsent import MetricPoint
 from jobs.cli import main
 from jobs.demo_data import write_digits
 from jobs.options import SweepOptions, parse_options, run_name
@@ -41,28 +29,8 @@ from pipeline.sweep.early_stop import EarlyStop, Halving, Watched
 from pipeline.sweep.sweep import drawn_settings, run_sweep, trial_recipe
 from pipeline.workers.interruption import TrainingProcess
 from pipeline.workers.stop_request import StoppedError, request_stop
+from tests.helpers.made_sweep import LR, RECIPE, SPACE, SWEEP, TEMPERATURE, record
 from tests.helpers.whole_stages import pack
-
-LR, TEMPERATURE = "pretrain.optimizer.lr", "pretrain.moco.temperature"
-SPACE = {LR: LogUniform(0.01, 1.0), TEMPERATURE: Uniform(0.1, 0.4), "pretrain.moco.head": Choice(("linear", "mlp"))}
-SWEEP = SweepConfig(space=SPACE, objective="knn", trials=6)
-RECIPE = Recipe(
-    name="swept",
-    pretrain=PretrainConfig(
-        epochs=8,
-        global_batch_size=64,
-        log_every_steps=4,
-        checkpoint_every_steps=100,
-        knn_every_epochs=1,
-        views=ViewsConfig(size=32, crop_scale=(0.5, 1.0), flip=0.0),
-        encoder=EncoderConfig(architecture="resnet10t"),
-        moco=MoCoConfig(head="mlp_bn", queue_length=256, momentum=0.99, temperature=0.1, bn_group_size=32),
-        optimizer=OptimizerConfig(lr=0.03, weight_decay=5e-4),
-        stream=StreamConfig(workers=0, lanes=8),
-    ),
-    transfers={"knn": KnnConfig(neighbours=20), "linear_probe": LinearProbeConfig(epochs=5)},
-    sweep=SWEEP,
-)
 
 
 def searching(**changes):
@@ -188,11 +156,6 @@ def test_nothing_is_stopped_before_the_grace_epochs():
     rule = Halving(max_epochs=8, grace_epochs=3, reduction=2)
     assert not any(rule.is_bad(name, epoch, value) for epoch in (1, 2) for name, value in (("a", 0.9), ("b", 0.1)))
     assert [rule.is_bad(name, 3, value) for name, value in (("a", 0.9), ("b", 0.1))] == [False, True]
-
-
-def record(uri, run_id, key, points):
-    now = time.time_ns() // 1_000_000
-    send_points(uri, run_id, [MetricPoint(key=key, value=value, timestamp=now, step=step) for step, value in points])
 
 
 def watched(uri, folder, number, values, **changes):

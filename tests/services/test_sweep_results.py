@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from test_sweep import LR, RECIPE, record
 
 import jobs.options
 from hemoco.config import flat_params
@@ -22,6 +21,7 @@ from jobs.options import SweepOptions, parse_options
 from jobs.recorded_command import RecordedCommand, command_tags
 from jobs.verbs.submit import parse_request
 from jobs.verbs.sweep import again_words
+from tests.helpers.made_sweep import LR, RECIPE, record
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from hemoco.backbones.file import random_backbone
-from hemoco.config import EncoderConfig, LinearProbeConfig
+from hemoco.config import LinearProbeConfig
 from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ConfigError, ShardError, TrainingError
 from hemoco.features.cache import FeatureCache
@@ -28,19 +27,10 @@ from hemoco.transfer.classification.linear_probe import (
     stratified_split,
     train_heads,
 )
+from tests.helpers.coloured_splits import TINY, coloured, digest
 from tests.helpers.labelled import images_of, in_memory
 
-TINY = EncoderConfig(architecture="resnet10t", stem="small")
 CONFIG = LinearProbeConfig(epochs=20, batch_size=32, lrs=(0.01, 0.3, 3.0))
-
-
-def coloured(count: int, seed: int) -> LabelledSplit:
-    """Noisy images of four shades; neighbouring classes overlap."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 4
-    shades = torch.tensor([[90, 120, 120], [120, 90, 120], [120, 120, 90], [120, 120, 120]])[labels]
-    noise = torch.randn(count, 3, 1, 1, generator=generator) * 12 + torch.randn(count, 3, 8, 8, generator=generator)
-    return in_memory((shades.view(-1, 3, 1, 1) + noise).clamp(0, 255).to(torch.uint8), labels)
 
 
 def draw_features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,13 +73,6 @@ def digits() -> tuple[LabelledSplit, LabelledSplit]:
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return random_backbone(TINY, 0, (0.45, 0.45, 0.45), (0.05, 0.05, 0.05))
-
-
-def digest(backbone: Backbone) -> str:
-    data = hashlib.sha256()
-    for tensor in backbone.state_dict().values():
-        data.update(tensor.numpy().tobytes())
-    return data.hexdigest()
 
 
 def test_grid_equals_separate_runs_of_torchs_sgd() -> None:

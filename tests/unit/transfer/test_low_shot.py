@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from test_linear_probe import TINY, coloured, digest
 
 from hemoco.backbones.file import random_backbone
 from hemoco.config import LowShotConfig
@@ -19,6 +18,7 @@ from hemoco.transfer.classification.low_shot import (
     fit_logistic_regression,
     run_low_shot,
 )
+from tests.helpers.coloured_splits import TINY, coloured, digest
 from tests.helpers.labelled import images_of, in_memory
 
 
