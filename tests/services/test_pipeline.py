@@ -13,6 +13,7 @@ from hemoco.config import (
     LowShotConfig,
     ResourcesConfig,
 )
+from hemoco.config.kinds import method_name, transfer_kind
 from hemoco.data.labelled import load_images
 from hemoco.data.shards.index import ShardIndexes, read_index
 from hemoco.errors import HemocoError, TrainingError, UsageError
@@ -22,6 +23,7 @@ from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url, read_bytes, write_bytes
 from hemoco.tracking.client import tracking_uri
 from hemoco.tracking.runs import read_artifacts
+from hemoco.tracking.tags import Tag
 from hemoco.train.checkpoint import save_checkpoint
 from hemoco.train.pretrain import build_state
 from pipeline.checks import check_pretraining
@@ -56,6 +58,12 @@ def test_curve_ends_with_what_the_transfer_of_the_last_backbone_measures(unbroke
     row = next(row for row in run_results(tracking, unbroken).rows if (row.transfer, row.init) == ("knn", "pretrained"))
     assert (point.step, point.value) == (1, row.value)
     assert child(unbroken, "curve", transfer="knn", epoch="1").status == "FINISHED"
+
+
+def test_the_method_and_the_kinds_of_transfers_are_recorded(unbroken, recipe):
+    assert child(unbroken, "pretrain").tags[Tag.METHOD] == method_name(recipe.pretrain.moco)
+    for name, config in recipe.transfers.items():
+        assert child(unbroken, "transfer", transfer=name).tags[Tag.TRANSFER_KIND] == transfer_kind(config)
 
 
 def test_every_unit_counts_its_attempts(unbroken, recipe):
