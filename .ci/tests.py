@@ -6,6 +6,7 @@ $HEMOCO_HOME and Ray. Files that measure time, or need both cores, run alone aft
 failure.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -77,12 +78,14 @@ class Sessions:
             self._stopped = True
             running = list(self._running.values())
         for process in running:
-            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+                os.killpg(process.pid, signal.SIGINT)
         for process in running:
             try:
                 process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def system_files() -> list[str]:
@@ -162,6 +165,8 @@ def main() -> int:
     print(f"\n{'=' * 20} the {SLOWEST} slowest of all", *slowest(sessions.ended), sep="\n")
     print(f"\n{'=' * 20} sessions", *(f"{each.seconds:6.0f} s  {each.name}" for each in sessions.ended), sep="\n")
     faults = [f"{each.name}: {each.fault}" for each in sessions.ended if each.fault]
+    wanted = {"quick", *system_files(), *ALONE}
+    faults += [f"{name}: was not run" for name in sorted(wanted - {each.name for each in sessions.ended})]
     print("", *faults, "failed" if faults else "passed", sep="\n")
     return 1 if faults else 0
 

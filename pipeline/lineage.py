@@ -8,9 +8,11 @@ from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from hemoco.backbones.file import backbone_metadata
-from hemoco.config import DataConfig, MoCoConfig, Recipe, TransferConfig, init_label, init_url
+from hemoco.config import DataConfig, TransferConfig, init_label, init_url
+from hemoco.config.kinds import method_name
 from hemoco.data.shards.index import ShardIndex
 from hemoco.errors import RefusedError
+from hemoco.results.records import PRETRAINED
 from hemoco.tracking import models as registry
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.models import BackboneRecord, Measured
@@ -18,9 +20,6 @@ from hemoco.tracking.tags import Tag
 from pipeline.open_run import Study
 
 logger = logging.getLogger(__name__)
-
-PRETRAINED = "pretrained"
-_METHODS = {"linear": "moco_v1", "mlp": "moco_v2", "mlp_bn": "moco_v2"}  # by the head
 
 
 class BackboneModels:
@@ -151,7 +150,7 @@ def _pretrained_record(study: Study, run_id: str, url: str, epochs: int) -> Back
         params={
             "architecture": pretrain.encoder.architecture,
             "stem": pretrain.encoder.stem,
-            "method": _method(study.recipe),
+            "method": method_name(study.recipe.pretrain.moco),
             "data_digest": digest,
             "epochs": str(epochs),
             "image_size": str(pretrain.views.size),
@@ -159,11 +158,6 @@ def _pretrained_record(study: Study, run_id: str, url: str, epochs: int) -> Back
         tags={Tag.RUN: study.run, Tag.RECIPE: study.recipe.name, Tag.DATA_DIGEST: digest},
         about=backbone_metadata(url),
     )
-
-
-def _method(recipe: Recipe) -> str:
-    moco = recipe.pretrain.moco
-    return _METHODS[moco.head] if isinstance(moco, MoCoConfig) else "moco_v3"
 
 
 def _known_run(uri: str, run_id: str) -> tracking.RunFacts | None:

@@ -73,7 +73,7 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
 
     Raises:
         TrainingError: the loss is not finite.
-        StoppedError: it was asked for, by `pipeline.stop_request`.
+        StoppedError: it was asked for, by `pipeline.workers.stop_request`.
         TrackingError: MLflow has not taken all metrics.
     """
     config, device = job.config, process.device

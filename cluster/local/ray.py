@@ -1,6 +1,6 @@
-"""The embedded stack of one machine: Ray, alone or with the servers of `cluster.servers`.
+"""The embedded stack of one machine: Ray, alone or with the servers of `cluster.local.servers`.
 
-Nothing outlives the command that started it: servers run below `cluster.processes`, Ray shares the driver's fate.
+Nothing outlives the command that started it: servers run below `cluster.local.processes`, Ray shares the driver's fate.
 """
 
 import contextlib

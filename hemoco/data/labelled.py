@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hemoco.data.decode import decode_image
-from hemoco.data.shards.index import Shard, ShardIndex, read_shard, read_tables
+from hemoco.data.shards.index import Shard, ShardIndex, read_shard, read_tables, shard_url
 from hemoco.data.shards.tar import Sample
 from hemoco.data.transforms import center_view
 from hemoco.errors import ShardError
@@ -119,7 +119,7 @@ def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for shard in shards:
-            where = f"{data_url}/{shard.name}"
+            where = shard_url(data_url, shard)
             yield from threads.map(
                 lambda sample, where=where: _labelled_view(sample, where, size, shorter), read_shard(data_url, shard)
             )

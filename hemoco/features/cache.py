@@ -63,7 +63,10 @@ class FeatureCache:
         if metadata.get("key") == key and metadata.get("sha256") == _digest(tensors):
             return tensors["features"]
         logger.warning("event=damaged_features_file path=%s", path)
-        self._disk.remove(key)
+        try:
+            self._disk.remove(key)
+        except OSError as error:
+            self._warn(error)
         return None
 
     def keep(self, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

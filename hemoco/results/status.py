@@ -10,7 +10,7 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.runs import RunFacts, close_run, find_run, search
 from hemoco.tracking.tags import Tag
 
-# as hemoco.checkpoint names them, which imports torch; a test lets it write one
+# as hemoco.train.checkpoint names them, which imports torch; a test lets it write one
 _CHECKPOINT, _MANIFEST = re.compile(r"step_(\d{8,})_a(\d+)"), "manifest.json"
 _MOST_PARENTS = 1000
 _MOST_CHILDREN = 1000

@@ -151,8 +151,10 @@ class Claim:
 
     def close(self) -> None:
         """Removes the partial file, unless it is finished, and lets others have a try."""
-        self.partial.unlink(missing_ok=True)
-        _remove_locked(self._lock)
+        with contextlib.suppress(OSError):  # a disk that broke meanwhile: the next one removes what is left over
+            self.partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _remove_locked(self._lock)
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -168,8 +170,10 @@ def _lock(path: Path) -> FileLock:
 
 def _remove_locked(lock: FileLock) -> None:
     """Removes the file of a lock that is held, then lets go: filelock refuses a lock whose file is gone."""
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+    try:
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def _remove_left_over(folder: Path, key: str) -> bool:

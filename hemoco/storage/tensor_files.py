@@ -58,6 +58,8 @@ def read_safetensors_metadata(url: str) -> dict[str, str]:
         size = files.size(path)
         if size is None:  # web servers need not name it
             return parse_safetensors(url, read_bytes(url)).metadata
+        if size <= 8:  # nothing but a length; of an empty object no range can be asked for
+            raise CheckpointError(f"{url}: is not a whole safetensors file (it has no header)")
         head = _read_range(files, path, 0, min(size, _FIRST_BYTES))
         length = int.from_bytes(head[:8], "little")
         # another kind of file has any number here, and need not be read to the end that this would mean

@@ -18,7 +18,7 @@ from hemoco.errors import HemocoError
 from hemoco.tracking.client import tracking_uri
 from jobs.options import RunOptions, parse_options
 
-_BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.loader
+_BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.stream.loader
 _MODULES = (
     *("torch", "torchvision", "timm", "mlflow", "webdataset", "s3fs", "pyarrow.fs", "safetensors", "google_crc32c"),
     *("simplejpeg", "faster_coco_eval", "sklearn", "scipy", "ray.train", "hemoco.train.pretrain", "pipeline.checks"),

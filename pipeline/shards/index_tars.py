@@ -57,7 +57,7 @@ def index_steps(
     Labels are the numbers in `.cls`; the classes are named by them.
 
     Args:
-        sources: folders, tars or patterns, see `hemoco.data.tar_list`.
+        sources: folders, tars or patterns, see `hemoco.data.sources.tars`.
         dest: URL of the shard folder; tars in it are named relative to it, so that the whole can be moved.
         split: of tars whose name and folder tell none.
         overwrite: replace another index at `dest`, but no tars.

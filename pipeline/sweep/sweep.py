@@ -77,7 +77,7 @@ class Trial(NamedTuple):
 def run_sweep(
     recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
 ) -> None:
-    """All trials; the result is in MLflow, where `hemoco.sweep_results` reads it. What is over is not done again.
+    """All trials; the result is in MLflow, where `hemoco.results.sweep` reads it. What is over is not done again.
 
     Args:
         recipe: with a `sweep`, and absolute URLs.

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from hemoco.config import ResourcesConfig, TrainedConfig, TransferConfig
 from hemoco.errors import HemocoError
+from hemoco.results.records import PRETRAINED
 from hemoco.storage.objects import join_url, list_names
 from hemoco.tracking import metric_queue
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.tags import Tag
-from pipeline.lineage import PRETRAINED, record_snapshot, seed_values
+from pipeline.lineage import record_snapshot, seed_values
 from pipeline.open_run import Origin, Study
 from pipeline.pretrain import BACKBONES, epoch_backbone
 from pipeline.transfer.fan_out import record_transfer

@@ -1,1 +1,1 @@
-"""The only package of the pipeline that talks to Ray: worker groups, tasks, capacity, interruption."""
+"""The pipeline's door to Ray (sweeps also use Ray Tune): worker groups, tasks, capacity, interruption."""

@@ -1,7 +1,7 @@
 """A second S3 server that shares no code with the first: Ceph's, on loopback, one process of each kind.
 
 Debian packages: ceph-mon ceph-osd radosgw (16.2 was tried). No systemd, no cephadm, no manager; objects are in memory.
-It ends with the block that started it, as the servers of `cluster.servers` do.
+It ends with the block that started it, as the servers of `cluster.local.servers` do.
 """
 
 import contextlib

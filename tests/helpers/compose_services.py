@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.helpers.deploy_files import COMPOSE, ROOT, image_variables
+from tests.helpers.deploy_files import COMPOSE, DEPLOY, ROOT, image_variables
 
 _DEADLINE_S = 240
 _AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
@@ -40,7 +40,7 @@ class Stack:
     def __init__(self, folder: Path, image: Path, postgres: Path) -> None:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        asked = set(re.findall(r"\$\{(\w+):\?", (ROOT / "cluster" / "compose.yaml").read_text()))
+        asked = set(re.findall(r"\$\{(\w+):\?", (DEPLOY / "compose.yaml").read_text()))
         self.secrets = {name: secrets.token_hex(16) for name in asked}
         path = f"{image / 'bin'}:{postgres}:/usr/bin:/bin"
         places = {"PATH": path, "HOME": str(folder), "HEMOCO_HOME": str(folder / "cache"), "RAY_TMPDIR": "/run/ray"}
@@ -126,9 +126,7 @@ def main(folder: Path, image: Path, postgres: Path) -> None:
         "ray without a token": status("http://head:8265/api/jobs/"),
         "mlflow": stack.ask("python", "-c", _LOG_TO_MLFLOW),
         "artifacts": [path.name for path in (folder / "objects" / "hemoco" / "mlflow").rglob("*.txt")],
-        "job": stack.ask(
-            *["ray", "job", "submit", "--address", "http://head:8265", "--", "python", "-m", "jobs", "recipes"]
-        ),
+        "job": stack.ask(*_SUBMIT),
     }
     print(json.dumps(found))
 

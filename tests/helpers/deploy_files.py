@@ -132,9 +132,7 @@ def literal_secrets(document: Any) -> list[str]:
     """Names of values that are secrets, or hold one, beside what the environment puts in."""
     plain = [(name, re.sub(r"\$\{[^}]*\}", "", value)) for name, value in scalars(document)]
     named = [name for name, value in plain if _NAMED_SECRET.search(name) and value.strip('",')]
-    return named + [
-        name for name, value in plain if re.search(r"://[^/\s:@]*:[^/\s@]+@|(AKIA|ASIA)[A-Z0-9]{16}", value)
-    ]
+    return named + [name for name, value in plain if _LOOKS_SECRET.search(value)]
 
 
 def pods(file: str) -> dict[str, dict[str, Any]]:

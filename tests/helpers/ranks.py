@@ -30,8 +30,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         # a rank waits for the others in a collective, so no process takes two of them
         ranks = [_pool.submit(_run, rank, function, world_size, folder, args) for rank in range(world_size)]
         done, waiting = wait(ranks, return_when=FIRST_EXCEPTION)
-        if waiting:  # for the rank that failed, in a collective
-            for process in list(_pool._processes.values()):
+        # others wait for a rank that failed, in a collective; a pool of which a process has died is of no use
+        if waiting or any(rank.exception() is not None for rank in done):
+            for process in list((_pool._processes or {}).values()):
                 process.kill()
             _pool.shutdown()
             _pool = None

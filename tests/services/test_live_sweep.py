@@ -84,7 +84,7 @@ def test_trials_and_their_pretrainings_show_the_time_left(half_done):
     view.show(found)
     now[0] = 100.0
     phase = found.pretrainings[3]
-    later = phase._replace(steps={"loss": 54})
+    later = dataclasses.replace(phase, steps={"loss": 54})
     stopped = dataclasses.replace(found.trials[4], status="KILLED", tags=found.trials[1].tags)
     view.show(SweepFacts({**found.trials, 4: stopped}, {3: later}))
     everything, trial_3 = drawn(view)[:2]

@@ -71,7 +71,6 @@ def unbroken(shards: str, tracking: str, tmp_path_factory: pytest.TempPathFactor
 
 PRETRAIN = """
 import logging, pickle, resource, sys
-sys.path.insert(0, "tests")
 from tests.helpers import small_pretraining as here
 from pipeline.pretrain import pretrain_worker
 from hemoco.errors import HemocoError

@@ -6,9 +6,9 @@ time, a false positive every further time, and nothing at all if the object is d
 detections. Crowds, which VOC has not, are taken as difficult.
 
 VOC's boxes include both corner pixels, so its kit adds 1 to every width. Boxes of COCO's form hold that 1 already:
-x = xmin - 1 and width = xmax - xmin + 1 (`hemoco.data.voc_source`), hence x + width = xmax, and what two boxes share by
-VOC's count, min(xmax) - max(xmin) + 1, is min(x + width) - max(x). So plain IoU of boxes of COCO's form is VOC's IoU,
-and nothing is added here. A detector trained on such boxes predicts such boxes.
+x = xmin - 1 and width = xmax - xmin + 1 (`hemoco.data.sources.voc`), hence x + width = xmax, and what two boxes share
+by VOC's count, min(xmax) - max(xmin) + 1, is min(x + width) - max(x). So plain IoU of boxes of COCO's form is the IoU
+of VOC, and nothing is added here. A detector trained on such boxes predicts such boxes.
 
 detectron2's evaluator adds 1 to xmin and ymin of such predictions and then to every width, which is the same IoU. Its
 AP50 in percent is our box_ap50 for VOC 2012 and our box_ap50_11point for VOC 2007, except where it rounds (scores to

@@ -237,6 +237,11 @@ def test_the_files_that_the_guide_names_exist():
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
+def test_the_driver_of_compose_has_the_checkout():
+    source = COMPOSE["services"]["driver"]["volumes"][0].partition(":")[0]
+    assert (DEPLOY / source).resolve() == ROOT
+
+
 def test_the_names_in_kubernetes_that_the_guide_types_exist():
     names = {document["metadata"]["name"] for file in KUBERAY for document in documents(file)}
     typed = re.findall(r"(?:rayjob|raycluster|job/|secret|service/)\s?(hemoco-\w+)", DOC)
