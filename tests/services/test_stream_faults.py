@@ -18,6 +18,7 @@ from hemoco.data.stream import batches as stream
 from hemoco.data.stream.bad_samples import BadSampleFile, ReadCounts, sum_counts
 from hemoco.errors import HemocoError, ShardError, StorageError
 from hemoco.storage.objects import read_bytes, remove, write_bytes
+from hemoco.storage.retry import EVALUATION_PATIENCE_S
 from tests.helpers.fault_proxy import FaultProxy, fault_proxy
 from tests.helpers.shard_folders import write_shards
 
@@ -48,7 +49,7 @@ def config(**changed: Any) -> PretrainConfig:
 def batches(url: str, made: PretrainConfig, epochs: int = 1) -> Iterator[stream.Batch]:
     return stream.batches(
         url,
-        read_index(url),
+        read_index(url, patience_s=made.stream.retry_s),
         "train",
         dataclasses.replace(stream.pretraining_plan(made), epochs=epochs),
         rank=0,
@@ -91,7 +92,9 @@ def test_an_outage_of_some_seconds_is_waited_out_by_training_and_evaluation(buck
     proxy.fail("status", times=10**6, for_s=8, match="")
     assert keys_and_counts(bucket, config())[0] == expected
     proxy.fail("status", times=10**6, for_s=8, match="")
-    assert len(labelled.load_images(bucket, read_index(bucket), "train", 8)[2]) == sum(SIZES)
+    assert len(
+        labelled.load_images(bucket, read_index(bucket, patience_s=EVALUATION_PATIENCE_S), "train", 8)[2]
+    ) == sum(SIZES)
 
 
 def test_a_sample_table_that_comes_late_is_waited_for(bucket: str, proxy: FaultProxy) -> None:
