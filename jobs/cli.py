@@ -36,6 +36,9 @@ _MODULES = {
 }
 
 
+_ROOMS = ("hemoco", "pipeline", "cluster", "jobs")
+
+
 def main(argv: list[str]) -> int:
     """Runs a verb.
 
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
         print(_help())
         return 0 if argv else 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for room in ("hemoco", "pipeline", "cluster", "jobs"):  # not all: botocore logs session tokens
+    for room in _ROOMS:  # not all: botocore logs session tokens
         logging.getLogger(room).setLevel(logging.DEBUG if debug else logging.WARNING)
     if not debug:
         logging.getLogger("pipeline").setLevel(logging.INFO)  # what a person waits for
@@ -64,6 +67,8 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in _ROOMS:
+            return _failed(f"this Python has no {error.name}: run `uv run python -m jobs ...`", 1, debug)
         text = (str(error).strip().splitlines() or [""])[0][:300]
         return _failed(f"{type(error).__name__}: {text} (this looks like a bug; --debug shows where)", 1, debug)
     return 0

@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What all verbs over a recipe understand, beside the recipe's own settings."""
+    """The settings of the recipe, and of the run: its name and its storage."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     run: str = ""
@@ -35,7 +35,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportOptions(RunOptions):
-    """Options of verbs that end with a table."""
+    """The settings of the recipe, and of the run: its name, its storage, the folder of its table."""
 
     out: str = ""
     """Folder for comparison.json, .csv, .md and report.html; default: the run's folder in $HEMOCO_HOME/reports."""

@@ -59,7 +59,7 @@ class EncoderConfig:
     stem: Literal["imagenet", "small"] = "imagenet"
     """`small`: 3x3 convolution of stride 1 and no max-pooling, for images of 32 pixels."""
     shortcuts: bool = True
-    """False leaves the identity out of each block: the plain network of He et al. 2016, section 3.3."""
+    """The identity in each block; without it the plain network of He et al. 2016, section 3.3."""
     zero_init_last: bool = False
     """Start the last BN of each residual block at zero."""
     init: Literal["kaiming", "xavier"] = "kaiming"

@@ -6,7 +6,7 @@ The names here are the names of the command line (`--pretrain.optimizer.lr`) and
 import dataclasses
 from typing import Literal
 
-from hemoco.config.checks import require, require_not_negative, require_positive
+from hemoco.config.checks import require, require_choices, require_not_negative, require_positive
 from hemoco.config.data import DataConfig, StreamConfig
 from hemoco.config.detection import FasterRcnnConfig, MaskRcnnConfig
 from hemoco.config.method import EncoderConfig, MoCoConfig, MoCoV3Config, OptimizerConfig, ViewsConfig
@@ -156,6 +156,7 @@ class Recipe:
     """What `python -m jobs sweep` searches; the other verbs do not look at it."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(is_name(self.name), f"recipe.name is {self.name!r}: allowed are {NAME_RULE}")
         for name in self.transfers:
             require(is_name(name), f"the recipe has a transfer {name!r}: allowed in its name are {NAME_RULE}")

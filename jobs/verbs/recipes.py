@@ -30,7 +30,7 @@ def recipes(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CL
     for recipe in recipe_names():
         text = (Path(__file__).parents[1] / "recipes" / f"{recipe}.py").read_text()
         doc = ast.get_docstring(ast.parse(text)) or ""
-        print(f"{recipe:<28} {doc.splitlines()[0] if doc else ''}")
+        print(f"{recipe:<32} {doc.splitlines()[0] if doc else ''}")
 
 
 def _explain(name: str) -> NoReturn:
@@ -42,6 +42,8 @@ def _explain(name: str) -> NoReturn:
     """
     known = {each: getattr(config, each) for each in config.__all__ if dataclasses.is_dataclass(getattr(config, each))}
     if name not in known:
+        if name in recipe_names():
+            raise UsageError(f"{name} is a recipe: `python -m jobs run {name} --help` shows its settings")
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         raise UsageError(f"{name!r} is no class of hemoco.config: {hint}")

@@ -92,9 +92,8 @@ def test_an_outage_of_some_seconds_is_waited_out_by_training_and_evaluation(buck
     proxy.fail("status", times=10**6, for_s=8, match="")
     assert keys_and_counts(bucket, config())[0] == expected
     proxy.fail("status", times=10**6, for_s=8, match="")
-    assert len(
-        labelled.load_images(bucket, read_index(bucket, patience_s=EVALUATION_PATIENCE_S), "train", 8)[2]
-    ) == sum(SIZES)
+    index = read_index(bucket, patience_s=EVALUATION_PATIENCE_S)
+    assert len(labelled.load_images(bucket, index, "train", 8)[2]) == sum(SIZES)
 
 
 def test_a_sample_table_that_comes_late_is_waited_for(bucket: str, proxy: FaultProxy) -> None:

@@ -1,4 +1,6 @@
 import dataclasses
+import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -7,6 +9,7 @@ from hemoco.config import (
     FasterRcnnConfig,
     FineTuneConfig,
     KnnConfig,
+    LinearClassifierConfig,
     LinearProbeConfig,
     LowShotConfig,
     MaskRcnnConfig,
@@ -87,3 +90,43 @@ def test_what_changes_a_result_makes_it_another(settings: dict[str, object]) -> 
 def test_what_would_fail_late_is_refused_by_name(kind: type, settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"\.{named} "):
         kind(**settings)
+
+
+def closed_choices(config: object, name: str = "") -> Iterator[str]:
+    """Dotted names of the settings of a recipe whose type lists their values."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from closed_choices(value, f"{name}.{key}")
+    if dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            if str(field.type).startswith(("Literal", "typing.Literal")):
+                yield f"{name}.{field.name}".lstrip(".")
+            yield from closed_choices(getattr(config, field.name), f"{name}.{field.name}")
+
+
+EVERY_KIND = Recipe(
+    name="r",
+    transfers={
+        "knn": KnnConfig(),
+        "probe": LinearProbeConfig(),
+        "few": LowShotConfig(fraction=0.1),
+        "linear": LinearClassifierConfig(),
+        "whole": FineTuneConfig(),
+        "boxes": FasterRcnnConfig(),
+    },
+)
+
+
+def with_setting(config: object, path: list[str], value: object) -> object:
+    """The config with one setting replaced."""
+    name, *rest = path
+    if isinstance(config, dict):
+        return {**config, name: with_setting(config[name], rest, value)}
+    inner = with_setting(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: inner})  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", list(closed_choices(EVERY_KIND)))
+def test_a_value_that_is_not_in_the_list_of_its_setting_is_refused_by_its_full_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(name)} is 'nonsense': it must be \w+ or "):
+        with_setting(EVERY_KIND, name.split("."), "nonsense")
