@@ -9,20 +9,10 @@ import pytest
 
 from hemoco.errors import StorageError
 from hemoco.storage.objects import list_names
+from tests.helpers.preflight_recipe import RECIPE
 from tests.helpers.shard_folders import write_shards
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-from hemoco.config import *
-recipe = Recipe(
-    name="tiny",
-    data=DataConfig(test_split="train"),
-    pretrain=PretrainConfig(
-        global_batch_size=16, moco=MoCoConfig(queue_length=64, bn_group_size=2), stream=StreamConfig(workers=0, lanes=4)
-    ),
-    transfers={"knn": KnnConfig(neighbours=5), "cells": FasterRcnnConfig()},
-)
-"""
 NO_BOXES = "has no object categories"  # what the recipe's second transfer fails of
 
 
