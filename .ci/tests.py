@@ -99,7 +99,17 @@ def system_files() -> list[str]:
 def run_system(sessions: Sessions, name: str) -> None:
     """Runs one file of tests/system."""
     file = str(SYSTEM / f"test_{name}.py")
-    command = ["uv", "run", "--no-sync", "pytest", file, "-rs", "--timeout", "1500", f"--durations={SLOWEST}"]
+    command = [
+        "uv",
+        "run",
+        "--no-sync",
+        "pytest",
+        file,
+        "-rs",
+        "--timeout",
+        "1500",
+        f"--durations={SLOWEST}",
+    ]
     sessions.run(name, command, may_skip=False)
 
 
@@ -124,7 +134,10 @@ def run_all(sessions: Sessions) -> None:
     waiting: SimpleQueue[str] = SimpleQueue()
     for name in system_files():
         waiting.put(name)
-    lanes = [threading.Thread(target=lane, args=(sessions, waiting)) for lane in (quick_lane, system_lane)]
+    lanes = [
+        threading.Thread(target=lane, args=(sessions, waiting))
+        for lane in (quick_lane, system_lane)
+    ]
     start = time.monotonic()
 
     def alone() -> None:
@@ -153,7 +166,9 @@ def slowest(ended: list[Ended]) -> list[str]:
 def main() -> int:
     """Returns the exit status: 0 where all passed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background with it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what is in its background with it ignored
     with TemporaryDirectory(prefix="hemoco-logs-") as folder:
         sessions = Sessions(Path(folder))
         try:
@@ -163,10 +178,16 @@ def main() -> int:
     for each in sorted(sessions.ended, key=lambda each: bool(each.fault)):
         print(f"\n{'=' * 20} {each.name}, {each.seconds:.0f} s\n{each.log}")
     print(f"\n{'=' * 20} the {SLOWEST} slowest of all", *slowest(sessions.ended), sep="\n")
-    print(f"\n{'=' * 20} sessions", *(f"{each.seconds:6.0f} s  {each.name}" for each in sessions.ended), sep="\n")
+    print(
+        f"\n{'=' * 20} sessions",
+        *(f"{each.seconds:6.0f} s  {each.name}" for each in sessions.ended),
+        sep="\n",
+    )
     faults = [f"{each.name}: {each.fault}" for each in sessions.ended if each.fault]
     wanted = {"quick", *system_files(), *ALONE}
-    faults += [f"{name}: was not run" for name in sorted(wanted - {each.name for each in sessions.ended})]
+    faults += [
+        f"{name}: was not run" for name in sorted(wanted - {each.name for each in sessions.ended})
+    ]
     print("", *faults, "failed" if faults else "passed", sep="\n")
     return 1 if faults else 0
 

@@ -13,7 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-_TRAINING = (b"ray::RayTrainWorker", b"RayTrainWorker", b"ray::train_alone")  # the titles of their processes
+_TRAINING = (
+    b"ray::RayTrainWorker",
+    b"RayTrainWorker",
+    b"ray::train_alone",
+)  # the titles of their processes
 _POLL_S = 0.2
 _SHARE = 1 / 3  # of the time that is left, for telling Ray; the rest is for the checkpoints
 _TELL = "import sys; from cluster.drain import tell_ray; tell_ray(int(sys.argv[1]))"
@@ -29,17 +33,23 @@ def main(argv: list[str]) -> int:
         0, or 1 where trainings still run when the time is up.
     """
     parser = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__)
-    parser.add_argument("--grace_s", type=float, default=60.0, help="seconds until the node goes away")
+    parser.add_argument(
+        "--grace_s", type=float, default=60.0, help="seconds until the node goes away"
+    )
     grace_s = parser.parse_args(argv).grace_s
     deadline = time.monotonic() + grace_s
     if problem := _drain(grace_s):  # the checkpoints are still worth saving
-        sys.stderr.write(f"Ray does not drain this node, and may place work here again: {problem}\n")
+        sys.stderr.write(
+            f"Ray does not drain this node, and may place work here again: {problem}\n"
+        )
     for pid in _trainings():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     while left := _trainings():
         if time.monotonic() > deadline:
-            sys.stderr.write(f"processes {left} still train; what they did since their last checkpoint is lost\n")
+            sys.stderr.write(
+                f"processes {left} still train; what they did since their last checkpoint is lost\n"
+            )
             return 1
         time.sleep(_POLL_S)
     return 0
@@ -62,11 +72,27 @@ def tell_ray(left_s: int) -> None:
     gcs, node = ray.get_runtime_context().gcs_address, ray.get_runtime_context().get_node_id()
     ray.shutdown()
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", gcs, "--node-id", node),
-        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "python -m cluster.drain"),
+        *(
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "drain-node",
+            "--address",
+            gcs,
+            "--node-id",
+            node,
+        ),
+        *(
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "python -m cluster.drain",
+        ),
         *("--deadline-remaining-seconds", str(max(0, int(deadline - time.monotonic())))),
     ]
-    os.execv(command[0], command)  # no child, which would outlive this process where that is given up
+    os.execv(
+        command[0], command
+    )  # no child, which would outlive this process where that is given up
 
 
 def _drain(grace_s: float) -> str:
@@ -75,7 +101,9 @@ def _drain(grace_s: float) -> str:
     command = [sys.executable, "-c", _TELL, str(int(grace_s))]
     limit_s = grace_s * _SHARE
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=limit_s)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=limit_s
+        )
     except subprocess.TimeoutExpired:
         return f"it has not answered within {limit_s:.0f} s"
     except Exception as error:  # whatever it is, the trainings must be told

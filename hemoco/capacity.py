@@ -12,4 +12,6 @@ def fitting_processes(nodes: Iterable[Mapping[str, float]], *, cpus: int, gpus: 
         gpus: GPUs of a process.
     """
     needs = {kind: need for kind, need in (("CPU", cpus), ("GPU", gpus)) if need}
-    return sum(int(min(node.get(kind, 0.0) // need for kind, need in needs.items())) for node in nodes)
+    return sum(
+        int(min(node.get(kind, 0.0) // need for kind, need in needs.items())) for node in nodes
+    )

@@ -81,7 +81,9 @@ def memory_errors(doing: Callable[[], str], advice: str) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    return isinstance(error, MemoryError) or any(saying in str(error).lower() for saying in _SAYINGS)
+    return isinstance(error, MemoryError) or any(
+        saying in str(error).lower() for saying in _SAYINGS
+    )
 
 
 def _out_of_memory(doing: str, error: BaseException, advice: str) -> TrainingError:

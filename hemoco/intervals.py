@@ -97,7 +97,9 @@ def repeated_spread(values: Repetitions) -> RepeatedSpread:
     return RepeatedSpread(means.mean, means.sd, within, len(measured), sum(map(len, measured)))
 
 
-def repeated_difference(ours: Repetitions, theirs: Repetitions, *, baseline: bool) -> RepeatedDifference:
+def repeated_difference(
+    ours: Repetitions, theirs: Repetitions, *, baseline: bool
+) -> RepeatedDifference:
     """Ours minus theirs, over the transfer's seeds that all have, with the noise of seeds and of pretrainings.
 
     The seeds are paired, since a seed draws the same images, splits and orders for every backbone: what the draw adds
@@ -117,10 +119,14 @@ def repeated_difference(ours: Repetitions, theirs: Repetitions, *, baseline: boo
     if not common:
         return RepeatedDifference(math.nan, math.nan, 0, ())
     sides = [[[by_seed[seed] for seed in common] for by_seed in side] for side in (ours, theirs)]
-    over_pretrainings = [[statistics.fmean(column) for column in zip(*side, strict=True)] for side in sides]
+    over_pretrainings = [
+        [statistics.fmean(column) for column in zip(*side, strict=True)] for side in sides
+    ]
     differences = [our - their for our, their in zip(*over_pretrainings, strict=True)]
     seeds = _variances_of_mean([differences])
-    over_seeds = [[statistics.fmean(values) for values in side] for side in (sides[:1] if baseline else sides)]
+    over_seeds = [
+        [statistics.fmean(values) for values in side] for side in (sides[:1] if baseline else sides)
+    ]
     pretrainings = _variances_of_mean(over_seeds)
     noise: list[Noise] = []
     noise += ["seeds"] if seeds else []
@@ -133,7 +139,9 @@ def _variances_of_mean(groups: Sequence[Sequence[float]]) -> list[_Variance]:
     """Of the mean of each group; a group of one value is taken to scatter as the others; nothing if all have one."""
     repeated = [group for group in groups if len(group) > 1]
     if len(repeated) == len(groups):
-        return [_Variance(statistics.variance(group) / len(group), len(group) - 1) for group in groups]
+        return [
+            _Variance(statistics.variance(group) / len(group), len(group) - 1) for group in groups
+        ]
     share = sum(1 / len(group) for group in groups)
     return [_Variance(statistics.variance(group) * share, len(group) - 1) for group in repeated]
 

@@ -5,7 +5,9 @@ import re
 from hemoco.errors import UsageError
 
 _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]+")
-NAME_RULE = "letters (A-Z, a-z), digits, '.', '_' and '-', and not dots alone; for example moco-v2.seed_1"
+NAME_RULE = (
+    "letters (A-Z, a-z), digits, '.', '_' and '-', and not dots alone; for example moco-v2.seed_1"
+)
 """What a name consists of, for error messages."""
 
 

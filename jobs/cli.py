@@ -67,10 +67,17 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in _ROOMS:
-            return _failed(f"this Python has no {error.name}: run `uv run python -m jobs ...`", 1, debug)
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and (error.name or "").partition(".")[0] not in _ROOMS
+        ):
+            return _failed(
+                f"this Python has no {error.name}: run `uv run python -m jobs ...`", 1, debug
+            )
         text = (str(error).strip().splitlines() or [""])[0][:300]
-        return _failed(f"{type(error).__name__}: {text} (this looks like a bug; --debug shows where)", 1, debug)
+        return _failed(
+            f"{type(error).__name__}: {text} (this looks like a bug; --debug shows where)", 1, debug
+        )
     return 0
 
 

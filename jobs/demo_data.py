@@ -61,7 +61,10 @@ def write_digits(folder: Path, seed: int) -> None:
         for index, digit in enumerate(digits):
             for rendering in range(_RENDERINGS[split]):
                 rng = np.random.default_rng([seed, 1, number, index, rendering])
-                _save(_draw_digit(digit, rng), folder / split / str(digit.label) / f"{index:04d}_{rendering}.png")
+                _save(
+                    _draw_digit(digit, rng),
+                    folder / split / str(digit.label) / f"{index:04d}_{rendering}.png",
+                )
 
 
 def write_scenes(folder: Path, seed: int) -> None:
@@ -75,7 +78,9 @@ def write_scenes(folder: Path, seed: int) -> None:
             name = f"{image_id:04d}.png"
             scene, objects = _draw_scene(digits, np.random.default_rng([seed, 2, number, image_id]))
             _save(scene, folder / split / name)
-            images.append({"id": image_id, "file_name": name, "width": _SCENE_SIDE, "height": _SCENE_SIDE})
+            images.append(
+                {"id": image_id, "file_name": name, "width": _SCENE_SIDE, "height": _SCENE_SIDE}
+            )
             for item in objects:
                 annotations.append(item | {"id": len(annotations) + 1, "image_id": image_id})
         content = {"images": images, "annotations": annotations, "categories": categories}
@@ -86,11 +91,19 @@ def _draw_digit(digit: Digit, rng: np.random.Generator) -> Floats:
     """An image (S, S, 3) of one digit near the middle."""
     ground, colour = _colours(rng)
     image = _ground(_DIGIT_SIDE, ground, rng)
-    alpha = _place(digit.ink, _DIGIT_SIDE, side=rng.uniform(22, 30), centre=16 + rng.uniform(-2, 2, size=2), rng=rng)
+    alpha = _place(
+        digit.ink,
+        _DIGIT_SIDE,
+        side=rng.uniform(22, 30),
+        centre=16 + rng.uniform(-2, 2, size=2),
+        rng=rng,
+    )
     return _paint(image, alpha, colour)
 
 
-def _draw_scene(digits: list[Digit], rng: np.random.Generator) -> tuple[Floats, list[dict[str, Any]]]:
+def _draw_scene(
+    digits: list[Digit], rng: np.random.Generator
+) -> tuple[Floats, list[dict[str, Any]]]:
     """An image (S, S, 3) and its COCO annotations without ids; masks are of what can be seen."""
     ground, _ = _colours(rng)
     image = _ground(_SCENE_SIDE, ground, rng)
@@ -102,14 +115,19 @@ def _draw_scene(digits: list[Digit], rng: np.random.Generator) -> tuple[Floats, 
         mask = alpha > 0.5
         visible = [(label, seen & ~mask) for label, seen in visible]
         visible.append((digit.label, mask))
-    return image, [_annotation(label, seen) for label, seen in visible if seen.sum() >= _MIN_VISIBLE_PIXELS]
+    return image, [
+        _annotation(label, seen) for label, seen in visible if seen.sum() >= _MIN_VISIBLE_PIXELS
+    ]
 
 
 def _centres(rng: np.random.Generator) -> list[Floats]:
     """Where 3 to 6 digits go: cells of a 3 x 3 grid, jittered, so that neighbours touch at most."""
     cells = rng.choice(9, size=rng.integers(3, 7), replace=False)
     pitch = _SCENE_SIDE / 3
-    return [(np.array([cell % 3, cell // 3]) + 0.5) * pitch + rng.uniform(-4, 4, size=2) for cell in cells]
+    return [
+        (np.array([cell % 3, cell // 3]) + 0.5) * pitch + rng.uniform(-4, 4, size=2)
+        for cell in cells
+    ]
 
 
 def _annotation(label: int, mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -123,7 +141,9 @@ def _annotation(label: int, mask: NDArray[np.bool_]) -> dict[str, Any]:
     }
 
 
-def _place(ink: Floats, size: int, *, side: float, centre: Floats, rng: np.random.Generator) -> Floats:
+def _place(
+    ink: Floats, size: int, *, side: float, centre: Floats, rng: np.random.Generator
+) -> Floats:
     """How much of each pixel of a canvas (S, S) a digit covers, smooth and turned by up to 20 degrees.
 
     Args:
@@ -136,11 +156,18 @@ def _place(ink: Floats, size: int, *, side: float, centre: Floats, rng: np.rando
     angle, aspect = np.deg2rad(rng.uniform(-20, 20)), rng.uniform(0.85, 1.15)
     wide, high = side * aspect, side / aspect
     # grid_sample asks, for each canvas point, where it lies in the scan; both in [-1, 1]
-    turn = np.array([[np.cos(angle) / wide, np.sin(angle) / wide], [-np.sin(angle) / high, np.cos(angle) / high]])
+    turn = np.array(
+        [
+            [np.cos(angle) / wide, np.sin(angle) / wide],
+            [-np.sin(angle) / high, np.cos(angle) / high],
+        ]
+    )
     shift = -(turn * 2) @ (np.asarray(centre) - size / 2)
     matrix = torch.from_numpy(np.column_stack([turn * size, shift]).astype(np.float32))[None]
     grid = affine_grid(matrix, [1, 1, size, size], align_corners=False)
-    drawn = grid_sample(torch.from_numpy(ink)[None, None], grid, mode="bicubic", align_corners=False)[0, 0]
+    drawn = grid_sample(
+        torch.from_numpy(ink)[None, None], grid, mode="bicubic", align_corners=False
+    )[0, 0]
     # the steep ramp keeps strokes crisp although the scan is coarse
     return (drawn.sub(0.35).mul(4).clamp(0, 1)).numpy()
 
@@ -171,7 +198,11 @@ def _stroke(size: int, rng: np.random.Generator) -> Floats:
 
 def _upscale(cells: NDArray[np.float64], size: int) -> Floats:
     field = torch.from_numpy(cells.astype(np.float32)).permute(2, 0, 1)[None]
-    grown: Floats = interpolate(field, (size, size), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).numpy()
+    grown: Floats = (
+        interpolate(field, (size, size), mode="bicubic", align_corners=False)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     return grown
 
 

@@ -95,7 +95,9 @@ def typed_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: python -m jobs {verb} RECIPE [--setting value ...]   (RECIPE --help shows the settings)")
+        print(
+            f"usage: python -m jobs {verb} RECIPE [--setting value ...]   (RECIPE --help shows the settings)"
+        )
         print(_known())
         raise SystemExit(0)
     if not argv:
@@ -132,7 +134,9 @@ def run_name(options: RunOptions) -> str:
             "space={'pretrain.optimizer.lr': LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
         )
     search = search_settings(flat_params(recipe))
-    return options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
+    return (
+        options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
+    )
 
 
 def absolute_recipe(recipe: Recipe) -> Recipe:
@@ -163,12 +167,20 @@ def _recipe_with_chosen_transfers(options: TransferOptions) -> Recipe:
     """The recipe with those of its transfers that `--only` names, or all."""
     recipe = options.recipe
     if not options.backbone:
-        raise UsageError("transfer needs --backbone URL, the backbone.safetensors that `pretrain` named at its end")
+        raise UsageError(
+            "transfer needs --backbone URL, the backbone.safetensors that `pretrain` named at its end"
+        )
     unknown = sorted(set(options.only) - recipe.transfers.keys())
     if unknown:
         known = ", ".join(recipe.transfers)
-        raise UsageError(f"--only {unknown[0]}: recipe {recipe.name} has no such transfer; it has {known}")
-    kept = {name: config for name, config in recipe.transfers.items() if not options.only or name in options.only}
+        raise UsageError(
+            f"--only {unknown[0]}: recipe {recipe.name} has no such transfer; it has {known}"
+        )
+    kept = {
+        name: config
+        for name, config in recipe.transfers.items()
+        if not options.only or name in options.only
+    }
     return dataclasses.replace(recipe, transfers=kept)
 
 

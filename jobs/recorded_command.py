@@ -11,7 +11,14 @@ from collections.abc import Mapping
 
 from hemoco.config import flat_params
 from hemoco.tracking.tags import Tag
-from jobs.options import RunOptions, TransferOptions, changed_settings, load_recipe, recipe_names, settings_flags
+from jobs.options import (
+    RunOptions,
+    TransferOptions,
+    changed_settings,
+    load_recipe,
+    recipe_names,
+    settings_flags,
+)
 from jobs.session import run_tags
 
 _LONGEST = 5000  # characters that every MLflow takes in a tag

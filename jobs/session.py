@@ -43,15 +43,22 @@ def take_sigterm_as_ctrl_c() -> None:
 
 def announce(name: str) -> None:
     """Says first what is worked at, for it may be long until anything else is said."""
-    print(f"run         {name}\nstatus      {shlex.join(['python', '-m', 'jobs', 'status', name])}", flush=True)
+    print(
+        f"run         {name}\nstatus      {shlex.join(['python', '-m', 'jobs', 'status', name])}",
+        flush=True,
+    )
 
 
 def run_tags(verb: str, recipe_word: str) -> dict[str, str]:
     """What MLflow gets to know of how a run was begun: the code, the verb, the file of a recipe given by its path."""
     tags = {**git_facts(CHECKOUT), Tag.VERB: verb}
     if recipe_word.endswith(".py"):
-        path = Path(recipe_word).resolve()  # in the checkout relative to it, for a submitted job has a copy of that
-        tags[Tag.RECIPE_FILE] = str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path)
+        path = Path(
+            recipe_word
+        ).resolve()  # in the checkout relative to it, for a submitted job has a copy of that
+        tags[Tag.RECIPE_FILE] = str(
+            path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+        )
     return tags
 
 
@@ -72,7 +79,9 @@ def results_folder(name: str, out: str) -> Path:
 
 def write_results(many: Comparison, folder: Path) -> None:
     """Writes comparison.{json,csv,md} and report.html of one run or of several."""
-    from hemoco.report.data import collect_report  # torch takes seconds to import, errors should not
+    from hemoco.report.data import (
+        collect_report,
+    )  # torch takes seconds to import, errors should not
     from hemoco.report.page import render_report
 
     write_comparison(many, folder)
@@ -107,5 +116,8 @@ def publish(many: Comparison, folder: Path) -> None:
     note = f"{markdown(main_sections(many))}\nMore: report.html among the artifacts."
     set_tags(uri, parent, {"mlflow.note.content": note})
     now = int(time.time() * 1000)
-    points = [MetricPoint(key=key, value=value, timestamp=now, step=0) for key, value in headlines(many).items()]
+    points = [
+        MetricPoint(key=key, value=value, timestamp=now, step=0)
+        for key, value in headlines(many).items()
+    ]
     send_points(uri, parent, points, patience_s=_PATIENCE_S)

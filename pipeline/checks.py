@@ -39,7 +39,9 @@ def check_urls(recipe: Recipe) -> None:
         UsageError: the recipe names no shards, or a path instead of a URL.
     """
     if not recipe.data.shards:
-        raise UsageError("--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote")
+        raise UsageError(
+            "--data.shards is missing: name the folder or URL that `python -m jobs pack` wrote"
+        )
     urls = {"data.shards": recipe.data.shards}
     for name, config in recipe.transfers.items():
         urls[f"transfers.{name}.data.shards"] = config.data.shards
@@ -86,7 +88,9 @@ def check_transfers(recipe: Recipe, indexes: ShardIndexes) -> None:
         CheckpointError: a file that an init names is no backbone.
     """
     check_urls(recipe)
-    given = {url for config in recipe.transfers.values() for url in map(init_url, config.inits) if url}
+    given = {
+        url for config in recipe.transfers.values() for url in map(init_url, config.inits) if url
+    }
     for url in sorted(given):
         check_architecture(url, backbone_metadata(url), recipe.pretrain.encoder)
     for name, config in recipe.transfers.items():
@@ -102,11 +106,17 @@ def check_transfers(recipe: Recipe, indexes: ShardIndexes) -> None:
         if isinstance(config, ClassifierConfig):
             steps_per_epoch(found, used.train_split, classifier_plan(config, 0))
         if isinstance(config, KnnConfig):
-            check_neighbours(config.neighbours, sum(shard.samples for shard in found.split(used.train_split)))
+            check_neighbours(
+                config.neighbours, sum(shard.samples for shard in found.split(used.train_split))
+            )
         if isinstance(config, DetectionConfig) and not found.categories:
-            raise ConfigError(f"transfers.{name}: {used.shards} has no object categories; pack a COCO or VOC folder")
+            raise ConfigError(
+                f"transfers.{name}: {used.shards} has no object categories; pack a COCO or VOC folder"
+            )
         if not isinstance(config, DetectionConfig) and not found.classes:
-            raise ConfigError(f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders")
+            raise ConfigError(
+                f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders"
+            )
 
 
 def _say_checkpoints(config: PretrainConfig) -> None:

@@ -26,7 +26,9 @@ from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks
 
 logger = logging.getLogger(__name__)
 
-_TASKS_PER_PLACE = 8  # so that places end at about the same time, and yet a backbone is loaded seldom
+_TASKS_PER_PLACE = (
+    8  # so that places end at about the same time, and yet a backbone is loaded seldom
+)
 _ALWAYS_ALLOWED = 10  # bad samples
 
 
@@ -75,7 +77,9 @@ def embed_steps(
     yield Progress(len(done), len(shards))
     began = time.monotonic()
     with closing(
-        run_tasks(_embed_group, ((plan, group, cpus, gpus) for group in groups), cpus=cpus, gpus=gpus)
+        run_tasks(
+            _embed_group, ((plan, group, cpus, gpus) for group in groups), cpus=cpus, gpus=gpus
+        )
     ) as results:
         for some in results:
             done += some
@@ -86,22 +90,32 @@ def embed_steps(
     bad = sorted(bad for one in done for bad in one.bad)
     _list_bad(plan, bad)
     if bad and not images:
-        raise ShardError(f"none of the {len(bad)} samples can be used, the first is {_described(bad[0])}; repack them")
+        raise ShardError(
+            f"none of the {len(bad)} samples can be used, the first is {_described(bad[0])}; repack them"
+        )
     reasons = count_reasons((f"{one.key} in {one.shard}", one.reason) for one in bad)
     return Embedded(images, len(done), computed, seconds, tuple(reasons))
 
 
-def _embed_group(plan: EmbedPlan, shards: Sequence[Shard], cpus: int, gpus: int) -> list[EmbeddedShard]:
+def _embed_group(
+    plan: EmbedPlan, shards: Sequence[Shard], cpus: int, gpus: int
+) -> list[EmbeddedShard]:
     """Runs on a Ray worker."""
     torch.set_num_threads(cpus)
-    return list(embed_shards(plan, shards, device=torch.device("cuda" if gpus else "cpu"), threads=cpus))
+    return list(
+        embed_shards(plan, shards, device=torch.device("cuda" if gpus else "cpu"), threads=cpus)
+    )
 
 
 def _places(cpus: int, gpus: int) -> int:
     """Tasks that the cluster can run at once, at least 1."""
     places = possible_workers(ResourcesConfig(cpus_per_worker=cpus, gpus_per_worker=gpus))
     if not places:
-        logger.warning("no node has %d CPUs and %d GPUs for a task: waiting for one; or set --cpus, --gpus", cpus, gpus)
+        logger.warning(
+            "no node has %d CPUs and %d GPUs for a task: waiting for one; or set --cpus, --gpus",
+            cpus,
+            gpus,
+        )
     return max(places, 1)
 
 

@@ -69,19 +69,25 @@ def record_pretrained(study: Study, run_id: str, url: str) -> str:
     tags = record.tags | {Tag.ARCHITECTURE: record.params["architecture"], Tag.BACKBONE_URL: url}
     version = registry.register_version(study.uri, model_id, name, alias, tags)
     tracking.set_tags(study.uri, run_id, {Tag.MODEL_ID: model_id})
-    logger.info("backbone is models:/%s/%s in MLflow, also models:/%s@%s", name, version, name, alias)
+    logger.info(
+        "backbone is models:/%s/%s in MLflow, also models:/%s@%s", name, version, name, alias
+    )
     return model_id
 
 
 def record_snapshot(study: Study, run_id: str, url: str, epoch: int) -> str:
     """Records a backbone that the pretraining exported after so many epochs; returns its model's id."""
-    return registry.record_snapshot(study.uri, study.experiment_id, url, _pretrained_record(study, run_id, url, epoch))
+    return registry.record_snapshot(
+        study.uri, study.experiment_id, url, _pretrained_record(study, run_id, url, epoch)
+    )
 
 
 def record_given(study: Study, url: str) -> str:
     """Records a backbone that another run pretrained, or that was imported, unless it is; returns its model's id."""
     about = backbone_metadata(url)
-    tags = {name: about[name] for name in ("source", "source_sha256", "data_digest") if name in about}
+    tags = {
+        name: about[name] for name in ("source", "source_sha256", "data_digest") if name in about
+    }
     pretraining = _known_run(study.uri, about["run_id"])
     record = BackboneRecord(
         name=pretraining.tags.get(Tag.RUN, "") if pretraining else _file_name(url),
@@ -102,7 +108,10 @@ def data_name(data: DataConfig) -> str:
 
 def data_counts(index: ShardIndex) -> dict[str, int]:
     """What MLflow shows of a data set's size: samples of each split, and all bytes."""
-    counts = {f"samples/{split}": sum(shard.samples for shard in index.split(split)) for split in index.splits}
+    counts = {
+        f"samples/{split}": sum(shard.samples for shard in index.split(split))
+        for split in index.splits
+    }
     shards = index.shards
     return counts | {
         "samples": sum(shard.samples for shard in shards),
@@ -117,7 +126,9 @@ def link_models(study: Study, run_id: str, tags: Mapping[str, str]) -> None:
     registry.link_models(study.uri, run_id, _models(tags).values())
 
 
-def log_results(study: Study, run_id: str, name: str, data: registry.Data, tags: Mapping[str, str]) -> None:
+def log_results(
+    study: Study, run_id: str, name: str, data: registry.Data, tags: Mapping[str, str]
+) -> None:
     """Puts a transfer's headline on the pages of its backbones: the mean over the seeds, as TRANSFER/METRIC."""
     metric, metrics = tags[Tag.METRIC], tracking.run_facts(study.uri, run_id).metrics
     results = []
@@ -137,7 +148,9 @@ def seed_values(metrics: Mapping[str, float], label: str, metric: str) -> list[f
 
 def _models(tags: Mapping[str, str]) -> dict[str, str]:
     return {
-        tag.removeprefix(Tag.MODEL_PREFIX): value for tag, value in tags.items() if tag.startswith(Tag.MODEL_PREFIX)
+        tag.removeprefix(Tag.MODEL_PREFIX): value
+        for tag, value in tags.items()
+        if tag.startswith(Tag.MODEL_PREFIX)
     }
 
 

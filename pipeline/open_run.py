@@ -55,7 +55,13 @@ class Origin(NamedTuple):
 
 
 def open_study(
-    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> Study:
     """Finds the run by its name or opens it; its parent run gets the tags.
 
@@ -70,7 +76,11 @@ def open_study(
     uri = client.tracking_uri()
     experiment_id = client.connect(uri)
     params = flat_params(recipe)
-    known = None if fresh else tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
+    known = (
+        None
+        if fresh
+        else tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
+    )
     url = join_url(storage, run)
     if known is None:
         if fresh:
@@ -78,7 +88,9 @@ def open_study(
             _forget(uri, experiment_id, run)
             remove_run_folder(url, run)
         elif saved_names(url):
-            check_run_folder(url, run)  # to advise --fresh of another's folder would only end in its refusal
+            check_run_folder(
+                url, run
+            )  # to advise --fresh of another's folder would only end in its refusal
             raise UsageError(
                 f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not know it: set "
                 "MLFLOW_TRACKING_URI to the one that does, choose another --run name, or --fresh to remove it"
@@ -134,7 +146,9 @@ def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
     return before
 
 
-def open_child(study: Study, name: str, tags: dict[str, str]) -> tuple[str, tracking.RunFacts | None]:
+def open_child(
+    study: Study, name: str, tags: dict[str, str]
+) -> tuple[str, tracking.RunFacts | None]:
     """The id of a child run, opened, reopened, or found finished (then with its facts)."""
     key = {tag: tags[tag] for tag in _IDENTITY if tag in tags}
     known = tracking.find_run(study.uri, study.experiment_id, key)

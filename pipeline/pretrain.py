@@ -88,21 +88,29 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
     time_left = TimeLeft(total_steps)
     with (
         _tracker(job) if rank() == 0 else nullcontext() as tracker,
-        SystemMetrics(job.tracking_uri, job.run_id, tracker) if tracker is not None else nullcontext(),
-        closing(BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
+        SystemMetrics(job.tracking_uri, job.run_id, tracker)
+        if tracker is not None
+        else nullcontext(),
+        closing(
+            BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))
+        ) as bad_samples,
         closing(_batches(job, index, state.position, device, bad_samples)) as source,
         watched_request(job.url) as request,
     ):
         for metrics in _naming_checkpoint(train_steps(state, source, per_epoch), folder):
             values = dict(metrics.values)
-            if knn is not None and _ends_epoch(metrics.step, per_epoch, config, every=config.knn_every_epochs):
+            if knn is not None and _ends_epoch(
+                metrics.step, per_epoch, config, every=config.knn_every_epochs
+            ):
                 values |= knn(state)
             left_s = time_left.seconds(metrics.step, time.monotonic())
             if values and tracker is not None:
                 tracker.log(metrics.step, values)
                 logger.info("%s  %s", _progress(metrics, values, total_steps), left_text(left_s))
             last |= values
-            if rank() == 0 and _ends_epoch(metrics.step, per_epoch, config, every=config.export_every_epochs):
+            if rank() == 0 and _ends_epoch(
+                metrics.step, per_epoch, config, every=config.export_every_epochs
+            ):
                 _export(job, state, epoch_backbone(job.url, metrics.step // per_epoch))
             due = metrics.step % config.checkpoint_every_steps == 0
             reason = process.interruption(at_checkpoint=due, stop=request.seen.is_set())
@@ -135,7 +143,10 @@ def _tracker(job: PretrainJob) -> Tracker:
 
 def _save(state: TrainState, folder: str, attempt: int, config: PretrainConfig) -> None:
     kept = {"keep_last": config.keep_last, "keep_every_steps": config.keep_every_steps}
-    patiently(lambda: checkpoint.save_checkpoint(state, folder, attempt=attempt, **kept), config.stream.retry_s)
+    patiently(
+        lambda: checkpoint.save_checkpoint(state, folder, attempt=attempt, **kept),
+        config.stream.retry_s,
+    )
 
 
 def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[StepMetrics]:
@@ -188,26 +199,39 @@ class _OnlineKnn:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         encoder = state.model.query_encoder.encoder
-        backbone = Backbone(encoder, state.config.encoder, self.views.mean, self.views.std).to(self.device)
+        backbone = Backbone(encoder, state.config.encoder, self.views.mean, self.views.std).to(
+            self.device
+        )
         encoder.eval()
         bank = extract_features(backbone, self.bank)
         queries = extract_features(backbone, self.queries)
         encoder.train()
         neighbours = min(200, len(bank) // 10)
         accuracy = knn_accuracy(
-            bank, self.bank_labels, queries, self.query_labels, neighbours=neighbours, temperature=0.1
+            bank,
+            self.bank_labels,
+            queries,
+            self.query_labels,
+            neighbours=neighbours,
+            temperature=0.1,
         )
         return {"knn_top1": accuracy}
 
 
 def _progress(metrics: StepMetrics, values: dict[str, float], total: int) -> str:
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name in ("loss", "knn_top1"))
+    shown = "  ".join(
+        f"{name} {value:.3f}" for name, value in values.items() if name in ("loss", "knn_top1")
+    )
     return f"pretrain step {metrics.step}/{total}  epoch {metrics.epoch}  {shown}"
 
 
 def _export(job: PretrainJob, state: TrainState, url: str) -> None:
     backbone = _backbone(job, state)
-    metadata = {"data_digest": state.data_digest, "run_id": job.run_id, "size": str(job.config.views.size)}
+    metadata = {
+        "data_digest": state.data_digest,
+        "run_id": job.run_id,
+        "size": str(job.config.views.size),
+    }
     patiently(lambda: file.export_backbone(backbone, url, metadata), job.config.stream.retry_s)
 
 
@@ -219,7 +243,9 @@ def _record_sample(job: PretrainJob, state: TrainState, index: ShardIndex) -> No
     try:
         sample = sample_features(backbone, data.shards, index, split, job.config.views.size)
         log_artifact_bytes(job.tracking_uri, job.run_id, FILE_NAME, encode_sample(sample))
-    except Exception as error:  # whatever it is, of storage, MLflow or memory: the backbone is exported
+    except (
+        Exception
+    ) as error:  # whatever it is, of storage, MLflow or memory: the backbone is exported
         logger.warning("event=no_feature_sample the report will have no feature map: %s", error)
 
 

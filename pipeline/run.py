@@ -33,7 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain_then_transfer(
-    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> None:
     """The whole way; the result is in MLflow, where `hemoco.results` reads it. `pipeline.checks` checks before.
 
@@ -49,17 +55,27 @@ def pretrain_then_transfer(
         UsageError: the name belongs to a run with other settings, or another process is at it.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
-    with _opened(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags) as study:
+    with _opened(
+        recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
+    ) as study:
         done = _pretrain(study)
         model_id = record_pretrained(study, done.run_id, done.backbone_url)
         _transfer_all(study, Origin(done.backbone_url, done.run_id), model_id)
 
 
 def pretrain_only(
-    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> Pretrained:
     """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second. Checks as there."""
-    with _opened(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags) as study:
+    with _opened(
+        recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
+    ) as study:
         done = _pretrain(study)
         record_pretrained(study, done.run_id, done.backbone_url)
         return done
@@ -93,15 +109,21 @@ def transfer_only(
         check_url("backbone_url", backbone_url)
         metadata = backbone_metadata(backbone_url)
     check_architecture(backbone_url, metadata, recipe.pretrain.encoder)
-    with _opened(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags) as study:
-        before = tracking.run_facts(study.uri, study.parent_id).tags.get(Tag.BACKBONE_URL, backbone_url)
+    with _opened(
+        recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
+    ) as study:
+        before = tracking.run_facts(study.uri, study.parent_id).tags.get(
+            Tag.BACKBONE_URL, backbone_url
+        )
         if before != backbone_url:
             raise UsageError(
                 f"run {run!r} measures another backbone ({before}): choose another --run name, or --fresh to start it "
                 "anew"
             )
         sources = {
-            f"{Tag.BACKBONE_PREFIX}{name}": metadata[name] for name in ("source", "source_sha256") if name in metadata
+            f"{Tag.BACKBONE_PREFIX}{name}": metadata[name]
+            for name in ("source", "source_sha256")
+            if name in metadata
         }
         origin = {
             Tag.BACKBONE_URL: backbone_url,
@@ -112,22 +134,34 @@ def transfer_only(
         if registered:  # the workers read storage; they need no way to MLflow's files
             backbone_url = join_url(study.url, "backbone.safetensors")
             write_bytes(backbone_url, content)
-        _transfer_all(study, Origin(backbone_url, metadata["run_id"]), record_given(study, backbone_url))
+        _transfer_all(
+            study, Origin(backbone_url, metadata["run_id"]), record_given(study, backbone_url)
+        )
 
 
 @contextmanager
 def _opened(
-    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> Iterator[Study]:
     """A run that this process alone is at; MLflow learns how it ended."""
     with only_driver(run):
-        study = open_study(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags)
+        study = open_study(
+            recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
+        )
         with closing_run(study.uri, study.parent_id, study.stopping):
             _log_recipe(study)
             try:
                 yield study
             finally:
-                if study.stopping.is_set():  # threads that wait for Ray do not come to closing theirs
+                if (
+                    study.stopping.is_set()
+                ):  # threads that wait for Ray do not come to closing theirs
                     with contextlib.suppress(TrackingError):
                         close_running(study.uri, study.run)
 
@@ -153,10 +187,13 @@ def _pretrain(study: Study) -> Pretrained:
     if finished is not None:
         with follow_backbones(study, url, run_id, size.whole):
             pass  # only what is missing of the curve
-        return Pretrained(run_id=run_id, backbone_url=finished.tags[Tag.BACKBONE_URL], metrics=finished.metrics)
+        return Pretrained(
+            run_id=run_id, backbone_url=finished.tags[Tag.BACKBONE_URL], metrics=finished.metrics
+        )
     data, index = study.recipe.data, study.data
     tracking.log_dataset_input(
-        *(study.uri, run_id, data_name(data), data.shards, index.digest, "pretraining"), counts=data_counts(index)
+        *(study.uri, run_id, data_name(data), data.shards, index.digest, "pretraining"),
+        counts=data_counts(index),
     )
     job = PretrainJob(
         config=config,
@@ -165,7 +202,10 @@ def _pretrain(study: Study) -> Pretrained:
         tracking_uri=study.uri,
         run_id=run_id,
     )
-    with closing_run(study.uri, run_id, study.stopping), follow_backbones(study, url, run_id, size.whole):
+    with (
+        closing_run(study.uri, run_id, study.stopping),
+        follow_backbones(study, url, run_id, size.whole),
+    ):
         done = pretrain(job, size)
         tracking.set_tags(study.uri, run_id, {Tag.BACKBONE_URL: done.backbone_url})
     logger.info("pretrain done, backbone %s", done.backbone_url)

@@ -10,14 +10,26 @@ import re
 from pathlib import Path
 
 from hemoco.errors import UsageError
-from hemoco.storage.objects import filesystem, home, join_url, list_names, read_bytes, remove, write_bytes
+from hemoco.storage.objects import (
+    filesystem,
+    home,
+    join_url,
+    list_names,
+    read_bytes,
+    remove,
+    write_bytes,
+)
 
 MARK = "hemoco-run.json"
 """The file in a run's folder that names the run."""
-_BACKBONE = re.compile(r"backbone\.safetensors(\.\d+\.partial)?")  # partial: a process was killed as it wrote it
+_BACKBONE = re.compile(
+    r"backbone\.safetensors(\.\d+\.partial)?"
+)  # partial: a process was killed as it wrote it
 _PRETRAINING = "pretrain"
 # the folders of a pretraining, of a transfer and of the curve, as runs without a mark have them
-_OF_PRETRAINING = re.compile(rf"checkpoints|bad_samples|unsent_metrics|backbones|ray|stop|{_BACKBONE.pattern}")
+_OF_PRETRAINING = re.compile(
+    rf"checkpoints|bad_samples|unsent_metrics|backbones|ray|stop|{_BACKBONE.pattern}"
+)
 _OF_TRANSFER = re.compile(r"[A-Za-z0-9._-]+_seed_\d+|unsent_metrics")
 _TRIAL = re.compile(r"trial_\d{4,}")
 
@@ -52,7 +64,11 @@ def check_run_folder(url: str, run: str) -> None:
     reason = _why_never_removed(url)
     names = [] if reason else list_names(url)
     if names and not reason:
-        reason = _why_marked_for_another(url, run) if MARK in names else _why_unmarked_is_foreign(url, names)
+        reason = (
+            _why_marked_for_another(url, run)
+            if MARK in names
+            else _why_unmarked_is_foreign(url, names)
+        )
         reason = reason or _what_lies_in_it(url, names)
     if reason:
         raise UsageError(
@@ -80,7 +96,11 @@ def _why_never_removed(url: str) -> str:
     if "file" not in files.protocol:
         return "" if path.strip("/").partition("/")[2] else "it is a whole bucket"
     place = Path(path).resolve()
-    for kept, what in ((Path.home(), "the home folder"), (home(), "$HEMOCO_HOME"), (Path.cwd(), "the working folder")):
+    for kept, what in (
+        (Path.home(), "the home folder"),
+        (home(), "$HEMOCO_HOME"),
+        (Path.cwd(), "the working folder"),
+    ):
         if kept.resolve().is_relative_to(place):
             return f"{what} {kept} is or lies in it"
     return ""
@@ -98,7 +118,9 @@ def _why_marked_for_another(url: str, run: str) -> str:
 def _what_lies_in_it(url: str, names: list[str]) -> str:
     """Which other run or sweep has its folder in this one; empty if none has."""
     for name in names:
-        if any(below == MARK or _TRIAL.fullmatch(below) for below in list_names(join_url(url, name))):
+        if any(
+            below == MARK or _TRIAL.fullmatch(below) for below in list_names(join_url(url, name))
+        ):
             return f"{name} in it is the folder of another run or sweep"
     return ""
 

@@ -15,7 +15,9 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start would compile torch and ray each time
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # processes that tests start would compile torch and ray each time
 # neither the user's home nor a cluster or server of the user's may be touched
 os.environ["HEMOCO_HOME"] = tempfile.mkdtemp(prefix="hemoco-tests-")
 os.environ.pop("RAY_ADDRESS", None)
@@ -32,7 +34,12 @@ import pytest
 from tests.helpers.drawn_sets import write_polygon_coco, write_sparse_coco
 from tests.helpers.servers import bucket, ray_cluster, s3, tracking
 
-__all__ = ["bucket", "ray_cluster", "s3", "tracking"]  # one of each for a session; tests/unit refuses them
+__all__ = [
+    "bucket",
+    "ray_cluster",
+    "s3",
+    "tracking",
+]  # one of each for a session; tests/unit refuses them
 
 
 def pytest_sessionfinish() -> None:

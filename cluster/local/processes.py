@@ -35,7 +35,12 @@ def child_process(
     keeper = [sys.executable, "-I", str(Path(__file__).resolve()), str(os.getpid()), *command]
     with log.open("wb") as output:
         child = subprocess.Popen(
-            keeper, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+            keeper,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
     try:
         yield child
@@ -48,7 +53,9 @@ def child_process(
             child.wait()
 
 
-def wait_until(ready: Callable[[], bool], child: subprocess.Popen[bytes], *, timeout_s: float) -> bool:
+def wait_until(
+    ready: Callable[[], bool], child: subprocess.Popen[bytes], *, timeout_s: float
+) -> bool:
     """Whether `ready()` came true before the child ended and the time was up."""
     deadline = time.monotonic() + timeout_s
     while child.poll() is None and time.monotonic() < deadline:
@@ -83,7 +90,9 @@ def _keep(parent: int, command: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent
-    if sys.platform == "linux":  # daemons of the command become children of the keeper, so it finds them
+    if (
+        sys.platform == "linux"
+    ):  # daemons of the command become children of the keeper, so it finds them
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command)
     while child.poll() is None and not stopping and os.getppid() == parent:
@@ -104,7 +113,9 @@ def _end_descendants(grace_s: float) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
         asked |= found
-        psutil.wait_procs(found, timeout=_POLL_S / 2)  # also removes zombies that have become our children
+        psutil.wait_procs(
+            found, timeout=_POLL_S / 2
+        )  # also removes zombies that have become our children
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.local.processes import answers, last_line
-from cluster.local.servers import BUCKET, MlflowServer, S3Server, mlflow_server, s3_environment, s3_server
+from cluster.local.servers import (
+    BUCKET,
+    MlflowServer,
+    S3Server,
+    mlflow_server,
+    s3_environment,
+    s3_server,
+)
 from cluster.submit.checkout import CHECKOUT
 from hemoco.errors import HemocoError, UsageError, first_line
 from hemoco.storage.objects import home
@@ -59,10 +66,15 @@ class Stack:
 
         for name, server in (("S3", self.s3), ("MLflow", self.mlflow)):
             if server.process.poll() is not None:
-                raise HemocoError(f"the {name} server has ended: {last_line(server.log)}; its log is {server.log}")
+                raise HemocoError(
+                    f"the {name} server has ended: {last_line(server.log)}; its log is {server.log}"
+                )
         host, _, port = self.ray_address.rpartition(":")
         # asked only where the head answers, for Ray itself would wait for it
-        if not (answers(host, int(port), timeout_s=_CONNECT_S) and any(node["Alive"] for node in ray.nodes())):
+        if not (
+            answers(host, int(port), timeout_s=_CONNECT_S)
+            and any(node["Alive"] for node in ray.nodes())
+        ):
             raise HemocoError(f"Ray has ended; its logs are in {ray_logs()}")
 
 
@@ -174,14 +186,18 @@ def _runtime_env() -> dict[str, Any]:
     """Keeps the watchdog of Ray Train quiet, which looks for its cluster among all processes of the machine, fails
     where there are two, and complains every second where the cluster has no dashboard."""
 
-    def prepare_worker() -> None:  # defined here so that it travels by value: a remote worker may lack this module
+    def prepare_worker() -> (
+        None
+    ):  # defined here so that it travels by value: a remote worker may lack this module
         import logging
         import os
 
         import ray
 
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel("ERROR")
+        logging.getLogger(
+            "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+        ).setLevel("ERROR")
 
     return {"worker_process_setup_hook": prepare_worker}
 

@@ -52,7 +52,9 @@ def s3_server(folder: Path, *, port: int = 0) -> Iterator[S3Server]:
     _check_port(port, "S3")
     (folder / "buckets" / BUCKET).mkdir(parents=True, exist_ok=True)
     access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")
+    }
     # by the environment, for a command line shows in `ps`; quoted because the value is read as CSV
     environment |= {"RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"', "RCLONE_CONFIG": os.devnull}
     command = [_rclone(), "serve", "s3", "--addr", f"127.0.0.1:{port}", str(folder / "buckets")]
@@ -86,13 +88,26 @@ def mlflow_server(folder: Path, *, port: int = 0) -> Iterator[MlflowServer]:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "mlflow.log"
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *(
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ),
         *("--backend-store-uri", f"sqlite:///{(folder / 'mlflow.db').resolve()}"),
         *("--artifacts-destination", (folder / "artifacts").resolve().as_uri()),
     ]
     with child_process(command, log=log, environment=os.environ | _MLFLOW) as process:
         if not wait_until(lambda: _healthy(port), process, timeout_s=180):
-            raise HemocoError(f"the MLflow server did not start: {last_line(log)}; its log is {log}")
+            raise HemocoError(
+                f"the MLflow server did not start: {last_line(log)}; its log is {log}"
+            )
         yield MlflowServer(f"http://127.0.0.1:{port}", process, log)
 
 
@@ -107,7 +122,9 @@ def _rclone() -> str:
 
 def _announced(log: Path) -> str:
     """The URL at which rclone says that it serves, empty before."""
-    found = re.search(r"Starting s3 server on \[(http://[\d.:]+)/\]", log.read_text(errors="replace"))
+    found = re.search(
+        r"Starting s3 server on \[(http://[\d.:]+)/\]", log.read_text(errors="replace")
+    )
     return found.group(1) if found else ""
 
 
@@ -129,7 +146,9 @@ def _check_port(port: int, what: str) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
-            raise UsageError(f"port {port} for {what} is not free; name another one, or 0 for any") from error
+            raise UsageError(
+                f"port {port} for {what} is not free; name another one, or 0 for any"
+            ) from error
 
 
 def _free_port() -> int:

@@ -45,7 +45,10 @@ def check_shards(url: str, indexes: ShardIndexes) -> Finding:
             raise ShardError(f"{url}: its index names no shards; pack the data again")
         first = shard_url(url, index.shards[0])
         fetch_range(first, 0, min(512, index.shards[0].bytes), FetchCounts(), budget_s=_READ_S)
-        images, total = sum(s.samples for s in index.shards), size(sum(s.bytes for s in index.shards))
+        images, total = (
+            sum(s.samples for s in index.shards),
+            size(sum(s.bytes for s in index.shards)),
+        )
         splits = ", ".join(index.splits)
         return f"{url}: {len(index.shards)} shards, {images} images, {total}, {splits}; index sha {index.digest[:12]}"
 
@@ -65,7 +68,9 @@ def check_storage(url: str) -> Iterator[Finding]:
             raise StorageError(f"{probe}: what was written does not come back")
 
     yield checked("storage list", lambda: say(lambda: list_names(url), "listed"))
-    written = checked("storage write", lambda: say(lambda: write_bytes(probe, b"preflight"), "written"))
+    written = checked(
+        "storage write", lambda: say(lambda: write_bytes(probe, b"preflight"), "written")
+    )
     yield written
     if written.level == "ok":
         yield checked("storage read", lambda: say(read, "read"))
@@ -76,12 +81,21 @@ def check_tracking(uri: str) -> Finding:
     """Whether MLflow takes a run and an artifact; the run is deleted again, which leaves it in MLflow's trash."""
 
     def check() -> str:
-        run_id = open_run(uri, connect(uri), name="preflight", parent=None, tags={Tag.PHASE: "preflight"}, params={})
+        run_id = open_run(
+            uri,
+            connect(uri),
+            name="preflight",
+            parent=None,
+            tags={Tag.PHASE: "preflight"},
+            params={},
+        )
         try:
             log_artifact_bytes(uri, run_id, "preflight.txt", b"preflight")
         finally:
             ask(uri, lambda client: client.delete_run(run_id))
-        return f"{shown(uri)}{_server_version(uri)}: a run was made, got an artifact, and was deleted"
+        return (
+            f"{shown(uri)}{_server_version(uri)}: a run was made, got an artifact, and was deleted"
+        )
 
     return checked("MLflow", check)
 
@@ -90,9 +104,13 @@ def check_machine(groups: Sequence[Group], needs: Needs) -> Iterator[Finding]:
     """Where RAY_ADDRESS is not set: this machine, on which a command would start its own Ray; none is started now."""
     cores = max(2, len(os.sched_getaffinity(0)))
     yield Finding(
-        "ok", "Ray", f"RAY_ADDRESS is not set: the command will start a Ray on this machine, with {cores} cores"
+        "ok",
+        "Ray",
+        f"RAY_ADDRESS is not set: the command will start a Ray on this machine, with {cores} cores",
     )
-    yield from check_room([{"CPU": float(cores), "GPU": float(_local_gpus() if needs.cuda else 0)}], groups)
+    yield from check_room(
+        [{"CPU": float(cores), "GPU": float(_local_gpus() if needs.cuda else 0)}], groups
+    )
     yield disk_check(needs.cache_bytes)
     if (shm := shm_check(*needs.shm_bytes)) is not None:
         yield shm
@@ -117,7 +135,9 @@ def check_cluster(address: str, groups: Sequence[Group], needs: Needs) -> Iterat
 
 def check_room(nodes: Sequence[dict[str, float]], groups: Iterable[Group]) -> Iterator[Finding]:
     """Whether each group fits nodes with these resources if nothing else runs; no process is spread over two nodes."""
-    largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
+    largest = {
+        kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")
+    }
     for group in groups:
         asked = f"{group.processes} x {_amount(group.cpus, group.gpus)}"
         room = fitting_processes(nodes, cpus=group.cpus, gpus=group.gpus)
@@ -125,7 +145,11 @@ def check_room(nodes: Sequence[dict[str, float]], groups: Iterable[Group]) -> It
         if room >= group.processes:
             yield Finding("ok", name, f"{asked}: the nodes have room for {room}")
         elif room >= group.fewest:
-            yield Finding("warn", name, f"{asked}: the nodes have room for {room} only; it would run with fewer")
+            yield Finding(
+                "warn",
+                name,
+                f"{asked}: the nodes have room for {room} only; it would run with fewer",
+            )
         else:
             best = _amount(int(largest["CPU"]), int(largest["GPU"]))
             yield Finding(
@@ -146,7 +170,11 @@ def check_token(address: str) -> Finding:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 return Finding("ok", "Ray token", "who has no token is turned away")
-            return Finding("warn", "Ray token", f"whether {address} asks for a token is unknown: {error.code().name}")
+            return Finding(
+                "warn",
+                "Ray token",
+                f"whether {address} asks for a token is unknown: {error.code().name}",
+            )
     return Finding(
         "warn",
         "Ray token",
@@ -159,15 +187,21 @@ def _inside(address: str, groups: Sequence[Group], needs: Needs) -> Iterator[Fin
     import ray
 
     nodes = [
-        Node(node["NodeID"], f"{node['NodeManagerAddress']} {node['NodeID'][:6]}", node["Resources"])
+        Node(
+            node["NodeID"], f"{node['NodeManagerAddress']} {node['NodeID'][:6]}", node["Resources"]
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
-    total = _amount(*(int(sum(node.resources.get(kind, 0.0) for node in nodes)) for kind in ("CPU", "GPU")))
+    total = _amount(
+        *(int(sum(node.resources.get(kind, 0.0) for node in nodes)) for kind in ("CPU", "GPU"))
+    )
     free = ray.available_resources()
     idle = _amount(int(free.get("CPU", 0)), int(free.get("GPU", 0)))
     yield Finding(
-        "ok", "Ray", f"{address}: {len(nodes)} node{'s' if len(nodes) > 1 else ''} alive, {total}; idle now: {idle}"
+        "ok",
+        "Ray",
+        f"{address}: {len(nodes)} node{'s' if len(nodes) > 1 else ''} alive, {total}; idle now: {idle}",
     )
     yield check_token(str(ray.get_runtime_context().gcs_address))
     yield from check_room([node.resources for node in nodes], groups)

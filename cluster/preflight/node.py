@@ -18,7 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "webdataset", "s3fs", "pyarrow", "numpy")
+PACKAGES = (
+    "ray",
+    "torch",
+    "torchvision",
+    "timm",
+    "mlflow",
+    "webdataset",
+    "s3fs",
+    "pyarrow",
+    "numpy",
+)
 """Whose versions are compared with the driver's."""
 _CLOCK_WARN_S, _CLOCK_FAIL_S = 30.0, 600.0  # S3 refuses what is 900 s off
 
@@ -60,9 +70,14 @@ def look_at_node(task: NodeTask) -> dict[str, Any]:
         `host`, `versions` (package -> version), `findings` (level, name, text) and `time` by its clock.
     """
     missing = missing_modules(task.modules)
-    checks: list[Finding | None] = [checked("software", lambda: _software(missing, task.needs_cuda))]
+    checks: list[Finding | None] = [
+        checked("software", lambda: _software(missing, task.needs_cuda))
+    ]
     if not any(name.startswith("hemoco") for name in missing):
-        checks += [checked(name, partial(_read_shards, url)) for name, url in numbered("shards", task.shards)]
+        checks += [
+            checked(name, partial(_read_shards, url))
+            for name, url in numbered("shards", task.shards)
+        ]
         checks.append(checked("storage", lambda: _share_storage(task)))
         checks.append(clock_check((task.folder, *task.shards)))
         if task.tracking:
@@ -124,7 +139,11 @@ def judge_clock(seconds: float, whose: str) -> Finding:
     """What a clock that is so many seconds ahead of another means."""
     off = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} {whose}"
     if abs(seconds) > _CLOCK_FAIL_S:
-        return Finding("FAIL", "clock", f"{off}; S3 refuses requests that are 15 minutes off: set the clock (NTP)")
+        return Finding(
+            "FAIL",
+            "clock",
+            f"{off}; S3 refuses requests that are 15 minutes off: set the clock (NTP)",
+        )
     if abs(seconds) > _CLOCK_WARN_S:
         return Finding("warn", "clock", f"{off}; set the clock (NTP)")
     return Finding("ok", "clock", f"within {max(abs(seconds), 1):.0f} s of {whose}")
@@ -138,11 +157,19 @@ def disk_check(cache_bytes: int) -> Finding:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        cached = sum(path.stat().st_size for path in (folder / "shards").rglob("*") if path.is_file())
+        cached = sum(
+            path.stat().st_size for path in (folder / "shards").rglob("*") if path.is_file()
+        )
     except OSError as error:
-        return Finding("FAIL", "disk", f"{folder}: {_line(error)}; set HEMOCO_HOME to a folder that can be written")
+        return Finding(
+            "FAIL",
+            "disk",
+            f"{folder}: {_line(error)}; set HEMOCO_HOME to a folder that can be written",
+        )
     if not os.access(folder, os.W_OK):
-        return Finding("FAIL", "disk", f"{folder} cannot be written; set HEMOCO_HOME to a folder that can be")
+        return Finding(
+            "FAIL", "disk", f"{folder} cannot be written; set HEMOCO_HOME to a folder that can be"
+        )
     if free + cached < cache_bytes:
         return Finding(
             "FAIL",
@@ -150,7 +177,9 @@ def disk_check(cache_bytes: int) -> Finding:
             f"{folder}: {size(free)} free and {size(cached)} cached, stream.disk_cache_bytes is {size(cache_bytes)}: "
             "lower it, or set HEMOCO_HOME to a larger disk",
         )
-    wanted = f"a shard cache of {size(cache_bytes)} fits" if cache_bytes else "no shard cache is wanted"
+    wanted = (
+        f"a shard cache of {size(cache_bytes)} fits" if cache_bytes else "no shard cache is wanted"
+    )
     return Finding("ok", "disk", f"{folder}: {size(free)} free; {wanted}")
 
 
@@ -167,15 +196,25 @@ def shm_check(one: int, every: int) -> Finding | None:
     free = shutil.disk_usage(place).free
     advice = "give it more (docker --shm-size, a Memory volume on Kubernetes), or lower stream.workers to 0"
     if free < one:
-        return Finding("FAIL", "shm", f"/dev/shm has {size(free)}, one training process needs {size(one)}: {advice}")
+        return Finding(
+            "FAIL",
+            "shm",
+            f"/dev/shm has {size(free)}, one training process needs {size(one)}: {advice}",
+        )
     if free < every:
-        return Finding("warn", "shm", f"/dev/shm has {size(free)}, all processes together need {size(every)}: {advice}")
+        return Finding(
+            "warn",
+            "shm",
+            f"/dev/shm has {size(free)}, all processes together need {size(every)}: {advice}",
+        )
     return Finding("ok", "shm", f"/dev/shm has {size(free)}, {size(every)} are needed at most")
 
 
 def numbered(name: str, urls: Sequence[str]) -> list[tuple[str, str]]:
     """A name for the check of each URL: with a number where there are several."""
-    return [(f"{name} {number}" if len(urls) > 1 else name, url) for number, url in enumerate(urls, 1)]
+    return [
+        (f"{name} {number}" if len(urls) > 1 else name, url) for number, url in enumerate(urls, 1)
+    ]
 
 
 def size(count: float) -> str:
@@ -188,10 +227,16 @@ def _software(missing: dict[str, str], needs_cuda: bool) -> str:
         name, reason = next(iter(missing.items()))
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         ours = "start it there from the checkout, or by `python -m jobs submit`"
-        advice = ours if name.startswith(("hemoco", "pipeline")) else "install the dependencies of pyproject.toml there"
+        advice = (
+            ours
+            if name.startswith(("hemoco", "pipeline"))
+            else "install the dependencies of pyproject.toml there"
+        )
         raise _FaultError(f"cannot import {name}{more} ({reason}); {advice}")
     if needs_cuda and importlib.import_module("torch").version.cuda is None:
-        raise _FaultError("torch is built without CUDA, the recipe asks for GPUs; install torch with CUDA there")
+        raise _FaultError(
+            "torch is built without CUDA, the recipe asks for GPUs; install torch with CUDA there"
+        )
     return "all that is needed can be imported"
 
 

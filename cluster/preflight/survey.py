@@ -49,7 +49,10 @@ class Needs:
 
 def survey(nodes: Sequence[Node], needs: Needs) -> Iterator[Finding]:
     """Has every node look at itself and at all that it must reach."""
-    folder, greeting = join_url(needs.storage, f".hemoco_preflight_{secrets.token_hex(4)}"), secrets.token_hex(8)
+    folder, greeting = (
+        join_url(needs.storage, f".hemoco_preflight_{secrets.token_hex(4)}"),
+        secrets.token_hex(8),
+    )
     alone = needs.tracking.startswith("sqlite:") and len(nodes) > 1
     if alone:
         yield Finding(
@@ -63,12 +66,16 @@ def survey(nodes: Sequence[Node], needs: Needs) -> Iterator[Finding]:
     except StorageError:  # `check_storage` has said so
         greeting = ""
     try:
-        answers = _ask_nodes(nodes, needs, folder=folder, greeting=greeting, tracking="" if alone else needs.tracking)
+        answers = _ask_nodes(
+            nodes, needs, folder=folder, greeting=greeting, tracking="" if alone else needs.tracking
+        )
         yield from _judge(nodes, answers)
         if greeting:
             yield _one_storage(nodes, answers, folder)
     finally:
-        with contextlib.suppress(StorageError):  # where nothing may be removed, `check_storage` has said so
+        with contextlib.suppress(
+            StorageError
+        ):  # where nothing may be removed, `check_storage` has said so
             remove(folder)
 
 
@@ -76,7 +83,12 @@ def over_nodes(found: dict[str, list[Finding]]) -> Iterator[Finding]:
     """The findings of many nodes as one for each check: the worst, with the nodes that it was met at."""
     names = dict.fromkeys(each.name for findings in found.values() for each in findings)
     for name in names:
-        same = [(node, each) for node, findings in found.items() for each in findings if each.name == name]
+        same = [
+            (node, each)
+            for node, findings in found.items()
+            for each in findings
+            if each.name == name
+        ]
         level = max((each.level for _, each in same), key=_SEVERITY.__getitem__)
         worst = [(node, each) for node, each in same if each.level == level]
         if level == "ok":
@@ -95,7 +107,11 @@ def compare_versions(ours: dict[str, str], theirs: dict[str, dict[str, str]]) ->
             if (there := versions.get(package, "none")) != version:
                 different.setdefault(f"{package} {there} (here {version})", []).append(node)
     if not different:
-        main = ", ".join(f"{package} {ours[package]}" for package in ("python", "ray", "torch") if package in ours)
+        main = ", ".join(
+            f"{package} {ours[package]}"
+            for package in ("python", "ray", "torch")
+            if package in ours
+        )
         return Finding("ok", "nodes versions", f"as here: {main}")
     text = "; ".join(f"{what} on {', '.join(nodes[:_SHOWN])}" for what, nodes in different.items())
     grave = any(what.startswith(("python ", "ray ")) for what in different)
@@ -113,10 +129,17 @@ def _judge(nodes: Sequence[Node], answers: dict[str, dict[str, Any]]) -> Iterato
     heard = {node.name: answers[node.id] for node in nodes if "findings" in answers[node.id]}
     if not heard:
         return
-    yield compare_versions(node_checks.versions(), {node: answer["versions"] for node, answer in heard.items()})
-    found = {node: [Finding(*finding) for finding in answer["findings"]] for node, answer in heard.items()}
+    yield compare_versions(
+        node_checks.versions(), {node: answer["versions"] for node, answer in heard.items()}
+    )
+    found = {
+        node: [Finding(*finding) for finding in answer["findings"]]
+        for node, answer in heard.items()
+    }
     for node, answer in heard.items():
-        found[node].append(judge_clock(answer["ahead"], "this machine's")._replace(name="clock here"))
+        found[node].append(
+            judge_clock(answer["ahead"], "this machine's")._replace(name="clock here")
+        )
     yield from over_nodes(found)
 
 
@@ -164,7 +187,9 @@ def _ask_nodes(
             needs.modules,
         )
         pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(node_checks.look_at_node)
+        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(
+            node_checks.look_at_node
+        )
         running[remote.remote(task)] = node.id
     while running:
         ready, _ = ray.wait(list(running), timeout=max(0.0, begun + _NODE_S - time.time()))
@@ -174,7 +199,9 @@ def _ask_nodes(
         answers[running.pop(ready[0])] = _answer(ready[0], begun, received)
     for reference, node_id in running.items():
         ray.cancel(reference, force=True)
-        answers[node_id] = {"error": f"no answer within {_NODE_S:.0f} s; is it too busy, or blocked by a firewall?"}
+        answers[node_id] = {
+            "error": f"no answer within {_NODE_S:.0f} s; is it too busy, or blocked by a firewall?"
+        }
     ray.cloudpickle.unregister_pickle_by_value(node_checks)
     return answers
 

@@ -12,7 +12,18 @@ logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder that holds hemoco/, pipeline/, jobs/ and cluster/."""
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", ".*_cache", "*.egg-info", "dist", ".env", ".env.*", "*.pem")
+EXCLUDES = (
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    ".*_cache",
+    "*.egg-info",
+    "dist",
+    ".env",
+    ".env.*",
+    "*.pem",
+)
 """What is never uploaded, in the words of .gitignore: not needed there, or secret."""
 _ROOMS = ("hemoco", "pipeline", "jobs", "cluster")
 _LIMIT_BYTES = 64 * 1024**2  # the head keeps packages in memory, each node unpacks them
@@ -27,7 +38,9 @@ def git_facts(checkout: Path) -> dict[str, str]:
     tells, they count for nothing: they may have been exported for another state of the checkout.
     """
     # of a checkout that merely lies in somebody's repository, git would tell that one's commit
-    if _git(checkout, "rev-parse", "--show-prefix") == "" and (commit := _git(checkout, "rev-parse", "HEAD")):
+    if _git(checkout, "rev-parse", "--show-prefix") == "" and (
+        commit := _git(checkout, "rev-parse", "HEAD")
+    ):
         return _facts(commit, "false" if _git(checkout, "status", "--porcelain") == "" else "true")
     commit = os.environ.get("HEMOCO_GIT_COMMIT", "")
     dirty = os.environ.get("HEMOCO_GIT_DIRTY", "")
@@ -47,7 +60,11 @@ def upload_problems(checkout: Path, recipe_file: Path | None) -> list[str]:
     checkout = checkout.resolve()
     files = uploaded_files(checkout)
     problems = [_recipe_problem(checkout, recipe_file, files)] if recipe_file else []
-    code = (path.relative_to(checkout) for room in _ROOMS for path in sorted((checkout / room).rglob("*.py")))
+    code = (
+        path.relative_to(checkout)
+        for room in _ROOMS
+        for path in sorted((checkout / room).rglob("*.py"))
+    )
     if absent := [str(path) for path in code if str(path) not in files]:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         problems.append(f"{absent[0]}{more} would not be uploaded: {_IGNORED}")
@@ -98,7 +115,11 @@ def _git(checkout: Path, *words: str) -> str | None:
     quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # only to look: nothing in .git is to change
     try:
         done = subprocess.run(
-            ["git", "-C", str(checkout), *words], env=quiet, capture_output=True, text=True, check=False
+            ["git", "-C", str(checkout), *words],
+            env=quiet,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:
         return None

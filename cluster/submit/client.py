@@ -80,7 +80,9 @@ class Cluster:
                 f"--address is {parts.scheme}://{parts.netloc.rpartition('@')[2]}: give the dashboard of the "
                 "cluster's head, for example http://head:8265"
             )
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray would prefer RAY_ADDRESS to what it is given
+        os.environ["RAY_API_SERVER_ADDRESS"] = (
+            self.address
+        )  # Ray would prefer RAY_ADDRESS to what it is given
         for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
         with self._answering():
@@ -89,7 +91,11 @@ class Cluster:
     def jobs(self, run: str = "") -> list[Job]:
         """hemoco's jobs, of one run or of all, the newest first."""
         with self._answering():
-            found = [_job(details) for details in self.client.list_jobs() if Tag.RUN in (details.metadata or {})]
+            found = [
+                _job(details)
+                for details in self.client.list_jobs()
+                if Tag.RUN in (details.metadata or {})
+            ]
         mine = (job for job in found if run in ("", job.run))
         return sorted(mine, key=lambda job: job.started, reverse=True)
 
@@ -235,7 +241,9 @@ def _refused(address: str, reason: str) -> HemocoError:
             f"{address} does not take this token (403): it is that of another cluster; correct the file that "
             "RAY_AUTH_TOKEN_PATH names, or RAY_AUTH_TOKEN"
         )
-    return HemocoError(f"{address}: {reason.strip().splitlines()[0]}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH")
+    return HemocoError(
+        f"{address}: {reason.strip().splitlines()[0]}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -44,9 +44,13 @@ _SECRETS = (
 )
 _SHORTEST_SECRET = 8  # a shorter value would be found in many an innocent word
 _SECRET_LOOKS = {
-    "a name, password or token in a URL": re.compile(r"://[^/?#\s]+@"),  # some servers take a token as the user's name
+    "a name, password or token in a URL": re.compile(
+        r"://[^/?#\s]+@"
+    ),  # some servers take a token as the user's name
     "an AWS access key": re.compile(r"(?<![A-Z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),
-    "a signed URL": re.compile(r"[?&](X-Amz-Signature|X-Amz-Credential|AWSAccessKeyId|Signature|sig|token)=", re.I),
+    "a signed URL": re.compile(
+        r"[?&](X-Amz-Signature|X-Amz-Credential|AWSAccessKeyId|Signature|sig|token)=", re.I
+    ),
 }
 
 
@@ -68,7 +72,11 @@ class JobSpec(NamedTuple):
     def commit(self) -> str:
         """Of the checkout, short, with `-dirty` where that has changes or may have some; empty if unknown."""
         dirty = "" if self.variables.get("HEMOCO_GIT_DIRTY") == "false" else "-dirty"
-        return f"{self.variables['HEMOCO_GIT_COMMIT'][:12]}{dirty}" if "HEMOCO_GIT_COMMIT" in self.variables else ""
+        return (
+            f"{self.variables['HEMOCO_GIT_COMMIT'][:12]}{dirty}"
+            if "HEMOCO_GIT_COMMIT" in self.variables
+            else ""
+        )
 
 
 def job_spec(address: str, run: str, words: Sequence[str], checkout: Path) -> JobSpec:
@@ -145,4 +153,7 @@ def _git_variables(checkout: Path) -> dict[str, str]:
     facts = git_facts(checkout)
     if not facts:
         return {}
-    return {"HEMOCO_GIT_COMMIT": facts["mlflow.source.git.commit"], "HEMOCO_GIT_DIRTY": facts[Tag.GIT_DIRTY]}
+    return {
+        "HEMOCO_GIT_COMMIT": facts["mlflow.source.git.commit"],
+        "HEMOCO_GIT_DIRTY": facts[Tag.GIT_DIRTY],
+    }

@@ -17,7 +17,9 @@ _QUIET_S = 10.0  # a silent log: is it the job or the connection?
 _PAUSE_S = 1.0
 
 
-def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], *, patience_s: float = 120.0) -> Job:
+def follow(
+    cluster: Cluster, job_id: str, show: Callable[[str], None], *, patience_s: float = 120.0
+) -> Job:
     """Shows a job's log from its beginning until the job ends; what came before a broken connection is not repeated.
 
     Args:
@@ -35,7 +37,9 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], *, patien
     return asyncio.run(_follow(cluster, job_id, show, patience_s))
 
 
-async def _follow(cluster: Cluster, job_id: str, show: Callable[[str], None], patience_s: float) -> Job:
+async def _follow(
+    cluster: Cluster, job_id: str, show: Callable[[str], None], patience_s: float
+) -> Job:
     shown = 0
     answered, complained = time.monotonic(), -math.inf
     while True:
@@ -44,12 +48,16 @@ async def _follow(cluster: Cluster, job_id: str, show: Callable[[str], None], pa
             async with aclosing(_pieces(cluster, job_id)) as pieces:
                 async for piece in pieces:
                     answered = time.monotonic()
-                    if fresh := piece[max(0, shown - seen) :]:  # a new connection begins with the log's beginning
+                    if fresh := piece[
+                        max(0, shown - seen) :
+                    ]:  # a new connection begins with the log's beginning
                         show(fresh)
                     seen += len(piece)
                     shown = max(shown, seen)
             job = await asyncio.to_thread(cluster.job, job_id)
-            if job.ended:  # its last lines may have come after the silence in which it was asked for
+            if (
+                job.ended
+            ):  # its last lines may have come after the silence in which it was asked for
                 show((await asyncio.to_thread(cluster.log, job_id))[shown:])
                 return job
             answered = time.monotonic()

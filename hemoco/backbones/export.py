@@ -89,12 +89,18 @@ def export_method(checkpoint_url: str, dest: str) -> None:
     saved = load_method(checkpoint_url)
     config = saved.encoder
     _check_exportable(checkpoint_url, config, "moco")
-    if "queue" in saved.tensors and any(name.endswith("head.1.running_mean") for name in saved.tensors):
+    if "queue" in saved.tensors and any(
+        name.endswith("head.1.running_mean") for name in saved.tensors
+    ):
         raise CheckpointError(
             f"{checkpoint_url}: its head has batch normalisation (moco.head mlp_bn), which no official v1 or v2 has; "
             "export the backbone alone"
         )
-    content = {"epoch": saved.epoch, "arch": config.architecture, "state_dict": official_names(saved.tensors)}
+    content = {
+        "epoch": saved.epoch,
+        "arch": config.architecture,
+        "state_dict": official_names(saved.tensors),
+    }
     write_bytes(dest, _torch_bytes(content))
 
 
@@ -104,7 +110,9 @@ def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {}
     for name, tensor in tensors.items():
         ours = next(prefix for prefix in prefixes if name.startswith(prefix))
-        named[f"module.{prefixes[ours]}{name.removeprefix(ours)}"] = tensor.detach().cpu().contiguous()
+        named[f"module.{prefixes[ours]}{name.removeprefix(ours)}"] = (
+            tensor.detach().cpu().contiguous()
+        )
     if "queue" in tensors:
         named["module.queue_ptr"] = named["module.queue_ptr"].view(1)
     return named
@@ -129,7 +137,9 @@ def _check_exportable(url: str, config: EncoderConfig, fmt: Format) -> None:
 
 def _detectron2_content(tensors: dict[str, Tensor]) -> dict[str, object]:
     # detectron2 has no counters of batches
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+    kept = {
+        name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")
+    }
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in kept.items()}
     return {"model": arrays, "__author__": "hemoco", "matching_heuristics": True}
 

@@ -25,7 +25,10 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
         metadata: `data_digest`, `run_id` and `size` of the images of the pretraining, and where else it comes from.
     """
     # contiguous: training keeps them channels-last, which safetensors cannot say
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.encoder.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in backbone.encoder.state_dict().items()
+    }
     own = {
         "format": _FORMAT,
         "architecture": backbone.config.architecture,
@@ -95,14 +98,21 @@ def load_backbone(url: str) -> Backbone:
             raise CheckpointError(f"{sorted(absent)} are missing")
         backbone.encoder.load_state_dict(tensors)
     except KeyError as error:
-        raise CheckpointError(f"{url}: its metadata lacks {error}; export the backbone again") from error
+        raise CheckpointError(
+            f"{url}: its metadata lacks {error}; export the backbone again"
+        ) from error
     except (ConfigError, CheckpointError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{url}: does not fit its architecture: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"{url}: does not fit its architecture: {' '.join(str(error).split())}"
+        ) from error
     return backbone
 
 
 def random_backbone(
-    config: EncoderConfig, seed: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    config: EncoderConfig,
+    seed: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
 ) -> Backbone:
     """An untrained backbone in evaluation mode; to use it frozen, calibrate its BN statistics first."""
     return Backbone(build_encoder(config, seed), config, mean, std).eval()

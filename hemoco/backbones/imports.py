@@ -72,7 +72,9 @@ def import_backbone(
     origin = f"{url}: layout {found.layout}"
     tensors = _with_counters(found.tensors)
     named = architecture or content.get("arch") or content.get("architecture")
-    config = EncoderConfig(architecture=str(named or _infer_architecture(origin, tensors)), stem=_stem(tensors))
+    config = EncoderConfig(
+        architecture=str(named or _infer_architecture(origin, tensors)), stem=_stem(tensors)
+    )
     backbone = Backbone(_filled_encoder(origin, config, tensors), config, *normalisation)
     source = {
         "source": f"imported from {found.layout} ({encoder} encoder)",
@@ -97,13 +99,18 @@ def _normalisation(url: str, content: Mapping[str, Any]) -> Normalisation:
         mean, std = (tuple(map(float, json.loads(content[name]))) for name in ("mean", "std"))
         return Normalisation((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
     except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{url}: its mean and std cannot be read; give --mean and --std") from error
+        raise CheckpointError(
+            f"{url}: its mean and std cannot be read; give --mean and --std"
+        ) from error
 
 
 def _check(normalisation: Normalisation) -> None:
     for name, values in normalisation._asdict().items():
         low = 0 if name == "mean" else 1e-6
-        require(all(low <= value <= 1 for value in values), f"{name} is {values}: it must be that of images in [0, 1]")
+        require(
+            all(low <= value <= 1 for value in values),
+            f"{name} is {values}: it must be that of images in [0, 1]",
+        )
 
 
 def _stem(tensors: Mapping[str, Tensor]) -> Any:
@@ -115,7 +122,9 @@ def _with_counters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Adds BN's counters of batches where a file has none at all."""
     if any(name.endswith(".num_batches_tracked") for name in tensors):
         return tensors
-    norms = [name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")]
+    norms = [
+        name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")
+    ]
     return tensors | {f"{name}.num_batches_tracked": torch.tensor(0) for name in norms}
 
 
@@ -124,7 +133,9 @@ def _infer_architecture(origin: str, tensors: Mapping[str, Tensor]) -> str:
     differences: dict[str, list[str]] = {}
     for architecture in PLAIN_ARCHITECTURES:
         config = EncoderConfig(architecture=architecture, stem=_stem(tensors))
-        differences[architecture] = _differences(_empty_encoder(origin, config).state_dict(), tensors)
+        differences[architecture] = _differences(
+            _empty_encoder(origin, config).state_dict(), tensors
+        )
         if not differences[architecture]:
             return architecture
     nearest = min(differences, key=lambda name: len(differences[name]))
@@ -139,7 +150,9 @@ def _filled_encoder(origin: str, config: EncoderConfig, tensors: Mapping[str, Te
     expected = encoder.state_dict()
     if differences := _differences(expected, tensors):
         raise CheckpointError(f"{origin}: is no {config.architecture}: {_some(differences)}")
-    encoder.load_state_dict({name: tensors[name].to(expected[name].dtype) for name in expected}, assign=True)
+    encoder.load_state_dict(
+        {name: tensors[name].to(expected[name].dtype) for name in expected}, assign=True
+    )
     return encoder
 
 
@@ -156,9 +169,15 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     missing = [f"{name} is missing" for name in expected if name not in found]
     unexpected = [f"{name} is unexpected" for name in sorted(found.keys() - expected.keys())]
     both = [(name, tensor, found[name]) for name, tensor in expected.items() if name in found]
-    shapes = [f"{name} has shape {tuple(b.shape)}, not {tuple(a.shape)}" for name, a, b in both if a.shape != b.shape]
+    shapes = [
+        f"{name} has shape {tuple(b.shape)}, not {tuple(a.shape)}"
+        for name, a, b in both
+        if a.shape != b.shape
+    ]
     kinds = [
-        f"{name} is {b.dtype}, not {a.dtype}" for name, a, b in both if a.is_floating_point() != b.is_floating_point()
+        f"{name} is {b.dtype}, not {a.dtype}"
+        for name, a, b in both
+        if a.is_floating_point() != b.is_floating_point()
     ]
     return missing + unexpected + shapes + kinds
 

@@ -12,7 +12,9 @@ from hemoco.errors import ConfigError
 from hemoco.models.resnet import Backbone, check_timm_architecture
 
 
-def init_backbone(init: str, backbone_url: str, encoder: EncoderConfig, views: ViewsConfig, seed: int) -> Backbone:
+def init_backbone(
+    init: str, backbone_url: str, encoder: EncoderConfig, views: ViewsConfig, seed: int
+) -> Backbone:
     """A backbone in evaluation mode on the CPU.
 
     Args:
@@ -45,7 +47,11 @@ def check_architecture(url: str, metadata: Mapping[str, str], encoder: EncoderCo
         ConfigError: it has another architecture.
     """
     shortcuts = str(json.loads(metadata.get("shortcuts", "true")))  # older files do not say so
-    found = {"architecture": metadata["architecture"], "stem": metadata["stem"], "shortcuts": shortcuts}
+    found = {
+        "architecture": metadata["architecture"],
+        "stem": metadata["stem"],
+        "shortcuts": shortcuts,
+    }
     for name, value in found.items():
         wanted = str(getattr(encoder, name))
         if value != wanted:
@@ -67,7 +73,9 @@ def supervised_backbone(config: EncoderConfig) -> Backbone:
     check_timm_architecture(config.architecture)
     check_supervised(config)
     try:
-        encoder: nn.Module = timm.create_model(_supervised_name(config.architecture), pretrained=True, num_classes=0)
+        encoder: nn.Module = timm.create_model(
+            _supervised_name(config.architecture), pretrained=True, num_classes=0
+        )
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"timm's supervised weights of {config.architecture} cannot be had ({' '.join(str(error).split())[:200]}); "

@@ -12,7 +12,15 @@ EncoderChoice = Literal["query", "key"]
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 PLAIN_ARCHITECTURES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *(
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
 )
 """The architectures whose names and layers are the same in torchvision and timm."""
@@ -57,7 +65,14 @@ class Layout(NamedTuple):
 
 
 _LAYOUTS = (
-    Layout("lightly", r"backbone\.\d\.", "backbone.", "backbone_momentum.", others=r".*", renames=_FROM_CHILDREN),
+    Layout(
+        "lightly",
+        r"backbone\.\d\.",
+        "backbone.",
+        "backbone_momentum.",
+        others=r".*",
+        renames=_FROM_CHILDREN,
+    ),
     Layout("solo-learn", r"momentum_backbone\.", "backbone.", "momentum_backbone.", others=r".*"),
     Layout("solo-learn or mmselfsup", r"backbone\.", "backbone.", others=r".*"),
     Layout(
@@ -93,7 +108,9 @@ def find_backbone(url: str, content: Mapping[str, Any], encoder: EncoderChoice) 
         CheckpointError: the layout is unknown or has no such encoder.
     """
     tensors = _without_prefix(_state_dict(url, content), "module.")
-    layout = next((each for each in _LAYOUTS if any(re.match(each.mark, name) for name in tensors)), None)
+    layout = next(
+        (each for each in _LAYOUTS if any(re.match(each.mark, name) for name in tensors)), None
+    )
     if layout is None:
         known = ", ".join(each.name for each in _LAYOUTS)
         raise CheckpointError(
@@ -102,12 +119,19 @@ def find_backbone(url: str, content: Mapping[str, Any], encoder: EncoderChoice) 
         )
     prefix = layout.query if encoder == "query" else layout.key
     if prefix is None:
-        raise CheckpointError(f"{url}: layout {layout.name} has no key encoder; import the query encoder")
+        raise CheckpointError(
+            f"{url}: layout {layout.name} has no key encoder; import the query encoder"
+        )
     left_out = [name for name in tensors if _is_left_out(name, layout, prefix)]
     # an unexpected name without the prefix stays as it is and will fit no architecture
-    named = {rename(name.removeprefix(prefix), layout.renames): tensors[name] for name in tensors.keys() - left_out}
+    named = {
+        rename(name.removeprefix(prefix), layout.renames): tensors[name]
+        for name in tensors.keys() - left_out
+    }
     if len(named) < len(tensors) - len(left_out):
-        raise CheckpointError(f"{url}: layout {layout.name}: two tensors have the same name in torchvision")
+        raise CheckpointError(
+            f"{url}: layout {layout.name}: two tensors have the same name in torchvision"
+        )
     return ForeignBackbone(layout.name, named, left_out)
 
 
@@ -134,7 +158,11 @@ def _state_dict(url: str, content: Mapping[str, Any]) -> dict[str, Tensor]:
         found: Any = content
         for step in place:
             found = found.get(step) if isinstance(found, Mapping) else None
-        if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+        if (
+            isinstance(found, Mapping)
+            and found
+            and all(isinstance(value, Tensor) for value in found.values())
+        ):
             return {str(name): tensor for name, tensor in found.items()}
     raise CheckpointError(
         f"{url}: has no state dict, alone or under 'state_dict' or 'model'; its content is "

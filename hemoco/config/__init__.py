@@ -2,8 +2,20 @@
 
 from hemoco.config.data import DataConfig, StreamConfig
 from hemoco.config.detection import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig
-from hemoco.config.method import EncoderConfig, MoCoConfig, MoCoV3Config, OptimizerConfig, ViewsConfig
-from hemoco.config.recipe import AnyTransferConfig, PretrainConfig, Recipe, ResourcesConfig, world_sizes
+from hemoco.config.method import (
+    EncoderConfig,
+    MoCoConfig,
+    MoCoV3Config,
+    OptimizerConfig,
+    ViewsConfig,
+)
+from hemoco.config.recipe import (
+    AnyTransferConfig,
+    PretrainConfig,
+    Recipe,
+    ResourcesConfig,
+    world_sizes,
+)
 from hemoco.config.settings import config_difference, config_digest, flat_params
 from hemoco.config.sweep import Choice, LogUniform, SweepConfig, Uniform
 from hemoco.config.transfer import (

@@ -43,9 +43,15 @@ def require_choices(config: Any, name: str = "") -> None:
         return
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, full_name = getattr(config, field.name), f"{name}.{field.name}" if name else field.name
+        value, full_name = (
+            getattr(config, field.name),
+            f"{name}.{field.name}" if name else field.name,
+        )
         hint = hints[field.name]
         if typing.get_origin(hint) is Literal:
             allowed = typing.get_args(hint)
-            require(value in allowed, f"{full_name} is {value!r}: it must be {' or '.join(map(str, allowed))}")
+            require(
+                value in allowed,
+                f"{full_name} is {value!r}: it must be {' or '.join(map(str, allowed))}",
+            )
         require_choices(value, full_name)

@@ -42,4 +42,6 @@ class StreamConfig:
         require_not_negative(self, "stream", "workers")
         require_positive(self, "stream", "lanes")
         require_positive(self, "stream", "shards_per_block")
-        require_not_negative(self, "stream", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share")
+        require_not_negative(
+            self, "stream", "memory_bytes", "disk_cache_bytes", "retry_s", "max_bad_share"
+        )

@@ -60,7 +60,10 @@ class DetectionConfig(TrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.anchor_sizes) == 5, f"detection.anchor_sizes is {self.anchor_sizes}: five sizes are needed")
+        require(
+            len(self.anchor_sizes) == 5,
+            f"detection.anchor_sizes is {self.anchor_sizes}: five sizes are needed",
+        )
         require(
             bool(self.train_sizes) and min(self.train_sizes) > 0,
             f"detection.train_sizes is {self.train_sizes}: name at least one, all positive",
@@ -95,5 +98,6 @@ class MaskRcnnConfig(DetectionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.metric == "coco", f"mask_rcnn.metric is {self.metric!r}: VOC has no masks; use Faster R-CNN for it"
+            self.metric == "coco",
+            f"mask_rcnn.metric is {self.metric!r}: VOC has no masks; use Faster R-CNN for it",
         )

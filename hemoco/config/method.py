@@ -42,11 +42,17 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         require(self.size >= 8, f"views.size is {self.size}: it must be at least 8 pixels")
-        require(0 < low <= high <= 1, f"views.crop_scale is {self.crop_scale}: it must satisfy 0 < low <= high <= 1")
+        require(
+            0 < low <= high <= 1,
+            f"views.crop_scale is {self.crop_scale}: it must satisfy 0 < low <= high <= 1",
+        )
         for name in ("jitter", "grayscale", "flip", "blur", "solarize"):
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
-            require(all(0 <= v <= 1 for v in values), f"views.{name} is {value}: a probability must be in [0, 1]")
+            require(
+                all(0 <= v <= 1 for v in values),
+                f"views.{name} is {value}: a probability must be in [0, 1]",
+            )
         require(0 <= self.hue <= 0.5, f"views.hue is {self.hue}: it must be in [0, 0.5]")
 
 
@@ -97,7 +103,10 @@ class MoCoConfig:
         require_positive(self, "moco", "queue_length")
         require(0 <= self.momentum <= 1, f"moco.momentum is {self.momentum}: it must be in [0, 1]")
         require_positive(self, "moco", "temperature")
-        require(self.bn_group_size >= 2, f"moco.bn_group_size is {self.bn_group_size}: it must be at least 2")
+        require(
+            self.bn_group_size >= 2,
+            f"moco.bn_group_size is {self.bn_group_size}: it must be at least 2",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,4 +149,6 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_positive(self, "optimizer", "lr", "trust")
         require_not_negative(self, "optimizer", "weight_decay", "warmup_epochs")
-        require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must be in [0, 1)")
+        require(
+            0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: it must be in [0, 1)"
+        )

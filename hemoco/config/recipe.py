@@ -9,7 +9,13 @@ from typing import Literal
 from hemoco.config.checks import require, require_choices, require_not_negative, require_positive
 from hemoco.config.data import DataConfig, StreamConfig
 from hemoco.config.detection import FasterRcnnConfig, MaskRcnnConfig
-from hemoco.config.method import EncoderConfig, MoCoConfig, MoCoV3Config, OptimizerConfig, ViewsConfig
+from hemoco.config.method import (
+    EncoderConfig,
+    MoCoConfig,
+    MoCoV3Config,
+    OptimizerConfig,
+    ViewsConfig,
+)
 from hemoco.config.settings import flat_params, is_free
 from hemoco.config.sweep import KNN, SweepConfig, check_space
 from hemoco.config.transfer import (
@@ -36,7 +42,10 @@ class ResourcesConfig:
     def __post_init__(self) -> None:
         require_positive(self, "resources", "workers")
         require_positive(self, "resources", "cpus_per_worker")
-        require(self.gpus_per_worker in (0, 1), f"resources.gpus_per_worker is {self.gpus_per_worker}: 0 or 1")
+        require(
+            self.gpus_per_worker in (0, 1),
+            f"resources.gpus_per_worker is {self.gpus_per_worker}: 0 or 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,13 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         batch, workers = self.global_batch_size, self.resources.workers
         require_positive(
-            self, "pretrain", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_last", "accumulation_steps"
+            self,
+            "pretrain",
+            "epochs",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_last",
+            "accumulation_steps",
         )
         require_not_negative(self, "pretrain", "knn_every_epochs", "export_every_epochs")
         every = self.keep_every_steps
@@ -103,7 +118,10 @@ class PretrainConfig:
                 f"pretrain.accumulation_steps is {self.accumulation_steps}: it must be 1 for MoCo v3, whose negatives "
                 "and batch statistics are those of the images that are computed at once; use more workers",
             )
-            require(not self.compile, "pretrain.compile is True: batch statistics over all workers cannot be compiled")
+            require(
+                not self.compile,
+                "pretrain.compile is True: batch statistics over all workers cannot be compiled",
+            )
 
     def _check_queue(self, moco: MoCoConfig, per_worker: int) -> None:
         group, steps = moco.bn_group_size, self.accumulation_steps
@@ -123,7 +141,11 @@ def world_sizes(config: PretrainConfig) -> list[int]:
     """The numbers of workers, up to the configured one, on which this training is the same; ascending."""
     batch, sizes = config.global_batch_size, range(1, config.resources.workers + 1)
     # v3 takes its batch statistics over all workers
-    group = config.moco.bn_group_size * config.accumulation_steps if isinstance(config.moco, MoCoConfig) else 1
+    group = (
+        config.moco.bn_group_size * config.accumulation_steps
+        if isinstance(config.moco, MoCoConfig)
+        else 1
+    )
     return [size for size in sizes if batch % size == 0 and (batch // size) % group == 0]
 
 
@@ -159,9 +181,14 @@ class Recipe:
         require_choices(self)
         require(is_name(self.name), f"recipe.name is {self.name!r}: allowed are {NAME_RULE}")
         for name in self.transfers:
-            require(is_name(name), f"the recipe has a transfer {name!r}: allowed in its name are {NAME_RULE}")
+            require(
+                is_name(name),
+                f"the recipe has a transfer {name!r}: allowed in its name are {NAME_RULE}",
+            )
         unknown = [name for name in self.curve if name not in self.transfers]
-        require(not unknown, f"curve names {unknown}: the recipe's transfers are {list(self.transfers)}")
+        require(
+            not unknown, f"curve names {unknown}: the recipe's transfers are {list(self.transfers)}"
+        )
         require(
             not self.curve or self.pretrain.export_every_epochs > 0,
             f"curve is {self.curve} but pretrain.export_every_epochs is 0: set it to the epochs between two backbones",

@@ -24,7 +24,9 @@ _FREE_OF_TRANSFERS = (
     *("workers", "cpus", "gpus", "log_every_steps", "checkpoint_every_steps"),
     *(f"stream.{name}" for name in _FREE_OF_STREAM),
 )
-_OF_TRANSFER = re.compile(r"(transfer|transfers\.[^.]+)\.")  # in a checkpoint, and in a recipe by its name
+_OF_TRANSFER = re.compile(
+    r"(transfer|transfers\.[^.]+)\."
+)  # in a checkpoint, and in a recipe by its name
 
 
 def flat_params(config: Any) -> dict[str, str]:
@@ -53,7 +55,11 @@ def config_digest(config: Any) -> str:
 def config_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """Lines `name: old -> new` for every setting that differs between two flat configs and changes a result."""
     names = sorted(name for name in old.keys() | new.keys() if not is_free(name))
-    return [f"{n}: {old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names if old.get(n) != new.get(n)]
+    return [
+        f"{n}: {old.get(n, '(unset)')} -> {new.get(n, '(unset)')}"
+        for n in names
+        if old.get(n) != new.get(n)
+    ]
 
 
 def is_free(name: str) -> bool:

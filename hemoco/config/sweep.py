@@ -21,7 +21,8 @@ class Choice:
 
     def __post_init__(self) -> None:
         require(
-            isinstance(self.values, tuple) and len(set(map(repr, self.values))) == len(self.values) > 0,
+            isinstance(self.values, tuple)
+            and len(set(map(repr, self.values))) == len(self.values) > 0,
             f"Choice has {self.values!r}: give a tuple of different values, for example Choice((0.1, 0.2))",
         )
 
@@ -84,7 +85,10 @@ class SweepConfig:
     """The higher, the fewer go on."""
 
     def __post_init__(self) -> None:
-        require(bool(self.space), "sweep.space is empty: name a setting, for example pretrain.optimizer.lr")
+        require(
+            bool(self.space),
+            "sweep.space is empty: name a setting, for example pretrain.optimizer.lr",
+        )
         require_positive(self, "sweep", "trials", "max_concurrent", "grace_epochs")
         require(self.seed >= 0, f"sweep.seed is {self.seed}: it must not be negative")
         require(self.reduction >= 2, f"sweep.reduction is {self.reduction}: it must be at least 2")
@@ -93,7 +97,9 @@ class SweepConfig:
                 isinstance(values, Range),
                 f"sweep.space has {values!r} for {name}: it must be a Choice, Uniform or LogUniform",
             )
-        choices = [len(values.values) for values in self.space.values() if isinstance(values, Choice)]
+        choices = [
+            len(values.values) for values in self.space.values() if isinstance(values, Choice)
+        ]
         require(
             len(choices) < len(self.space) or self.trials <= math.prod(choices),
             f"sweep.trials is {self.trials}: the space has {math.prod(choices)} points, and each is tried once",
@@ -111,7 +117,8 @@ def with_settings(config: ConfigT, settings: Mapping[str, object]) -> ConfigT:
         head, _, rest = name.partition(".")
         parts.setdefault(head, {})[rest] = value
     changed = {
-        name: below[""] if "" in below else with_settings(getattr(config, name), below) for name, below in parts.items()
+        name: below[""] if "" in below else with_settings(getattr(config, name), below)
+        for name, below in parts.items()
     }
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
@@ -136,7 +143,10 @@ def check_space(space: Mapping[str, Range], config: object, allowed: set[str]) -
             wrong = [value for value in values.values if not _is_of(kind, value)]
             require(not wrong, f"sweep.space has {wrong} for {name}: {_shown(kind)} is allowed")
         else:
-            require(kind is float, f"sweep.space has {values} for {name}, which is {_shown(kind)}: give a Choice")
+            require(
+                kind is float,
+                f"sweep.space has {values} for {name}, which is {_shown(kind)}: give a Choice",
+            )
 
 
 def _objection(name: str, allowed: set[str], known: Mapping[str, Any]) -> str:
@@ -148,7 +158,11 @@ def _objection(name: str, allowed: set[str], known: Mapping[str, Any]) -> str:
         return f", which is a group: name one of {', '.join(group)}"
     ending = sorted(other for other in allowed if other.endswith(f".{name}"))
     close = ending or difflib.get_close_matches(name, sorted(allowed), n=1)
-    return f": did you mean {' or '.join(close)}?" if close else f": the pretraining has {', '.join(sorted(allowed))}"
+    return (
+        f": did you mean {' or '.join(close)}?"
+        if close
+        else f": the pretraining has {', '.join(sorted(allowed))}"
+    )
 
 
 def _kinds(prefix: str, config: Any) -> Iterator[tuple[str, Any]]:
@@ -166,7 +180,9 @@ def _is_of(kind: Any, value: object) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of, kinds, value))
+        return (
+            isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of, kinds, value))
+        )
     return type(value) in ((int, float) if kind is float else (kind,))
 
 

@@ -28,7 +28,9 @@ class TransferConfig:
     """GPUs reserved, per process."""
 
     def __post_init__(self) -> None:
-        require(bool(self.inits), "transfers.inits is empty: name at least one of pretrained, random")
+        require(
+            bool(self.inits), "transfers.inits is empty: name at least one of pretrained, random"
+        )
         for init in self.inits:
             found = _INIT.fullmatch(init)
             require(
@@ -37,10 +39,17 @@ class TransferConfig:
                 "(letters, digits, dot, dash and underscore in NAME)",
             )
         labels = [init_label(init) for init in self.inits]
-        require(len(set(labels)) == len(labels), f"transfers.inits is {self.inits}: a name comes twice")
+        require(
+            len(set(labels)) == len(labels), f"transfers.inits is {self.inits}: a name comes twice"
+        )
         require(bool(self.seeds), "transfers.seeds is empty: name at least one")
-        require(len(set(self.seeds)) == len(self.seeds), f"transfers.seeds is {self.seeds}: a seed comes twice")
-        require(min(self.seeds) >= 0, f"transfers.seeds is {self.seeds}: a seed must not be negative")
+        require(
+            len(set(self.seeds)) == len(self.seeds),
+            f"transfers.seeds is {self.seeds}: a seed comes twice",
+        )
+        require(
+            min(self.seeds) >= 0, f"transfers.seeds is {self.seeds}: a seed must not be negative"
+        )
         require(
             bool(self.data.shards) or self.data == DataConfig(),
             f"transfers.data is {self.data} without shards: a transfer's own data need --transfers.NAME.data.shards, "
@@ -124,7 +133,9 @@ class LowShotConfig(TransferConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "low_shot", "shots", "draws", "weight_decay")
-        require(0 <= self.fraction < 1, f"low_shot.fraction is {self.fraction}: it must be in [0, 1)")
+        require(
+            0 <= self.fraction < 1, f"low_shot.fraction is {self.fraction}: it must be in [0, 1)"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +155,14 @@ class TrainedConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "transfers", "workers", "global_batch_size", "log_every_steps", "checkpoint_every_steps")
+        require_positive(
+            self,
+            "transfers",
+            "workers",
+            "global_batch_size",
+            "log_every_steps",
+            "checkpoint_every_steps",
+        )
         require(
             self.global_batch_size % self.workers == 0,
             f"transfers.global_batch_size is {self.global_batch_size}: it must be a multiple of transfers.workers "
@@ -181,10 +199,16 @@ class ClassifierConfig(TrainedConfig):
         super().__post_init__()
         require_positive(self, "transfers", "epochs", "lr", "size")
         low, high = self.crop_scale
-        require(0 < low <= high <= 1, f"transfers.crop_scale is {self.crop_scale}: shares of an image, in order")
+        require(
+            0 < low <= high <= 1,
+            f"transfers.crop_scale is {self.crop_scale}: shares of an image, in order",
+        )
         require(0 <= self.flip <= 1, f"transfers.flip is {self.flip}: it must be in [0, 1]")
         require_not_negative(self, "transfers", "warmup_epochs", "weight_decay")
-        require(self.resize >= self.size, f"transfers.resize is {self.resize}: it must be at least size ({self.size})")
+        require(
+            self.resize >= self.size,
+            f"transfers.resize is {self.resize}: it must be at least size ({self.size})",
+        )
         require(
             self.global_batch_size % self.stream.lanes == 0,
             f"transfers.stream.lanes is {self.stream.lanes}: it must divide transfers.global_batch_size "
@@ -217,4 +241,7 @@ class FineTuneConfig(ClassifierConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_not_negative(self, "fine_tune", "backbone_lr")
-        require(0 < self.layer_decay <= 1, f"fine_tune.layer_decay is {self.layer_decay}: it must be in (0, 1]")
+        require(
+            0 < self.layer_decay <= 1,
+            f"fine_tune.layer_decay is {self.layer_decay}: it must be in (0, 1]",
+        )

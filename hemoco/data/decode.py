@@ -31,10 +31,19 @@ Reason = Literal["not an image", "damaged", "too large", "unsupported"]
 _MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (_JPEG, _PNG, b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
-_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # inside a scan 0xff is escaped, so neither occurs by chance
-_SEGMENTS = frozenset(range(0xC0, 0xFF)) - frozenset(range(0xD0, 0xDA))  # JPEG markers that a length follows
+_JPEG_SCAN, _JPEG_END = (
+    b"\xff\xda",
+    b"\xff\xd9",
+)  # inside a scan 0xff is escaped, so neither occurs by chance
+_SEGMENTS = frozenset(range(0xC0, 0xFF)) - frozenset(
+    range(0xD0, 0xDA)
+)  # JPEG markers that a length follows
 _PNG_END = b"IEND\xaeB`\x82"  # with its checksum
-_PIXELS_MADE_UP = ("Premature end of JPEG file", "premature end of data segment", "bad Huffman code")
+_PIXELS_MADE_UP = (
+    "Premature end of JPEG file",
+    "premature end of data segment",
+    "bad Huffman code",
+)
 
 
 class UndecodableImage(ShardError):
@@ -72,10 +81,14 @@ def decode_image(data: bytes) -> Tensor:
         raise UndecodableImage("too large", f"{error} Scale it down.") from error
     except UnidentifiedImageError as error:
         if data.startswith(_SIGNATURES):
-            raise UndecodableImage("damaged", "damaged image (its first bytes are right, its header is not)") from error
+            raise UndecodableImage(
+                "damaged", "damaged image (its first bytes are right, its header is not)"
+            ) from error
         raise UndecodableImage("not an image", f"its {len(data)} bytes are not an image") from error
     except Exception as error:  # decoders meet damage with nearly any exception
-        raise UndecodableImage("damaged", f"damaged image ({type(error).__name__}: {error})") from error
+        raise UndecodableImage(
+            "damaged", f"damaged image ({type(error).__name__}: {error})"
+        ) from error
     return pixels.permute(2, 0, 1)
 
 
@@ -86,7 +99,9 @@ def _check_end(data: bytes) -> None:
     else:
         whole = not data.startswith(_PNG) or data.rfind(_PNG_END) >= 0
     if not whole:
-        raise UndecodableImage("damaged", f"damaged image (its {len(data)} bytes have no end marker)")
+        raise UndecodableImage(
+            "damaged", f"damaged image (its {len(data)} bytes have no end marker)"
+        )
 
 
 def _jpeg_pixels(data: bytes) -> Tensor | None:
@@ -101,7 +116,9 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
         pixels = torch.from_numpy(simplejpeg.decode_jpeg(data))
     except ValueError as error:
         if str(error).startswith("Unsupported JPEG data precision"):  # 12 bits
-            raise UndecodableImage("unsupported", f"{error}; save it with 8 bits a channel") from error
+            raise UndecodableImage(
+                "unsupported", f"{error}; save it with 8 bits a channel"
+            ) from error
         if any(warning in str(error) for warning in _PIXELS_MADE_UP):
             raise UndecodableImage("damaged", f"damaged image ({error})") from error
         return None
@@ -128,7 +145,9 @@ def _pillow_pixels(data: bytes) -> Tensor:
     with _pillow_warnings(), Image.open(io.BytesIO(data)) as image:
         _check_size(image.width, image.height)
         if image.format == "EPS":
-            raise UndecodableImage("unsupported", "EPS is a program for Ghostscript; save it as PNG")
+            raise UndecodableImage(
+                "unsupported", "EPS is a program for Ghostscript; save it as PNG"
+            )
         image.load()  # some formats have their EXIF after the pixels
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         return _upright(torch.from_numpy(np.array(_to_rgb(image))), orientation)
@@ -145,7 +164,9 @@ def _pillow_warnings() -> Iterator[None]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > _MAX_PIXELS:
-        raise UndecodableImage("too large", f"{width} x {height} pixels are more than {_MAX_PIXELS}; scale it down")
+        raise UndecodableImage(
+            "too large", f"{width} x {height} pixels are more than {_MAX_PIXELS}; scale it down"
+        )
 
 
 def _upright(pixels: Tensor, orientation: object) -> Tensor:
@@ -161,7 +182,9 @@ def _upright(pixels: Tensor, orientation: object) -> Tensor:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        high_byte = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8  # Pillow would clip at 255
+        high_byte = (
+            np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        )  # Pillow would clip at 255
         return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -53,7 +53,9 @@ def open_split(data_url: str, index: ShardIndex, split: str, size: int) -> Label
     """
     shards = index.split(split)
     return LabelledSplit(
-        labels=torch.from_numpy(np.concatenate([table.labels for table in read_tables(data_url, shards)])),
+        labels=torch.from_numpy(
+            np.concatenate([table.labels for table in read_tables(data_url, shards)])
+        ),
         classes=index.classes,
         size=size,
         identity=f"{index.digest} {split}",
@@ -89,7 +91,9 @@ class LabelledView(NamedTuple):
     key: str
 
 
-def load_images(data_url: str, index: ShardIndex, split: str, size: int) -> tuple[Tensor, Tensor, list[str]]:
+def load_images(
+    data_url: str, index: ShardIndex, split: str, size: int
+) -> tuple[Tensor, Tensor, list[str]]:
     """All centre views of a split that fits in memory: uint8 (M, 3, S, S), labels (M,) and keys.
 
     Raises:
@@ -105,7 +109,9 @@ def load_images(data_url: str, index: ShardIndex, split: str, size: int) -> tupl
     return images, torch.tensor(labels, dtype=torch.int64), keys
 
 
-def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter: int) -> Iterator[LabelledView]:
+def labelled_views(
+    data_url: str, shards: Sequence[Shard], *, size: int, shorter: int
+) -> Iterator[LabelledView]:
     """The centre views of some shards, one after the other.
 
     Args:
@@ -121,7 +127,8 @@ def labelled_views(data_url: str, shards: Sequence[Shard], *, size: int, shorter
         for shard in shards:
             where = shard_url(data_url, shard)
             yield from threads.map(
-                lambda sample, where=where: _labelled_view(sample, where, size, shorter), read_shard(data_url, shard)
+                lambda sample, where=where: _labelled_view(sample, where, size, shorter),
+                read_shard(data_url, shard),
             )
 
 

@@ -66,7 +66,9 @@ class AugmentDraws:
         return AugmentDraws(**fields)
 
 
-def draw_crops(config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]) -> CropDraws:
+def draw_crops(
+    config: ViewsConfig, *, seed: int, epoch: int, step: int, slots: tuple[int, int]
+) -> CropDraws:
     """The crops of the slots [first, last) of a global batch."""
     draws = _uniform(seed, epoch, step, slots)  # (N, 2, 36)
     low, high = config.crop_scale
@@ -110,12 +112,21 @@ def crop_into(crops: Tensor, image: Tensor, draws: CropDraws, row: int) -> None:
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).numpy()  # (H, W, 3)
     for view in range(len(crops)):
-        areas, ratios, corner = draws.areas[row, view], draws.ratios[row, view], draws.corners[row, view]
+        areas, ratios, corner = (
+            draws.areas[row, view],
+            draws.ratios[row, view],
+            draws.corners[row, view],
+        )
         high, wide = _crop_size(height, width, areas, ratios)
         top, left = int(corner[0] * (height - high + 1)), int(corner[1] * (width - wide + 1))
-        batch, target = _as_batch(pixels[top : top + high, left : left + wide]), crops[view : view + 1]
+        batch, target = (
+            _as_batch(pixels[top : top + high, left : left + wide]),
+            crops[view : view + 1],
+        )
         # what `interpolate` calls, which cannot be given a target
-        torch.ops.aten._upsample_bilinear2d_aa.out(batch, target.shape[2:], align_corners=False, out=target)
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            batch, target.shape[2:], align_corners=False, out=target
+        )
 
 
 def center_view(image: Tensor, size: int, shorter: int) -> Tensor:
@@ -209,7 +220,9 @@ def adjust_hue(images: Tensor, factors: Tensor) -> Tensor:
     chroma = value - images.amin(1)
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    hue = torch.where(value == red, (green - blue) / safe, hue) + 6 * factors[:, None, None]  # sixths of a turn
+    hue = (
+        torch.where(value == red, (green - blue) / safe, hue) + 6 * factors[:, None, None]
+    )  # sixths of a turn
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
     sector = (hue[:, None] + offsets).remainder_(6)  # (N, 3, S, S)
     weight = torch.minimum(sector, 4 - sector).clamp_(0, 1)
@@ -224,7 +237,9 @@ def _jitter(images: Tensor, draws: AugmentDraws, config: ViewsConfig) -> None:
     for turn in range(4):
         for number, adjust in enumerate(_ADJUSTMENTS):
             chosen = draws.jitter & (draws.order[:, turn] == number)
-            factors = torch.from_numpy(draws.factors[chosen, number]).to(images.device, torch.float32)
+            factors = torch.from_numpy(draws.factors[chosen, number]).to(
+                images.device, torch.float32
+            )
             if strengths[number] > 0:
                 _change(images, chosen, functools.partial(adjust, factors=factors))
 
@@ -251,11 +266,15 @@ def _uniform(seed: int, epoch: int, step: int, slots: tuple[int, int]) -> NDArra
     first, last = slots
     key = np.random.SeedSequence([seed, epoch, step, _VIEWS]).generate_state(2, np.uint64)
     counter = first * 2 * _DRAWS // 4
-    draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random((last - first, 2, _DRAWS))
+    draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
+        (last - first, 2, _DRAWS)
+    )
     return draws
 
 
-def _crop_size(height: int, width: int, areas: NDArray[np.float64], ratios: NDArray[np.float64]) -> tuple[int, int]:
+def _crop_size(
+    height: int, width: int, areas: NDArray[np.float64], ratios: NDArray[np.float64]
+) -> tuple[int, int]:
     """Height and width of the first try that fits, else of the largest central crop of an allowed ratio."""
     for area, ratio in zip(areas.tolist(), ratios.tolist(), strict=True):
         pixels = area * height * width

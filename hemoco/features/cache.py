@@ -88,7 +88,9 @@ class FeatureCache:
             self._warn(error)
 
     def _warn(self, error: OSError) -> None:
-        logger.warning("event=features_not_cached folder=%s reason=%s", self._disk.folder, first_line(error))
+        logger.warning(
+            "event=features_not_cached folder=%s reason=%s", self._disk.folder, first_line(error)
+        )
 
 
 def split_features(backbone: Backbone, split: LabelledSplit, cache: FeatureCache | None) -> Tensor:
@@ -136,7 +138,9 @@ def _about(backbone: Backbone, split: LabelledSplit) -> dict[str, str]:
 
 def _key(about: Mapping[str, str], backbone: Backbone, split: LabelledSplit) -> str:
     tensors = {**backbone.encoder.state_dict(), "hemoco.labels": split.labels}
-    return hashlib.sha256(f"{json.dumps(about, sort_keys=True)} {_digest(tensors)}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{json.dumps(about, sort_keys=True)} {_digest(tensors)}".encode()
+    ).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

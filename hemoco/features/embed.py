@@ -128,7 +128,11 @@ def _load(plan: EmbedPlan) -> Backbone:
 
 def _read_shard(plan: EmbedPlan, shard: Shard) -> _ReadShard:
     """Runs in a thread."""
-    where, budget_s, counts = shard_url(plan.shards_url, shard), EVALUATION_PATIENCE_S, FetchCounts()
+    where, budget_s, counts = (
+        shard_url(plan.shards_url, shard),
+        EVALUATION_PATIENCE_S,
+        FetchCounts(),
+    )
     table = patiently(lambda: read_table(plan.shards_url, shard), budget_s)
     read = whole_shard(
         where,
@@ -139,9 +143,16 @@ def _read_shard(plan: EmbedPlan, shard: Shard) -> _ReadShard:
         budget_s=budget_s,
     )
     if read.flaw:
-        logger.warning("event=damaged_shard samples=%d damaged=%d %s", shard.samples, len(read.damaged), read.flaw)
+        logger.warning(
+            "event=damaged_shard samples=%d damaged=%d %s",
+            shard.samples,
+            len(read.damaged),
+            read.flaw,
+        )
     images = cut_out([(0, read.data)], table, np.arange(shard.samples, dtype=np.int32))
-    return _ReadShard(shard, table, [None if place in read.damaged else image for place, image in images])
+    return _ReadShard(
+        shard, table, [None if place in read.damaged else image for place, image in images]
+    )
 
 
 def _begin_batches(
@@ -152,10 +163,18 @@ def _begin_batches(
         for first in range(0, max(len(read.images), 1), config.batch_size):
             some = read.images[first : first + config.batch_size]
             # channels last, as decoders and convolutions have them
-            memory = torch.empty((len(some), config.size, config.size, 3), dtype=torch.uint8, pin_memory=pinned)
+            memory = torch.empty(
+                (len(some), config.size, config.size, 3), dtype=torch.uint8, pin_memory=pinned
+            )
             images = memory.permute(0, 3, 1, 2)
-            cuts = [slice(row, row + _DECODED_AT_ONCE) for row in range(0, len(some), _DECODED_AT_ONCE)]
-            yield _Batch(read, images, [decoders.submit(_decode, some[cut], images[cut], config) for cut in cuts])
+            cuts = [
+                slice(row, row + _DECODED_AT_ONCE) for row in range(0, len(some), _DECODED_AT_ONCE)
+            ]
+            yield _Batch(
+                read,
+                images,
+                [decoders.submit(_decode, some[cut], images[cut], config) for cut in cuts],
+            )
 
 
 def _decode(encoded: Sequence[memoryview | None], images: Tensor, config: EmbedConfig) -> list[str]:
@@ -172,7 +191,9 @@ def _decode(encoded: Sequence[memoryview | None], images: Tensor, config: EmbedC
     return flaws
 
 
-def _compute(batches: Iterable[_Batch], backbone: Backbone, config: EmbedConfig) -> Iterator[_Computed]:
+def _compute(
+    batches: Iterable[_Batch], backbone: Backbone, config: EmbedConfig
+) -> Iterator[_Computed]:
     """Features of one shard after the other; what a device still computes is not waited for."""
     device = backbone.pixel_mean.device
     for _, of_shard in groupby(batches, lambda batch: batch.read.shard):
@@ -183,14 +204,18 @@ def _compute(batches: Iterable[_Batch], backbone: Backbone, config: EmbedConfig)
             good = [row for row, flaw in enumerate(found) if not flaw]
             if good:
                 images = batch.images if len(good) == len(found) else batch.images[good]
-                features.append(_features(backbone, images.to(device, non_blocking=True), config.precision))
+                features.append(
+                    _features(backbone, images.to(device, non_blocking=True), config.precision)
+                )
         yield _Computed(read.shard, read.table, torch.cat(features), flaws)
 
 
 def _features(backbone: Backbone, images: Tensor, precision: Precision) -> Tensor:
     """Features (N, F) of images (N, 3, S, S)."""
     lower = precision != "float32"
-    with torch.autocast(images.device.type, getattr(torch, precision) if lower else None, enabled=lower):
+    with torch.autocast(
+        images.device.type, getattr(torch, precision) if lower else None, enabled=lower
+    ):
         return extract_features(backbone, images, batch_size=len(images))
 
 

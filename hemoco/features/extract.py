@@ -55,6 +55,8 @@ def extract_features(backbone: Backbone, images: Tensor, batch_size: int = 256) 
     was_training = backbone.training
     backbone.eval()
     try:
-        return torch.cat([backbone(backbone.normalise(part)).float() for part in torch.split(images, batch_size)])
+        return torch.cat(
+            [backbone(backbone.normalise(part)).float() for part in torch.split(images, batch_size)]
+        )
     finally:
         backbone.train(was_training)

@@ -49,9 +49,13 @@ def draw_map(sample: FeatureSample) -> bytes:
     for row, (column, line) in enumerate(cells):
         label = int(sample.labels[row])
         known = coloured and 0 <= label < len(sample.classes)
-        frame = Image.new("RGB", (_CELL - 2, _CELL - 2), CLASS_COLOURS[label] if known else "#DDDDDD")
+        frame = Image.new(
+            "RGB", (_CELL - 2, _CELL - 2), CLASS_COLOURS[label] if known else "#DDDDDD"
+        )
         side = _CELL - 2 - 2 * _FRAME
-        frame.paste(thumbnail(sample, row).resize((side, side), Image.Resampling.BICUBIC), (_FRAME, _FRAME))
+        frame.paste(
+            thumbnail(sample, row).resize((side, side), Image.Resampling.BICUBIC), (_FRAME, _FRAME)
+        )
         canvas.paste(frame, (column * _CELL + 1, line * _CELL + 1))
     return encode_png(canvas.quantize(256, dither=Image.Dither.NONE))
 
@@ -71,7 +75,8 @@ def nearest(sample: FeatureSample, k: int) -> list[list[NearImage]]:
     similarities = _similarities(sample)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]  # (M, k)
     return [
-        [NearImage(int(other), float(similarities[row, other])) for other in others] for row, others in enumerate(order)
+        [NearImage(int(other), float(similarities[row, other])) for other in others]
+        for row, others in enumerate(order)
     ]
 
 
@@ -84,7 +89,12 @@ def chosen_rows(sample: FeatureSample, count: int) -> list[int]:
     if len(by_class) == 1:
         return sorted({place * len(labels) // count for place in range(min(count, len(labels)))})
     rounds = max(len(rows) for rows in by_class.values())
-    in_turn = (rows[turn] for turn in range(rounds) for _, rows in sorted(by_class.items()) if turn < len(rows))
+    in_turn = (
+        rows[turn]
+        for turn in range(rounds)
+        for _, rows in sorted(by_class.items())
+        if turn < len(rows)
+    )
     return list(itertools.islice(in_turn, count))
 
 
@@ -100,14 +110,20 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def place_in_cells(positions: NDArray[np.float64], width: int, height: int) -> list[tuple[int, int]]:
+def place_in_cells(
+    positions: NDArray[np.float64], width: int, height: int
+) -> list[tuple[int, int]]:
     """A cell (column, line) of a grid for each position (M, 2), the nearest that is free; M <= width x height.
 
     Those in the middle choose first: what is pushed aside moves outwards, where there is room.
     """
     low, high = positions.min(axis=0), positions.max(axis=0)
     scaled = (positions - low) / np.maximum(high - low, 1e-12) * (width - 1, height - 1)  # (M, 2)
-    free = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).reshape(-1, 2).astype(float)
+    free = (
+        np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)
+        .reshape(-1, 2)
+        .astype(float)
+    )
     cells = [(0, 0)] * len(positions)
     for row in np.argsort(((scaled - np.median(scaled, axis=0)) ** 2).sum(axis=1), kind="stable"):
         place = int(((free - scaled[row]) ** 2).sum(axis=1).argmin())
@@ -144,4 +160,7 @@ def _similarities(sample: FeatureSample) -> NDArray[Any]:
 
 def _unit(sample: FeatureSample) -> NDArray[np.float32]:
     features = sample.features.float().numpy()
-    return np.asarray(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+    return np.asarray(
+        features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12),
+        dtype=np.float32,
+    )

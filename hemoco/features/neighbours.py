@@ -75,7 +75,9 @@ class Neighbours:
         url = absolute_url(url)
         names = list_files(url)
         if not names:
-            raise UsageError(f"{url}: no features here; `python -m jobs embed SHARDS BACKBONE {url}` writes them")
+            raise UsageError(
+                f"{url}: no features here; `python -m jobs embed SHARDS BACKBONE {url}` writes them"
+            )
         with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
             parts = list(threads.map(lambda name: _read_rows(join_url(url, name)), names))
         for part in parts:
@@ -105,7 +107,9 @@ class Neighbours:
         """
         query, width = np.asarray(vector, np.float32), self._parts[0].shape[1]
         if query.shape != (width,) or not np.isfinite(query).all():
-            raise UsageError(f"a vector of shape {query.shape}: it must be {width} finite numbers, as the features are")
+            raise UsageError(
+                f"a vector of shape {query.shape}: it must be {width} finite numbers, as the features are"
+            )
         self._check_k(k, len(self))
         return self._nearest(self._similarities(query), k)
 
@@ -130,9 +134,13 @@ class Neighbours:
         if len(rows) == 1:
             return rows[0]
         if not rows:
-            raise UsageError(f"no image {key!r} among the {len(self)} here; keys look like {self.keys[:2]}")
+            raise UsageError(
+                f"no image {key!r} among the {len(self)} here; keys look like {self.keys[:2]}"
+            )
         shards = ", ".join(self._shard(row) for row in rows[:3])
-        raise UsageError(f"{len(rows)} images have the key {key!r} (in {shards}): give a feature to `of_feature`")
+        raise UsageError(
+            f"{len(rows)} images have the key {key!r} (in {shards}): give a feature to `of_feature`"
+        )
 
     def _feature(self, row: int) -> NDArray[np.float32]:
         part = self._part(row)
@@ -147,7 +155,9 @@ class Neighbours:
 
     def _check_k(self, k: int, most: int) -> None:
         if not 1 <= k <= most:
-            raise UsageError(f"k is {k}: it must be between 1 and the {most} images there are to find")
+            raise UsageError(
+                f"k is {k}: it must be between 1 and the {most} images there are to find"
+            )
 
     def _similarities(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosines (M,) of a query (F,); a feature that is zero is like none."""
@@ -167,7 +177,9 @@ class Neighbours:
         return [self._neighbour(row, float(similarities[row])) for row in order.tolist()]
 
     def _neighbour(self, row: int, similarity: float) -> Neighbour:
-        split, label, name = (self._columns[column][row].as_py() for column in ("split", "label", "class_name"))
+        split, label, name = (
+            self._columns[column][row].as_py() for column in ("split", "label", "class_name")
+        )
         return Neighbour(self.keys[row], similarity, split, label, name, self._shard(row))
 
 
@@ -178,7 +190,9 @@ def _read_rows(url: str) -> _Rows:
         raise not_parquet(url, error) from error
     file = parse_file(url, table.schema.metadata)
     column = table["feature"].combine_chunks()
-    features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+    features = (
+        column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+    )
     # without metadata: schemas that differ in it could not be put together
     return _Rows(url, file, table.drop_columns(["feature"]).replace_schema_metadata(None), features)
 

@@ -78,7 +78,9 @@ def list_files(url: str) -> list[str]:
     return [name for name in list_names(url) if name.endswith(_SUFFIX)]
 
 
-def encode_file(rows: FeatureRows, classes: Sequence[str], about: Mapping[str, str], bad: Iterable[BadSample]) -> bytes:
+def encode_file(
+    rows: FeatureRows, classes: Sequence[str], about: Mapping[str, str], bad: Iterable[BadSample]
+) -> bytes:
     """A file's bytes.
 
     Args:
@@ -87,28 +89,43 @@ def encode_file(rows: FeatureRows, classes: Sequence[str], about: Mapping[str, s
         about: what the features follow from, and where they come from.
         bad: samples that were left out.
     """
-    described = {**about, _IMAGES: str(len(rows.keys)), _BAD: json.dumps([one._asdict() for one in bad])}
+    described = {
+        **about,
+        _IMAGES: str(len(rows.keys)),
+        _BAD: json.dumps([one._asdict() for one in bad]),
+    }
     fields = [
         pa.field("key", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("label", pa.int64()),
         pa.field("class_name", pa.string()),
-        pa.field("feature", pa.list_(pa.from_numpy_dtype(rows.features.dtype), rows.features.shape[1]), nullable=False),
+        pa.field(
+            "feature",
+            pa.list_(pa.from_numpy_dtype(rows.features.dtype), rows.features.shape[1]),
+            nullable=False,
+        ),
     ]
     absent = rows.labels < 0
-    names = [classes[label] if 0 <= label < len(classes) else None for label in rows.labels.tolist()]
+    names = [
+        classes[label] if 0 <= label < len(classes) else None for label in rows.labels.tolist()
+    ]
     columns = [
         pa.array(rows.keys, pa.string()),
         pa.array([rows.split] * len(rows.keys), pa.string()),
         pa.array(rows.labels, mask=absent),
         pa.array(names, pa.string()),
-        pa.FixedSizeListArray.from_arrays(pa.array(rows.features.reshape(-1)), rows.features.shape[1]),
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(rows.features.reshape(-1)), rows.features.shape[1]
+        ),
     ]
     schema = pa.schema(fields, {_PREFIX + name: value for name, value in described.items()})
     buffer = io.BytesIO()
     # no dictionary of features: hardly two are equal
     pq.write_table(
-        pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd", use_dictionary=["split", "class_name"]
+        pa.Table.from_arrays(columns, schema=schema),
+        buffer,
+        compression="zstd",
+        use_dictionary=["split", "class_name"],
     )
     return buffer.getvalue()
 
@@ -134,7 +151,11 @@ def parse_file(url: str, metadata: Mapping[bytes, bytes] | None) -> FeatureFile:
     Raises:
         UsageError: it is not that of features of hemoco.
     """
-    named = {name.decode(): value.decode() for name, value in (metadata or {}).items() if name.startswith(b"hemoco.")}
+    named = {
+        name.decode(): value.decode()
+        for name, value in (metadata or {}).items()
+        if name.startswith(b"hemoco.")
+    }
     found = {name.removeprefix(_PREFIX): value for name, value in named.items()}
     if found.get("format") != FORMAT:
         raise UsageError(
@@ -147,7 +168,9 @@ def parse_file(url: str, metadata: Mapping[bytes, bytes] | None) -> FeatureFile:
 
 def not_parquet(url: str, error: Exception) -> UsageError:
     """For a file that cannot be read."""
-    return UsageError(f"{url}: is no whole Parquet file ({error}); remove it, `python -m jobs embed` makes it again")
+    return UsageError(
+        f"{url}: is no whole Parquet file ({error}); remove it, `python -m jobs embed` makes it again"
+    )
 
 
 def _read_footer(url: str) -> FeatureFile:

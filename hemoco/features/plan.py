@@ -32,7 +32,10 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "embed", "size", "batch_size")
-        require(self.resize >= self.size, f"embed.resize is {self.resize}: it must be at least size ({self.size})")
+        require(
+            self.resize >= self.size,
+            f"embed.resize is {self.resize}: it must be at least size ({self.size})",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,14 @@ def usual_size(backbone_url: str) -> int:
         StorageError, TrackingError: it cannot be read.
     """
     metadata = backbone_metadata(backbone_url)
-    return int(metadata.get("size", _SMALL_SIZE if metadata.get("stem") == "small" else _IMAGENET_SIZE))
+    return int(
+        metadata.get("size", _SMALL_SIZE if metadata.get("stem") == "small" else _IMAGENET_SIZE)
+    )
 
 
-def plan_embedding(shards: str, index: ShardIndex, backbone_url: str, dest: str, config: EmbedConfig) -> EmbedPlan:
+def plan_embedding(
+    shards: str, index: ShardIndex, backbone_url: str, dest: str, config: EmbedConfig
+) -> EmbedPlan:
     """The plan for the features of a data set.
 
     Args:

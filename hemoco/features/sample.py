@@ -41,7 +41,9 @@ class FeatureSample(NamedTuple):
     split: str
 
 
-def sample_features(backbone: Backbone, data_url: str, index: ShardIndex, split: str, size: int) -> FeatureSample:
+def sample_features(
+    backbone: Backbone, data_url: str, index: ShardIndex, split: str, size: int
+) -> FeatureSample:
     """The features of at most 400 images of a split, evenly spaced; those that cannot be decoded are left out.
 
     Args:
@@ -60,7 +62,9 @@ def sample_features(backbone: Backbone, data_url: str, index: ShardIndex, split:
     views = [_view(sample.image, size) for sample in found]
     shown = [(sample, view) for sample, view in zip(found, views, strict=True) if view is not None]
     if not shown:
-        raise ShardError(f"{data_url}: no image of split {split!r} can be decoded, of {len(found)} that were looked at")
+        raise ShardError(
+            f"{data_url}: no image of split {split!r} can be decoded, of {len(found)} that were looked at"
+        )
     images = torch.stack([view for _, view in shown])  # (M, 3, S, S)
     features = extract_features(backbone, images.to(next(backbone.parameters()).device))
     if not features.isfinite().all():
@@ -78,10 +82,18 @@ def sample_features(backbone: Backbone, data_url: str, index: ShardIndex, split:
 
 def encode_sample(sample: FeatureSample) -> bytes:
     """As a safetensors file."""
-    tensors = {"features": sample.features, "thumbnails": sample.thumbnails, "labels": sample.labels}
+    tensors = {
+        "features": sample.features,
+        "thumbnails": sample.thumbnails,
+        "labels": sample.labels,
+    }
     about = {"keys": sample.keys, "classes": sample.classes}
-    metadata = {"format": _FORMAT, "split": sample.split} | {name: json.dumps(value) for name, value in about.items()}
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    metadata = {"format": _FORMAT, "split": sample.split} | {
+        name: json.dumps(value) for name, value in about.items()
+    }
+    return safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
+    )
 
 
 def decode_sample(data: bytes) -> FeatureSample:

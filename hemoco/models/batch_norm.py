@@ -97,10 +97,16 @@ class SplitBatchNorm(BatchNorm):
             return normalised
         momentum, groups = self.momentum, torch.split(images, self.group_size)
         assert momentum is not None, "running statistics are moving averages"
-        assert len(groups[-1]) == self.group_size, f"{len(images)} images do not fill groups of {self.group_size}"
-        means, variances = (s.repeat(len(groups), 1) for s in (self.running_mean, self.running_var))  # (groups, C)
+        assert len(groups[-1]) == self.group_size, (
+            f"{len(images)} images do not fill groups of {self.group_size}"
+        )
+        means, variances = (
+            s.repeat(len(groups), 1) for s in (self.running_mean, self.running_var)
+        )  # (groups, C)
         outputs = [
-            functional.batch_norm(group, mean, variance, self.weight, self.bias, True, momentum, self.eps)
+            functional.batch_norm(
+                group, mean, variance, self.weight, self.bias, True, momentum, self.eps
+            )
             for group, mean, variance in zip(groups, means, variances, strict=True)
         ]
         with torch.no_grad():

@@ -28,24 +28,32 @@ class EmbeddingNetwork(nn.Module):
         """Embeddings (N, C)."""
         images = images.contiguous(memory_format=torch.channels_last)
         lower = self.precision != "float32"
-        with torch.autocast(images.device.type, getattr(torch, self.precision) if lower else None, enabled=lower):
+        with torch.autocast(
+            images.device.type, getattr(torch, self.precision) if lower else None, enabled=lower
+        ):
             features = self.encoder(images)  # (N, F)
         embeddings: Tensor = self.head(features.float())
         return embeddings
 
 
 @torch.no_grad()
-def move_towards(followers: Iterable[Parameter], leaders: Iterable[Parameter], momentum: float) -> None:
+def move_towards(
+    followers: Iterable[Parameter], leaders: Iterable[Parameter], momentum: float
+) -> None:
     """follower = m follower + (1 - m) leader (eq. 2), in the parameters' own float32."""
     foreach.lerp_(list[Tensor](followers), list[Tensor](leaders), 1 - momentum)
 
 
-def build_head(kind: Literal["linear", "mlp", "mlp_bn"], features: int, embedding_size: int) -> nn.Module:
+def build_head(
+    kind: Literal["linear", "mlp", "mlp_bn"], features: int, embedding_size: int
+) -> nn.Module:
     """The projection head of v1 (linear) or v2 (mlp), (N, F) -> (N, C)."""
     if kind == "linear":
         return nn.Linear(features, embedding_size)
     if kind == "mlp":
-        return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding_size))
+        return nn.Sequential(
+            nn.Linear(features, features), nn.ReLU(), nn.Linear(features, embedding_size)
+        )
     return nn.Sequential(
         nn.Linear(features, features, bias=False),  # BN has the bias
         nn.BatchNorm1d(features),
@@ -66,7 +74,8 @@ def build_projector(features: int, hidden_size: int, embedding_size: int) -> nn.
 def build_predictor(embedding_size: int, hidden_size: int) -> nn.Module:
     """C -> D -> C, its last layer bare: that is how ResNets have it."""
     return nn.Sequential(
-        *_hidden_layer(embedding_size, hidden_size), nn.Linear(hidden_size, embedding_size, bias=False)
+        *_hidden_layer(embedding_size, hidden_size),
+        nn.Linear(hidden_size, embedding_size, bias=False),
     )
 
 

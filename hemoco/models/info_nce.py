@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_CHUNK_LOGITS = 1 << 20  # 4 MB, which a CPU keeps in its cache; all 65,537 logits of 256 queries would be 67
+_CHUNK_LOGITS = (
+    1 << 20
+)  # 4 MB, which a CPU keeps in its cache; all 65,537 logits of 256 queries would be 67
 
 
 class Contrast(NamedTuple):

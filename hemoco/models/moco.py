@@ -71,7 +71,9 @@ class MoCo(nn.Module):
     def forward(self, keys: Tensor, query_views: Tensor) -> MoCoOutput:
         """Contrasts the queries of n images, (n, 3, H, W) normalised, with their keys (n, C) and the queue."""
         queries = functional.normalize(self.query_encoder(query_views), dim=1)  # (n, C)
-        return MoCoOutput(queue_contrast(queries, keys, self.queue, self.config.temperature), queries, keys)
+        return MoCoOutput(
+            queue_contrast(queries, keys, self.queue, self.config.temperature), queries, keys
+        )
 
     def finish_step(self, keys: Tensor) -> None:
         """Enqueues the keys (N, C) of this rank and all others; after backward."""
@@ -80,7 +82,9 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replaces the oldest entries of the queue, around its end; keys (G, C) of all ranks."""
-        places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % self.config.queue_length
+        places = (
+            self.queue_pointer + torch.arange(len(keys), device=keys.device)
+        ) % self.config.queue_length
         self.queue.index_copy_(1, places, keys.T)
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % self.config.queue_length)
 

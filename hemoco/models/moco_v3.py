@@ -27,7 +27,9 @@ class MoCoV3(nn.Module):
     symmetric = True
     """Whether key views serve as queries, too."""
 
-    def __init__(self, query_encoder: EmbeddingNetwork, predictor: nn.Module, config: MoCoV3Config) -> None:
+    def __init__(
+        self, query_encoder: EmbeddingNetwork, predictor: nn.Module, config: MoCoV3Config
+    ) -> None:
         super().__init__()
         self.config = config
         self.query_encoder = query_encoder
@@ -45,7 +47,10 @@ class MoCoV3(nn.Module):
             first_views: (N, 3, H, W), normalised.
             second_views: (N, 3, H, W), the other views of the same images.
         """
-        keys = [functional.normalize(self.key_encoder(views), dim=1) for views in (second_views, first_views)]
+        keys = [
+            functional.normalize(self.key_encoder(views), dim=1)
+            for views in (second_views, first_views)
+        ]
         return torch.stack(keys, dim=1)
 
     def forward(self, keys: Tensor, first_views: Tensor, second_views: Tensor) -> MoCoOutput:

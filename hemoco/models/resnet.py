@@ -37,7 +37,10 @@ def build_encoder(config: EncoderConfig, seed: int) -> nn.Module:
     check_timm_architecture(config.architecture)
     with seeded(seed):
         encoder: nn.Module = timm.create_model(
-            config.architecture, pretrained=False, num_classes=0, zero_init_last=config.zero_init_last
+            config.architecture,
+            pretrained=False,
+            num_classes=0,
+            zero_init_last=config.zero_init_last,
         )
         if config.stem == "small":
             use_small_stem(encoder)
@@ -59,7 +62,9 @@ def init_convolution(convolution: nn.Conv2d, config: EncoderConfig) -> None:
     if config.init == "xavier":
         nn.init.xavier_normal_(convolution.weight)
     else:
-        nn.init.kaiming_normal_(convolution.weight, mode=config.fan_mode, nonlinearity=config.nonlinearity)
+        nn.init.kaiming_normal_(
+            convolution.weight, mode=config.fan_mode, nonlinearity=config.nonlinearity
+        )
 
 
 def remove_shortcuts(encoder: nn.Module) -> None:

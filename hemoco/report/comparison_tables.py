@@ -19,7 +19,11 @@ def main_sections(many: Comparison) -> list[Section]:
         _differences(many),
         *(_repetitions(many, column) for column in many.pretrainings if len(column.runs) > 1),
     ]
-    return [section for section in found if section.rows or (section.name == "transfers" and section.notes)]
+    return [
+        section
+        for section in found
+        if section.rows or (section.name == "transfers" and section.notes)
+    ]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -39,7 +43,9 @@ def _pretrainings(many: Comparison) -> Section:
         for run in column.runs:
             facts = run.results.pretraining
             numbers = (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1)
-            rows.append((run.label, run.name, run.seed or "-", facts.status or "-", *map(number, numbers)))
+            rows.append(
+                (run.label, run.name, run.seed or "-", facts.status or "-", *map(number, numbers))
+            )
             records.append(_pretraining_record(run, column))
     unknown = ", ".join(run.label for run in many.runs if run.settings is None)
     if unknown:
@@ -59,10 +65,14 @@ def _about(column: Column, first: Column) -> list[str]:
     notes = []
     if len(column.runs) > 1:
         names = ", ".join(run.label for run in column.runs)
-        notes.append(f"{column.label} is {names} together: their settings differ by pretrain.seed only")
+        notes.append(
+            f"{column.label} is {names} together: their settings differ by pretrain.seed only"
+        )
     if column.differs:
         more = len(column.differs) - _MOST_SETTINGS
-        shown = "; ".join(column.differs[:_MOST_SETTINGS]) + (f"; and {more} more" if more > 0 else "")
+        shown = "; ".join(column.differs[:_MOST_SETTINGS]) + (
+            f"; and {more} more" if more > 0 else ""
+        )
         notes.append(f"{first.label} -> {column.label}: {shown}")
     return notes
 
@@ -90,12 +100,16 @@ def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
 def _transfers(many: Comparison) -> Section:
     rows, best, records = [], set[tuple[int, int]](), []
     for place, line in enumerate(many.lines):
-        rows.append((line.label, line.metric, *(value_cell(many, line, column) for column in many.columns)))
+        rows.append(
+            (line.label, line.metric, *(value_cell(many, line, column) for column in many.columns))
+        )
         records += line_records(many, line)
         means = [many.spread(line, column).mean for column in many.columns]
         highest = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
         if len(many.columns) > 1:
-            best |= {(place, 2 + position) for position, mean in enumerate(means) if mean == highest}
+            best |= {
+                (place, 2 + position) for position, mean in enumerate(means) if mean == highest
+            }
     return Section(
         name="transfers",
         title="Transfers: mean ± deviation (how many values)",
@@ -136,19 +150,33 @@ def _state(line: Line, column: Column) -> str:
 
 
 def _transfer_notes(many: Comparison) -> list[str]:
-    notes = [f"{line.label} has other settings: {'; '.join(line.differs)}" for line in many.lines if line.differs]
+    notes = [
+        f"{line.label} has other settings: {'; '.join(line.differs)}"
+        for line in many.lines
+        if line.differs
+    ]
     repeated = [column.label for column in many.pretrainings if len(column.runs) > 1]
     if repeated:
-        notes.append(f"± of {', '.join(repeated)}: between pretrainings; of the others: over the transfer's seeds")
+        notes.append(
+            f"± of {', '.join(repeated)}: between pretrainings; of the others: over the transfer's seeds"
+        )
     for run in many.runs:
-        notes += [f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.results.failed]
-        notes += [f"† {run.label}: {item.transfer} is unfinished: {item.reason}" for item in run.results.unfinished]
+        notes += [
+            f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.results.failed
+        ]
+        notes += [
+            f"† {run.label}: {item.transfer} is unfinished: {item.reason}"
+            for item in run.results.unfinished
+        ]
     return notes
 
 
 def line_records(many: Comparison, line: Line) -> list[dict[str, Value]]:
     """A line's cells for programs."""
-    return [mean_record(line.label, line.metric, column.label, many.spread(line, column)) for column in many.columns]
+    return [
+        mean_record(line.label, line.metric, column.label, many.spread(line, column))
+        for column in many.columns
+    ]
 
 
 def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> dict[str, Value]:
@@ -170,7 +198,8 @@ def _differences(many: Comparison) -> Section:
     kinds = list(dict.fromkeys((pair.ours, pair.theirs) for pair in many.pairs))
     of_place = {(pair.line, pair.ours, pair.theirs): pair.difference for pair in many.pairs}
     rows = [
-        (line.label, *(_difference_cell(of_place.get((line.label, *kind))) for kind in kinds)) for line in many.lines
+        (line.label, *(_difference_cell(of_place.get((line.label, *kind))) for kind in kinds))
+        for line in many.lines
     ]
     if len(rows) > 1:
         scores = [_scores(many.pairs, kind) for kind in kinds]
@@ -199,7 +228,11 @@ def _mark(difference: RepeatedDifference) -> str:
 
 def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
     """In how many transfers the first is higher, and lower, and in how many of them significantly."""
-    differences = [pair.difference for pair in pairs if (pair.ours, pair.theirs) == kind and pair.difference.seeds]
+    differences = [
+        pair.difference
+        for pair in pairs
+        if (pair.ours, pair.theirs) == kind and pair.difference.seeds
+    ]
     higher = [difference for difference in differences if difference.mean > 0]
     lower = [difference for difference in differences if difference.mean < 0]
 
@@ -218,13 +251,23 @@ def _difference_notes(many: Comparison) -> list[str]:
     with_pretrainings = dict.fromkeys(
         f"{p.ours} - {p.theirs}" for p in many.pairs if "pretrainings" in p.difference.noise
     )
-    others = dict.fromkeys(f"{p.ours} - {p.theirs}" for p in many.pairs if p.difference.noise == ("seeds",))
+    others = dict.fromkeys(
+        f"{p.ours} - {p.theirs}" for p in many.pairs if p.difference.noise == ("seeds",)
+    )
     if with_pretrainings:
-        notes.append(f"noise of the pretraining's seed is in the intervals of {', '.join(with_pretrainings)}")
+        notes.append(
+            f"noise of the pretraining's seed is in the intervals of {', '.join(with_pretrainings)}"
+        )
         single = [column.label for column in many.pretrainings if len(column.runs) == 1]
-        compared = [label for label in single if any(label in name.split(" - ") for name in with_pretrainings)]
+        compared = [
+            label
+            for label in single
+            if any(label in name.split(" - ") for name in with_pretrainings)
+        ]
         if compared:
-            notes.append(f"{', '.join(compared)} has one pretraining, which is taken to scatter as the other's")
+            notes.append(
+                f"{', '.join(compared)} has one pretraining, which is taken to scatter as the other's"
+            )
     if others:
         notes.append(
             f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they hold for these "
@@ -256,7 +299,10 @@ def _repetitions(many: Comparison, column: Column) -> Section:
         spread = many.spread(line, column)
         if not spread.values:
             continue
-        of_run = [seed_values(run, line.transfer, PRETRAINED) if run in line.runs else {} for run in column.runs]
+        of_run = [
+            seed_values(run, line.transfer, PRETRAINED) if run in line.runs else {}
+            for run in column.runs
+        ]
         cells = [spread_cell([by_seed]) if by_seed else "-" for by_seed in of_run]
         rows.append((line.label, *cells, number(spread.between), number(spread.within)))
         records.append(mean_record(line.label, line.metric, column.label, spread))
@@ -265,6 +311,8 @@ def _repetitions(many: Comparison, column: Column) -> Section:
         title=f"Repetitions of {column.label}: what the pretraining's seed does",
         columns=("transfer", *(run.label for run in column.runs), "sd between", "sd over seeds"),
         rows=tuple(rows),
-        notes=("the noise of the transfer's seeds is in sd between, divided by the root of their number",),
+        notes=(
+            "the noise of the transfer's seeds is in sd between, divided by the root of their number",
+        ),
         records=tuple(records),
     )

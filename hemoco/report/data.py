@@ -65,7 +65,11 @@ class ReportData:
     def examples(self) -> tuple[RunDetail, ...]:
         """Of each pretraining the first run, and those of its repetitions that differ by more than their seed."""
         by_label = {detail.run.label: detail for detail in self.details}
-        first = {run.label: by_label[column.runs[0].label] for column in self.many.pretrainings for run in column.runs}
+        first = {
+            run.label: by_label[column.runs[0].label]
+            for column in self.many.pretrainings
+            for run in column.runs
+        }
         return tuple(
             detail
             for detail in self.details

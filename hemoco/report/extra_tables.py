@@ -3,7 +3,14 @@
 import math
 
 from hemoco.intervals import repeated_spread
-from hemoco.report.comparison_tables import known, line_records, mean_record, number, spread_cell, value_cell
+from hemoco.report.comparison_tables import (
+    known,
+    line_records,
+    mean_record,
+    number,
+    spread_cell,
+    value_cell,
+)
 from hemoco.report.tables import Section, Value
 from hemoco.results.comparison import Comparison, Place, Run
 from hemoco.results.label_efficiency import label_curves
@@ -52,23 +59,35 @@ def _cost_cells(run: Run) -> tuple[str, ...]:
 
 def _cost_record(run: Run) -> dict[str, Value]:
     cost = run.cost
-    record: dict[str, Value] = {"label": run.label, "run": run.name, "device": cost.device, "devices": cost.devices}
+    record: dict[str, Value] = {
+        "label": run.label,
+        "run": run.name,
+        "device": cost.device,
+        "devices": cost.devices,
+    }
     numbers = {
         "active_s": cost.active_s,
         "device_hours": cost.device_hours,
         "images": float(cost.images) if cost.images else math.nan,
         "images_per_s": cost.images_per_s,
     }
-    return record | {name: known(value) for name, value in numbers.items()} | {"pauses": cost.pauses}
+    return (
+        record | {name: known(value) for name, value in numbers.items()} | {"pauses": cost.pauses}
+    )
 
 
 def _transfer_times(many: Comparison) -> Section:
-    transfers = list(dict.fromkeys(time.transfer for run in many.runs for time in run.cost.transfers))
+    transfers = list(
+        dict.fromkeys(time.transfer for run in many.runs for time in run.cost.transfers)
+    )
     cells = {(run.label, time.transfer): time for run in many.runs for time in run.cost.transfers}
     rows = []
     for transfer in transfers:
         times = [cells.get((run.label, transfer)) for run in many.runs]
-        shown = ("-" if time is None else duration(time.wall_s) + (" +" if time.again else "") for time in times)
+        shown = (
+            "-" if time is None else duration(time.wall_s) + (" +" if time.again else "")
+            for time in times
+        )
         rows.append((transfer, *shown))
     notes = ["from the first start to the last end, pauses included; all inits and seeds"]
     if any(time.again for time in cells.values()):
@@ -101,12 +120,20 @@ def _curve(many: Comparison) -> Section:
     return Section(
         name="curve",
         title="Transfer over epochs of the pretraining",
-        columns=("epoch", *(place.line if alone else f"{place.line} {place.column}" for place in places)),
+        columns=(
+            "epoch",
+            *(place.line if alone else f"{place.line} {place.column}" for place in places),
+        ),
         rows=tuple(
-            (str(e), *(spread_cell(many.curve[e, p]) if (e, p) in many.curve else "-" for p in places)) for e in epochs
+            (
+                str(e),
+                *(spread_cell(many.curve[e, p]) if (e, p) in many.curve else "-" for p in places),
+            )
+            for e in epochs
         ),
         records=tuple(
-            {"epoch": epoch} | mean_record(place.line, metrics[place.line], place.column, repeated_spread(values))
+            {"epoch": epoch}
+            | mean_record(place.line, metrics[place.line], place.column, repeated_spread(values))
             for (epoch, place), values in sorted(many.curve.items())
         ),
     )
@@ -123,7 +150,10 @@ def _label_efficiency(many: Comparison) -> list[Section]:
         for labels, images, line in points:
             cells = [value_cell(many, line, column) for column in many.columns]
             rows.append((labels, number(images, 0), line.label, *cells))
-            records += [{"labels": labels, "images": known(images)} | record for record in line_records(many, line)]
+            records += [
+                {"labels": labels, "images": known(images)} | record
+                for record in line_records(many, line)
+            ]
         section = Section(
             name="label_efficiency" if place == 1 else f"label_efficiency_{place}",
             title="Label efficiency" if place == 1 else f"Label efficiency, data set {place}",

@@ -74,7 +74,9 @@ def feature_views(data: ReportData) -> list[Features]:
     for detail in data.examples:
         if detail.sample is not None and len(views) < _MOST_RUNS:
             of = _of(data, detail)
-            views.append(Features(_map(detail.sample, f"{of}Feature map"), _neighbours(detail.sample, of)))
+            views.append(
+                Features(_map(detail.sample, f"{of}Feature map"), _neighbours(detail.sample, of))
+            )
     return views
 
 
@@ -111,7 +113,9 @@ def _map(sample: FeatureSample, title: str) -> FeatureMap:
         ),
         png=draw_map(sample),
         alt=f"{len(sample.keys)} thumbnails of split {sample.split}, those with similar features near each other",
-        legend=list(zip(sample.classes, CLASS_COLOURS, strict=False)) if has_colours(sample) else (),
+        legend=list(zip(sample.classes, CLASS_COLOURS, strict=False))
+        if has_colours(sample)
+        else (),
     )
 
 
@@ -126,7 +130,9 @@ def _neighbours(sample: FeatureSample, of: str) -> Neighbours | None:
         tiles.append(_tile(sample, row, kind="query", caption=_name(sample, row)))
         for other in near[row]:
             same = " ✓" if own >= 0 and int(sample.labels[other.row]) == own else ""
-            tiles.append(_tile(sample, other.row, kind="near", caption=f"{other.similarity:.2f}{same}"))
+            tiles.append(
+                _tile(sample, other.row, kind="near", caption=f"{other.similarity:.2f}{same}")
+            )
     note = (
         f"Left: an image of split {sample.split}. Right: the nearest of {len(sample.keys) - 1} others by the cosine "
         "of their frozen features."

@@ -38,7 +38,11 @@ def write_comparison(many: Comparison, folder: Path) -> None:
     several runs JSON has all tables, and CSV one line per transfer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"json": render(many, "json"), "csv": render(many, "csv"), "md": render(many, "markdown")}
+    texts = {
+        "json": render(many, "json"),
+        "csv": render(many, "csv"),
+        "md": render(many, "markdown"),
+    }
     if len(many.runs) == 1:
         results = many.runs[0].results
         rows = [dataclasses.asdict(row) for row in results.rows]
@@ -57,7 +61,11 @@ def write_tables(many: Comparison, folder: Path) -> None:
     texts = {"comparison.tex": render(many, "latex"), "rows.csv": csv_text(row_records(many))}
     if len(many.runs) == 1:
         texts |= {"details.json": render(many, "json"), "details.csv": render(many, "csv")}
-    texts |= {f"{found.name}.csv": csv_text(found.records) for found in sections(many) if found.name not in _IN_WIDE}
+    texts |= {
+        f"{found.name}.csv": csv_text(found.records)
+        for found in sections(many)
+        if found.name not in _IN_WIDE
+    }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -91,7 +99,12 @@ def row_records(many: Comparison) -> list[dict[str, Value]]:
     records = []
     for run in many.runs:
         pretraining = run.results.pretraining.run_id
-        about = {"run": run.name, "label": run.label, "pretraining": pretraining, "pretrain_seed": run.seed}
+        about = {
+            "run": run.name,
+            "label": run.label,
+            "pretraining": pretraining,
+            "pretrain_seed": run.seed,
+        }
         records += [dataclasses.asdict(row) | about for row in run.results.rows]
     return records
 
@@ -100,7 +113,10 @@ def _json(many: Comparison, found: Sequence[Section]) -> str:
     """`pretraining` of the first run and `rows` as in the comparison of one run; then a list for each table."""
     pretraining = _known(dataclasses.asdict(many.runs[0].results.pretraining))
     tables = {section.name: section.records for section in found}
-    return json.dumps({"pretraining": pretraining, "rows": row_records(many)} | tables, indent=2) + "\n"
+    return (
+        json.dumps({"pretraining": pretraining, "rows": row_records(many)} | tables, indent=2)
+        + "\n"
+    )
 
 
 def contract_json(results: RunResults) -> str:
@@ -111,4 +127,6 @@ def contract_json(results: RunResults) -> str:
 
 
 def _known(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: known(value) if isinstance(value, float) else value for name, value in facts.items()}
+    return {
+        name: known(value) if isinstance(value, float) else value for name, value in facts.items()
+    }

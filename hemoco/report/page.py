@@ -11,7 +11,16 @@ from hemoco.report.comparison_tables import number
 from hemoco.report.data import ReportData
 from hemoco.report.features import drawn_confusions, drawn_detections, feature_views
 from hemoco.report.files import sections
-from hemoco.report.plots import Panel, Plot, Point, Series, column_colours, interval, line_plot, transfer_bars
+from hemoco.report.plots import (
+    Panel,
+    Plot,
+    Point,
+    Series,
+    column_colours,
+    interval,
+    line_plot,
+    transfer_bars,
+)
 from hemoco.report.training import HealthCheck, health_checks, quality_plots, training_plots
 from hemoco.results.comparison import Comparison, Pair, Place, Run
 from hemoco.results.label_efficiency import LabelPoint, label_curves
@@ -27,7 +36,11 @@ def render_report(data: ReportData) -> str:
     """The report as HTML: what transfers, what was learned, how the training went, and where all of it comes from."""
     many, names = data.many, [run.name for run in data.many.runs]
     alone = len(names) == 1
-    tables = {found.name: found for found in sections(many) if not (alone and found.name == "pretrainings")}
+    tables = {
+        found.name: found
+        for found in sections(many)
+        if not (alone and found.name == "pretrainings")
+    }
     return _template().render(
         title=names[0] if alone else f"{len(names)} runs: {', '.join(names)}",
         kind="run" if alone else "comparison",
@@ -41,7 +54,9 @@ def render_report(data: ReportData) -> str:
         detections=drawn_detections(data),
         confusions=drawn_confusions(data),
         further_tables=[
-            found for name, found in tables.items() if name not in _FIRST and not name.startswith(_PLOTTED)
+            found
+            for name, found in tables.items()
+            if name not in _FIRST and not name.startswith(_PLOTTED)
         ],
         lineage=_lineage(data),
         differences=_differences(data),
@@ -75,7 +90,13 @@ def _verdict(many: Comparison) -> str:
         and any(check.passed is False for check in health_checks(run.results.pretraining))
     ]
     alone = len(many.runs) == 1
-    warning = "" if not ill else " But the pretraining is not healthy." if alone else f" Not healthy: {', '.join(ill)}."
+    warning = (
+        ""
+        if not ill
+        else " But the pretraining is not healthy."
+        if alone
+        else f" Not healthy: {', '.join(ill)}."
+    )
     failed = sum(len(run.results.failed) for run in many.runs)
     return _winner(many) + (f" {failed} failed." if failed else "") + warning
 
@@ -87,9 +108,15 @@ def _winner(many: Comparison) -> str:
     measured = [pair for pair in pairs if not math.isnan(pair.difference.mean)]
     if not measured:
         return f"No transfer has been measured from both {pretrainings[0]} and {theirs} yet."
-    better, clear = (sum(_beats(pair, clearly=clearly) for pair in measured) for clearly in (False, True))
+    better, clear = (
+        sum(_beats(pair, clearly=clearly) for pair in measured) for clearly in (False, True)
+    )
     noun = "transfer" if len(measured) == 1 else "transfers"
-    beyond = f", {clear} beyond the noise of seeds" if any(pair.difference.noise for pair in measured) else ""
+    beyond = (
+        f", {clear} beyond the noise of seeds"
+        if any(pair.difference.noise for pair in measured)
+        else ""
+    )
     if len(pretrainings) == 1:
         whom = "random initialisation" if theirs == "random" else theirs
         return f"Pretraining beats {whom} in {better} of {len(measured)} {noun}{beyond}."
@@ -100,7 +127,11 @@ def _winner(many: Comparison) -> str:
 def _baseline(many: Comparison, ours: str) -> str:
     """The random one, else the first that was measured beside the pretraining."""
     measured = [pair.theirs for pair in many.pairs if pair.ours == ours]
-    random = [column.label for column in many.columns if column.baseline == "random" and column.label in measured]
+    random = [
+        column.label
+        for column in many.columns
+        if column.baseline == "random" and column.label in measured
+    ]
     return (*random, *measured, "random")[0]
 
 
@@ -121,19 +152,31 @@ def _bars(many: Comparison) -> list[Plot]:
         for line in many.lines
     ]
     caption = "Means; the line is the 95% interval, a dot a single seed or pretraining. Higher is better, 1 is perfect."
-    return [Plot("Transfers against baselines", transfer_bars(many), f"Bars. {'; '.join(words)}", caption)]
+    return [
+        Plot(
+            "Transfers against baselines", transfer_bars(many), f"Bars. {'; '.join(words)}", caption
+        )
+    ]
 
 
 def _label_efficiency(many: Comparison) -> list[Plot]:
     plots = []
     for place, points in enumerate(label_curves(many), start=1):
-        measured = [(column.label, _label_points(many, points, column.label)) for column in many.columns]
+        measured = [
+            (column.label, _label_points(many, points, column.label)) for column in many.columns
+        ]
         colours = column_colours(many)
-        series = [Series(label=label, points=found, colour=colours[label]) for label, found in measured if found]
+        series = [
+            Series(label=label, points=found, colour=colours[label])
+            for label, found in measured
+            if found
+        ]
         if not series:
             continue
         ticks = [(float(order), _tick(point)) for order, point in enumerate(points)]
-        panel = Panel(series=series, x_label="labels", y_label=points[0].line.metric, shares=True, ticks=ticks)
+        panel = Panel(
+            series=series, x_label="labels", y_label=points[0].line.metric, shares=True, ticks=ticks
+        )
         alt = "Lines: " + "; ".join(f"{one.label} ends at {one.points[-1].y:.3f}" for one in series)
         caption = "Low-shot transfers up to a linear classifier on all labels; 95% intervals."
         title = "Label efficiency" if place == 1 else f"Label efficiency, data set {place}"
@@ -143,7 +186,9 @@ def _label_efficiency(many: Comparison) -> list[Plot]:
 
 def _label_points(many: Comparison, points: list[LabelPoint], column: str) -> list[Point]:
     places = [(order, Place(point.line.label, column)) for order, point in enumerate(points)]
-    found = [(order, interval(many.values[place])) for order, place in places if place in many.values]
+    found = [
+        (order, interval(many.values[place])) for order, place in places if place in many.values
+    ]
     return [Point(order, value.mean, value.half_width) for order, value in found]
 
 
@@ -164,13 +209,18 @@ class _Health(NamedTuple):
 
 def _health(run: Run, *, alone: bool) -> _Health:
     pretraining = run.results.pretraining
-    return _Health("" if alone else run.label, health_checks(pretraining), number(pretraining.knn_top1))
+    return _Health(
+        "" if alone else run.label, health_checks(pretraining), number(pretraining.knn_top1)
+    )
 
 
 def _lineage(data: ReportData) -> list[tuple[str, str]]:
     entries: list[tuple[str, str]] = []
     for detail in data.details:
-        facts, of = detail.run.results.pretraining, "" if len(data.details) == 1 else f"{detail.run.label}: "
+        facts, of = (
+            detail.run.results.pretraining,
+            "" if len(data.details) == 1 else f"{detail.run.label}: ",
+        )
         entries += [
             (f"{of}recipe", facts.recipe),
             (f"{of}data digest", facts.data_digest),

@@ -101,14 +101,18 @@ def panels_plot(panels: Sequence[Panel]) -> bytes:
 def transfer_bars(many: Comparison) -> bytes:
     """A bar for each transfer and column, the mean with its 95% interval; a dot for each value where there are some."""
     height = 0.78 / max(len(many.columns), 1)
-    figure, (axes,) = _canvas(rows=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines))
+    figure, (axes,) = _canvas(
+        rows=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines)
+    )
     colours = column_colours(many)
     for place, line in enumerate(many.lines):
         for number, column in enumerate(many.columns):
             measured = many.values.get(Place(line.label, column.label))
             if measured:
                 middle = place + (number - (len(many.columns) - 1) / 2) * height
-                _draw_bar(axes, interval(measured), middle, height, colours[column.label], column.label)
+                _draw_bar(
+                    axes, interval(measured), middle, height, colours[column.label], column.label
+                )
     axes.set_yticks(range(len(many.lines)), [f"{line.label}\n{line.metric}" for line in many.lines])
     axes.set_ylim(len(many.lines) - 0.5, -0.5)
     axes.set_xlim(0, 1.16)
@@ -116,7 +120,9 @@ def transfer_bars(many: Comparison) -> bytes:
     axes.grid(visible=False, axis="y")
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=10)
+    figure.legend(
+        once.values(), once.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=10
+    )
     return _svg(figure)
 
 
@@ -125,7 +131,10 @@ def column_colours(many: Comparison) -> dict[str, str]:
     pretrainings = [column.label for column in many.pretrainings]
     baselines = [column.label for column in many.columns if column.baseline]
     strong = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(pretrainings)}
-    return strong | {label: BASELINE_COLOURS[place % len(BASELINE_COLOURS)] for place, label in enumerate(baselines)}
+    return strong | {
+        label: BASELINE_COLOURS[place % len(BASELINE_COLOURS)]
+        for place, label in enumerate(baselines)
+    }
 
 
 class Interval(NamedTuple):
@@ -143,11 +152,15 @@ def interval(measured: Repetitions) -> Interval:
     return Interval(statistics.fmean(means), confidence_half_width(values), tuple(values))
 
 
-def _draw_bar(axes: "Axes", found: Interval, middle: float, height: float, colour: str, label: str) -> None:
+def _draw_bar(
+    axes: "Axes", found: Interval, middle: float, height: float, colour: str, label: str
+) -> None:
     axes.barh(middle, found.mean, height=0.92 * height, color=colour, label=label)
     end = max(found.values)
     if len(found.values) > 1:
-        axes.plot(found.values, [middle] * len(found.values), "o", color="black", markersize=3, alpha=0.55)
+        axes.plot(
+            found.values, [middle] * len(found.values), "o", color="black", markersize=3, alpha=0.55
+        )
         low, high = (min(max(found.mean + sign * found.half_width, 0), 1) for sign in (-1, 1))
         axes.plot([low, high], [middle, middle], color="black", linewidth=1.4)
         axes.plot([low, high], [middle, middle], "|", color="black", markersize=6)
@@ -167,7 +180,9 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             below = [min(p.half_width, p.y - low) for p in spread]
             above = [min(p.half_width, high - p.y) for p in spread]
             xs, ys = [p.x for p in spread], [p.y for p in spread]
-            axes.errorbar(xs, ys, yerr=[below, above], fmt="none", ecolor=line.get_color(), capsize=3)
+            axes.errorbar(
+                xs, ys, yerr=[below, above], fmt="none", ecolor=line.get_color(), capsize=3
+            )
     axes.margins(y=0.14)
     axes.autoscale_view()
     if panel.ticks:
@@ -219,7 +234,12 @@ def _legend(figure: "Figure", panels: Sequence[Panel]) -> None:
 def _line(series: Series, points: Sequence[Point]) -> "Line2D":
     from matplotlib.lines import Line2D
 
-    style: dict[str, Any] = {"color": series.colour, "linestyle": series.dashes, "linewidth": 1.7, "markersize": 4}
+    style: dict[str, Any] = {
+        "color": series.colour,
+        "linestyle": series.dashes,
+        "linewidth": 1.7,
+        "markersize": 4,
+    }
     return Line2D([point.x for point in points], [point.y for point in points], **style)
 
 

@@ -85,7 +85,9 @@ def _parts(console: "Console", section: Section) -> list[list[int]]:
     for column in range(section.heads, len(section.columns)):
         grown = [*part, column]
         # a measurement with the console's own options is cut to its width
-        fits = console.measure(_rich_table(section, grown), options=unbounded).maximum <= console.width
+        fits = (
+            console.measure(_rich_table(section, grown), options=unbounded).maximum <= console.width
+        )
         if fits or part == heads:
             part = grown
         else:
@@ -99,7 +101,13 @@ def _rich_table(section: Section, columns: Sequence[int]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
     for column in columns:
         table.add_column(
             Text(section.columns[column]),
@@ -108,19 +116,26 @@ def _rich_table(section: Section, columns: Sequence[int]) -> "Table":
         )
     for number, row in enumerate(section.rows):
         table.add_row(
-            *(Text(row[column], style="bold green" if (number, column) in section.best else "") for column in columns)
+            *(
+                Text(row[column], style="bold green" if (number, column) in section.best else "")
+                for column in columns
+            )
         )
     return table
 
 
 def _markdown(section: Section) -> str:
     rows = [
-        [f"**{cell}**" if (number, column) in section.best else cell for column, cell in enumerate(row)]
+        [
+            f"**{cell}**" if (number, column) in section.best else cell
+            for column, cell in enumerate(row)
+        ]
         for number, row in enumerate(section.rows)
     ]
     rule = ["---" if column < section.heads else "---:" for column in range(len(section.columns))]
     lines = [
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (section.columns, rule, *rows)
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+        for row in (section.columns, rule, *rows)
     ]
     notes = ["", *(f"- {_escaped(note)}" for note in section.notes)] if section.notes else []
     return "\n".join([f"## {section.title}", "", *lines, *notes]) + "\n"
@@ -160,5 +175,7 @@ def _latex(section: Section) -> str:
 
 
 def _tex(text: str) -> str:
-    escaped = r"$\to$".join("".join(_LATEX.get(char, char) for char in part) for part in text.split("->"))
+    escaped = r"$\to$".join(
+        "".join(_LATEX.get(char, char) for char in part) for part in text.split("->")
+    )
     return re.sub(r"^([+-])(?=\d)", r"$\1$", escaped)  # a minus, not a hyphen

@@ -6,7 +6,16 @@ from collections.abc import Callable, Sequence
 
 from hemoco.report.comparison_tables import number
 from hemoco.report.data import ReportData, RunDetail
-from hemoco.report.plots import Panel, Plot, Point, Series, interval, line_plot, numbered, panels_plot
+from hemoco.report.plots import (
+    Panel,
+    Plot,
+    Point,
+    Series,
+    interval,
+    line_plot,
+    numbered,
+    panels_plot,
+)
 from hemoco.results.kinds import kind_of
 from hemoco.results.records import Pretraining
 from hemoco.tracking.runs import RunFacts
@@ -30,7 +39,11 @@ class HealthCheck:
 
 def health_checks(pretraining: Pretraining) -> list[HealthCheck]:
     """Whether loss and embeddings say that something was learned."""
-    loss, limit, std = pretraining.loss, HEALTHY_LOSS * pretraining.chance_loss, pretraining.embedding_std
+    loss, limit, std = (
+        pretraining.loss,
+        HEALTHY_LOSS * pretraining.chance_loss,
+        pretraining.embedding_std,
+    )
     return [
         HealthCheck(
             name="Loss well below chance",
@@ -66,7 +79,9 @@ def _timeline(data: ReportData) -> Plot | None:
     waits = [_scaled(one, 1 / seconds, 100) for one in _series(data, "data_wait", _since_start)]
     panels = [Panel(series=scaled, x_label=f"{unit} since the first record", y_label="images/s")]
     if waits:
-        panels.append(Panel(series=waits, x_label=panels[0].x_label, y_label="waiting for\ndata, %"))
+        panels.append(
+            Panel(series=waits, x_label=panels[0].x_label, y_label="waiting for\ndata, %")
+        )
     last = [one.points[-1].y for one in rates]
     alt = f"Lines: throughput ends at {', '.join(f'{value:,.0f}' for value in last)} images per second"
     return Plot(
@@ -92,7 +107,9 @@ def _loss(data: ReportData) -> Plot | None:
         y_label="InfoNCE loss",
         limits=[(value, f"chance: {words} = {value:.2f}") for value, words in sorted(chances)],
         good=_good_band(series, HEALTHY_LOSS * next(iter(chances))[0]) if queue else None,
-        until=(next(iter(fills)), "queue full") if queue and next(iter(fills)) < _last_step(series) else None,
+        until=(next(iter(fills)), "queue full")
+        if queue and next(iter(fills)) < _last_step(series)
+        else None,
     )
     points = series[0].points
     alt = f"Line: the loss goes from {points[0].y:.3f} to {points[-1].y:.3f}"
@@ -124,9 +141,19 @@ def _collapse(data: ReportData) -> Plot | None:
             y_label="spread",
             limits=[(HEALTHY_STD, f"healthy above {HEALTHY_STD}")],
         ),
-        Panel(series=_series(data, "effective_rank", _by_step), x_label=step, y_label="effective\nrank"),
-        Panel(series=[one for one in gaps if one.points], x_label=step, y_label="similarity,\npositive -\nnegative"),
-        Panel(series=_series(data, "pretext_top1", _by_step), x_label=step, y_label="pretext\ntop-1"),
+        Panel(
+            series=_series(data, "effective_rank", _by_step),
+            x_label=step,
+            y_label="effective\nrank",
+        ),
+        Panel(
+            series=[one for one in gaps if one.points],
+            x_label=step,
+            y_label="similarity,\npositive -\nnegative",
+        ),
+        Panel(
+            series=_series(data, "pretext_top1", _by_step), x_label=step, y_label="pretext\ntop-1"
+        ),
     ]
     panels = [panel for panel in wanted if panel.series]
     if not panels:
@@ -155,7 +182,10 @@ def _knn(data: ReportData) -> Plot | None:
         points = detail.curves["knn_top1"]
         if points:
             # the first measurement is at the end of this epoch
-            first = min(int(detail.params["pretrain.knn_every_epochs"]), int(detail.params["pretrain.epochs"]))
+            first = min(
+                int(detail.params["pretrain.knn_every_epochs"]),
+                int(detail.params["pretrain.epochs"]),
+            )
             by_epoch = [Point(point.step * first / points[0].step, point.value) for point in points]
             series.append(_of_run(data, detail, by_epoch))
     if not series:
@@ -172,9 +202,15 @@ def _transfer_curve(data: ReportData) -> Plot | None:
     places = list(dict.fromkeys(place for _, place in many.curve))
     series = []
     for order, place in enumerate(places):
-        found = [(epoch, interval(many.curve[epoch, place])) for epoch, at in sorted(many.curve) if at == place]
+        found = [
+            (epoch, interval(many.curve[epoch, place]))
+            for epoch, at in sorted(many.curve)
+            if at == place
+        ]
         points = [Point(epoch, value.mean, value.half_width) for epoch, value in found]
-        label = place.line if len({at.column for at in places}) == 1 else f"{place.line} {place.column}"
+        label = (
+            place.line if len({at.column for at in places}) == 1 else f"{place.line} {place.column}"
+        )
         series.append(numbered(label, points, order))
     if not series:
         return None
@@ -184,9 +220,15 @@ def _transfer_curve(data: ReportData) -> Plot | None:
     return Plot("Transfer over epochs of the pretraining", line_plot(panel), alt, caption)
 
 
-def _series(data: ReportData, name: str, place: Callable[[Sequence[MetricPoint]], list[Point]]) -> list[Series]:
+def _series(
+    data: ReportData, name: str, place: Callable[[Sequence[MetricPoint]], list[Point]]
+) -> list[Series]:
     """One curve for each run that has the metric, in its run's colour."""
-    return [_of_run(data, detail, place(detail.curves[name])) for detail in data.details if detail.curves[name]]
+    return [
+        _of_run(data, detail, place(detail.curves[name]))
+        for detail in data.details
+        if detail.curves[name]
+    ]
 
 
 def _of_run(data: ReportData, detail: RunDetail, points: Sequence[Point]) -> Series:
@@ -212,7 +254,9 @@ def _since_start(points: Sequence[MetricPoint]) -> list[Point]:
 
 
 def _scaled(series: Series, x: float, y: float) -> Series:
-    return dataclasses.replace(series, points=[Point(point.x * x, point.y * y) for point in series.points])
+    return dataclasses.replace(
+        series, points=[Point(point.x * x, point.y * y) for point in series.points]
+    )
 
 
 def _chance(pretraining: RunFacts) -> tuple[float, str] | None:
@@ -222,12 +266,18 @@ def _chance(pretraining: RunFacts) -> tuple[float, str] | None:
         case "moco_v1" | "moco_v2":
             return math.log(int(params["pretrain.moco.queue_length"]) + 1), "ln(K+1)"
         case "moco_v3":  # both directions, each 2T times the cross-entropy
-            batch, temperature = int(params["pretrain.global_batch_size"]), float(params["pretrain.moco.temperature"])
+            batch, temperature = (
+                int(params["pretrain.global_batch_size"]),
+                float(params["pretrain.moco.temperature"]),
+            )
             return 4 * temperature * math.log(batch), "4T ln(G)"
     return None
 
 
 def _fill_step(params: dict[str, str]) -> float | None:
     """The step after which no key of the queue is a random vector; None where there is no queue."""
-    length, batch = params.get("pretrain.moco.queue_length"), params.get("pretrain.global_batch_size")
+    length, batch = (
+        params.get("pretrain.moco.queue_length"),
+        params.get("pretrain.global_batch_size"),
+    )
     return int(length) / int(batch) if length and batch else None

@@ -14,9 +14,20 @@ from typing import NamedTuple
 
 from hemoco.config import config_difference
 from hemoco.errors import UsageError
-from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_difference, repeated_spread
+from hemoco.intervals import (
+    RepeatedDifference,
+    RepeatedSpread,
+    Repetitions,
+    repeated_difference,
+    repeated_spread,
+)
 from hemoco.results.cost import Cost, run_cost
-from hemoco.results.identity import baseline_identity, curve_values, pretraining_settings, transfer_protocol
+from hemoco.results.identity import (
+    baseline_identity,
+    curve_values,
+    pretraining_settings,
+    transfer_protocol,
+)
 from hemoco.results.records import PRETRAINED, Records, RunResults, read_records, results_of
 from hemoco.tracking.tags import Tag
 
@@ -135,7 +146,12 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
         for records in every
     ]
     pretrainings = _pretrainings(known)
-    runs = tuple(sorted((run for column in pretrainings for run in column.runs), key=lambda run: names.index(run.name)))
+    runs = tuple(
+        sorted(
+            (run for column in pretrainings for run in column.runs),
+            key=lambda run: names.index(run.name),
+        )
+    )
     columns = (*pretrainings, *_baselines(runs))
     lines = _lines(runs)
     values = _values(columns, lines)
@@ -155,7 +171,10 @@ def headlines(many: Comparison) -> dict[str, float]:
     A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
     """
     names = {line.label: f"{line.transfer}/{line.metric}" for line in many.lines}
-    means = {f"{names[place.line]}/{place.column}": repeated_spread(found).mean for place, found in many.values.items()}
+    means = {
+        f"{names[place.line]}/{place.column}": repeated_spread(found).mean
+        for place, found in many.values.items()
+    }
     over = {f"{names[pair.line]}/over_{pair.theirs}": pair.difference.mean for pair in many.pairs}
     return {name: value for name, value in (means | over).items() if not math.isnan(value)}
 
@@ -177,7 +196,12 @@ def _pretrainings(runs: Sequence[Run]) -> tuple[Column, ...]:
             for number, run in enumerate(group, start=1)
         ]
         columns.append(
-            Column(label=label, runs=tuple(named), baseline="", differs=tuple(_difference(first, group[0].settings)))
+            Column(
+                label=label,
+                runs=tuple(named),
+                baseline="",
+                differs=tuple(_difference(first, group[0].settings)),
+            )
         )
     return tuple(columns)
 
@@ -196,7 +220,11 @@ def _difference(first: dict[str, str] | None, other: dict[str, str] | None) -> l
 
 def _letters() -> Iterable[str]:
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    return ("".join(letters) for size in itertools.count(1) for letters in itertools.product(alphabet, repeat=size))
+    return (
+        "".join(letters)
+        for size in itertools.count(1)
+        for letters in itertools.product(alphabet, repeat=size)
+    )
 
 
 def _baselines(runs: Sequence[Run]) -> tuple[Column, ...]:
@@ -211,7 +239,11 @@ def _baselines(runs: Sequence[Run]) -> tuple[Column, ...]:
             else:
                 group.append(run)
     return tuple(
-        Column(label=init if len(same) == 1 else f"{init} of {_named(group)}", runs=tuple(group), baseline=init)
+        Column(
+            label=init if len(same) == 1 else f"{init} of {_named(group)}",
+            runs=tuple(group),
+            baseline=init,
+        )
         for init, same in found.items()
         for _, group in same
     )
@@ -224,7 +256,9 @@ def _lines(runs: Sequence[Run]) -> tuple[Line, ...]:
         for facts in (*run.records.transfers, *run.records.curve):
             protocol = transfer_protocol(run.records, facts)
             same = found.setdefault(facts.tags[Tag.TRANSFER], [])
-            group = next((group for known, group in same if not config_difference(known, protocol)), None)
+            group = next(
+                (group for known, group in same if not config_difference(known, protocol)), None
+            )
             if group is None:
                 same.append((protocol, [run]))
             elif run not in group:
@@ -262,7 +296,11 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Rep
 
 def seed_values(run: Run, transfer: str, init: str) -> SeedValues:
     """Values of one transfer from one backbone."""
-    return {row.seed: row.value for row in run.results.rows if (row.transfer, row.init) == (transfer, init)}
+    return {
+        row.seed: row.value
+        for row in run.results.rows
+        if (row.transfer, row.init) == (transfer, init)
+    }
 
 
 def _means(measured: Sequence[SeedValues]) -> SeedValues:
@@ -272,7 +310,9 @@ def _means(measured: Sequence[SeedValues]) -> SeedValues:
     return {seed: sum(some) / len(some) for seed, some in of_seed.items()}
 
 
-def _pairs(columns: Sequence[Column], lines: Sequence[Line], values: dict[Place, Repetitions]) -> Iterable[Pair]:
+def _pairs(
+    columns: Sequence[Column], lines: Sequence[Line], values: dict[Place, Repetitions]
+) -> Iterable[Pair]:
     for ours, theirs in itertools.combinations(columns, 2):
         if ours.baseline:
             continue
@@ -280,13 +320,19 @@ def _pairs(columns: Sequence[Column], lines: Sequence[Line], values: dict[Place,
             both = [values.get(Place(line.label, column.label)) for column in (ours, theirs)]
             if both[0] and both[1]:
                 difference = repeated_difference(both[0], both[1], baseline=bool(theirs.baseline))
-                yield Pair(line=line.label, ours=ours.label, theirs=theirs.label, difference=difference)
+                yield Pair(
+                    line=line.label, ours=ours.label, theirs=theirs.label, difference=difference
+                )
 
 
-def _curve(uri: str, columns: Sequence[Column], lines: Sequence[Line]) -> dict[tuple[int, Place], Repetitions]:
+def _curve(
+    uri: str, columns: Sequence[Column], lines: Sequence[Line]
+) -> dict[tuple[int, Place], Repetitions]:
     curve: dict[tuple[int, Place], list[SeedValues]] = {}
     for column, line in itertools.product(columns, lines):
         for run in (run for run in column.runs if run in line.runs):
-            for epoch, by_seed in curve_values(uri, run.records, line.transfer, line.metric).items():
+            for epoch, by_seed in curve_values(
+                uri, run.records, line.transfer, line.metric
+            ).items():
                 curve.setdefault((epoch, Place(line.label, column.label)), []).append(by_seed)
     return dict(curve)

@@ -96,7 +96,10 @@ def run_cost(uri: str, records: Records) -> Cost:
         batch=batch,
     )
     return _cost(
-        facts.params, activity, images=max((rate.step for rate in rates), default=0) * batch, transfers=transfers
+        facts.params,
+        activity,
+        images=max((rate.step for rate in rates), default=0) * batch,
+        transfers=transfers,
     )
 
 
@@ -128,10 +131,17 @@ def measure_activity(
     if not rates:
         return Activity(math.nan, math.nan, 0, 0)
     end_s = 0.0 if ended_s is None else max(0.0, ended_s - last_s)
-    return Activity(active_s + (end_s if end_s <= PAUSE_S else 0.0), training_s, images, pauses + (end_s > PAUSE_S))
+    return Activity(
+        active_s + (end_s if end_s <= PAUSE_S else 0.0),
+        training_s,
+        images,
+        pauses + (end_s > PAUSE_S),
+    )
 
 
-def _cost(params: dict[str, str], activity: Activity, *, images: int, transfers: tuple[TransferTime, ...]) -> Cost:
+def _cost(
+    params: dict[str, str], activity: Activity, *, images: int, transfers: tuple[TransferTime, ...]
+) -> Cost:
     def per(name: str, default: str) -> int:
         return int(params.get(f"pretrain.resources.{name}", default))
 
@@ -142,7 +152,9 @@ def _cost(params: dict[str, str], activity: Activity, *, images: int, transfers:
         device="GPU" if gpus else "CPU",
         devices=per("workers", "1") * (gpus or per("cpus_per_worker", "1")),
         images=images,
-        images_per_s=activity.trained_images / activity.training_s if activity.training_s > 0 else math.nan,
+        images_per_s=activity.trained_images / activity.training_s
+        if activity.training_s > 0
+        else math.nan,
         transfers=transfers,
     )
 

@@ -13,7 +13,12 @@ from hemoco.tracking.tags import Tag
 
 MEAN_OF_SEEDS = -1
 """In place of a seed where only the mean over the seeds is known."""
-_BACKBONE = ("pretrain.encoder.", "pretrain.views.size", "pretrain.views.mean", "pretrain.views.std")
+_BACKBONE = (
+    "pretrain.encoder.",
+    "pretrain.views.size",
+    "pretrain.views.mean",
+    "pretrain.views.std",
+)
 
 
 def pretraining_settings(uri: str, records: Records) -> dict[str, str] | None:
@@ -27,7 +32,9 @@ def pretraining_settings(uri: str, records: Records) -> dict[str, str] | None:
         "data digest": facts.tags.get(Tag.DATA_DIGEST, ""),
         "data.pretrain_split": parent.params.get("data.pretrain_split", ""),
     }
-    return {name: value for name, value in facts.params.items() if name.startswith("pretrain.")} | data
+    return {
+        name: value for name, value in facts.params.items() if name.startswith("pretrain.")
+    } | data
 
 
 def transfer_protocol(records: Records, facts: RunFacts) -> dict[str, str]:
@@ -46,13 +53,24 @@ def transfer_protocol(records: Records, facts: RunFacts) -> dict[str, str]:
 
 def baseline_identity(records: Records, init: str) -> dict[str, str]:
     """What makes a baseline of a run what it is: the architecture, its input, and where the weights come from."""
-    lists = [value for facts in records.transfers for name, value in facts.params.items() if name.endswith(".inits")]
-    sources = {entry for found in lists for entry in ast.literal_eval(found) if init_label(entry) == init}
-    backbone = {name: value for name, value in records.parent.params.items() if name.startswith(_BACKBONE)}
+    lists = [
+        value
+        for facts in records.transfers
+        for name, value in facts.params.items()
+        if name.endswith(".inits")
+    ]
+    sources = {
+        entry for found in lists for entry in ast.literal_eval(found) if init_label(entry) == init
+    }
+    backbone = {
+        name: value for name, value in records.parent.params.items() if name.startswith(_BACKBONE)
+    }
     return backbone | {"init": " ".join(sorted(sources))}
 
 
-def curve_values(uri: str, records: Records, transfer: str, metric: str) -> dict[int, dict[int, float]]:
+def curve_values(
+    uri: str, records: Records, transfer: str, metric: str
+) -> dict[int, dict[int, float]]:
     """By epoch and seed: a transfer from the backbones that the run's own pretraining exported on its way."""
     curve: dict[int, dict[int, float]] = {}
     for facts in records.curve:
@@ -60,7 +78,14 @@ def curve_values(uri: str, records: Records, transfer: str, metric: str) -> dict
             by_seed = {row.seed: row.value for row in done_rows(facts)}
             curve |= {int(facts.tags[Tag.EPOCH]): by_seed} if by_seed else {}
     key, training = f"curve/{transfer}/{metric}", records.pretraining
-    if training is not None and training.tags.get(Tag.RUN) == records.run and key in training.metrics:
+    if (
+        training is not None
+        and training.tags.get(Tag.RUN) == records.run
+        and key in training.metrics
+    ):
         # where the runs of the single measurements are gone
-        curve = {epoch: {MEAN_OF_SEEDS: mean} for epoch, mean in metric_history(uri, training.run_id, key)} | curve
+        curve = {
+            epoch: {MEAN_OF_SEEDS: mean}
+            for epoch, mean in metric_history(uri, training.run_id, key)
+        } | curve
     return curve

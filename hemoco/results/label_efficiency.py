@@ -30,7 +30,10 @@ def label_curves(many: Comparison) -> list[list[LabelPoint]]:
     for line in many.lines:
         labels = _labels(line)
         if labels:
-            data = tuple(line.protocol[name] for name in ("data digest", "train_split", "test_split", "metric"))
+            data = tuple(
+                line.protocol[name]
+                for name in ("data digest", "train_split", "test_split", "metric")
+            )
             by_data.setdefault(data, []).append(LabelPoint(labels, _images(line), line))
     curves = [sorted(points, key=_order) for points in by_data.values()]
     return [points for points in curves if len(points) > 1 and points[0].labels != "100%"]
@@ -44,11 +47,17 @@ def _labels(line: Line) -> str:
     if kind != "low_shot":
         return ""
     fraction = float(line.protocol[f"transfers.{line.transfer}.fraction"])
-    return f"{100 * fraction:g}%" if fraction else f"{line.protocol[f'transfers.{line.transfer}.shots']} a class"
+    return (
+        f"{100 * fraction:g}%"
+        if fraction
+        else f"{line.protocol[f'transfers.{line.transfer}.shots']} a class"
+    )
 
 
 def _images(line: Line) -> float:
-    found = (row.value for facts in _transfers(line) for row in done_values(facts, "labelled_images"))
+    found = (
+        row.value for facts in _transfers(line) for row in done_values(facts, "labelled_images")
+    )
     return next(found, math.nan)
 
 

@@ -128,7 +128,9 @@ def results_of(records: Records) -> RunResults:
     return RunResults(
         pretraining=_pretraining(records),
         rows=tuple(rows),
-        failed=tuple(_failure(facts, facts.tags.get(Tag.ERROR, "no reason was recorded")) for facts in ended),
+        failed=tuple(
+            _failure(facts, facts.tags.get(Tag.ERROR, "no reason was recorded")) for facts in ended
+        ),
         unfinished=tuple(_unfinished(records)),
     )
 
@@ -170,7 +172,9 @@ def _pretraining(records: Records) -> Pretraining:
         recipe=tags.get(Tag.RECIPE, ""),
         data_digest=tags.get(Tag.DATA_DIGEST, ""),
         loss=metrics.get("loss", math.nan),
-        chance_loss=math.log(int(facts.params["pretrain.moco.queue_length"]) + 1) if facts and has_queue else math.nan,
+        chance_loss=math.log(int(facts.params["pretrain.moco.queue_length"]) + 1)
+        if facts and has_queue
+        else math.nan,
         embedding_std=metrics.get("embedding_std", math.nan),
         knn_top1=metrics.get("knn_top1", math.nan),
     )
@@ -186,7 +190,10 @@ def done_values(facts: RunFacts, metric: str) -> list[Row]:
     rows = []
     for key, value in facts.metrics.items():
         match = _VALUE.fullmatch(key)
-        done = match is not None and f"{Tag.DONE_PREFIX}{match['init']}/seed_{match['seed']}" in facts.tags
+        done = (
+            match is not None
+            and f"{Tag.DONE_PREFIX}{match['init']}/seed_{match['seed']}" in facts.tags
+        )
         if match and done and match["metric"] == metric:
             row = Row(
                 transfer=facts.tags[Tag.TRANSFER],

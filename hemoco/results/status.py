@@ -37,7 +37,10 @@ class RunStatus:
     @property
     def measured_s(self) -> float | None:
         """When its newest metric was measured, in seconds since 1970."""
-        return max((phase.measured_s for phase in self.phases if phase.measured_s is not None), default=None)
+        return max(
+            (phase.measured_s for phase in self.phases if phase.measured_s is not None),
+            default=None,
+        )
 
 
 def newest_runs(uri: str, most: int) -> list[RunStatus]:
@@ -112,5 +115,7 @@ def close_running(uri: str, run: str) -> list[str]:
 
 
 def _phases(uri: str, experiment_id: str, parent: RunFacts) -> tuple[RunFacts, ...]:
-    children = search(uri, experiment_id, {"mlflow.parentRunId": parent.run_id}, limit=_MOST_CHILDREN)
+    children = search(
+        uri, experiment_id, {"mlflow.parentRunId": parent.run_id}, limit=_MOST_CHILDREN
+    )
     return tuple(reversed(children))

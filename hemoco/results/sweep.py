@@ -76,7 +76,11 @@ class SweepResult:
 
 def search_settings(params: Mapping[str, str]) -> dict[str, str]:
     """What of a recipe's flat settings makes a search what it is, by names that a run does not ignore."""
-    searched = {name: value for name, value in params.items() if name.startswith("sweep.") and name not in _FREE}
+    searched = {
+        name: value
+        for name, value in params.items()
+        if name.startswith("sweep.") and name not in _FREE
+    }
     return {f"its {name}": value for name, value in searched.items()}
 
 
@@ -95,7 +99,9 @@ def sweep_result(uri: str, sweep: str) -> SweepResult:
     found = find_sweep(uri, sweep)
     if found is None:
         known = {facts.tags[Tag.SWEEP] for facts in search(uri, connect(uri), {Tag.PHASE: "sweep"})}
-        raise UsageError(f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}")
+        raise UsageError(
+            f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}"
+        )
     return found
 
 
@@ -110,7 +116,9 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
     if parent is None:
         return None
     trials = search(uri, experiment_id, {Tag.SWEEP: sweep, Tag.PHASE: "trial"})
-    newest_first = search(uri, experiment_id, {Tag.PHASE: "pretrain"}, prefix={Tag.RUN: f"{sweep}/"})
+    newest_first = search(
+        uri, experiment_id, {Tag.PHASE: "pretrain"}, prefix={Tag.RUN: f"{sweep}/"}
+    )
     pretrainings = {facts.tags[Tag.RUN]: facts for facts in reversed(newest_first)}
     return SweepResult(
         sweep=sweep,

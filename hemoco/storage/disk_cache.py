@@ -82,7 +82,10 @@ class DiskCache:
             if self.path(key).exists():
                 claim.close()
                 return None
-            with _lock(self.folder / _LOCK), open(claim.partial, "wb", opener=_open_private) as file:
+            with (
+                _lock(self.folder / _LOCK),
+                open(claim.partial, "wb", opener=_open_private) as file,
+            ):
                 self._evict(size, beside=key)
                 os.posix_fallocate(file.fileno(), 0, size)
         except BaseException:
@@ -128,7 +131,10 @@ class Claim:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -145,13 +151,17 @@ class Claim:
             # the kernel's own time of use is coarse, and those of `find` are not
             os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
         finished = self.partial.open("rb")
-        with _lock(self._folder / _LOCK):  # else who counts the files might see it under neither name
+        with _lock(
+            self._folder / _LOCK
+        ):  # else who counts the files might see it under neither name
             self.partial.rename(self._path)
         return finished
 
     def close(self) -> None:
         """Removes the partial file, unless it is finished, and lets others have a try."""
-        with contextlib.suppress(OSError):  # a disk that broke meanwhile: the next one removes what is left over
+        with contextlib.suppress(
+            OSError
+        ):  # a disk that broke meanwhile: the next one removes what is left over
             self.partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             _remove_locked(self._lock)

@@ -17,7 +17,13 @@ import numpy as np
 
 from hemoco.errors import ShardError, StorageError, first_line
 from hemoco.storage.http_range import RangeAnswer, get_range
-from hemoco.storage.objects import absolute_url, direct_url, filesystem, storage_errors, storage_hint
+from hemoco.storage.objects import (
+    absolute_url,
+    direct_url,
+    filesystem,
+    storage_errors,
+    storage_hint,
+)
 from hemoco.storage.retry import BUSY, STORAGE_RETRIES, http_status, is_transient, retrying
 
 logger = logging.getLogger(__name__)
@@ -43,7 +49,9 @@ class FetchCounts:
     cache_misses: int = 0
     _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
-    def add(self, *, bytes: int = 0, requests: int = 0, retries: int = 0, seconds: float = 0.0) -> None:
+    def add(
+        self, *, bytes: int = 0, requests: int = 0, retries: int = 0, seconds: float = 0.0
+    ) -> None:
         """Adds what a request took."""
         with self._lock:
             self.bytes += bytes
@@ -59,7 +67,13 @@ class FetchCounts:
 
 
 def fetch_range(
-    url: str, start: int, stop: int, counts: FetchCounts, *, budget_s: float = 600.0, into: memoryview | None = None
+    url: str,
+    start: int,
+    stop: int,
+    counts: FetchCounts,
+    *,
+    budget_s: float = 600.0,
+    into: memoryview | None = None,
 ) -> memoryview:
     """The bytes [start, stop) of an object; after a fault of the network it goes on at the byte where it broke.
 
@@ -83,12 +97,20 @@ def fetch_range(
         _fetch(url, wanted, counts, budget_s)
     except _WrongSizeError as error:
         asked = f"bytes {start} to {stop} were asked for"
-        raise ObjectCutError(f"{url}: it has {error.size} bytes, {asked}: it was replaced or cut") from None
+        raise ObjectCutError(
+            f"{url}: it has {error.size} bytes, {asked}: it was replaced or cut"
+        ) from None
     return wanted.view
 
 
 def verified_shard(
-    url: str, size: int, sha256: str, counts: FetchCounts, *, budget_s: float = 600.0, into: memoryview | None = None
+    url: str,
+    size: int,
+    sha256: str,
+    counts: FetchCounts,
+    *,
+    budget_s: float = 600.0,
+    into: memoryview | None = None,
 ) -> memoryview:
     """A whole shard, proved to be the one that was packed.
 
@@ -117,14 +139,21 @@ def verified_shard(
             flaw, kind = f"it has {error.size} bytes, the index says {size}", ShardError
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
-                raise ShardError(f"{error}: a shard is missing; restore it or pack the data again") from error
+                raise ShardError(
+                    f"{error}: a shard is missing; restore it or pack the data again"
+                ) from error
             raise
         else:
             found = wanted.sha256.hexdigest()
             if found == sha256:
                 return wanted.view
-            flaw, kind = f"its SHA-256 is {found[:12]}..., the index says {sha256[:12]}...", ChecksumError
-    raise kind(f"{url}: {flaw}: replaced, cut or damaged since it was packed; restore it or pack the data again")
+            flaw, kind = (
+                f"its SHA-256 is {found[:12]}..., the index says {sha256[:12]}...",
+                ChecksumError,
+            )
+    raise kind(
+        f"{url}: {flaw}: replaced, cut or damaged since it was packed; restore it or pack the data again"
+    )
 
 
 class ChecksumError(ShardError):
@@ -211,7 +240,13 @@ def _receive_all(url: str, wanted: _Range, counts: FetchCounts, budget_s: float)
         faults += 1
         if faults.bit_count() == 1:  # the 1st, 2nd, 4th, ...
             reason = first_line(fault)
-            logger.warning("event=fetch_fault url=%s byte=%d faults=%d reason=%s", url, wanted.next, faults, reason)
+            logger.warning(
+                "event=fetch_fault url=%s byte=%d faults=%d reason=%s",
+                url,
+                wanted.next,
+                faults,
+                reason,
+            )
 
     try:
         policy = replace(STORAGE_RETRIES, budget_s=budget_s)
@@ -219,7 +254,9 @@ def _receive_all(url: str, wanted: _Range, counts: FetchCounts, budget_s: float)
             with attempt:
                 counts.add(retries=int(faults > 0))
                 left_s = budget_s - (time.monotonic() - attempt.retry_state.start_time)
-                _receive_rest(url, wanted, counts, silence_s=min(_SILENCE_S, max(left_s, _LAST_CHANCE_S)))
+                _receive_rest(
+                    url, wanted, counts, silence_s=min(_SILENCE_S, max(left_s, _LAST_CHANCE_S))
+                )
     except Exception as fault:
         if not is_transient(fault):
             raise
@@ -279,8 +316,12 @@ def _receive_plain(url: str, direct: str, wanted: _Range, silence_s: float) -> N
             wanted.check(answer.size)
         skip = wanted.next - answer.first
         if skip and answer.ranged:
-            raise ConnectionError(f"asked for byte {wanted.next}, the answer begins at byte {answer.first}")
-        unwanted = memoryview(bytearray(min(skip, _WINDOW_BYTES)))  # a server without ranges sends all
+            raise ConnectionError(
+                f"asked for byte {wanted.next}, the answer begins at byte {answer.first}"
+            )
+        unwanted = memoryview(
+            bytearray(min(skip, _WINDOW_BYTES))
+        )  # a server without ranges sends all
         while answer.left and wanted.next < wanted.stop:
             count = answer.read_into(unwanted[:skip] if skip else wanted.window())
             if not count:

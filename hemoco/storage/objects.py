@@ -74,7 +74,9 @@ def absolute_url(url: str) -> str:
         place = "host" if scheme in _WEB else "bucket"
         raise StorageError(f"{url}: no {place} is named; use {scheme}://{place}/folder")
     if scheme == "file" and host not in ("", "localhost"):
-        raise StorageError(f"{url}: {host!r} stands where a host would; use file:///folder or a plain path")
+        raise StorageError(
+            f"{url}: {host!r} stands where a host would; use file:///folder or a plain path"
+        )
     return url.rstrip("/")
 
 
@@ -85,7 +87,9 @@ def check_url(name: str, url: str) -> None:
         UsageError: it is a path; `name` says of what.
     """
     if "://" not in url:
-        raise UsageError(f"{name} is {url}: give a URL; that of a path is hemoco.storage.objects.absolute_url(path)")
+        raise UsageError(
+            f"{name} is {url}: give a URL; that of a path is hemoco.storage.objects.absolute_url(path)"
+        )
 
 
 def join_url(url: str, *names: str) -> str:
@@ -100,14 +104,22 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     options: dict[str, Any] = {}
     if scheme in _S3:
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        options = {"endpoint_url": endpoint, "config_kwargs": _S3_CONFIG, "use_listings_cache": False}
-    if scheme in _AZURE:  # the account may stand where a host would, and only this function looks there
+        options = {
+            "endpoint_url": endpoint,
+            "config_kwargs": _S3_CONFIG,
+            "use_listings_cache": False,
+        }
+    if (
+        scheme in _AZURE
+    ):  # the account may stand where a host would, and only this function looks there
         made, _ = fsspec.core.url_to_fs(f"{scheme}://{urlsplit(url).netloc}")
     else:
         made = fsspec.filesystem(scheme, **options)
     _made[id(made)] = made
     # fsspec leaves the %20 of a file:// URL as it is
-    return made, url2pathname(urlsplit(url).path) if scheme == "file" else fsspec.core.strip_protocol(url)
+    return made, url2pathname(
+        urlsplit(url).path
+    ) if scheme == "file" else fsspec.core.strip_protocol(url)
 
 
 def direct_url(url: str) -> str | None:
@@ -128,7 +140,9 @@ def direct_url(url: str) -> str | None:
 
 def forkable_client(url: str) -> str | None:
     """The module that reads a URL, if a process that has imported it may fork: importing it takes half a second."""
-    return "s3fs" if urlsplit(absolute_url(url)).scheme in _S3 else None  # gRPC, which gcsfs may import, may not
+    return (
+        "s3fs" if urlsplit(absolute_url(url)).scheme in _S3 else None
+    )  # gRPC, which gcsfs may import, may not
 
 
 @lru_cache(maxsize=1)
@@ -191,10 +205,16 @@ def list_names(url: str) -> list[str]:
         try:
             found = made.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if s3_answer(error) is not None:  # a server lists an empty folder; it said that there is no bucket
+            if (
+                s3_answer(error) is not None
+            ):  # a server lists an empty folder; it said that there is no bucket
                 raise
             return []
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path.rstrip("/"))
+        return sorted(
+            name.rstrip("/").rsplit("/", 1)[-1]
+            for name in found
+            if name.rstrip("/") != path.rstrip("/")
+        )
 
 
 def remove(url: str) -> None:
@@ -209,7 +229,9 @@ def remove(url: str) -> None:
         if made.exists(path):
             made.rm(path, recursive=True)
             if made.exists(path):  # s3fs does not say which deletions a server refused
-                raise StorageError(f"{url}: cannot be removed; ask for s3:DeleteObject: the key may not do this")
+                raise StorageError(
+                    f"{url}: cannot be removed; ask for s3:DeleteObject: the key may not do this"
+                )
 
 
 def check_writable(url: str) -> None:
@@ -267,7 +289,11 @@ def _explanation(url: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "not found; check the URL"
     if isinstance(error, PermissionError):
-        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if urlsplit(url).scheme in _S3 else "its permissions"
+        keys = (
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            if urlsplit(url).scheme in _S3
+            else "its permissions"
+        )
         return f"access refused ({first_line(error)}); check {keys}"
     return f"{first_line(error)}; {storage_hint(url, error)}"
 
@@ -310,4 +336,6 @@ def _goes_by_proxy(url: str) -> bool:
 
 def _refuse_web(url: str) -> None:
     if urlsplit(url).scheme in _WEB:
-        raise StorageError(f"{url}: http(s):// can only be read; write to s3://, gs://, az:// or a path")
+        raise StorageError(
+            f"{url}: http(s):// can only be read; write to s3://, gs://, az:// or a path"
+        )

@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+)
 
 from hemoco.errors import StorageError
 
@@ -84,7 +90,9 @@ def retrying(
         retry=retry_if_exception(policy.is_transient),
         after=note_fault,
         wait=wait_s,
-        stop=spent if policy.max_attempts is None else spent | stop_after_attempt(policy.max_attempts),
+        stop=spent
+        if policy.max_attempts is None
+        else spent | stop_after_attempt(policy.max_attempts),
         sleep=time.sleep,
         reraise=True,
     )
@@ -103,7 +111,14 @@ BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
 """HTTP statuses below 500 that pass."""
 
 
-_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+_PERMANENT = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ValueError,
+)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -122,8 +137,13 @@ def is_transient(error: BaseException) -> bool:
         "google.auth.exceptions:TransportError",
     )
     # the certificate's is an OSError, too
-    permanent: tuple[type[Exception], ...] = (*_PERMANENT, *loaded_classes("botocore.exceptions:SSLError"))
-    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(error, permanent)
+    permanent: tuple[type[Exception], ...] = (
+        *_PERMANENT,
+        *loaded_classes("botocore.exceptions:SSLError"),
+    )
+    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(
+        error, permanent
+    )
 
 
 def http_status(error: BaseException) -> int | None:

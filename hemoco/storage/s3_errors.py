@@ -27,7 +27,14 @@ _ADVICE = {
     "ExpiredToken": _SESSION,
     "InvalidToken": _SESSION,
 }
-_OTHER_REGION = ("AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "Redirect", "301", "307")
+_OTHER_REGION = (
+    "AuthorizationHeaderMalformed",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "Redirect",
+    "301",
+    "307",
+)
 _NAMED = re.compile(rf"(?:(\d{{3}}) )?\b({'|'.join([*_ADVICE, 'AccessDenied', 'NoSuchBucket'])})\b")
 _PASSING = (408, 429, 500, 502, 503, 504)
 
@@ -70,10 +77,18 @@ def s3_advice(answer: S3Answer, bucket: str, endpoint: str, region: str) -> str 
     if answer.code == "NoSuchBucket":
         return f"bucket {bucket!r} does not exist; create it or correct the URL"
     if answer.code in _OTHER_REGION:
-        wanted = f"to {answer.region}" if answer.region else "to the bucket's region, and check AWS_ENDPOINT_URL"
+        wanted = (
+            f"to {answer.region}"
+            if answer.region
+            else "to the bucket's region, and check AWS_ENDPOINT_URL"
+        )
         return f"signed for region {region} ({answer.code}); set AWS_DEFAULT_REGION {wanted}"
     if answer.nameless and not answer.operation.startswith("Head"):
-        what = "is its server away, or is it not S3?" if answer.status in _PASSING else "as no S3 server does"
+        what = (
+            "is its server away, or is it not S3?"
+            if answer.status in _PASSING
+            else "as no S3 server does"
+        )
         said = f"{endpoint} answers {answer.status} without a reason"
         return f"{said}, {what}; check AWS_ENDPOINT_URL (host, port, http or https)"
     if answer.code in _ADVICE:
@@ -87,7 +102,9 @@ def s3_advice(answer: S3Answer, bucket: str, endpoint: str, region: str) -> str 
 def _parse(response: dict[str, Any], operation: str) -> S3Answer:
     said, meta = response["Error"], response.get("ResponseMetadata", {})
     code = str(said.get("Code", ""))
-    if "request time" in str(said.get("Message")):  # rclone has the same code for all refusals of a signature
+    if "request time" in str(
+        said.get("Message")
+    ):  # rclone has the same code for all refusals of a signature
         code = "RequestTimeTooSkewed"
     region = said.get("Region") or meta.get("HTTPHeaders", {}).get("x-amz-bucket-region") or ""
     return S3Answer(code, int(meta.get("HTTPStatusCode", 0)), operation, str(region))

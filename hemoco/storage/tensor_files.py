@@ -16,7 +16,10 @@ from torch import Tensor
 from hemoco.errors import CheckpointError
 from hemoco.storage.objects import filesystem, read_bytes, storage_errors
 
-_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")  # a zip since torch 1.6; before, a number
+_TORCH = (
+    b"PK\x03\x04",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+)  # a zip since torch 1.6; before, a number
 _HEADER_LIMIT = 100_000_000  # bytes; that of the safetensors package
 _FIRST_BYTES = 64 * 1024  # in one request the whole header of most networks
 _NUMBERS = ("f2", "f4", "f8", "i8")
@@ -73,15 +76,21 @@ def read_safetensors_metadata(url: str) -> dict[str, str]:
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         wanted = 8 + length + int(end)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{url}: is not a whole safetensors file (its header cannot be read)") from error
+        raise CheckpointError(
+            f"{url}: is not a whole safetensors file (its header cannot be read)"
+        ) from error
     if size != wanted:
-        raise CheckpointError(f"{url}: is not a whole safetensors file ({size} bytes, its header wants {wanted})")
+        raise CheckpointError(
+            f"{url}: is not a whole safetensors file ({size} bytes, its header wants {wanted})"
+        )
     return dict(metadata)
 
 
 def _read_range(files: AbstractFileSystem, path: str, start: int, stop: int) -> bytes:
     data = bytes(files.cat_file(path, start=start, end=stop))
-    return data if len(data) <= stop - start else data[start:stop]  # a web server without ranges sends all
+    return (
+        data if len(data) <= stop - start else data[start:stop]
+    )  # a web server without ranges sends all
 
 
 def parse_file(url: str, data: bytes) -> dict[str, Any]:
@@ -108,7 +117,9 @@ def parse_file(url: str, data: bytes) -> dict[str, Any]:
     except Exception as error:  # damaged or hostile bytes can raise anything
         raise CheckpointError(f"{url}: {_reason(error)}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{url}: holds a {type(content).__name__}, not a dictionary with a state dict")
+        raise CheckpointError(
+            f"{url}: holds a {type(content).__name__}, not a dictionary with a state dict"
+        )
     return content
 
 
@@ -118,7 +129,9 @@ def _reason(error: Exception) -> str:
             f"holds Python objects ({found[1]}), which can run code and were not loaded; if you trust the file, keep "
             "its tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         )
-    return "is no whole file of safetensors, of torch.save or of detectron2's arrays; fetch it again"
+    return (
+        "is no whole file of safetensors, of torch.save or of detectron2's arrays; fetch it again"
+    )
 
 
 class _Dtype:
@@ -156,7 +169,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _tensor(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> Tensor:
     if dtype.code not in _NUMBERS:
         raise pickle.UnpicklingError(f"an array of {dtype.code}")
-    array = np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order)).reshape(shape, order=order)
+    array = np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order)).reshape(
+        shape, order=order
+    )
     return torch.from_numpy(array.astype(dtype.code, order="C"))
 
 

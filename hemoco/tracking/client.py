@@ -19,7 +19,9 @@ Answer = TypeVar("Answer")
 EXPERIMENT = "hemoco"
 
 
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's pages open on evaluations of agents
+_KIND = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # else MLflow's pages open on evaluations of agents
 
 
 _DEFAULTS = {
@@ -59,8 +61,12 @@ def connect(uri: str) -> str:
     """
     check_uri(uri)
     local = uri.startswith("sqlite:")
-    patience_s = 30.0 if local else 0.0  # a file may be locked for a moment; a server that is not there stays away
-    found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT), patience_s=patience_s)
+    patience_s = (
+        30.0 if local else 0.0
+    )  # a file may be locked for a moment; a server that is not there stays away
+    found = ask(
+        uri, lambda client: client.get_experiment_by_name(EXPERIMENT), patience_s=patience_s
+    )
     if found is None:
         folder = (database(uri).parent / "mlartifacts").as_uri() if local else None
         try:
@@ -79,7 +85,11 @@ def connect(uri: str) -> str:
         with contextlib.suppress(TrackingError):  # who may only read sees it as it was
             tags = _KIND.items()
             ask(
-                uri, lambda client: [client.set_experiment_tag(found.experiment_id, *tag) for tag in tags], patience_s=0
+                uri,
+                lambda client: [
+                    client.set_experiment_tag(found.experiment_id, *tag) for tag in tags
+                ],
+                patience_s=0,
             )
     return str(found.experiment_id)
 
@@ -130,7 +140,9 @@ def _refusal(uri: str, error: Exception) -> TrackingError:
     advice = "start the server or correct MLFLOW_TRACKING_URI (unset: SQLite in $HEMOCO_HOME)"
     code = getattr(error, "error_code", "")
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        advice = (
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
     elif "'active' state" in reason:
         advice = "it was deleted, `mlflow runs restore --run-id` brings it back"
     kind = RefusedError if code in _FINAL_ERRORS else TrackingError
@@ -158,7 +170,9 @@ def check_uri(uri: str) -> None:
             sqlite3.connect(path).execute("pragma schema_version").connection.close()
         except (OSError, sqlite3.DatabaseError) as error:
             if "locked" not in str(error):
-                raise TrackingError(f"{shown(uri)}: {error}; correct MLFLOW_TRACKING_URI or HEMOCO_HOME") from error
+                raise TrackingError(
+                    f"{shown(uri)}: {error}; correct MLFLOW_TRACKING_URI or HEMOCO_HOME"
+                ) from error
 
 
 def database(uri: str) -> Path:

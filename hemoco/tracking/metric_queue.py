@@ -21,7 +21,14 @@ from tenacity import sleep_using_event, stop_when_event_set
 from hemoco.errors import RefusedError, StorageError, TrackingError
 from hemoco.storage.retry import RetryPolicy, retrying
 from hemoco.tracking.client import ask, client_type
-from hemoco.tracking.unsent import POINTS_PER_CALL, MetricPoint, kept_files, read_points, remove_points, write_points
+from hemoco.tracking.unsent import (
+    POINTS_PER_CALL,
+    MetricPoint,
+    kept_files,
+    read_points,
+    remove_points,
+    write_points,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +75,19 @@ class MetricQueue:
             self._files += kept_files(unsent)
         except StorageError as error:
             self._warn_of_storage(error)
-        self._thread = threading.Thread(target=self._deliver_until_closed, name="hemoco-metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._deliver_until_closed, name="hemoco-metrics", daemon=True
+        )
         self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close(_CLOSE_S if error is None else _CLOSE_AFTER_ERROR_S)
 
@@ -87,7 +99,9 @@ class MetricQueue:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Takes the values of one step."""
         now = time.time_ns() // 1_000_000
-        points = [MetricPoint(key=k, value=float(v), timestamp=now, step=step) for k, v in metrics.items()]
+        points = [
+            MetricPoint(key=k, value=float(v), timestamp=now, step=step) for k, v in metrics.items()
+        ]
         with self._lock:
             self._points += points
 
@@ -125,11 +139,17 @@ class MetricQueue:
                 *(safe, len(self._files), self._unsent),
             )
         if left > safe:
-            logger.error("event=metrics_lost points=%d; neither MLflow nor %s took them", left - safe, self._unsent)
+            logger.error(
+                "event=metrics_lost points=%d; neither MLflow nor %s took them",
+                left - safe,
+                self._unsent,
+            )
 
     def _deliver_until_closed(self) -> None:
         closing = self._closing
-        patient = retrying(_RETRIES).copy(sleep=sleep_using_event(closing), stop=stop_when_event_set(closing))
+        patient = retrying(_RETRIES).copy(
+            sleep=sleep_using_event(closing), stop=stop_when_event_set(closing)
+        )
         while not closing.wait(_SEND_EVERY_S):
             with contextlib.suppress(Exception):  # logged by `_deliver`
                 patient(self._deliver)
@@ -145,8 +165,14 @@ class MetricQueue:
                 self._deliver_memory()
         except RefusedError as error:
             self._refused = self._outage = True
-            logger.error("event=metrics_refused %s; not tried again, metrics are kept in %s", error, self._unsent)
-        except Exception as error:  # whatever it is, the metrics must be kept and training must go on
+            logger.error(
+                "event=metrics_refused %s; not tried again, metrics are kept in %s",
+                error,
+                self._unsent,
+            )
+        except (
+            Exception
+        ) as error:  # whatever it is, the metrics must be kept and training must go on
             if not self._outage:
                 logger.warning("event=metrics_outage %s; metrics are kept and sent later", error)
             self._outage = True
@@ -194,7 +220,9 @@ class MetricQueue:
             self._files.append(written)
             self._forget(len(oldest))
         else:
-            self._move_again = time.monotonic() + _STORAGE_PAUSE_S  # delivery must not wait for the storage each time
+            self._move_again = (
+                time.monotonic() + _STORAGE_PAUSE_S
+            )  # delivery must not wait for the storage each time
 
     def _oldest(self, count: int) -> list[MetricPoint]:
         with self._lock:
@@ -219,7 +247,9 @@ class MetricQueue:
         """The file's URL, empty where the storage did not take it."""
         try:
             return write_points(self._unsent, points)
-        except Exception as error:  # training goes on without; the checkpoint that follows has its own say
+        except (
+            Exception
+        ) as error:  # training goes on without; the checkpoint that follows has its own say
             self._warn_of_storage(error)
             return ""
 
@@ -231,7 +261,10 @@ class MetricQueue:
 
     def _warn_of_storage(self, error: Exception) -> None:
         if not self._storage_warned:
-            logger.warning("event=metrics_storage %s; until it answers, undelivered metrics are in memory alone", error)
+            logger.warning(
+                "event=metrics_storage %s; until it answers, undelivered metrics are in memory alone",
+                error,
+            )
         self._storage_warned = True
 
 
@@ -273,7 +306,9 @@ def check_delivered(tracker: Tracker) -> None:
         )
 
 
-def send_points(uri: str, run_id: str, points: list[MetricPoint], *, patience_s: float = 0.0) -> None:
+def send_points(
+    uri: str, run_id: str, points: list[MetricPoint], *, patience_s: float = 0.0
+) -> None:
     """Sends at most 1000 points, however often they were sent before.
 
     Raises:

@@ -80,7 +80,12 @@ def record_backbone(uri: str, experiment_id: str, url: str, record: BackboneReco
     data = read_bytes(url)
     sha256 = hashlib.sha256(data).hexdigest()
     tags = record.tags | {_SHA256: sha256, _URL: url}
-    model = ask(uri, lambda client: _find_or_create(client, experiment_id, MODEL_TYPE, {_SHA256: sha256}, record, tags))
+    model = ask(
+        uri,
+        lambda client: _find_or_create(
+            client, experiment_id, MODEL_TYPE, {_SHA256: sha256}, record, tags
+        ),
+    )
     if str(model.status) != "READY":  # new, or left by an attempt that was killed while it uploaded
         _upload(uri, model.model_id, {BACKBONE_FILE: data, ABOUT_FILE: _about(record, sha256, url)})
         ask(uri, lambda client: client.finalize_logged_model(model.model_id, "READY"))
@@ -93,7 +98,10 @@ def record_snapshot(uri: str, experiment_id: str, url: str, record: BackboneReco
     """As `record_backbone`, for a backbone of mid-pretraining: found by its URL and pretraining, and not uploaded."""
     tags, identity = record.tags | {_URL: url}, {_URL: url, Tag.PRETRAIN_RUN_ID: record.run_id}
     found = ask(
-        uri, lambda client: _find_or_create(client, experiment_id, SNAPSHOT_TYPE, identity, record, tags | identity)
+        uri,
+        lambda client: _find_or_create(
+            client, experiment_id, SNAPSHOT_TYPE, identity, record, tags | identity
+        ),
     )
     ask(uri, lambda client: client.finalize_logged_model(found.model_id, "READY"))
     _add_output(uri, record.run_id, found.model_id, record.step)
@@ -116,17 +124,25 @@ def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[
     model = ask(uri, lambda client: client.get_logged_model(model_id))
     if Tag.REGISTERED in model.tags:
         return str(model.tags[Tag.REGISTERED]).rpartition("/")[2]
-    with contextlib.suppress(RefusedError):  # there is one already; another reason stops the next call
+    with contextlib.suppress(
+        RefusedError
+    ):  # there is one already; another reason stops the next call
         ask(uri, lambda client: client.create_registered_model(name))
     # a database asks MLflow's global URI for models:/..., which need not be ours
     source = f"{SCHEME}{model_id}" if uri.startswith("http") else model.artifact_location
 
     def version(client: Any) -> str:
         # an attempt that was killed, or whose answer was lost, may have made it
-        known = client.search_model_versions(f"name = '{name}' and tags.`{Tag.MODEL_ID}` = '{model_id}'")
+        known = client.search_model_versions(
+            f"name = '{name}' and tags.`{Tag.MODEL_ID}` = '{model_id}'"
+        )
         made = known or [
             client.create_model_version(
-                name, source, run_id=model.source_run_id, model_id=model_id, tags=tags | {Tag.MODEL_ID: model_id}
+                name,
+                source,
+                run_id=model.source_run_id,
+                model_id=model_id,
+                tags=tags | {Tag.MODEL_ID: model_id},
             )
         ]
         return str(made[0].version)
@@ -136,7 +152,9 @@ def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[
     shown = json.dumps([{"name": name, "version": number}])
     ask(
         uri,
-        lambda client: client.set_logged_model_tags(model_id, {VERSIONS: shown, Tag.REGISTERED: f"{name}/{number}"}),
+        lambda client: client.set_logged_model_tags(
+            model_id, {VERSIONS: shown, Tag.REGISTERED: f"{name}/{number}"}
+        ),
     )
     return number
 
@@ -170,9 +188,15 @@ def log_results(uri: str, run_id: str, results: list[Measured], data: Data) -> N
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
-    place = {"dataset_name": data.name, "dataset_digest": data.digest[:DIGEST_LENGTH], "run_id": run_id}
+    place = {
+        "dataset_name": data.name,
+        "dataset_digest": data.digest[:DIGEST_LENGTH],
+        "run_id": run_id,
+    }
     metrics = [
-        Metric(result.key, result.value, now + order, result.step, model_id=result.model_id, **place)
+        Metric(
+            result.key, result.value, now + order, result.step, model_id=result.model_id, **place
+        )
         for order, result in enumerate(results)
     ]
     if metrics:
@@ -192,18 +216,30 @@ def read_model_file(uri: str, model_id: str) -> bytes:
         return read_bytes(model.tags[_URL])
     data = _download(uri, model_id, f"{model.artifact_location}/{BACKBONE_FILE}")
     if hashlib.sha256(data).hexdigest() != model.tags.get(_SHA256):
-        raise CheckpointError(f"{SCHEME}{model_id}: its file in MLflow is not the one that was recorded; restore it")
+        raise CheckpointError(
+            f"{SCHEME}{model_id}: its file in MLflow is not the one that was recorded; restore it"
+        )
     return data
 
 
 def _find_or_create(
-    client: Any, experiment_id: str, kind: str, identity: dict[str, str], record: BackboneRecord, tags: dict[str, str]
+    client: Any,
+    experiment_id: str,
+    kind: str,
+    identity: dict[str, str],
+    record: BackboneRecord,
+    tags: dict[str, str],
 ) -> Any:
     """One question, so that asking again after a lost answer makes no second model."""
-    wanted = [f"model_type = '{kind}'", *(f"tags.`{key}` = '{value}'" for key, value in identity.items())]
+    wanted = [
+        f"model_type = '{kind}'",
+        *(f"tags.`{key}` = '{value}'" for key, value in identity.items()),
+    ]
     found = client.search_logged_models([experiment_id], " AND ".join(wanted))
     if found:
-        return min(found, key=lambda model: (str(model.status) != "READY", model.creation_timestamp))
+        return min(
+            found, key=lambda model: (str(model.status) != "READY", model.creation_timestamp)
+        )
     return client.create_logged_model(
         experiment_id,
         name=re.sub(r"[^\w@=+-]", "-", record.name),
@@ -233,7 +269,9 @@ def _upload(uri: str, model_id: str, files: dict[str, bytes]) -> None:
             ask(uri, lambda client: client.log_model_artifacts(model_id, folder))
         except OSError as error:  # the server's answer about its own storage
             reason = _reason(uri, error)
-            raise TrackingError(f"MLflow cannot store the backbone ({reason}); check its artifact storage") from error
+            raise TrackingError(
+                f"MLflow cannot store the backbone ({reason}); check its artifact storage"
+            ) from error
 
 
 def _download(uri: str, model_id: str, location: str) -> bytes:

@@ -48,15 +48,27 @@ class RunFacts:
 
 
 def open_run(
-    uri: str, experiment_id: str, *, name: str, parent: str | None, tags: dict[str, str], params: dict[str, str]
+    uri: str,
+    experiment_id: str,
+    *,
+    name: str,
+    parent: str | None,
+    tags: dict[str, str],
+    params: dict[str, str],
 ) -> str:
     """Starts a run, below a parent run if one is named, and returns its id."""
     tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
-    run_id = str(ask(uri, lambda client: client.create_run(experiment_id, run_name=name, tags=tags)).info.run_id)
+    run_id = str(
+        ask(
+            uri, lambda client: client.create_run(experiment_id, run_name=name, tags=tags)
+        ).info.run_id
+    )
     from mlflow.entities import Param
 
     entities = [Param(key, value) for key, value in params.items()]
-    parts = [entities[start : start + 100] for start in range(0, len(entities), 100)]  # MLflow's limit
+    parts = [
+        entities[start : start + 100] for start in range(0, len(entities), 100)
+    ]  # MLflow's limit
     ask(uri, lambda client: [client.log_batch(run_id, params=part) for part in parts])
     return run_id
 
@@ -99,7 +111,9 @@ def search(
     for _, _, value in conditions:
         if '"' in value:
             raise UsageError(f'{value}: a name must not contain "')
-    wanted = " and ".join(f'tags.`{name}` {operator} "{value}"' for name, operator, value in conditions)
+    wanted = " and ".join(
+        f'tags.`{name}` {operator} "{value}"' for name, operator, value in conditions
+    )
 
     def begins_right(run: RunFacts) -> bool:
         # LIKE takes _ for any letter and ignores case
@@ -181,13 +195,22 @@ def read_artifacts(uri: str, run_id: str, suffix: str) -> dict[str, bytes]:
     def read(client: Any) -> dict[str, bytes]:
         names = [item.path for item in client.list_artifacts(run_id) if item.path.endswith(suffix)]
         with tempfile.TemporaryDirectory() as folder:
-            return {name: Path(client.download_artifacts(run_id, name, folder)).read_bytes() for name in names}
+            return {
+                name: Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+                for name in names
+            }
 
     return ask(uri, read)
 
 
 def log_dataset_input(
-    uri: str, run_id: str, name: str, url: str, digest: str, context: str, counts: dict[str, int] | None = None
+    uri: str,
+    run_id: str,
+    name: str,
+    url: str,
+    digest: str,
+    context: str,
+    counts: dict[str, int] | None = None,
 ) -> None:
     """Records which data the run read; nothing of it is opened.
 
@@ -204,7 +227,9 @@ def log_dataset_input(
 
     kind = {"s3": "s3", "file": "local", "": "local"}.get(urlsplit(url).scheme, "code")
     source, profile = json.dumps({"uri": url}), json.dumps(counts) if counts else None
-    data = Dataset(name=name, digest=digest[:DIGEST_LENGTH], source_type=kind, source=source, profile=profile)
+    data = Dataset(
+        name=name, digest=digest[:DIGEST_LENGTH], source_type=kind, source=source, profile=profile
+    )
     entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
     ask(uri, lambda client: client.log_inputs(run_id, datasets=[entry]))
 
@@ -214,7 +239,8 @@ def metric_points(uri: str, run_id: str, key: str) -> list[MetricPoint]:
     points = ask(uri, lambda client: client.get_metric_history(run_id, key))
     by_step = {p.step: p for p in sorted(points, key=lambda p: int(p.timestamp))}
     return [
-        MetricPoint(key=key, value=p.value, timestamp=int(p.timestamp), step=p.step) for _, p in sorted(by_step.items())
+        MetricPoint(key=key, value=p.value, timestamp=int(p.timestamp), step=p.step)
+        for _, p in sorted(by_step.items())
     ]
 
 

@@ -58,7 +58,9 @@ class SystemMetrics:
     loses none of them. Trouble of any kind is logged, once, and does not touch training.
     """
 
-    def __init__(self, uri: str, run_id: str, tracker: Tracker, *, every_s: float = _EVERY_S) -> None:
+    def __init__(
+        self, uri: str, run_id: str, tracker: Tracker, *, every_s: float = _EVERY_S
+    ) -> None:
         """Prepares.
 
         Args:
@@ -69,14 +71,19 @@ class SystemMetrics:
         """
         self._uri, self._run_id, self._tracker, self._every_s = uri, run_id, tracker, every_s
         self._ending, self._warned = threading.Event(), False
-        self._thread = threading.Thread(target=self._sample_until_ended, name="hemoco-machine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._sample_until_ended, name="hemoco-machine", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._ending.set()
         self._thread.join(_JOIN_S)
@@ -88,7 +95,9 @@ class SystemMetrics:
         while not self._ending.wait(self._every_s):
             values = self._values_of(sources)
             if self._tracker.step is not None:  # before the first step there is no place for them
-                self._tracker.log(self._tracker.step, {f"system/{name}": value for name, value in values.items()})
+                self._tracker.log(
+                    self._tracker.step, {f"system/{name}": value for name, value in values.items()}
+                )
             recorded = recorded or self._record_facts()
 
     def _values_of(self, sources: Sequence[Callable[[], dict[str, float]]]) -> dict[str, float]:
@@ -107,7 +116,11 @@ class SystemMetrics:
         """Sends the facts of the machine; returns whether MLflow has taken them."""
         facts = machine_facts().items()
         try:
-            ask(self._uri, lambda client: [client.set_tag(self._run_id, *fact) for fact in facts], patience_s=0)
+            ask(
+                self._uri,
+                lambda client: [client.set_tag(self._run_id, *fact) for fact in facts],
+                patience_s=0,
+            )
         except HemocoError as error:
             logger.debug("event=machine_facts_not_recorded %s", error)
             return False
@@ -145,7 +158,10 @@ class HostUsage:
         used = memory.total - memory.available
         links = psutil.net_io_counters(pernic=True)
         outside = [link for name, link in links.items() if name not in _LOOPBACK]
-        received, sent = sum(link.bytes_recv for link in outside), sum(link.bytes_sent for link in outside)
+        received, sent = (
+            sum(link.bytes_recv for link in outside),
+            sum(link.bytes_sent for link in outside),
+        )
         if self._first is None:
             self._first = received, sent
         return {
@@ -168,7 +184,9 @@ def gpu_usage() -> dict[str, float]:
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
             card = pynvml.nvmlDeviceGetHandleByIndex(index)
-            values |= {f"gpu_{index}_{name}": value for name, value in _card_usage(pynvml, card).items()}
+            values |= {
+                f"gpu_{index}_{name}": value for name, value in _card_usage(pynvml, card).items()
+            }
     finally:
         pynvml.nvmlShutdown()
     return values
@@ -179,11 +197,15 @@ def _card_usage(nvml: Any, card: Any) -> dict[str, float]:
     with contextlib.suppress(nvml.NVMLError_NotSupported):
         values["utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(card).gpu)
     with contextlib.suppress(nvml.NVMLError_NotSupported):
-        memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)  # v1 counts the driver's share as used
+        memory = nvml.nvmlDeviceGetMemoryInfo(
+            card, version=nvml.nvmlMemory_v2
+        )  # v1 counts the driver's share as used
         values["memory_usage_megabytes"] = memory.used / _MEGA
         values["memory_usage_percentage"] = 100 * memory.used / memory.total
     with contextlib.suppress(nvml.NVMLError_NotSupported):
         milliwatts = nvml.nvmlDeviceGetPowerUsage(card)
         values["power_usage_watts"] = milliwatts / 1000
-        values["power_usage_percentage"] = 100 * milliwatts / nvml.nvmlDeviceGetPowerManagementLimit(card)
+        values["power_usage_percentage"] = (
+            100 * milliwatts / nvml.nvmlDeviceGetPowerManagementLimit(card)
+        )
     return values

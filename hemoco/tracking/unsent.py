@@ -38,7 +38,10 @@ def write_points(folder: str, points: list[MetricPoint]) -> str:
         StorageError: the storage refuses or does not answer.
     """
     url = join_url(folder, f"{time.time_ns():020d}_{secrets.token_hex(4)}{_SUFFIX}")
-    lines = (json.dumps({"key": p.key, "value": p.value, "timestamp": p.timestamp, "step": p.step}) for p in points)
+    lines = (
+        json.dumps({"key": p.key, "value": p.value, "timestamp": p.timestamp, "step": p.step})
+        for p in points
+    )
     write_bytes(url, "\n".join(lines).encode())
     return url
 

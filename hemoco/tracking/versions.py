@@ -56,12 +56,19 @@ def pinned(url: str) -> str:
     """
     form = _FORMS.fullmatch(url)
     if form is None:
-        raise UsageError(f"{url}: use models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest or models:/m-...")
+        raise UsageError(
+            f"{url}: use models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest or models:/m-..."
+        )
     if form["id"]:
         return url
-    version = ask(tracking_uri(), lambda client: _version(client, form["name"], form["alias"], form["version"]))
+    version = ask(
+        tracking_uri(),
+        lambda client: _version(client, form["name"], form["alias"], form["version"]),
+    )
     if version is None or Tag.MODEL_ID not in version.tags:
-        raise UsageError(f"{url}: no backbone of hemoco; `python -m jobs backbones` lists those that there are")
+        raise UsageError(
+            f"{url}: no backbone of hemoco; `python -m jobs backbones` lists those that there are"
+        )
     return f"{SCHEME}{version.tags[Tag.MODEL_ID]}"
 
 
@@ -113,7 +120,9 @@ def set_alias(uri: str, one: BackboneVersion, alias: str) -> None:
         UsageError: MLflow does not allow this alias.
     """
     if not re.fullmatch(r"[\w-]{1,255}", alias, re.ASCII) or alias != alias_name(alias):
-        raise UsageError(f"alias {alias!r}: use letters, digits, - and _, not `latest` or v and a number")
+        raise UsageError(
+            f"alias {alias!r}: use letters, digits, - and _, not `latest` or v and a number"
+        )
     ask(uri, lambda client: client.set_registered_model_alias(one.name, alias, str(one.version)))
 
 
@@ -130,7 +139,11 @@ def _version(client: Any, name: str, alias: str | None, number: str) -> Any:
     if number != "latest":
         return client.get_model_version(name, number)
     # MLflow's own question for the latest is of its stages, which are to vanish
-    return max(client.search_model_versions(f"name = '{name}'"), key=lambda found: int(found.version), default=None)
+    return max(
+        client.search_model_versions(f"name = '{name}'"),
+        key=lambda found: int(found.version),
+        default=None,
+    )
 
 
 def _registered(client: Any) -> _Registered:
@@ -165,5 +178,8 @@ def _described(uri: str, version: Any, aliases: dict[int, list[str]]) -> Backbon
         recipe=tags.get(Tag.RECIPE, ""),
         architecture=tags.get(Tag.ARCHITECTURE, ""),
         url=tags.get(Tag.BACKBONE_URL, ""),
-        results={metric.key: metric.value for metric in sorted(metrics, key=lambda one: int(one.timestamp))},
+        results={
+            metric.key: metric.value
+            for metric in sorted(metrics, key=lambda one: int(one.timestamp))
+        },
     )

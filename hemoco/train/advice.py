@@ -7,7 +7,9 @@ import torch
 from hemoco.config import MoCoConfig, PretrainConfig
 from hemoco.models.build import build_method, trained_parameters
 
-_QUEUE_SHARE = 0.25  # of the data set: above it a queue holds older views of many images of the batch
+_QUEUE_SHARE = (
+    0.25  # of the data set: above it a queue holds older views of many images of the batch
+)
 _LAGS = 10  # time constants of the moving average that a training should last
 
 

@@ -44,7 +44,9 @@ class _Place(NamedTuple):
     attempt: int
 
 
-def save_checkpoint(state: TrainingState, url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0) -> str:
+def save_checkpoint(
+    state: TrainingState, url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0
+) -> str:
     """Writes a checkpoint, then removes what it makes superfluous. On rank 0 only.
 
     Kept are the newest `keep_last` up to this step and those of every `keep_every_steps`. Removed with the others are
@@ -115,7 +117,9 @@ def attempt_of(url: str) -> int:
     """The attempt that wrote the checkpoint."""
     found = _FOLDER.fullmatch(url.rstrip("/").rsplit("/", 1)[-1])
     if found is None:
-        raise CheckpointError(f"{url}: not a checkpoint; its folder would be named like step_00000100_a0")
+        raise CheckpointError(
+            f"{url}: not a checkpoint; its folder would be named like step_00000100_a0"
+        )
     return int(found[2])
 
 
@@ -184,7 +188,9 @@ def _places(url: str) -> list[_Place]:
 
 def _prune(url: str, saved: _Place, keep_last: int, keep_every_steps: int) -> None:
     mine = [place for place in _places(url) if place.attempt <= saved.attempt]
-    complete = [p for p in mine if p <= saved and _MANIFEST in list_names(join_url(url, _folder_name(p)))]
+    complete = [
+        p for p in mine if p <= saved and _MANIFEST in list_names(join_url(url, _folder_name(p)))
+    ]
     for_good = {p for p in complete if keep_every_steps and p.step % keep_every_steps == 0}
     for place in set(mine) - set(sorted(complete)[-keep_last:]) - for_good:
         checkpoint = join_url(url, _folder_name(place))
@@ -201,7 +207,9 @@ def _read_manifest(url: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{url}: {_MANIFEST} is damaged") from error
     if not known:
-        raise CheckpointError(f"{url}: its format is {manifest['format']}, this version reads {_FORMAT}")
+        raise CheckpointError(
+            f"{url}: its format is {manifest['format']}, this version reads {_FORMAT}"
+        )
     return manifest
 
 
@@ -222,5 +230,7 @@ def _load_state(url: str, manifest: dict[str, Any]) -> dict[str, Any]:
         # weights_only: a checkpoint may hold tensors and plain values, never code
         saved: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"{url}: {_STATE} holds more than tensors and plain values; it was not run") from error
+        raise CheckpointError(
+            f"{url}: {_STATE} holds more than tensors and plain values; it was not run"
+        ) from error
     return saved

@@ -27,7 +27,9 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
-def learning_rate(config: OptimizerConfig, *, step: int, steps_per_epoch: int, epochs: int) -> float:
+def learning_rate(
+    config: OptimizerConfig, *, step: int, steps_per_epoch: int, epochs: int
+) -> float:
     """The learning rate of an optimiser step.
 
     The schedule is set once per epoch, as in the official code of v1 and v2, or per step, as in v3; the warm-up always
@@ -64,14 +66,22 @@ class LARS(Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, trust: float
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust: float,
     ) -> None:
         every = list(parameters)
         groups = [
             {"params": [p for p in every if p.ndim > 1], "adapt": True},
             {"params": [p for p in every if p.ndim <= 1], "adapt": False},
         ]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        )
         _start_velocities(self)
 
     @torch.no_grad()
@@ -101,7 +111,11 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
             trust=config.trust,
         )
     sgd = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     _start_velocities(sgd)
     return sgd
@@ -120,6 +134,8 @@ def _adapted(
     gradients = list(foreach.add(gradients, list[Tensor](parameters), alpha=weight_decay))
     lengths = torch.stack(foreach.norm(list[Tensor](parameters)))
     slopes = torch.stack(foreach.norm(gradients))
-    ratios = torch.where((lengths > 0) & (slopes > 0), trust * lengths / slopes, torch.ones_like(lengths))
+    ratios = torch.where(
+        (lengths > 0) & (slopes > 0), trust * lengths / slopes, torch.ones_like(lengths)
+    )
     foreach.mul_(gradients, list(ratios.unbind()))
     return gradients

@@ -26,7 +26,13 @@ from hemoco.data.stream.bad_samples import BAD_REASONS, ReadCounts, sum_counts
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.data.transforms import augment, draw_augmentation
-from hemoco.distributed import mean_over_ranks, rank, sum_over_ranks, without_reduction, wrap_for_gradients
+from hemoco.distributed import (
+    mean_over_ranks,
+    rank,
+    sum_over_ranks,
+    without_reduction,
+    wrap_for_gradients,
+)
 from hemoco.errors import TrainingError, memory_errors
 from hemoco.models.build import Method, build_method, trained_parameters
 from hemoco.models.diagnostics import COLLAPSED_STD, contrast_values, gradient_norm
@@ -119,7 +125,9 @@ class Throughput:
             "cache_hits": reading.cache_hits,
             "cache_misses": reading.cache_misses,
             "bad_samples": len(reading.bad),
-            **{f"bad_samples/{reason.replace(' ', '_')}": reasons[reason] for reason in BAD_REASONS},
+            **{
+                f"bad_samples/{reason.replace(' ', '_')}": reasons[reason] for reason in BAD_REASONS
+            },
         }
 
 
@@ -136,7 +144,9 @@ def build_state(config: PretrainConfig, device: torch.device, *, data_digest: st
     )
 
 
-def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: int) -> Iterator[StepMetrics]:
+def train_steps(
+    state: TrainState, batches: Iterable[Batch], steps_per_epoch: int
+) -> Iterator[StepMetrics]:
     """Trains on the batches, one optimiser step each, and yields after every step.
 
     Values are measured every `log_every_steps` steps and at the last step of the last epoch.
@@ -148,7 +158,9 @@ def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: in
     total_steps = config.epochs * steps_per_epoch
     began = time.perf_counter()
     for batch in batches:
-        lr = learning_rate(config.optimizer, step=state.step, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
+        lr = learning_rate(
+            config.optimizer, step=state.step, steps_per_epoch=steps_per_epoch, epochs=config.epochs
+        )
         momentum = key_momentum(config.moco, step=state.step, total_steps=total_steps)
         with memory_errors(lambda: f"step {state.step + 1}", _LESS_MEMORY):
             outputs = _optimise(state, batch, lr, momentum)
@@ -166,7 +178,9 @@ def train_steps(state: TrainState, batches: Iterable[Batch], steps_per_epoch: in
             values["batch_fingerprint"] = batch_fingerprint(batch.keys, device)
             _warn_of_collapse(values["embedding_std"], batch.position.epoch, state.step)
             throughput = Throughput()
-        yield StepMetrics(step=state.step, epoch=batch.position.epoch, position=batch.position, values=values)
+        yield StepMetrics(
+            step=state.step, epoch=batch.position.epoch, position=batch.position, values=values
+        )
         began = time.perf_counter()
 
 
@@ -187,7 +201,9 @@ def make_views(batch: Batch, config: PretrainConfig, *, order: Tensor | None) ->
     if order is not None:
         key_crops, key_slots = permute_global(key_crops, order), order.numpy()[query_slots]
     drawn = (0, config.global_batch_size)
-    draw = functools.partial(draw_augmentation, config.views, seed=config.seed, epoch=epoch, step=step, slots=drawn)
+    draw = functools.partial(
+        draw_augmentation, config.views, seed=config.seed, epoch=epoch, step=step, slots=drawn
+    )
     return Views(
         queries=augment(query_crops, draw(view=0).take(query_slots), config.views),
         keys=augment(key_crops, draw(view=1).take(key_slots), config.views),
@@ -205,7 +221,9 @@ def batch_fingerprint(keys: list[str], device: torch.device) -> float:
         device: for the collective.
     """
     first = rank() * len(keys)
-    named = (f"{slot} {key}".encode("utf-8", "surrogateescape") for slot, key in enumerate(keys, first))
+    named = (
+        f"{slot} {key}".encode("utf-8", "surrogateescape") for slot, key in enumerate(keys, first)
+    )
     total = sum(int.from_bytes(hashlib.blake2b(name, digest_size=5).digest()) for name in named)
     return float(sum_over_ranks(torch.tensor(total, device=device)).item() % 2**52)
 
@@ -223,7 +241,9 @@ def _optimise(state: TrainState, batch: Batch, lr: float, momentum: float) -> li
     as_queries = views if model.symmetric else views[:1]
     state.optimizer.zero_grad()
     outputs: list[MoCoOutput] = []
-    for part, pieces in enumerate(zip(*(each.chunk(parts) for each in (keys, *as_queries)), strict=True)):
+    for part, pieces in enumerate(
+        zip(*(each.chunk(parts) for each in (keys, *as_queries)), strict=True)
+    ):
         with without_reduction(state.forward) if part < parts - 1 else contextlib.nullcontext():
             output: MoCoOutput = state.forward(*pieces)
             state.scaler.scale(output.contrast.loss / parts).backward()  # type: ignore[no-untyped-call]
@@ -240,9 +260,15 @@ def _optimise(state: TrainState, batch: Batch, lr: float, momentum: float) -> li
 def _check_finite(state: TrainState, outputs: list[MoCoOutput], lr: float) -> None:
     """Refuses a step after which the weights could not be used: a checkpoint of them would be the newest."""
     loss = torch.stack([output.contrast.loss.detach() for output in outputs]).mean()
-    norm = torch.zeros_like(loss) if state.scaler.is_enabled() else gradient_norm(trained_parameters(state.model))
+    norm = (
+        torch.zeros_like(loss)
+        if state.scaler.is_enabled()
+        else gradient_norm(trained_parameters(state.model))
+    )
     # over the ranks: all of them must stop
-    for name, value in _reduced({"loss": loss, "gradients' norm": norm}, mean_over_ranks, loss.device).items():
+    for name, value in _reduced(
+        {"loss": loss, "gradients' norm": norm}, mean_over_ranks, loss.device
+    ).items():
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {name} is {value} at step {state.step + 1} (lr {lr:g}): lower pretrain.optimizer.lr or add "
@@ -266,7 +292,9 @@ def _reduced(
     values: Mapping[str, Tensor | float], reduce: Callable[[Tensor], Tensor], device: torch.device
 ) -> dict[str, float]:
     """Values reduced over the ranks; one collective and one wait for the device for all of them."""
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+    stacked = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()]
+    )
     return dict(zip(values, reduce(stacked).tolist(), strict=True))
 
 

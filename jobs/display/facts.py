@@ -34,7 +34,9 @@ def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
         TrackingError: MLflow does not answer.
     """
     pretraining, transfers = None, {}
-    for phase in _phases(uri, experiment_id, {Tag.RUN: run}, exclude={Tag.PHASE: ("curve", "parent")}):
+    for phase in _phases(
+        uri, experiment_id, {Tag.RUN: run}, exclude={Tag.PHASE: ("curve", "parent")}
+    ):
         if phase.tags[Tag.PHASE] == "pretrain":
             pretraining = phase
         elif phase.tags[Tag.PHASE] == "transfer":
@@ -68,5 +70,7 @@ def _phases(
     prefix: Mapping[str, str] | None = None,
 ) -> list[RunFacts]:
     """The newest runs that match, the oldest of them first; the display looks again soon, so nothing is retried."""
-    found = search(uri, experiment_id, tags, exclude=exclude, prefix=prefix, limit=MOST_RUNS, patience_s=0.0)
+    found = search(
+        uri, experiment_id, tags, exclude=exclude, prefix=prefix, limit=MOST_RUNS, patience_s=0.0
+    )
     return found[::-1]

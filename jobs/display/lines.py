@@ -66,7 +66,9 @@ class _Lines:
         encoding = self._console.encoding
         texts = [
             # keeps colours, and drops what would move the cursor
-            AnsiDecoder().decode_line(line.rstrip("\r").encode(encoding, "backslashreplace").decode(encoding))
+            AnsiDecoder().decode_line(
+                line.rstrip("\r").encode(encoding, "backslashreplace").decode(encoding)
+            )
             for line in lines
             if not _SHOWN_BELOW.match(line)
         ]

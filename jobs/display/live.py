@@ -28,7 +28,9 @@ from jobs.display.sweep_view import SweepView
 logger = logging.getLogger(__name__)
 
 _POLL_S = 2.0
-_BUSY = 4  # an MLflow that takes long is asked less often: it is left alone for so many times as long
+_BUSY = (
+    4  # an MLflow that takes long is asked less often: it is left alone for so many times as long
+)
 _LAST_LOOK_S = 1.0
 _REFRESH_PER_S = 2
 _SILENT_S = 10.0  # MLflow answers within a second; above this something is wrong
@@ -50,7 +52,11 @@ class View(Protocol):
 
 @contextmanager
 def live_display(
-    run: str, *, pretrain: Recipe | None, transfers: Mapping[str, TransferConfig], indexes: ShardIndexes
+    run: str,
+    *,
+    pretrain: Recipe | None,
+    transfers: Mapping[str, TransferConfig],
+    indexes: ShardIndexes,
 ) -> Iterator[None]:
     """Shows how far a run is while the block works at it.
 
@@ -101,7 +107,11 @@ def _displayed(name: str, make_view: Callable[[], View]) -> Iterator[None]:
         return
     watcher = _Watcher(name, make_view(), tracking_uri())
     live = Live(
-        watcher, console=console, refresh_per_second=_REFRESH_PER_S, redirect_stdout=False, redirect_stderr=False
+        watcher,
+        console=console,
+        refresh_per_second=_REFRESH_PER_S,
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
     with ExitStack() as stack:
         stack.callback(_stop, live)
@@ -120,7 +130,11 @@ def terminal() -> Console | None:
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         return None
     console = Console(file=sys.stdout)
-    return console if console.is_terminal and console.is_interactive and not console.is_dumb_terminal else None
+    return (
+        console
+        if console.is_terminal and console.is_interactive and not console.is_dumb_terminal
+        else None
+    )
 
 
 class _Watcher:
@@ -146,7 +160,9 @@ class _Watcher:
     def __rich__(self) -> RenderableType:
         now_s = time.time()
         return Group(
-            Text(), self._view, footer(self._name, now_s - self._began_s, now_s - self._answered_s, self._problem)
+            Text(),
+            self._view,
+            footer(self._name, now_s - self._began_s, now_s - self._answered_s, self._problem),
         )
 
     def _watch(self) -> None:
@@ -169,7 +185,11 @@ def footer(name: str, elapsed_s: float, silence_s: float, problem: str) -> Text:
     elapsed = f"elapsed {clock(elapsed_s)}{GAP}"
     if silence_s <= _SILENT_S:
         return one_line(Text.assemble(elapsed, (name, "dim")))
-    return one_line(Text.assemble(elapsed, (f"MLflow does not answer, {clock(silence_s)}{GAP}", WARNING), problem))
+    return one_line(
+        Text.assemble(
+            elapsed, (f"MLflow does not answer, {clock(silence_s)}{GAP}", WARNING), problem
+        )
+    )
 
 
 def _is_of_other_threads(record: logging.LogRecord) -> bool:

@@ -2,7 +2,15 @@
 
 from collections.abc import Callable
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -25,7 +33,12 @@ class Rows(Progress):
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
-        columns = TextColumn("{task.description}", markup=False), BarColumn(_BAR), MofNCompleteColumn(), _StateColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(_BAR),
+            MofNCompleteColumn(),
+            _StateColumn(),
+        )
         super().__init__(*columns, expand=True, get_time=now, speed_estimate_period=_PACE_S)
         self._states: dict[TaskID, str] = {}
 

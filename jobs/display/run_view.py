@@ -44,7 +44,9 @@ class RunView:
         if plan.pretrain is not None:
             total = plan.pretrain.epochs * plan.steps_per_epoch if plan.steps_per_epoch else None
             self._pretraining = self._rows.add("pretrain", total)
-        units = {name: len(config.inits) * len(config.seeds) for name, config in plan.transfers.items()}
+        units = {
+            name: len(config.inits) * len(config.seeds) for name, config in plan.transfers.items()
+        }
         self._transfers = {name: self._rows.add(name, total) for name, total in units.items()}
         self._first_step: int | None = None
         """The step of the pretraining when MLflow was first read; it may be from before."""
@@ -64,7 +66,9 @@ class RunView:
         pretraining = facts.pretraining
         if self._plan.pretrain is not None and pretraining is not None:
             self._show_pretraining(self._plan.pretrain, pretraining)
-        pretrained = self._plan.pretrain is None or (pretraining is not None and self._state(pretraining) == "done")
+        pretrained = self._plan.pretrain is None or (
+            pretraining is not None and self._state(pretraining) == "done"
+        )
         for name, config in self._plan.transfers.items():
             if name in facts.transfers:
                 self._show_transfer(name, config, facts.transfers[name], pretrained)
@@ -101,17 +105,25 @@ class RunView:
         if "images_per_s" in metrics:
             yield f"{metrics['images_per_s']:,.0f} images/s"
 
-    def _show_transfer(self, name: str, config: TransferConfig, phase: RunFacts, pretrained: bool) -> None:
+    def _show_transfer(
+        self, name: str, config: TransferConfig, phase: RunFacts, pretrained: bool
+    ) -> None:
         state, tags = self._state(phase), phase.tags
         if state == RUNNING and not pretrained:
             state = "waiting"  # it is from before, left by a process that is gone
-        done = {tag.removeprefix(Tag.DONE_PREFIX) for tag in tags if tag.startswith(Tag.DONE_PREFIX)}
+        done = {
+            tag.removeprefix(Tag.DONE_PREFIX) for tag in tags if tag.startswith(Tag.DONE_PREFIX)
+        }
         steps: dict[str, int] = {}  # of the units in work
         for key, step in phase.steps.items():
             unit = "/".join(key.split("/")[:2])
             if unit not in done:
                 steps[unit] = max(step, steps.get(unit, 0))
-        shares = [step / config.steps for step in steps.values()] if isinstance(config, DetectionConfig) else []
+        shares = (
+            [step / config.steps for step in steps.values()]
+            if isinstance(config, DetectionConfig)
+            else []
+        )
         text = ""
         if state == "done":
             text = _headline(phase)

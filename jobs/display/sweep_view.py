@@ -27,7 +27,9 @@ class SweepView:
         now: the time in seconds since 1970.
     """
 
-    def __init__(self, sweep: str, config: SweepConfig, epochs: int, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, sweep: str, config: SweepConfig, epochs: int, now: Callable[[], float] = time.time
+    ) -> None:
         self._sweep, self._config, self._epochs, self._rows = sweep, config, epochs, Rows(now)
         self._all = self._rows.add("trials", config.trials)
         self._running: dict[int, TaskID] = {}
@@ -45,7 +47,8 @@ class SweepView:
     def show(self, facts: SweepFacts) -> None:
         """Shows what MLflow has recorded by now."""
         counts = collections.Counter(
-            RUNNING if trial.status == "RUNNING" else outcome(trial) for trial in facts.trials.values()
+            RUNNING if trial.status == "RUNNING" else outcome(trial)
+            for trial in facts.trials.values()
         )
         waiting = counts["unfinished"] + max(0, self._config.trials - len(facts.trials))
         over = ("finished", "stopped", "failed")
@@ -53,7 +56,9 @@ class SweepView:
         parts += [f"{waiting} waiting"] if waiting else []
         state = RUNNING if counts[RUNNING] else "waiting" if waiting else "done"
         self._rows.set(self._all, sum(counts[name] for name in over), state, *parts)
-        running = {number: trial for number, trial in facts.trials.items() if trial.status == "RUNNING"}
+        running = {
+            number: trial for number, trial in facts.trials.items() if trial.status == "RUNNING"
+        }
         for number in self._running.keys() - running.keys():
             self._rows.remove_task(self._running.pop(number))
         for number, trial in running.items():
@@ -64,7 +69,10 @@ class SweepView:
         return Group(self._rows, one_line(self._best))
 
     def _show_trial(self, number: int, trial: RunFacts, facts: SweepFacts) -> None:
-        pretraining, per_epoch = facts.pretrainings.get(number), int(trial.tags.get(Tag.STEPS_PER_EPOCH, 0))
+        pretraining, per_epoch = (
+            facts.pretrainings.get(number),
+            int(trial.tags.get(Tag.STEPS_PER_EPOCH, 0)),
+        )
         epochs = int(trial.params.get("pretrain.epochs", self._epochs))
         if number not in self._running:
             self._running[number] = self._rows.add(f"trial {number}", epochs * per_epoch or None)
@@ -74,12 +82,20 @@ class SweepView:
             self._rows.set(row, 0, "starting", *_settings(trial))
             return
         step = pretraining.steps.get("loss", 0)
-        state = f"measuring {self._config.objective}" if pretraining.status == "FINISHED" else RUNNING
+        state = (
+            f"measuring {self._config.objective}" if pretraining.status == "FINISHED" else RUNNING
+        )
         epoch = f"epoch {min(step // per_epoch + 1, epochs)}/{epochs}"
-        self._rows.set(row, step, state, epoch, *pretraining_values(pretraining.metrics), *_settings(trial))
+        self._rows.set(
+            row, step, state, epoch, *pretraining_values(pretraining.metrics), *_settings(trial)
+        )
 
     def _best_line(self, facts: SweepFacts) -> Text:
-        done = {n: each for n, each in facts.trials.items() if each.status == "FINISHED" and OBJECTIVE in each.metrics}
+        done = {
+            n: each
+            for n, each in facts.trials.items()
+            if each.status == "FINISHED" and OBJECTIVE in each.metrics
+        }
         if not done:
             return Text("best  none has ended yet", style="dim")
         number = max(done, key=lambda number: done[number].metrics[OBJECTIVE])

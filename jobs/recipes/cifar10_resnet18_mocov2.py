@@ -52,8 +52,14 @@ recipe = Recipe(
             std=(0.2023, 0.1994, 0.2010),
         ),
         encoder=EncoderConfig(architecture="resnet18", stem="small"),
-        moco=MoCoConfig(head="linear", queue_length=4096, momentum=0.99, temperature=0.1, bn_group_size=64),
+        moco=MoCoConfig(
+            head="linear", queue_length=4096, momentum=0.99, temperature=0.1, bn_group_size=64
+        ),
         optimizer=OptimizerConfig(lr=0.06, weight_decay=5e-4),
     ),
-    transfers={"knn": KnnConfig(), "linear_probe": LinearProbeConfig(), "low_shot": LowShotConfig()},
+    transfers={
+        "knn": KnnConfig(),
+        "linear_probe": LinearProbeConfig(),
+        "low_shot": LowShotConfig(),
+    },
 )

@@ -37,10 +37,18 @@ recipe = Recipe(
         checkpoint_every_steps=400,
         knn_every_epochs=8,
         views=ViewsConfig(
-            size=32, crop_scale=(0.5, 1.0), saturation=0.8, hue=0.3, grayscale=0.3, blur=(0.2, 0.2), flip=0.0
+            size=32,
+            crop_scale=(0.5, 1.0),
+            saturation=0.8,
+            hue=0.3,
+            grayscale=0.3,
+            blur=(0.2, 0.2),
+            flip=0.0,
         ),
         encoder=EncoderConfig(architecture="test_resnet"),
-        moco=MoCoConfig(head="mlp_bn", queue_length=512, momentum=0.95, temperature=0.1, bn_group_size=32),
+        moco=MoCoConfig(
+            head="mlp_bn", queue_length=512, momentum=0.95, temperature=0.1, bn_group_size=32
+        ),
         optimizer=OptimizerConfig(lr=0.03, weight_decay=5e-4, schedule="cosine_per_step"),
         stream=StreamConfig(workers=0, lanes=8),
         resources=ResourcesConfig(workers=2),

@@ -18,6 +18,8 @@ recipe = dataclasses.replace(
         shorter.pretrain,
         epochs=1000,
         moco=MoCoV3Config(momentum=0.996),
-        optimizer=dataclasses.replace(shorter.pretrain.optimizer, lr=0.3 * 4096 / 256, weight_decay=1.5e-6),
+        optimizer=dataclasses.replace(
+            shorter.pretrain.optimizer, lr=0.3 * 4096 / 256, weight_decay=1.5e-6
+        ),
     ),
 )

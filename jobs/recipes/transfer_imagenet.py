@@ -23,7 +23,11 @@ recipe = Recipe(
     data=DataConfig(test_split="val"),
     transfers={
         "linear": LinearClassifierConfig(
-            inits=("pretrained",), workers=8, cpus=10, gpus=1, stream=StreamConfig(workers=8, lanes=64)
+            inits=("pretrained",),
+            workers=8,
+            cpus=10,
+            gpus=1,
+            stream=StreamConfig(workers=8, lanes=64),
         ),
         "linear_v3": LinearClassifierConfig(
             inits=("pretrained",),
@@ -42,6 +46,8 @@ recipe = Recipe(
         ),
         "low_shot_1_percent": LowShotConfig(gpus=1, cpus=10, fraction=0.01, draws=3),
         "low_shot_10_percent": LowShotConfig(gpus=1, cpus=10, fraction=0.1, draws=3),
-        "fine_tune": FineTuneConfig(workers=8, cpus=10, gpus=1, stream=StreamConfig(workers=8, lanes=64)),
+        "fine_tune": FineTuneConfig(
+            workers=8, cpus=10, gpus=1, stream=StreamConfig(workers=8, lanes=64)
+        ),
     },
 )

@@ -15,7 +15,13 @@ from hemoco.storage.objects import join_url, list_names, remove
 from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.runs import run_facts, search
 from hemoco.tracking.tags import Tag
-from hemoco.tracking.versions import BackboneVersion, backbone_version, backbone_versions, delete_version, set_alias
+from hemoco.tracking.versions import (
+    BackboneVersion,
+    backbone_version,
+    backbone_versions,
+    delete_version,
+    set_alias,
+)
 from pipeline.run_folder import check_run_folder
 
 _FILE_WIDTH = 200  # columns where no terminal says how wide it is
@@ -27,14 +33,18 @@ def main(argv: list[str]) -> None:
     """Finds what to do with backbones, and does it; alone it lists them."""
     word = argv[0] if argv else "list"
     if word in ("-h", "--help"):
-        print("usage: python -m jobs backbones [list | alias NAME VERSION ALIAS | delete NAME VERSION [...]]")
+        print(
+            "usage: python -m jobs backbones [list | alias NAME VERSION ALIAS | delete NAME VERSION [...]]"
+        )
         print("(--help after each of them shows its options)")
         return
     if word not in _ACTIONS:
         close = difflib.get_close_matches(word, _ACTIONS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_ACTIONS)}"
         raise UsageError(f"backbones {word}: {hint}")
-    tyro.cli(_ACTIONS[word], args=argv[1:], prog=f"python -m jobs backbones {word}", use_underscores=True)
+    tyro.cli(
+        _ACTIONS[word], args=argv[1:], prog=f"python -m jobs backbones {word}", use_underscores=True
+    )
 
 
 def show() -> None:
@@ -44,18 +54,31 @@ def show() -> None:
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     known = backbone_versions(uri)
     if not known:
-        console.print("no backbones yet: each pretraining registers its own at its end", highlight=False)
+        console.print(
+            "no backbones yet: each pretraining registers its own at its end", highlight=False
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "version", "aliases", "architecture", "recipe", "run", "results", "url"):
         table.add_column(column, overflow="fold")
     for one in known:
         results = "\n".join(f"{key} {value:.4f}" for key, value in sorted(one.results.items()))
-        cells = [one.name, str(one.version), "\n".join(one.aliases), one.architecture, one.recipe, one.run, results]
+        cells = [
+            one.name,
+            str(one.version),
+            "\n".join(one.aliases),
+            one.architecture,
+            one.recipe,
+            one.run,
+            results,
+        ]
         table.add_row(*(Text(cell) for cell in (*cells, one.url)))
     console.print(table)
     newest = known[-1]
-    console.print(f"\nload one: hemoco.load_backbone('models:/{newest.name}/{newest.version}')", highlight=False)
+    console.print(
+        f"\nload one: hemoco.load_backbone('models:/{newest.name}/{newest.version}')",
+        highlight=False,
+    )
 
 
 def alias(name: _Name, version: _Number, alias: _Name, /) -> None:
@@ -125,7 +148,9 @@ def _checkpoints(uri: str, one: BackboneVersion) -> list[str]:
     # a run that --fresh began anew has left its name, and its folder, to the new one
     newest = search(uri, connect(uri), {Tag.STORAGE: parent.tags[Tag.STORAGE], Tag.PHASE: "parent"})
     if newest[0].run_id != parent.run_id:
-        raise UsageError(f"{one.name} {one.version}: its checkpoints are gone, its folder is now of a run begun anew")
+        raise UsageError(
+            f"{one.name} {one.version}: its checkpoints are gone, its folder is now of a run begun anew"
+        )
     if "RUNNING" in (pretraining.status, parent.status):
         raise UsageError(f"run {one.run} is at work: stop it first, or leave --checkpoints out")
     # a tag may name any folder, also one of other things that are named as checkpoints are

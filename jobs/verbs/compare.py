@@ -21,7 +21,9 @@ def main(argv: list[str]) -> None:
 
 def compare(
     runs: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
     ] = (),
     /,
     *,
@@ -41,7 +43,9 @@ def compare(
         format: what is printed.
     """
     if not runs:
-        raise UsageError("compare needs the name of a run, or of several: `python -m jobs status` lists them")
+        raise UsageError(
+            "compare needs the name of a run, or of several: `python -m jobs status` lists them"
+        )
     for run in runs:  # names a folder, too
         check_run_name("RUN", run)
     many = compare_runs(tracking_uri(), runs)

@@ -55,7 +55,9 @@ def demo(*, out: str = "", seed: int = 0) -> None:
         out: folder for the results; default: a new one in $HEMOCO_HOME/demo.
         seed: of data, pretraining and transfers.
     """
-    from pipeline.run import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
+    from pipeline.run import (
+        pretrain_then_transfer,
+    )  # Ray Train takes seconds to import, errors should not
 
     run = f"demo-{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
     folder = Path(out).expanduser().resolve() if out else home() / "demo" / run
@@ -72,7 +74,9 @@ def demo(*, out: str = "", seed: int = 0) -> None:
         indexes = ShardIndexes()
         display = live_display(run, pretrain=recipe, transfers=recipe.transfers, indexes=indexes)
         with _phase("pretrain, then transfer"), display:
-            pretrain_then_transfer(recipe, indexes=indexes, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags)
+            pretrain_then_transfer(
+                recipe, indexes=indexes, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags
+            )
         with _phase("keep the backbone"):
             _keep_backbone(run, folder)
     with _phase("write the table and the report"):
@@ -87,12 +91,16 @@ def check_learned(pretraining: Pretraining) -> None:
     Raises:
         TrainingError: the loss is not well below chance, ln(K + 1), or the embeddings have collapsed.
     """
-    from hemoco.report.training import health_checks  # torch takes seconds to import, errors should not
+    from hemoco.report.training import (
+        health_checks,
+    )  # torch takes seconds to import, errors should not
 
     checks = health_checks(pretraining)
     findings = [f"{check.name}: {check.finding}" for check in checks if not check.passed]
     if findings:
-        raise TrainingError(f"{pretraining.run}: pretraining learned nothing: {'; '.join(findings)}")
+        raise TrainingError(
+            f"{pretraining.run}: pretraining learned nothing: {'; '.join(findings)}"
+        )
 
 
 def _use_embedded_defaults() -> None:
@@ -112,9 +120,16 @@ def _data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
     with _phase("pack them into shards on S3"):
         for name, samples in (("digits", 500), ("scenes", 100)):
             pack_with_progress(
-                (str(work / name),), f"{bucket}/{name}", split="train", samples_per_shard=samples, seed=seed
+                (str(work / name),),
+                f"{bucket}/{name}",
+                split="train",
+                samples_per_shard=samples,
+                seed=seed,
             )
-    transfers = {name: dataclasses.replace(config, seeds=(seed,)) for name, config in recipe.transfers.items()}
+    transfers = {
+        name: dataclasses.replace(config, seeds=(seed,))
+        for name, config in recipe.transfers.items()
+    }
     scenes = DataConfig(shards=f"{bucket}/scenes")
     transfers["mask_rcnn"] = dataclasses.replace(transfers["mask_rcnn"], data=scenes)
     return dataclasses.replace(

@@ -56,8 +56,16 @@ def embed(
         max_bad_share: share of undecodable or damaged samples above which it stops; ten are always allowed.
     """
     if cpus < 1 or gpus not in (0, 1):
-        raise UsageError(f"--cpus is {cpus}, --gpus {gpus}: a task has at least 1 core, and 0 or 1 GPU")
-    from hemoco.features.plan import EmbedConfig, finished_files, fixed_url, plan_embedding, usual_size
+        raise UsageError(
+            f"--cpus is {cpus}, --gpus {gpus}: a task has at least 1 core, and 0 or 1 GPU"
+        )
+    from hemoco.features.plan import (
+        EmbedConfig,
+        finished_files,
+        fixed_url,
+        plan_embedding,
+        usual_size,
+    )
     from pipeline.embed import embed_steps  # torch takes seconds to import, errors should not
 
     shards, dest = absolute_url(shards), absolute_url(dest)

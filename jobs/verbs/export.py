@@ -38,5 +38,7 @@ def export(
     elif format == "moco":
         export_method(backbone, dest)
     else:
-        raise UsageError(f"{backbone} is a checkpoint: format {format} has only backbones, give a backbone.safetensors")
+        raise UsageError(
+            f"{backbone} is a checkpoint: format {format} has only backbones, give a backbone.safetensors"
+        )
     print(f"{dest}: {backbone} in the layout of {format}")

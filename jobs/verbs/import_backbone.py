@@ -7,7 +7,10 @@ import tyro
 from hemoco.errors import UsageError
 from hemoco.storage.objects import absolute_url
 
-_Channels = Annotated[tuple[float, float, float] | None, tyro.conf.arg(metavar="RED GREEN BLUE", help_behavior_hint="")]
+_Channels = Annotated[
+    tuple[float, float, float] | None,
+    tyro.conf.arg(metavar="RED GREEN BLUE", help_behavior_hint=""),
+]
 
 
 def main(argv: list[str]) -> None:
@@ -50,9 +53,15 @@ def import_checkpoint(
     )
 
     normalisation = None if mean is None or std is None else Normalisation(mean, std)
-    done = import_backbone(checkpoint, dest, architecture=architecture, encoder=encoder, normalisation=normalisation)
-    print(f"{dest}: {done.config.architecture}, {done.tensors} tensors of {checkpoint}, layout {done.layout}")
+    done = import_backbone(
+        checkpoint, dest, architecture=architecture, encoder=encoder, normalisation=normalisation
+    )
+    print(
+        f"{dest}: {done.config.architecture}, {done.tensors} tensors of {checkpoint}, layout {done.layout}"
+    )
     print(f"mean {done.normalisation.mean}, std {done.normalisation.std}")
     print(f"left out: {', '.join(done.left_out) or 'nothing'}")
     if done.config.stem == "small":
-        print("warning: 3x3 stem: hemoco's has padding 1 and no max-pooling; no file says what its own had")
+        print(
+            "warning: 3x3 stem: hemoco's has padding 1 and no max-pooling; no file says what its own had"
+        )

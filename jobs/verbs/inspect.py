@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
     )
 
 
-def inspect(shards: Annotated[str, tyro.conf.Positional], /, *, verify: bool = False, sheet: str = "") -> None:
+def inspect(
+    shards: Annotated[str, tyro.conf.Positional], /, *, verify: bool = False, sheet: str = ""
+) -> None:
     """What is in a shard folder: splits, samples, bytes, sizes, labels, the digest.
 
     Args:
@@ -71,10 +73,16 @@ def _splits(index: ShardIndex) -> _Listing:
     for name in index.splits:
         shards = index.split(name)
         samples, sizes = sum(shard.samples for shard in shards), [shard.bytes for shard in shards]
-        total, smallest, largest = (_readable(size) for size in (sum(sizes), min(sizes), max(sizes)))
+        total, smallest, largest = (
+            _readable(size) for size in (sum(sizes), min(sizes), max(sizes))
+        )
         rows.append([name, str(samples), str(len(shards)), total, smallest, largest])
-        lines.append(f"split {name}: {samples} samples in {len(shards)} shards of {smallest} to {largest}, {total}")
-    return _Listing(["split", "samples", "shards", "size", "smallest shard", "largest shard"], rows, lines)
+        lines.append(
+            f"split {name}: {samples} samples in {len(shards)} shards of {smallest} to {largest}, {total}"
+        )
+    return _Listing(
+        ["split", "samples", "shards", "size", "smallest shard", "largest shard"], rows, lines
+    )
 
 
 def _readable(size: float) -> str:
@@ -101,7 +109,9 @@ def _classes(index: ShardIndex, counts: dict[str, NDArray[np.int64]]) -> _Listin
             lines.append(rest)
         found = [str(count[label]) for count in counts.values()]
         rows.append([index.classes[label], *found])
-        lines.append(f"class {index.classes[label]}: {', '.join(map(' '.join, zip(counts, found, strict=True)))}")
+        lines.append(
+            f"class {index.classes[label]}: {', '.join(map(' '.join, zip(counts, found, strict=True)))}"
+        )
     return _Listing([f"class (of {len(index.classes)})", *counts], rows, lines)
 
 
@@ -122,7 +132,9 @@ def _print_verified(verified: Verified, shards: int) -> None:
     for damage in verified.damages:
         print(f"damaged: {printable(damage)}")
     for flaw in verified.undecodable:
-        print(f"warning: {printable(flaw)}; they stay in: training replaces them, an evaluation of their split refuses")
+        print(
+            f"warning: {printable(flaw)}; they stay in: training replaces them, an evaluation of their split refuses"
+        )
     if verified.damages:
         raise ShardError(
             f"{verified.damaged} of {shards} shards are damaged, as listed; restore them, or pack the data again"
@@ -135,7 +147,9 @@ def _print_meaning(url: str, index: ShardIndex, verified: Verified | None) -> No
     counts = count_labels(url, index)
     if index.classes:
         _print_listing(_classes(index, counts))
-        unlabelled = ", ".join(f"{split} {count[-1]}" for split, count in counts.items() if count[-1])
+        unlabelled = ", ".join(
+            f"{split} {count[-1]}" for split, count in counts.items() if count[-1]
+        )
         if unlabelled:
             print(f"without label: {unlabelled}")
     annotations = {} if verified is None else verified.annotations
@@ -146,7 +160,10 @@ def _print_meaning(url: str, index: ShardIndex, verified: Verified | None) -> No
 
 
 def _write_sheet(url: str, index: ShardIndex, sheet: str) -> None:
-    from hemoco.data.shards.contact_sheet import draw_sheet, sheet_samples  # torch takes seconds to import
+    from hemoco.data.shards.contact_sheet import (
+        draw_sheet,
+        sheet_samples,
+    )  # torch takes seconds to import
 
     write_bytes(absolute_url(sheet), draw_sheet(sheet_samples(url, index, _SHEET_SAMPLES)))
     print(f"contact sheet: {sheet}")

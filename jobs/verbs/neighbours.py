@@ -37,13 +37,17 @@ def neighbours(
         k: images to find.
         sheet: PNG file or URL for a contact sheet of the image and its neighbours.
     """
-    from hemoco.features.neighbours import Neighbours  # pyarrow takes a while to import, errors should not
+    from hemoco.features.neighbours import (
+        Neighbours,
+    )  # pyarrow takes a while to import, errors should not
 
     known = Neighbours.open(dest)
     found = known.of(key, k)
     for one in found:
         name = "" if one.class_name is None else one.class_name
-        print(f"{one.similarity:.4f}  {printable(one.key)}  {one.split}  {printable(name)}".rstrip())
+        print(
+            f"{one.similarity:.4f}  {printable(one.key)}  {one.split}  {printable(name)}".rstrip()
+        )
     if sheet:
         _write_sheet(known.about, [known.itself(key), *found], sheet)
 
@@ -53,7 +57,10 @@ def _write_sheet(about: dict[str, str], images: "Iterable[Neighbour]", sheet: st
     from PIL import Image
 
     from hemoco.data.decode import decode_image
-    from hemoco.data.shards.contact_sheet import SheetSample, draw_sheet  # torch takes seconds to import
+    from hemoco.data.shards.contact_sheet import (
+        SheetSample,
+        draw_sheet,
+    )  # torch takes seconds to import
 
     url = about["data_url"]
     index = read_index(url)
@@ -64,7 +71,9 @@ def _write_sheet(about: dict[str, str], images: "Iterable[Neighbour]", sheet: st
     shards = {shard.name: shard for shard in index.shards}
     samples = []
     for one in images:
-        pixels = decode_image(_encoded(url, shards[one.shard], one.key)).permute(1, 2, 0)  # (H, W, 3)
+        pixels = decode_image(_encoded(url, shards[one.shard], one.key)).permute(
+            1, 2, 0
+        )  # (H, W, 3)
         caption = f"{one.similarity:.3f} {one.class_name or one.key}"
         samples.append(SheetSample(Image.fromarray(pixels.numpy()), caption, one.key))
     write_bytes(absolute_url(sheet), draw_sheet(samples))
@@ -79,5 +88,7 @@ def _encoded(url: str, shard: Shard, key: str) -> bytes:
     offset = int(table.offsets[row])
     data = bytes(fetch_range(where, offset, offset + int(table.sizes[row]), FetchCounts()))
     if crc32c(data) != table.crcs[row]:
-        raise ShardError(f"{where}: sample {key} is damaged or was replaced since its feature was computed")
+        raise ShardError(
+            f"{where}: sample {key} is damaged or was replaced since its feature was computed"
+        )
     return data

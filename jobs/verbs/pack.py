@@ -47,11 +47,15 @@ def pack(
         index_only: leave WebDataset tars where and as they are.
     """
     if len(paths) < 2:
-        raise UsageError("pack needs a SOURCE and a DEST: python -m jobs pack SOURCE [SOURCE ...] DEST")
+        raise UsageError(
+            "pack needs a SOURCE and a DEST: python -m jobs pack SOURCE [SOURCE ...] DEST"
+        )
     if samples_per_shard < 1:
         raise UsageError(f"--samples_per_shard is {samples_per_shard}: it must be at least 1")
     if index_only and (samples_per_shard, seed) != (_SAMPLES_PER_SHARD, _SEED):
-        raise UsageError("--index_only leaves the tars as they are: --samples_per_shard and --seed do not go with it")
+        raise UsageError(
+            "--index_only leaves the tars as they are: --samples_per_shard and --seed do not go with it"
+        )
     *sources, dest = paths
     dest = absolute_url(dest)
     check_writable(dest)
@@ -62,16 +66,34 @@ def pack(
             index_with_progress(tuple(sources), dest, split=split, overwrite=overwrite)
         else:
             pack_with_progress(
-                tuple(sources), dest, split=split, samples_per_shard=samples_per_shard, seed=seed, overwrite=overwrite
+                tuple(sources),
+                dest,
+                split=split,
+                samples_per_shard=samples_per_shard,
+                seed=seed,
+                overwrite=overwrite,
             )
 
 
 def pack_with_progress(
-    sources: tuple[str, ...], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool = False
+    sources: tuple[str, ...],
+    dest: str,
+    *,
+    split: str,
+    samples_per_shard: int,
+    seed: int,
+    overwrite: bool = False,
 ) -> None:
     """Packs under a progress bar (plain lines where output is no terminal) and says what came of it."""
     packed = follow(
-        pack_steps(sources, dest, split=split, samples_per_shard=samples_per_shard, seed=seed, overwrite=overwrite)
+        pack_steps(
+            sources,
+            dest,
+            split=split,
+            samples_per_shard=samples_per_shard,
+            seed=seed,
+            overwrite=overwrite,
+        )
     )
     _print_index(dest, packed.index)
     for reason, count, first in packed.skipped:
@@ -80,7 +102,9 @@ def pack_with_progress(
         print(f"warning: {packed.duplicates} images of other splits are in the training split too")
 
 
-def index_with_progress(sources: tuple[str, ...], dest: str, *, split: str, overwrite: bool) -> None:
+def index_with_progress(
+    sources: tuple[str, ...], dest: str, *, split: str, overwrite: bool
+) -> None:
     """Makes the index of existing tars under a progress bar and says what came of it."""
     indexed = follow(index_steps(sources, dest, split=split, overwrite=overwrite))
     _print_index(dest, indexed.index)
@@ -92,10 +116,17 @@ def index_with_progress(sources: tuple[str, ...], dest: str, *, split: str, over
             "they stay in: training replaces them, an evaluation of their split refuses"
         )
     if indexed.empty:
-        print(f"warning: {len(indexed.empty)} tars are empty (first: {printable(indexed.empty[0])})")
+        print(
+            f"warning: {len(indexed.empty)} tars are empty (first: {printable(indexed.empty[0])})"
+        )
 
 
 def _print_index(dest: str, index: ShardIndex) -> None:
-    counts = ", ".join(f"{name} {sum(shard.samples for shard in index.split(name))} images" for name in index.splits)
+    counts = ", ".join(
+        f"{name} {sum(shard.samples for shard in index.split(name))} images"
+        for name in index.splits
+    )
     size = sum(shard.bytes for shard in index.shards) / 1e6
-    print(f"{dest}: {len(index.shards)} shards, {size:.1f} MB, {counts}, digest {index.digest[:12]}")
+    print(
+        f"{dest}: {len(index.shards)} shards, {size:.1f} MB, {counts}, digest {index.digest[:12]}"
+    )

@@ -8,7 +8,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cluster.preflight.checks import Group, check_cluster, check_machine, check_shards, check_storage, check_tracking
+from cluster.preflight.checks import (
+    Group,
+    check_cluster,
+    check_machine,
+    check_shards,
+    check_storage,
+    check_tracking,
+)
 from cluster.preflight.node import Finding, checked, clock_check, numbered
 from cluster.preflight.survey import Needs
 from cluster.submit.checkout import CHECKOUT, upload_problems
@@ -20,8 +27,26 @@ from jobs.options import RunOptions, parse_options
 
 _BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.stream.loader
 _MODULES = (
-    *("torch", "torchvision", "timm", "mlflow", "webdataset", "s3fs", "pyarrow.fs", "safetensors", "google_crc32c"),
-    *("simplejpeg", "faster_coco_eval", "sklearn", "scipy", "ray.train", "hemoco.train.pretrain", "pipeline.checks"),
+    *(
+        "torch",
+        "torchvision",
+        "timm",
+        "mlflow",
+        "webdataset",
+        "s3fs",
+        "pyarrow.fs",
+        "safetensors",
+        "google_crc32c",
+    ),
+    *(
+        "simplejpeg",
+        "faster_coco_eval",
+        "sklearn",
+        "scipy",
+        "ray.train",
+        "hemoco.train.pretrain",
+        "pipeline.checks",
+    ),
 )
 
 
@@ -68,13 +93,18 @@ def _findings(options: RunOptions, recipe_file: Path | None) -> Iterator[Finding
 def _upload(recipe_file: Path | None, *, needed: bool) -> Finding:
     """Whether all that a cluster needs of this checkout gets there; only `submit` needs it."""
     if problems := upload_problems(CHECKOUT, recipe_file):
-        return Finding("FAIL" if needed else "warn", "upload", f"for `submit`: {'; '.join(problems)}")
+        return Finding(
+            "FAIL" if needed else "warn", "upload", f"for `submit`: {'; '.join(problems)}"
+        )
     return Finding("ok", "upload", f"{CHECKOUT}: all that a cluster needs of it would be uploaded")
 
 
 def _data(recipe: Recipe, shards: tuple[str, ...]) -> Iterator[Finding]:
     """The shards, and whether pretraining and transfers fit them."""
-    from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
+    from pipeline.checks import (
+        check_pretraining,
+        check_transfers,
+    )  # torch takes seconds to import, errors should not
 
     indexes = ShardIndexes()
     for name, url in numbered("shards", shards):
@@ -94,7 +124,9 @@ def _fit(name: str, check: Callable[[], None]) -> Iterator[Finding]:
 
     with _records("pipeline.checks") as records:
         found = checked(f"fit {name}", fits)
-    if found.level == "ok" and (said := [r.getMessage() for r in records if r.levelno < logging.WARNING]):
+    if found.level == "ok" and (
+        said := [r.getMessage() for r in records if r.levelno < logging.WARNING]
+    ):
         found = found._replace(text=f"{found.text}; {'; '.join(said)}")
     yield found
     for record in records:
@@ -126,14 +158,27 @@ class _Recorder(logging.Handler):
 
 def _shard_folders(recipe: Recipe) -> list[str]:
     """All that the recipe names; `check_pretraining` says so where it names none."""
-    return [url for url in (recipe.data.shards, *(config.data.shards for config in recipe.transfers.values())) if url]
+    return [
+        url
+        for url in (
+            recipe.data.shards,
+            *(config.data.shards for config in recipe.transfers.values()),
+        )
+        if url
+    ]
 
 
 def _groups(recipe: Recipe) -> list[Group]:
     """The processes of pretraining and of each transfer."""
     own = recipe.pretrain.resources
     groups = [
-        Group("pretrain", own.workers, min(world_sizes(recipe.pretrain)), own.cpus_per_worker, own.gpus_per_worker)
+        Group(
+            "pretrain",
+            own.workers,
+            min(world_sizes(recipe.pretrain)),
+            own.cpus_per_worker,
+            own.gpus_per_worker,
+        )
     ]
     for name, config in recipe.transfers.items():
         workers = config.workers if isinstance(config, TrainedConfig) else 1
@@ -142,7 +187,11 @@ def _groups(recipe: Recipe) -> list[Group]:
 
 
 def _streams(recipe: Recipe) -> list[StreamConfig]:
-    others = [config.stream for config in recipe.transfers.values() if isinstance(config, ClassifierConfig)]
+    others = [
+        config.stream
+        for config in recipe.transfers.values()
+        if isinstance(config, ClassifierConfig)
+    ]
     return [recipe.pretrain.stream, *others]
 
 

@@ -11,13 +11,20 @@ from jobs.session import announce, ray_session
 def main(argv: list[str]) -> None:
     """Pretrains or resumes, then says where the backbone lies."""
     options = parse_options("pretrain", argv, RunOptions)
-    from pipeline.checks import check_pretraining  # torch takes seconds to import, errors should not
+    from pipeline.checks import (
+        check_pretraining,
+    )  # torch takes seconds to import, errors should not
 
     indexes = ShardIndexes()
     check_pretraining(options.recipe, indexes)
     announce(options.run)
-    with ray_session(), live_display(options.run, pretrain=options.recipe, transfers={}, indexes=indexes):
-        from pipeline.run import pretrain_only  # Ray Train takes seconds to import, errors should not
+    with (
+        ray_session(),
+        live_display(options.run, pretrain=options.recipe, transfers={}, indexes=indexes),
+    ):
+        from pipeline.run import (
+            pretrain_only,
+        )  # Ray Train takes seconds to import, errors should not
 
         check_writable(options.storage)
         done = pretrain_only(

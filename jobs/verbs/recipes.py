@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     tyro.cli(recipes, args=argv, prog="python -m jobs recipes")
 
 
-def recipes(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASS")] = "", /) -> None:
+def recipes(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASS")] = "", /
+) -> None:
     """The recipes that come with hemoco, or the settings of a class of which recipes are made.
 
     Args:
@@ -40,10 +42,16 @@ def _explain(name: str) -> NoReturn:
         UsageError: there is none of this name.
         SystemExit: 0, after printing.
     """
-    known = {each: getattr(config, each) for each in config.__all__ if dataclasses.is_dataclass(getattr(config, each))}
+    known = {
+        each: getattr(config, each)
+        for each in config.__all__
+        if dataclasses.is_dataclass(getattr(config, each))
+    }
     if name not in known:
         if name in recipe_names():
-            raise UsageError(f"{name} is a recipe: `python -m jobs run {name} --help` shows its settings")
+            raise UsageError(
+                f"{name} is a recipe: `python -m jobs run {name} --help` shows its settings"
+            )
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         raise UsageError(f"{name!r} is no class of hemoco.config: {hint}")
@@ -55,5 +63,12 @@ def _explain(name: str) -> NoReturn:
     }
     default = examples[name]() if name in examples else tyro.MISSING_NONPROP
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(known[name], args=["--help"], default=default, prog=name, config=options, use_underscores=True)
+    tyro.cli(
+        known[name],
+        args=["--help"],
+        default=default,
+        prog=name,
+        config=options,
+        use_underscores=True,
+    )
     raise AssertionError("help ends it")

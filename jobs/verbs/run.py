@@ -11,15 +11,22 @@ from jobs.session import announce, ray_session, show_results
 def main(argv: list[str]) -> None:
     """Runs or resumes a whole run; a finished one prints its table."""
     options = parse_options("run", argv, ReportOptions)
-    from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
+    from pipeline.checks import (
+        check_pretraining,
+        check_transfers,
+    )  # torch takes seconds to import, errors should not
 
     indexes = ShardIndexes()
     check_pretraining(options.recipe, indexes)
     check_transfers(options.recipe, indexes)
     announce(options.run)
-    display = live_display(options.run, pretrain=options.recipe, transfers=options.recipe.transfers, indexes=indexes)
+    display = live_display(
+        options.run, pretrain=options.recipe, transfers=options.recipe.transfers, indexes=indexes
+    )
     with ray_session(), display:
-        from pipeline.run import pretrain_then_transfer  # Ray Train takes seconds to import, errors should not
+        from pipeline.run import (
+            pretrain_then_transfer,
+        )  # Ray Train takes seconds to import, errors should not
 
         check_writable(options.storage)
         pretrain_then_transfer(

@@ -74,10 +74,20 @@ def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], asked
     newest = {job.run: job for job in reversed(jobs)}  # the first one of a run is its newest
     for found in runs:
         parent = found.parent
-        cells = [found.run, parent.tags.get(Tag.RECIPE, ""), parent.status, _at(found), _ago(found.measured_s)]
-        table.add_row(*map(_plain, cells), *([_job_cell(newest.pop(found.run, None))] if asked else []))
+        cells = [
+            found.run,
+            parent.tags.get(Tag.RECIPE, ""),
+            parent.status,
+            _at(found),
+            _ago(found.measured_s),
+        ]
+        table.add_row(
+            *map(_plain, cells), *([_job_cell(newest.pop(found.run, None))] if asked else [])
+        )
     for job in newest.values():  # packings, and runs that MLflow does not know
-        table.add_row(_plain(job.run), "", "", _plain(job.words.partition(" ")[0]), "", _job_cell(job))
+        table.add_row(
+            _plain(job.run), "", "", _plain(job.words.partition(" ")[0]), "", _job_cell(job)
+        )
     if table.row_count:
         console.print(table)
         console.print("\none of them: python -m jobs status RUN", highlight=False)
@@ -129,7 +139,10 @@ def _go_on(again: str, run: str, job: "Job | None", address: str) -> dict[str, s
     """How to follow and to stop what runs as a job, how to resume what has ended."""
     if job is None or job.ended:
         return {"resume": again}
-    return {"follow": again, "stop": shlex.join(["python", "-m", "jobs", "stop", run, "--address", address])}
+    return {
+        "follow": again,
+        "stop": shlex.join(["python", "-m", "jobs", "stop", run, "--address", address]),
+    }
 
 
 def _show_phases(console: Console, phases: tuple[RunFacts, ...]) -> None:
@@ -138,9 +151,13 @@ def _show_phases(console: Console, phases: tuple[RunFacts, ...]) -> None:
         table.add_column(column, overflow="fold")
     for phase in phases:
         step = str(max(phase.steps.values(), default=""))
-        attempts = (int(value) for name, value in phase.tags.items() if name.startswith(Tag.ATTEMPT_PREFIX))
+        attempts = (
+            int(value) for name, value in phase.tags.items() if name.startswith(Tag.ATTEMPT_PREFIX)
+        )
         starts, error = str(sum(attempts) or ""), phase.tags.get(Tag.ERROR, "")
-        table.add_row(*map(_plain, (phase.name, phase.status, step, _ago(phase.measured_s), starts, error)))
+        table.add_row(
+            *map(_plain, (phase.name, phase.status, step, _ago(phase.measured_s), starts, error))
+        )
     if phases:
         console.print()
         console.print(table)
@@ -163,7 +180,9 @@ def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> s
         return _submit_words(job, address)
     assert found is not None, "one of both is known"
     tags = found.parent.tags
-    verb, backbone, storage = (tags.get(tag, "") for tag in (Tag.VERB, Tag.BACKBONE_URL, Tag.STORAGE))
+    verb, backbone, storage = (
+        tags.get(tag, "") for tag in (Tag.VERB, Tag.BACKBONE_URL, Tag.STORAGE)
+    )
     if verb == "demo":
         return "cannot be, its storage has ended with it; python -m jobs demo begins another"
     if verb == "sweep":  # one of its trials
@@ -189,11 +208,17 @@ def _sweep_words(sweep: SweepResult) -> str:
     if command is None:
         return _unknown(sweep.sweep)
     # MLflow has the number that it began with; each one that was asked for is opened
-    asked = command.settings.get("sweep.trials", "")  # by the last command, which may have ended before it opened them
-    trials = max(int(sweep.params["sweep.trials"]), len(sweep.trials), int(asked) if asked.isdecimal() else 0)
+    asked = command.settings.get(
+        "sweep.trials", ""
+    )  # by the last command, which may have ended before it opened them
+    trials = max(
+        int(sweep.params["sweep.trials"]), len(sweep.trials), int(asked) if asked.isdecimal() else 0
+    )
     settings = settings_flags(command.settings | {"sweep.trials": str(trials)})
     storage = ["--storage", sweep.storage.removesuffix(f"/{sweep.sweep}")] if sweep.storage else []
-    return shlex.join(["python", "-m", "jobs", "sweep", command.recipe, *settings, "--run", sweep.sweep, *storage])
+    return shlex.join(
+        ["python", "-m", "jobs", "sweep", command.recipe, *settings, "--run", sweep.sweep, *storage]
+    )
 
 
 def _unknown(run: str) -> str:
@@ -210,7 +235,9 @@ def _at(found: RunStatus) -> str:
     if found.is_sweep:
         return _counted("trials", found.phases, _UNDONE | {"KILLED": "stopped"})
     training = next((phase for phase in found.phases if phase.name == "pretrain"), None)
-    transfers = [phase for phase in found.phases if phase.name != "pretrain" and "@" not in phase.name]
+    transfers = [
+        phase for phase in found.phases if phase.name != "pretrain" and "@" not in phase.name
+    ]
     if not transfers:
         if training is None:
             return ""

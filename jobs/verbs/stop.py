@@ -38,10 +38,23 @@ def stop(run: Annotated[str, tyro.conf.Positional], /, *, address: str = "") -> 
         print(f"stopping    job {before.id}", flush=True)
     job = cluster.stop(run)
     if job is None:
-        names = ", ".join(dict.fromkeys(known.run for known in cluster.jobs() if not known.ended)) or "none"
-        raise UsageError(f"run {run!r} has no job on {address}; runs with a job that is not ended: {names}")
+        names = (
+            ", ".join(dict.fromkeys(known.run for known in cluster.jobs() if not known.ended))
+            or "none"
+        )
+        raise UsageError(
+            f"run {run!r} has no job on {address}; runs with a job that is not ended: {names}"
+        )
     print(f"{'stopped' if before else 'had ended':<12}job {job.id}: {job.status}")
     for closed in close_running(uri, run) if in_mlflow(run) else []:
         print(f"MLflow      {closed}: RUNNING -> KILLED")
-    words = ["python", "-m", "jobs", "submit", *words_again(shlex.split(job.words)), "--address", address]
+    words = [
+        "python",
+        "-m",
+        "jobs",
+        "submit",
+        *words_again(shlex.split(job.words)),
+        "--address",
+        address,
+    ]
     print(f"resume      {shlex.join(words)}")

@@ -67,7 +67,9 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         raise SystemExit(0 if argv else 2)
-    own = argparse.ArgumentParser(prog="python -m jobs submit", usage=_USAGE[7:], add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(
+        prog="python -m jobs submit", usage=_USAGE[7:], add_help=False, allow_abbrev=False
+    )
     own.add_argument("--address", default="")
     own.add_argument("--detach", action="store_true")
     given, words = own.parse_known_args(argv)
@@ -82,7 +84,9 @@ def main(argv: list[str]) -> None:
     if all(job.ended for job in cluster.jobs(request.run)):  # to follow a job nothing needs to fit
         check_here(request)
     job, is_new = cluster.submit(spec)
-    again = shlex.join(["python", "-m", "jobs", "submit", *words_again(words), "--address", address])
+    again = shlex.join(
+        ["python", "-m", "jobs", "submit", *words_again(words), "--address", address]
+    )
     _announce(job, is_new, address, request)
     if given.detach:
         print(f"follow      {again}\nstop        {_stop_words(job, address)}")
@@ -98,8 +102,14 @@ def head_address(given: str) -> str:
     """
     address = given or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
-        where = f"--address is {given}" if given else "--address is missing, and RAY_ADDRESS names no dashboard"
-        raise UsageError(f"{where}: name that of the cluster's head, for example --address http://head:8265")
+        where = (
+            f"--address is {given}"
+            if given
+            else "--address is missing, and RAY_ADDRESS names no dashboard"
+        )
+        raise UsageError(
+            f"{where}: name that of the cluster's head, for example --address http://head:8265"
+        )
     return address.rstrip("/")
 
 
@@ -142,7 +152,10 @@ def check_here(request: Request) -> None:
         if verb != "pretrain":
             check_transfers(recipe, indexes)
     except (StorageError, TrackingError) as error:  # the nodes may reach what this machine does not
-        print(f"unchecked   whether the recipe fits its data, which cannot be read from here: {error}", flush=True)
+        print(
+            f"unchecked   whether the recipe fits its data, which cannot be read from here: {error}",
+            flush=True,
+        )
     return None
 
 
@@ -183,9 +196,13 @@ def _parse_pack(rest: list[str]) -> Request:
     def words_of_pack(*paths: Any, **options: Any) -> Any:
         return paths[0]
 
-    paths: tuple[str, ...] = tyro.cli(words_of_pack, args=rest, prog="python -m jobs pack", use_underscores=True)
+    paths: tuple[str, ...] = tyro.cli(
+        words_of_pack, args=rest, prog="python -m jobs pack", use_underscores=True
+    )
     if len(paths) < 2:
-        raise UsageError("pack needs a SOURCE and a DEST: python -m jobs submit pack SOURCE [SOURCE ...] DEST")
+        raise UsageError(
+            "pack needs a SOURCE and a DEST: python -m jobs submit pack SOURCE [SOURCE ...] DEST"
+        )
     for path in paths:
         _check_place("pack", path)
     return Request(_digest_name("pack", rest), ["pack", *rest], None, None)
@@ -199,7 +216,9 @@ def _check_places(options: RunOptions) -> None:
     """Refuses what means nothing on another machine, or would be lost with it."""
     recipe = options.recipe
     if not options.storage:
-        raise UsageError("--storage is missing: checkpoints on a node's own disk are lost with it; name an s3:// URL")
+        raise UsageError(
+            "--storage is missing: checkpoints on a node's own disk are lost with it; name an s3:// URL"
+        )
     if isinstance(options, ReportOptions) and options.out:
         raise UsageError(
             "--out would be a folder of the cluster: leave it out; MLflow has a sweep's results, and those of a run go "
@@ -227,9 +246,13 @@ def _announce(job: "Job", is_new: bool, address: str, request: Request) -> None:
     print(f"run         {job.run}")
     if is_new:
         files = uploaded_files(CHECKOUT)
-        print(f"upload      {len(files)} files, {sum(files.values()) / 1e6:.1f} MB, commit {job.commit or 'unknown'}")
+        print(
+            f"upload      {len(files)} files, {sum(files.values()) / 1e6:.1f} MB, commit {job.commit or 'unknown'}"
+        )
         if request.words[0] != "pack" and not os.environ.get("MLFLOW_TRACKING_URI"):
-            print("MLflow      MLFLOW_TRACKING_URI is not set here: the job uses that of the nodes' environment")
+            print(
+                "MLflow      MLFLOW_TRACKING_URI is not set here: the job uses that of the nodes' environment"
+            )
     else:
         age = (time.time() - job.started) / 60
         print(
@@ -237,7 +260,9 @@ def _announce(job: "Job", is_new: bool, address: str, request: Request) -> None:
         )
         print("            has become since is not in it")
         if "--fresh" in request.words:
-            print(f"--fresh     is not done to a job that runs; first say {_stop_words(job, address)}")
+            print(
+                f"--fresh     is not done to a job that runs; first say {_stop_words(job, address)}"
+            )
     print(f"job         {job.id} on {address}", flush=True)
 
 
@@ -250,7 +275,9 @@ def _follow(cluster: "Cluster", job: "Job", again: str) -> None:
     try:
         done = follow(cluster, job.id, _show)
     except KeyboardInterrupt:
-        print(f"\ndetached    the job goes on\nfollow      {again}\nstop        {_stop_words(job, cluster.address)}")
+        print(
+            f"\ndetached    the job goes on\nfollow      {again}\nstop        {_stop_words(job, cluster.address)}"
+        )
         raise SystemExit(1) from None
     except HeadLost as error:
         raise HemocoError(

@@ -26,7 +26,9 @@ def main(argv: list[str]) -> None:
     check_sweep(recipe, indexes)
     announce(name)
     with ray_session(), live_sweep(name, recipe):
-        from pipeline.sweep.sweep import run_sweep  # Ray Tune takes seconds to import, errors should not
+        from pipeline.sweep.sweep import (
+            run_sweep,
+        )  # Ray Tune takes seconds to import, errors should not
 
         check_writable(options.storage)
         run_sweep(
@@ -47,12 +49,19 @@ def check_sweep(recipe: Recipe, indexes: ShardIndexes) -> None:
         UsageError: the recipe names no shards.
         ConfigError: its pretraining or what the sweep measures does not fit the data.
     """
-    from pipeline.checks import check_pretraining, check_transfers  # torch takes seconds to import, errors should not
+    from pipeline.checks import (
+        check_pretraining,
+        check_transfers,
+    )  # torch takes seconds to import, errors should not
 
     sweep = recipe.sweep
     assert sweep is not None, "a recipe without one has no name"
     check_pretraining(recipe, indexes)
-    measured = {name: recipe.transfers[name] for name in recipe.transfers if name in (sweep.objective, sweep.watch)}
+    measured = {
+        name: recipe.transfers[name]
+        for name in recipe.transfers
+        if name in (sweep.objective, sweep.watch)
+    }
     check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None), indexes)
 
 
@@ -72,10 +81,23 @@ def again_words(result: SweepResult, command: RecordedCommand) -> list[str]:
     """Two command lines from the best trial on: all transfers from its backbone, and the whole run anew."""
     best = result.best
     assert best is not None, "checked by the caller"
-    settings = {name: value for name, value in command.settings.items() if not name.startswith("sweep.")}
+    settings = {
+        name: value for name, value in command.settings.items() if not name.startswith("sweep.")
+    }
     words = settings_flags(settings | best.settings)
     return [
-        shlex.join(["python", "-m", "jobs", "transfer", command.recipe, "--backbone", best.backbone_url, *words]),
+        shlex.join(
+            [
+                "python",
+                "-m",
+                "jobs",
+                "transfer",
+                command.recipe,
+                "--backbone",
+                best.backbone_url,
+                *words,
+            ]
+        ),
         shlex.join(["python", "-m", "jobs", "run", command.recipe, *words]),
     ]
 
@@ -89,6 +111,9 @@ def _show(result: SweepResult, out: str) -> None:
     console = table_console()
     print_section(console, sweep_section(result))
     console.print()
-    lines = {"json": str(folder / "sweep.json"), "again": shlex.join(["python", "-m", "jobs", "status", result.sweep])}
+    lines = {
+        "json": str(folder / "sweep.json"),
+        "again": shlex.join(["python", "-m", "jobs", "status", result.sweep]),
+    }
     for name, line in (lines | best_lines(result)).items():
         console.print(Text(f"{name:<12}{line}"), soft_wrap=True)

@@ -61,7 +61,9 @@ def _storage(run: str, runs: list[RunFacts]) -> str:
     if parent is None:
         raise UsageError(f"MLflow knows no run {run!r}: check the name and MLFLOW_TRACKING_URI")
     if Tag.STORAGE not in parent.tags:
-        raise UsageError(f"run {run!r} has no tag hemoco.storage: it is of a version that kept no metrics in storage")
+        raise UsageError(
+            f"run {run!r} has no tag hemoco.storage: it is of a version that kept no metrics in storage"
+        )
     return parent.tags[Tag.STORAGE]
 
 

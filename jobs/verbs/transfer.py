@@ -16,8 +16,15 @@ def main(argv: list[str]) -> None:
     indexes = ShardIndexes()
     check_transfers(options.recipe, indexes)
     announce(options.run)
-    with ray_session(), live_display(options.run, pretrain=None, transfers=options.recipe.transfers, indexes=indexes):
-        from pipeline.run import transfer_only  # Ray Train takes seconds to import, errors should not
+    with (
+        ray_session(),
+        live_display(
+            options.run, pretrain=None, transfers=options.recipe.transfers, indexes=indexes
+        ),
+    ):
+        from pipeline.run import (
+            transfer_only,
+        )  # Ray Train takes seconds to import, errors should not
 
         check_writable(options.storage)
         transfer_only(

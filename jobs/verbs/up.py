@@ -34,10 +34,15 @@ def up(*, folder: str = "", s3_port: int = 0, mlflow_port: int = 0) -> None:
         mlflow_port: 0 takes a free one.
     """
     place = Path(folder).expanduser().resolve() if folder else home() / "stack"
-    os.environ.pop("RAY_ADDRESS", None)  # from an earlier stack, in a terminal that took its export lines
+    os.environ.pop(
+        "RAY_ADDRESS", None
+    )  # from an earlier stack, in a terminal that took its export lines
     _stop_on_sigterm()
     try:
-        with _locked(place), development_stack(place, s3_port=s3_port, mlflow_port=mlflow_port) as stack:
+        with (
+            _locked(place),
+            development_stack(place, s3_port=s3_port, mlflow_port=mlflow_port) as stack,
+        ):
             _stop_on_sigterm()  # Ray has put its own handler there
             print(_instructions(stack, place), flush=True)
             while True:

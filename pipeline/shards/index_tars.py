@@ -15,7 +15,14 @@ from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
 from hemoco.data.shards.tar import parse_tar
 from hemoco.data.sources.tars import FoundTar, find_tars
 from hemoco.errors import HemocoError, ShardError
-from hemoco.storage.objects import check_url, check_writable, join_url, list_names, read_bytes, remove
+from hemoco.storage.objects import (
+    check_url,
+    check_writable,
+    join_url,
+    list_names,
+    read_bytes,
+    remove,
+)
 from pipeline.shards.pack import (
     existing_index,
     image_flaw,
@@ -73,7 +80,9 @@ def index_steps(
     replaced = replaceable_index(dest) if overwrite else None
     existing = None if overwrite else existing_index(dest)
     promised = {shard.name: shard for shard in existing.shards} if existing is not None else {}
-    if existing is not None and (existing.packed or promised.keys() != {_name(tar, dest) for tar in tars}):
+    if existing is not None and (
+        existing.packed or promised.keys() != {_name(tar, dest) for tar in tars}
+    ):
         raise other_shards(dest)
     arguments = ((tar, dest, existing is None, promised.get(_name(tar, dest))) for tar in tars)
     before = list_names(join_url(dest, "samples"))
@@ -93,7 +102,10 @@ def index_steps(
     if existing is None:
         write_index(dest, indexed.index)
         kept = {shard.sha256 for shard in indexed.index.shards}
-        remove_tables(dest, (shard for shard in (replaced.shards if replaced else ()) if shard.sha256 not in kept))
+        remove_tables(
+            dest,
+            (shard for shard in (replaced.shards if replaced else ()) if shard.sha256 not in kept),
+        )
     elif existing != indexed.index:
         raise other_shards(dest)
     return indexed
@@ -103,7 +115,13 @@ def _index_tar(tar: FoundTar, dest: str, new: bool, promised: Shard | None) -> _
     """Runs on a Ray worker: reads one tar, and writes its table where it is new, restores it where it was promised."""
     data = read_bytes(tar.url)
     content = parse_tar(data, tar.url)
-    shard = Shard(_name(tar, dest), tar.split, len(content.samples), len(data), hashlib.sha256(data).hexdigest())
+    shard = Shard(
+        _name(tar, dest),
+        tar.split,
+        len(content.samples),
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+    )
     where = tar.url.rpartition("/")[2]
     flaws = ((sample.key, image_flaw(sample.image)) for sample in content.samples)
     restored = []
@@ -115,7 +133,9 @@ def _index_tar(tar: FoundTar, dest: str, new: bool, promised: Shard | None) -> _
         shard=shard,
         last_label=int(content.table.labels.max(initial=-1)),
         left_out=count_reasons((f"{name} in {where}", reason) for name, reason in content.odd),
-        undecodable=count_reasons((f"{key} in {where}", flaw.reason) for key, flaw in flaws if flaw is not None),
+        undecodable=count_reasons(
+            (f"{key} in {where}", flaw.reason) for key, flaw in flaws if flaw is not None
+        ),
         restored=restored,
     )
 
@@ -123,7 +143,9 @@ def _index_tar(tar: FoundTar, dest: str, new: bool, promised: Shard | None) -> _
 def _sum_up(results: Sequence[_IndexedTar]) -> Indexed:
     ordered = sorted(results, key=lambda result: result.shard.name)
     left_out = tuple(unite_findings(finding for result in ordered for finding in result.left_out))
-    undecodable = tuple(unite_findings(finding for result in ordered for finding in result.undecodable))
+    undecodable = tuple(
+        unite_findings(finding for result in ordered for finding in result.undecodable)
+    )
     log_restored([flaw for result in ordered for flaw in result.restored])
     shards = tuple(result.shard for result in ordered)
     if not any(shard.samples for shard in shards):

@@ -25,16 +25,22 @@ def work_digest(name: str, items: Sequence[Item]) -> str:
     """
     files = sorted({item.location.path for item in items})
     try:
-        stats = [(path, stat.st_size, stat.st_mtime_ns) for path in files for stat in [Path(path).stat()]]
+        stats = [
+            (path, stat.st_size, stat.st_mtime_ns) for path in files for stat in [Path(path).stat()]
+        ]
     except OSError as error:
-        raise ShardError(f"{error.filename}: cannot be read ({error.strerror}); it was there a moment ago") from error
+        raise ShardError(
+            f"{error.filename}: cannot be read ({error.strerror}); it was there a moment ago"
+        ) from error
     described = json.dumps([name, stats, [asdict(item) for item in items]], sort_keys=True)
     return hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def begin(dest: str) -> None:
     """Claims the tars that will be at `dest` before there is an index."""
-    write_bytes(join_url(dest, UNFINISHED, "README"), b"a pack was interrupted: the same command goes on\n")
+    write_bytes(
+        join_url(dest, UNFINISHED, "README"), b"a pack was interrupted: the same command goes on\n"
+    )
 
 
 def is_begun(dest: str) -> bool:

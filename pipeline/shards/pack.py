@@ -98,7 +98,13 @@ class _PackedShard(NamedTuple):
 
 
 def pack_steps(
-    sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool
+    sources: Sequence[str],
+    dest: str,
+    *,
+    split: str,
+    samples_per_shard: int,
+    seed: int,
+    overwrite: bool,
 ) -> Generator[Progress, None, Packed]:
     """Packs images into shards; yields before the first shard and after each, returns the result.
 
@@ -156,7 +162,11 @@ def _claim(dest: str, plans: Sequence[_ShardPlan], *, overwrite: bool) -> None:
 def _remove_unnamed(dest: str, index: ShardIndex) -> None:
     """Removes what interrupted packs have left, of other settings or half written: no index will name it."""
     splits = "|".join(map(re.escape, index.splits))
-    tars = {name for name in list_names(dest) if re.fullmatch(rf"({splits})-\d{{6}}\.tar(\.\d+\.partial)?", name)}
+    tars = {
+        name
+        for name in list_names(dest)
+        if re.fullmatch(rf"({splits})-\d{{6}}\.tar(\.\d+\.partial)?", name)
+    }
     for name in tars - {shard.name for shard in index.shards}:
         remove(join_url(dest, name))
     tables = {name for name in list_names(join_url(dest, "samples"))}
@@ -186,7 +196,9 @@ def _pack_shard(plan: _ShardPlan, dest: str, new: bool, promised: Shard | None) 
     for item, image in zip(plan.items, read_items(plan.items), strict=True):
         flaw = image_flaw(image)
         if flaw is None:
-            samples.append(Sample(item.key, image, item.label, item.annotations, item.image_id, item.suffix))
+            samples.append(
+                Sample(item.key, image, item.label, item.annotations, item.image_id, item.suffix)
+            )
         else:
             skips.append(_Skip(str(item.location), flaw.reason, str(flaw)))
     digests = [hashlib.sha256(sample.image).hexdigest() for sample in samples]
@@ -249,13 +261,21 @@ def _sum_up(results: Sequence[_PackedShard], source: Source) -> Packed:
     for skip in skips[:_LOGGED_SKIPS]:
         logger.warning("image skipped: image=%s reason=%s", skip.image, skip.message)
     if skips:
-        logger.warning("images skipped: total=%d logged=%d", len(skips), min(len(skips), _LOGGED_SKIPS))
+        logger.warning(
+            "images skipped: total=%d logged=%d", len(skips), min(len(skips), _LOGGED_SKIPS)
+        )
     log_restored([flaw for result in ordered for flaw in result.restored])
     shards = tuple(result.shard for result in ordered if result.shard is not None)
     if not shards:
-        raise ShardError(f"none of the {len(skips)} images can be decoded, first {skips[0].image}: {skips[0].message}")
-    train = {digest for result in ordered if result.split == _TRAIN for digest in result.image_digests}
-    others = (digest for result in ordered if result.split != _TRAIN for digest in result.image_digests)
+        raise ShardError(
+            f"none of the {len(skips)} images can be decoded, first {skips[0].image}: {skips[0].message}"
+        )
+    train = {
+        digest for result in ordered if result.split == _TRAIN for digest in result.image_digests
+    }
+    others = (
+        digest for result in ordered if result.split != _TRAIN for digest in result.image_digests
+    )
     duplicates = sum(digest in train for digest in others)
     skipped = tuple(count_reasons((skip.image, skip.reason) for skip in skips))
     if duplicates:
@@ -272,7 +292,9 @@ def _could_be(existing: ShardIndex, plans: Sequence[_ShardPlan], source: Source)
     """Whether the pack could end in the existing index, as far as names tell."""
     names = {plan.name for plan in plans}
     same_meaning = (existing.classes, existing.categories) == (source.classes, source.categories)
-    return existing.packed and same_meaning and all(shard.name in names for shard in existing.shards)
+    return (
+        existing.packed and same_meaning and all(shard.name in names for shard in existing.shards)
+    )
 
 
 def replaceable_index(dest: str) -> ShardIndex | None:
@@ -302,7 +324,9 @@ def _remove_shards(dest: str) -> None:
     shards = existing.shards if existing is not None else ()
     packed = existing is None or existing.packed
     if not packed and any("://" not in shard.name for shard in shards):
-        raise UsageError(f"{dest} holds tars that hemoco only made the index of; choose another DEST")
+        raise UsageError(
+            f"{dest} holds tars that hemoco only made the index of; choose another DEST"
+        )
     remove(join_url(dest, INDEX_NAME))
     remove_tables(dest, shards)
     for shard in shards if packed else ():

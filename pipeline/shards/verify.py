@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hemoco.data.shards.index import Shard, ShardIndex, check_shard, check_table, read_table, shard_url
+from hemoco.data.shards.index import (
+    Shard,
+    ShardIndex,
+    check_shard,
+    check_table,
+    read_table,
+    shard_url,
+)
 from hemoco.data.shards.read import cut_out, damaged_places, is_another_shard
 from hemoco.data.shards.tar import parse_tar
 from hemoco.errors import HemocoError
@@ -48,7 +55,8 @@ def verify_steps(url: str, index: ShardIndex) -> Generator[Progress, None, Verif
     ordered = [results[shard.name] for shard in index.shards]
     if index.packed:  # packing leaves out what cannot be decoded
         ordered = [
-            result._replace(damages=[*result.damages, *result.undecodable], undecodable=[]) for result in ordered
+            result._replace(damages=[*result.damages, *result.undecodable], undecodable=[])
+            for result in ordered
         ]
     annotations: Counter[str] = Counter()
     for result in ordered:
@@ -71,14 +79,18 @@ def _verify_shard(url: str, shard: Shard) -> _VerifiedShard:
         content = parse_tar(data, where)
     except HemocoError as error:
         flaw = f"{error}{_extent(url, shard, data)}"
-        return _VerifiedShard(shard.name, shard.split, [flaw, *_complaint(read_table, url, shard)], [], 0)
+        return _VerifiedShard(
+            shard.name, shard.split, [flaw, *_complaint(read_table, url, shard)], [], 0
+        )
     flaws = ((sample.key, image_flaw(sample.image)) for sample in content.samples)
     bad = [f"{key}: {flaw}" for key, flaw in flaws if flaw is not None]
     return _VerifiedShard(
         name=shard.name,
         split=shard.split,
         damages=_complaint(check_table, url, shard, content.table),
-        undecodable=[f"{where}: {len(bad)} images cannot be decoded, first {bad[0]}"] if bad else [],
+        undecodable=[f"{where}: {len(bad)} images cannot be decoded, first {bad[0]}"]
+        if bad
+        else [],
         annotations=sum(len(sample.annotations or []) for sample in content.samples),
     )
 

@@ -55,7 +55,9 @@ class Halving:
         if trial not in self._known:
             self._known.add(trial)
             self._scheduler.on_trial_add(None, _Named(trial))
-        decision = self._scheduler.on_trial_result(None, _Named(trial), {"epoch": epoch, "value": value})
+        decision = self._scheduler.on_trial_result(
+            None, _Named(trial), {"epoch": epoch, "value": value}
+        )
         return bool(decision == TrialScheduler.STOP)
 
 
@@ -95,14 +97,18 @@ class EarlyStop:
         rule: ASHA.
     """
 
-    def __init__(self, uri: str, experiment_id: str, *, metric: str, reduction: int, rule: Halving) -> None:
+    def __init__(
+        self, uri: str, experiment_id: str, *, metric: str, reduction: int, rule: Halving
+    ) -> None:
         self.uri, self.experiment_id = uri, experiment_id
         self.metric, self.reduction, self.rule = metric, reduction, rule
         self._watched: dict[int, Watched] = {}
 
     def add(self, trial: Watched) -> None:
         """From now on the trial's values count; also those of one that is over."""
-        trial.recorded = frozenset(dict(tracking.metric_history(self.uri, trial.run_id, self.metric)))
+        trial.recorded = frozenset(
+            dict(tracking.metric_history(self.uri, trial.run_id, self.metric))
+        )
         self._watched[trial.number] = trial
 
     def end(self, number: int) -> None:
@@ -114,7 +120,9 @@ class EarlyStop:
     def judging(self) -> Iterator[None]:
         """Judges until the block ends; what was recorded in it is judged."""
         done = threading.Event()
-        thread = threading.Thread(target=self._judge_until, args=(done,), name="hemoco-early-stop", daemon=True)
+        thread = threading.Thread(
+            target=self._judge_until, args=(done,), name="hemoco-early-stop", daemon=True
+        )
         thread.start()
         try:
             yield
@@ -129,7 +137,11 @@ class EarlyStop:
             TrackingError: MLflow cannot be used.
             StorageError: a trial cannot be asked to stop.
         """
-        new = [(epoch, number, value) for number in list(self._watched) for epoch, value in self._new(number)]
+        new = [
+            (epoch, number, value)
+            for number in list(self._watched)
+            for epoch, value in self._new(number)
+        ]
         for epoch, number, value in sorted(new):
             self._judge(self._watched[number], epoch, value)
 
@@ -150,11 +162,17 @@ class EarlyStop:
             return []
         history = tracking.metric_history(self.uri, pretraining.run_id, self.metric)
         found = [(step // trial.steps_per_epoch, value) for step, value in history]
-        return [(epoch, value) for epoch, value in found if epoch not in trial.judged and math.isfinite(value)]
+        return [
+            (epoch, value)
+            for epoch, value in found
+            if epoch not in trial.judged and math.isfinite(value)
+        ]
 
     def _judge(self, trial: Watched, epoch: int, value: float) -> None:
         if epoch not in trial.recorded:
-            point = MetricPoint(key=self.metric, value=value, timestamp=time.time_ns() // 1_000_000, step=epoch)
+            point = MetricPoint(
+                key=self.metric, value=value, timestamp=time.time_ns() // 1_000_000, step=epoch
+            )
             metric_queue.send_points(self.uri, trial.run_id, [point], patience_s=60.0)
             trial.recorded |= {epoch}
         trial.condemned |= self.rule.is_bad(trial.run, epoch, value)

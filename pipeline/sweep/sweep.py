@@ -75,7 +75,13 @@ class Trial(NamedTuple):
 
 
 def run_sweep(
-    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> None:
     """All trials; the result is in MLflow, where `hemoco.results.sweep` reads it. What is over is not done again.
 
@@ -92,14 +98,21 @@ def run_sweep(
         TrainingError: no trial came to its end.
     """
     with only_driver(run):
-        sweep = _open_sweep(recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags)
-        trials = [_open_trial(sweep, number, settings) for number, settings in enumerate(drawn_settings(sweep.config))]
+        sweep = _open_sweep(
+            recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
+        )
+        trials = [
+            _open_trial(sweep, number, settings)
+            for number, settings in enumerate(drawn_settings(sweep.config))
+        ]
         try:
             with closing_run(sweep.uri, sweep.run_id, sweep.stopping):
                 _close_interrupted(sweep, trials)  # what a killed driver has left
                 _try_all(sweep, trials)
         finally:
-            if sweep.stopping.is_set():  # the threads that would have told MLflow end with this process
+            if (
+                sweep.stopping.is_set()
+            ):  # the threads that would have told MLflow end with this process
                 with suppress(TrackingError):  # it was told to end, and that is what it says
                     _close_interrupted(sweep, trials)
 
@@ -124,10 +137,16 @@ def trial_recipe(recipe: Recipe, settings: dict[str, object]) -> Recipe:
     """
     sweep = recipe.sweep
     assert sweep is not None, "checked by the caller"
-    names = dict.fromkeys((sweep.objective, *(name for name in recipe.curve if name == sweep.watch)))
-    transfers = {name: dataclasses.replace(recipe.transfers[name], inits=(PRETRAINED,)) for name in names}
+    names = dict.fromkeys(
+        (sweep.objective, *(name for name in recipe.curve if name == sweep.watch))
+    )
+    transfers = {
+        name: dataclasses.replace(recipe.transfers[name], inits=(PRETRAINED,)) for name in names
+    }
     curve = tuple(name for name in recipe.curve if name == sweep.watch)
-    return with_settings(dataclasses.replace(recipe, sweep=None, transfers=transfers, curve=curve), settings)
+    return with_settings(
+        dataclasses.replace(recipe, sweep=None, transfers=transfers, curve=curve), settings
+    )
 
 
 def _drawn(values: Range, generator: np.random.Generator) -> object:
@@ -139,7 +158,13 @@ def _drawn(values: Range, generator: np.random.Generator) -> object:
 
 
 def _open_sweep(
-    recipe: Recipe, *, indexes: ShardIndexes, run: str, storage: str, fresh: bool, tags: dict[str, str]
+    recipe: Recipe,
+    *,
+    indexes: ShardIndexes,
+    run: str,
+    storage: str,
+    fresh: bool,
+    tags: dict[str, str],
 ) -> Sweep:
     config = recipe.sweep
     assert config is not None, "checked by the caller"
@@ -148,7 +173,9 @@ def _open_sweep(
     data, uri, params = indexes.at(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
     experiment_id = client.connect(uri)
     if tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"}) is not None:
-        raise UsageError(f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name")
+        raise UsageError(
+            f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name"
+        )
     key, url = {Tag.SWEEP: run, Tag.PHASE: "sweep"}, join_url(storage, run)
     if fresh:
         _check_trial_folders(url, run, config.trials)
@@ -161,10 +188,14 @@ def _open_sweep(
             Tag.DATA_DIGEST: data.digest,
             Tag.METRIC: headline_metric(recipe.transfers[config.objective]),
         }
-        run_id = tracking.open_run(uri, experiment_id, name=run, parent=None, tags=key | facts, params=params)
+        run_id = tracking.open_run(
+            uri, experiment_id, name=run, parent=None, tags=key | facts, params=params
+        )
     else:
         run_id = known.run_id
-        difference = config_difference(known.params | search_settings(known.params), params | search_settings(params))
+        difference = config_difference(
+            known.params | search_settings(known.params), params | search_settings(params)
+        )
         if difference:
             raise UsageError(
                 f"sweep {run!r} exists with other settings ({'; '.join(difference[:5])}): choose another --run name, "
@@ -207,13 +238,19 @@ def _open_trial(sweep: Sweep, number: int, settings: dict[str, object]) -> Trial
     known = tracking.find_run(sweep.uri, sweep.experiment_id, key)
     if known is None:
         run_id = tracking.open_run(
-            *(sweep.uri, sweep.experiment_id), name=name, parent=sweep.run_id, tags=key, params=flat_params(settings)
+            *(sweep.uri, sweep.experiment_id),
+            name=name,
+            parent=sweep.run_id,
+            tags=key,
+            params=flat_params(settings),
         )
         # until its turn comes
         client.ask(sweep.uri, lambda client: client.update_run(run_id, status="SCHEDULED"))
     else:
         run_id = known.run_id
-    return Trial(number, settings, f"{sweep.run}/{name}", run_id, known is not None and is_over(known))
+    return Trial(
+        number, settings, f"{sweep.run}/{name}", run_id, known is not None and is_over(known)
+    )
 
 
 def _try_all(sweep: Sweep, trials: list[Trial]) -> None:
@@ -239,13 +276,19 @@ def _judge(sweep: Sweep, trials: list[Trial]) -> EarlyStop | None:
     if not watch:
         return None
     epochs = [trial.settings.get("pretrain.epochs") for trial in trials]
-    longest = max(sweep.recipe.pretrain.epochs, *(number for number in epochs if isinstance(number, int)), 1)
+    longest = max(
+        sweep.recipe.pretrain.epochs, *(number for number in epochs if isinstance(number, int)), 1
+    )
     return EarlyStop(
         sweep.uri,
         sweep.experiment_id,
-        metric=KNN if watch == KNN else f"curve/{watch}/{headline_metric(sweep.recipe.transfers[watch])}",
+        metric=KNN
+        if watch == KNN
+        else f"curve/{watch}/{headline_metric(sweep.recipe.transfers[watch])}",
         reduction=config.reduction,
-        rule=Halving(max_epochs=longest, grace_epochs=config.grace_epochs, reduction=config.reduction),
+        rule=Halving(
+            max_epochs=longest, grace_epochs=config.grace_epochs, reduction=config.reduction
+        ),
     )
 
 
@@ -266,7 +309,11 @@ def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
                 fresh=sweep.fresh,
                 tags=tags,
             )
-            values = [row.value for row in run_results(uri, trial.run).rows if row.transfer == sweep.config.objective]
+            values = [
+                row.value
+                for row in run_results(uri, trial.run).rows
+                if row.transfer == sweep.config.objective
+            ]
             _log_objective(uri, trial.run_id, sum(values) / len(values))
     except StoppedError as error:
         _close_stopped(sweep, trial, error)
@@ -281,7 +328,9 @@ def _enter(sweep: Sweep, trial: Trial, recipe: Recipe, judge: EarlyStop | None) 
     Raises:
         ConfigError: its settings do not fit the data.
     """
-    per_epoch = steps_per_epoch(sweep.data, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain))
+    per_epoch = steps_per_epoch(
+        sweep.data, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain)
+    )
     tracking.set_tags(sweep.uri, trial.run_id, {Tag.STEPS_PER_EPOCH: str(per_epoch)})
     if judge is None:
         return

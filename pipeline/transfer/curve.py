@@ -49,7 +49,9 @@ def follow_backbones(study: Study, url: str, run_id: str, whole: threading.Event
         yield
         return
     watch = _Watch(whole, threading.Event(), threading.Event())
-    thread = threading.Thread(target=_follow, args=(study, url, run_id, watch), name="hemoco-curve", daemon=True)
+    thread = threading.Thread(
+        target=_follow, args=(study, url, run_id, watch), name="hemoco-curve", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -79,7 +81,9 @@ def _follow(study: Study, url: str, run_id: str, watch: _Watch) -> None:
     try:
         measured: set[int] = set()
         while not (study.stopping.is_set() or watch.failed.is_set()):
-            last = watch.done.is_set()  # before looking: what the pretraining exported at its end is seen
+            last = (
+                watch.done.is_set()
+            )  # before looking: what the pretraining exported at its end is seen
             new = sorted(_epochs(url) - measured)
             for epoch, name in itertools.product(new, study.recipe.curve):
                 _wait_for_spare(study.recipe.transfers[name], watch, study.stopping)
@@ -96,7 +100,9 @@ def _follow(study: Study, url: str, run_id: str, watch: _Watch) -> None:
 def _wait_for_spare(config: TransferConfig, watch: _Watch, stopping: threading.Event) -> None:
     """Returns when what a transfer needs was free for some time, or the pretraining has ended."""
     workers = config.workers if isinstance(config, TrainedConfig) else 1
-    needs = ResourcesConfig(workers=workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
+    needs = ResourcesConfig(
+        workers=workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus
+    )
     seen = 0
     while seen < _LOOKS and not watch.done.is_set() and not stopping.is_set():
         seen = seen + 1 if watch.whole.is_set() and fitting_workers(needs) >= workers else 0
@@ -115,19 +121,25 @@ def _measure(study: Study, url: str, run_id: str, name: str, epoch: int) -> None
     tags = {Tag.PHASE: "curve", Tag.TRANSFER: name, Tag.EPOCH: str(epoch)}
     folder = join_url(study.url, f"curve_{name}_epoch_{epoch:04d}")  # no deeper: `sync` looks there
     try:
-        tags[f"{Tag.MODEL_PREFIX}pretrained"] = record_snapshot(study, run_id, origin.backbone_url, epoch)
+        tags[f"{Tag.MODEL_PREFIX}pretrained"] = record_snapshot(
+            study, run_id, origin.backbone_url, epoch
+        )
         child = record_transfer(study, name, config, origin, tags=tags, url=folder)
         _add_to_curve(study, run_id, child, name, headline_metric(config), epoch)
     except HemocoError as error:
         logger.warning("event=curve_failed transfer=%s epoch=%d reason=%s", name, epoch, error)
 
 
-def _add_to_curve(study: Study, run_id: str, child: str, name: str, metric: str, epoch: int) -> None:
+def _add_to_curve(
+    study: Study, run_id: str, child: str, name: str, metric: str, epoch: int
+) -> None:
     """Puts the mean over the seeds into the pretraining's run, at the epoch as its step, once."""
     key = f"curve/{name}/{metric}"
     if epoch in dict(tracking.metric_history(study.uri, run_id, key)):
         return
     metrics = tracking.run_facts(study.uri, child).metrics
     values = seed_values(metrics, PRETRAINED, metric)
-    with metric_queue.Tracker(study.uri, run_id, join_url(study.url, "curve", "unsent_metrics", run_id)) as tracker:
+    with metric_queue.Tracker(
+        study.uri, run_id, join_url(study.url, "curve", "unsent_metrics", run_id)
+    ) as tracker:
         tracker.log(epoch, {key: sum(values) / len(values)})

@@ -35,7 +35,13 @@ def transfer_once(study: Study, name: str, origin: Origin, models: BackboneModel
 
 
 def record_transfer(
-    study: Study, name: str, config: TransferConfig, origin: Origin, *, tags: dict[str, str], url: str
+    study: Study,
+    name: str,
+    config: TransferConfig,
+    origin: Origin,
+    *,
+    tags: dict[str, str],
+    url: str,
 ) -> str:
     """Measures a transfer in a child run of its own, unless one with these tags is finished; returns the child's id.
 
@@ -63,7 +69,8 @@ def record_transfer(
         return run_id
     measured_on = Data(data_name(data), index.digest)
     tracking.log_dataset_input(
-        *(study.uri, run_id, measured_on.name, data.shards, index.digest, "transfer"), counts=data_counts(index)
+        *(study.uri, run_id, measured_on.name, data.shards, index.digest, "transfer"),
+        counts=data_counts(index),
     )
     link_models(study, run_id, tags)
     job = TransferJob(
@@ -109,11 +116,16 @@ def in_threads(
             except Exception as error:  # whatever it is: the other calls go on, and it is reported
                 failed[name] = error
 
-    threads = [threading.Thread(target=work, args=item, name=item[0], daemon=True) for item in calls.items()]
+    threads = [
+        threading.Thread(target=work, args=item, name=item[0], daemon=True)
+        for item in calls.items()
+    ]
     try:
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):  # a join without end would hold Ctrl-C back on some systems
+        while any(
+            thread.is_alive() for thread in threads
+        ):  # a join without end would hold Ctrl-C back on some systems
             time.sleep(_POLL_S)
     except BaseException:
         stopping.set()

@@ -56,7 +56,9 @@ class TransferUnit:
 
     def backbone(self) -> Backbone:
         """What it starts from, on the CPU."""
-        return init_backbone(self.init, self.job.backbone_url, self.job.encoder, self.job.views, self.seed)
+        return init_backbone(
+            self.init, self.job.backbone_url, self.job.encoder, self.job.views, self.seed
+        )
 
 
 def calibration_images(unit: TransferUnit, index: ShardIndex, size: int) -> Tensor:
@@ -68,7 +70,11 @@ def calibration_images(unit: TransferUnit, index: ShardIndex, size: int) -> Tens
 def open_units(job: TransferJob) -> list[TransferUnit]:
     """The inits and seeds that are not yet recorded."""
     done = run_facts(job.tracking_uri, job.run_id).tags
-    every = [TransferUnit(job=job, init=init, seed=seed) for init in job.config.inits for seed in job.config.seeds]
+    every = [
+        TransferUnit(job=job, init=init, seed=seed)
+        for init in job.config.inits
+        for seed in job.config.seeds
+    ]
     return [unit for unit in every if _done_tag(unit) not in done]
 
 

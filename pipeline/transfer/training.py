@@ -35,7 +35,11 @@ from hemoco.tracking.metric_queue import Tracker
 from hemoco.train.checkpoint import resume_newest, save_checkpoint
 from hemoco.train.state import LoggedStep, TrainingState
 from hemoco.transfer.classification.classifier import build_classifier_state, classifier_plan
-from hemoco.transfer.classification.scores import check_labels, classification_result, count_predictions
+from hemoco.transfer.classification.scores import (
+    check_labels,
+    classification_result,
+    count_predictions,
+)
 from hemoco.transfer.classification.training import classifier_steps, classify
 from hemoco.transfer.detection.data import load_detection_samples
 from hemoco.transfer.detection.detector import scaled_schedule
@@ -62,9 +66,7 @@ from pipeline.workers.tasks import Interrupted
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 20.0
-_LESS_MEMORY = (
-    "take more workers for this transfer or machines with more memory: the same words go on from the last checkpoint"
-)
+_LESS_MEMORY = "take more workers for this transfer or machines with more memory: the same words go on from the last checkpoint"
 
 
 def train_as_rank(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:
@@ -83,7 +85,9 @@ def train_alone(unit: TransferUnit) -> list[str] | Interrupted:
     torch.set_num_threads(config.cpus)
     alone = ResourcesConfig(cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
     with sigterm_noted():
-        return _train(unit, TrainingProcess(torch.device("cuda" if config.gpus else "cpu"), alone, [1]))
+        return _train(
+            unit, TrainingProcess(torch.device("cuda" if config.gpus else "cpu"), alone, [1])
+        )
 
 
 def _train(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:
@@ -124,7 +128,11 @@ class _Checkpoints:
 
     def __init__(self, unit: TransferUnit, config: TrainedConfig, state: TrainingState) -> None:
         self._unit = unit
-        self._url, self._every, self._state = join_url(unit.url, "checkpoints"), config.checkpoint_every_steps, state
+        self._url, self._every, self._state = (
+            join_url(unit.url, "checkpoints"),
+            config.checkpoint_every_steps,
+            state,
+        )
         self._attempt = resume_newest(self._url, state)
         self._saved = state.step
 
@@ -140,7 +148,9 @@ class _Checkpoints:
             if rank() == 0 and now_s - printed_s >= _LINE_EVERY_S:
                 printed_s = now_s
                 name = f"{self._unit.job.name} {self._unit.prefix}"
-                logger.info("transfer %s step %d/%d  %s", name, step.step, total_steps, left_text(left_s))
+                logger.info(
+                    "transfer %s step %d/%d  %s", name, step.step, total_steps, left_text(left_s)
+                )
             due = step.step % self._every == 0
             reason = process.interruption(at_checkpoint=due)
             if due or reason:
@@ -154,12 +164,16 @@ class _Checkpoints:
     def _save(self, log: _Log) -> None:
         if rank() == 0 and self._saved != self._state.step:
             log.keep()
-            save = partial(save_checkpoint, self._state, self._url, attempt=self._attempt, keep_last=1)
+            save = partial(
+                save_checkpoint, self._state, self._url, attempt=self._attempt, keep_last=1
+            )
             patiently(save, EVALUATION_PATIENCE_S)
         self._saved = self._state.step
 
 
-def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) -> TransferResult | Interrupted:
+def train_classifier(
+    unit: TransferUnit, process: TrainingProcess, log: _Log
+) -> TransferResult | Interrupted:
     """Trains a classifier to the end, and measures it on the test split."""
     config, data, device = unit.job.config, unit.job.data, process.device
     assert isinstance(config, ClassifierConfig)
@@ -169,11 +183,15 @@ def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) ->
     backbone = unit.backbone().to(device)
     if unit.init == "random" and isinstance(config, LinearClassifierConfig):
         calibrate_batch_norm(backbone, calibration_images(unit, index, config.size))
-    state = build_classifier_state(config, backbone, len(index.classes), seed=unit.seed, data_digest=index.digest)
+    state = build_classifier_state(
+        config, backbone, len(index.classes), seed=unit.seed, data_digest=index.digest
+    )
     checkpoints = _Checkpoints(unit, config, state)
     plan = classifier_plan(config, unit.seed)
     with (
-        closing(BadSampleFile(join_url(unit.url, "bad_samples", f"rank_{rank():04d}.jsonl"))) as bad_samples,
+        closing(
+            BadSampleFile(join_url(unit.url, "bad_samples", f"rank_{rank():04d}.jsonl"))
+        ) as bad_samples,
         closing(
             batches(
                 data.shards,
@@ -194,24 +212,36 @@ def train_classifier(unit: TransferUnit, process: TrainingProcess, log: _Log) ->
     if interrupted:
         return interrupted
     scores = classify(state, data.shards, index.split(data.test_split))
-    return classification_result(count_predictions(scores.logits, scores.labels), index.classes, also={})
+    return classification_result(
+        count_predictions(scores.logits, scores.labels), index.classes, also={}
+    )
 
 
-def train_detector(unit: TransferUnit, process: TrainingProcess, log: _Log) -> TransferResult | Interrupted:
+def train_detector(
+    unit: TransferUnit, process: TrainingProcess, log: _Log
+) -> TransferResult | Interrupted:
     """Trains a detector to the end, and measures it on the test split."""
     config, data = unit.job.config, unit.job.data
     assert isinstance(config, DetectionConfig)
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
     masks = isinstance(config, MaskRcnnConfig)
     train, test = (
-        load_detection_samples(data.shards, index, split, masks=masks) for split in (data.train_split, data.test_split)
+        load_detection_samples(data.shards, index, split, masks=masks)
+        for split in (data.train_split, data.test_split)
     )
     state = build_detection_state(
-        config, unit.backbone(), index.categories, process.device, seed=unit.seed, data_digest=index.digest
+        config,
+        unit.backbone(),
+        index.categories,
+        process.device,
+        seed=unit.seed,
+        data_digest=index.digest,
     )
     steps = detection_steps(state, train.samples, sorted_category_ids(index.categories))
     total_steps = scaled_schedule(config).steps
-    interrupted = _Checkpoints(unit, config, state).follow(steps, process, log, total_steps=total_steps)
+    interrupted = _Checkpoints(unit, config, state).follow(
+        steps, process, log, total_steps=total_steps
+    )
     if interrupted:
         return interrupted
     result = evaluate_detector(state, train.samples, test.samples, index.categories)

@@ -67,10 +67,14 @@ def measure_transfer(job: TransferJob, stopping: threading.Event) -> None:
             failed |= dict.fromkeys(_units_of(outcome), outcome.error)
     left = _still_open(job, list(failed)) if failed else []
     if left:
-        raise TrainingError("; ".join(sorted(f"{unit.prefix}: {first_line(failed[unit])}" for unit in left)))
+        raise TrainingError(
+            "; ".join(sorted(f"{unit.prefix}: {first_line(failed[unit])}" for unit in left))
+        )
 
 
-def _measure_units(units: list[TransferUnit], config: TransferConfig, stopping: threading.Event) -> Iterator[Outcome]:
+def _measure_units(
+    units: list[TransferUnit], config: TransferConfig, stopping: threading.Event
+) -> Iterator[Outcome]:
     """What became of the units: lines of results, or the error of those that are not recorded."""
     run = partial(attempt_tasks, cpus=config.cpus, gpus=config.gpus, stopping=stopping)
     if not isinstance(config, TrainedConfig):
@@ -114,7 +118,9 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
     still_open = open_units(job)  # it may be a second attempt
     data, size = job.data, job.views.size
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
-    train, test = (open_split(data.shards, index, split, size) for split in (data.train_split, data.test_split))
+    train, test = (
+        open_split(data.shards, index, split, size) for split in (data.train_split, data.test_split)
+    )
     lines, errors = [], []
     for unit in (unit for unit in units if unit in still_open):
         begin_attempt(unit)
@@ -133,15 +139,24 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
 
 def _train_together(unit: TransferUnit, config: TrainedConfig) -> list[str]:
     batch = config.global_batch_size
-    resources = ResourcesConfig(workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
-    size = GroupSize(resources, [workers for workers in range(1, config.workers + 1) if batch % workers == 0])
+    resources = ResourcesConfig(
+        workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus
+    )
+    size = GroupSize(
+        resources, [workers for workers in range(1, config.workers + 1) if batch % workers == 0]
+    )
     name = f"{unit.job.name}-{unit.prefix.replace('/', '-')}"
     lines: list[str] = run_workers(train_as_rank, unit, name=name, size=size, storage=unit.url)
     return lines
 
 
-def _measure(unit: TransferUnit, index: ShardIndex, train: LabelledSplit, test: LabelledSplit) -> TransferResult:
-    config, backbone = unit.job.config, unit.backbone().to("cuda" if unit.job.config.gpus else "cpu")
+def _measure(
+    unit: TransferUnit, index: ShardIndex, train: LabelledSplit, test: LabelledSplit
+) -> TransferResult:
+    config, backbone = (
+        unit.job.config,
+        unit.backbone().to("cuda" if unit.job.config.gpus else "cpu"),
+    )
     if unit.init == "random":
         calibrate_batch_norm(backbone, calibration_images(unit, index, train.size))
     cache = FeatureCache(home() / "features")

@@ -27,7 +27,11 @@ def fitting_workers(resources: ResourcesConfig) -> int:
 def possible_workers(resources: ResourcesConfig) -> int:
     """Processes for which there would be room if nothing else ran, on nodes that are to stay."""
     draining = state.get_draining_nodes()
-    whole = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    whole = [
+        node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining
+    ]
     return fitting_processes(whole, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
 
 
@@ -42,7 +46,10 @@ def wait_for_room(resources: ResourcesConfig, sizes: Sequence[int], *, lost: boo
         sizes: numbers of processes that are allowed.
         lost: whether the training was running already.
     """
-    wanted, needs = resources.workers, {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    wanted, needs = (
+        resources.workers,
+        {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+    )
     deadline = time.monotonic() + _REPLACEMENT_S
     # asked for as a whole, so that an autoscaler sees what is missing
     group = placement_group([{kind: need for kind, need in needs.items() if need}] * wanted)

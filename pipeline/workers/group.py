@@ -31,7 +31,9 @@ from pipeline.workers.tasks import Interrupted
 logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
-_LESS_MEMORY = "take more workers or machines with more memory: the same words go on from the last checkpoint"
+_LESS_MEMORY = (
+    "take more workers or machines with more memory: the same words go on from the last checkpoint"
+)
 
 
 class GroupSize:
@@ -49,7 +51,12 @@ class GroupSize:
 
 
 def run_workers(
-    function: Callable[[Any, TrainingProcess], Any], job: Any, *, name: str, size: GroupSize, storage: str
+    function: Callable[[Any, TrainingProcess], Any],
+    job: Any,
+    *,
+    name: str,
+    size: GroupSize,
+    storage: str,
 ) -> Any:
     """What `function(job, process)` returns on rank 0, run on every training process in one process group.
 
@@ -92,7 +99,9 @@ def run_workers(
             if not isinstance(result, Interrupted):
                 return result
             lost = True
-            logger.warning("event=interrupted name=%s step=%d reason=%s", name, result.step, result.reason)
+            logger.warning(
+                "event=interrupted name=%s step=%d reason=%s", name, result.step, result.reason
+            )
 
 
 class _Work(NamedTuple):
@@ -115,7 +124,9 @@ def _noting(event: threading.Event, holds: bool) -> Iterator[None]:
 
 
 def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
-    unique = f"{name}-{uuid.uuid4().hex[:8]}"  # a name Ray knows would resume Ray's idea of that run
+    unique = (
+        f"{name}-{uuid.uuid4().hex[:8]}"  # a name Ray knows would resume Ray's idea of that run
+    )
     folder = join_url(storage, "ray")
     arrow, path = _arrow_filesystem(folder)
     resources = work.resources
@@ -126,7 +137,10 @@ def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                "GPU": resources.gpus_per_worker,
+            },
         ),
         run_config=RunConfig(
             name=unique,
@@ -142,7 +156,9 @@ def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
     finally:
         try:
             remove(join_url(folder, unique))
-        except StorageError as error:  # the storage may be what the training failed of, which says more
+        except (
+            StorageError
+        ) as error:  # the storage may be what the training failed of, which says more
             logger.warning("event=ray_markers_left %s", error)
 
 
@@ -187,7 +203,10 @@ def _checkpoints(storage: str) -> list[str]:
 
 def _found_no_room(error: TrainingFailedError) -> bool:
     """Whether others took the place between our look at the cluster and the start."""
-    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
+    return (
+        type(getattr(error, "controller_failure", None)).__name__
+        == "WorkerGroupStartupTimeoutError"
+    )
 
 
 def _arrow_filesystem(url: str) -> tuple[FileSystem, str]:
@@ -199,7 +218,12 @@ def _arrow_filesystem(url: str) -> tuple[FileSystem, str]:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """An exception of Ray Train and everything it wraps."""
     failures = getattr(error, "worker_failures", {})
-    inner = [*failures.values(), error.__cause__, getattr(error, "cause", None), getattr(error, "_base_exc", None)]
+    inner = [
+        *failures.values(),
+        error.__cause__,
+        getattr(error, "cause", None),
+        getattr(error, "_base_exc", None),
+    ]
     yield error
     for cause in inner:
         if isinstance(cause, BaseException) and cause is not error:

@@ -43,7 +43,9 @@ class StopRequest:
     def error(self, epoch: int) -> StoppedError:
         """What a training ends by that obeys it after so many epochs."""
         by = read_bytes(self.url).decode()
-        return StoppedError(f"stopped by {by} at epoch {epoch}; without the file {self.url} it would go on")
+        return StoppedError(
+            f"stopped by {by} at epoch {epoch}; without the file {self.url} it would go on"
+        )
 
 
 @contextmanager
@@ -51,7 +53,9 @@ def watched_request(url: str) -> Iterator[StopRequest]:
     """A request for the pretraining below a URL; rank 0 looks for it in a thread, so that no step waits for storage."""
     request, done = StopRequest(url), threading.Event()
     if rank() == 0:
-        threading.Thread(target=_look, args=(request, done), name="hemoco-stop-request", daemon=True).start()
+        threading.Thread(
+            target=_look, args=(request, done), name="hemoco-stop-request", daemon=True
+        ).start()
     try:
         yield request
     finally:

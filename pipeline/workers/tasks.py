@@ -41,7 +41,11 @@ class CancelledError(HemocoError):
 
 
 def run_tasks(
-    function: Callable[..., ResultT], arguments: Iterable[tuple[Any, ...]], *, cpus: int = 1, gpus: int = 0
+    function: Callable[..., ResultT],
+    arguments: Iterable[tuple[Any, ...]],
+    *,
+    cpus: int = 1,
+    gpus: int = 0,
 ) -> Generator[ResultT, None, None]:
     """Yields what the function returns on Ray workers, in any order; closing it stops the rest.
 
@@ -70,12 +74,16 @@ def run_tasks(
             yield _result(ready)
     except HemocoError:
         if running:
-            ray.wait(running, num_returns=len(running))  # so that whoever cleans up finds all that they wrote
+            ray.wait(
+                running, num_returns=len(running)
+            )  # so that whoever cleans up finds all that they wrote
         running = []
         raise
     finally:
         for reference in running:
-            ray.cancel(reference, force=True)  # an interrupt in the midst of `import torch` spoils a worker for others
+            ray.cancel(
+                reference, force=True
+            )  # an interrupt in the midst of `import torch` spoils a worker for others
 
 
 def attempt_tasks(
@@ -115,7 +123,11 @@ def attempt_tasks(
                 outcome = _outcome(reference, words)
                 if isinstance(outcome.result, Interrupted):
                     running[task.remote(*words)] = words, failures
-                elif outcome.error is not None and failures + 1 < _ATTEMPTS and _RETRIES.is_transient(outcome.error):
+                elif (
+                    outcome.error is not None
+                    and failures + 1 < _ATTEMPTS
+                    and _RETRIES.is_transient(outcome.error)
+                ):
                     logger.warning("event=retry attempt=%d reason=%s", failures + 2, outcome.error)
                     running[task.remote(*words)] = words, failures + 1
                 else:
@@ -143,7 +155,9 @@ _RETRIES = RetryPolicy(is_transient=_may_pass, first_wait_s=0.0, max_attempts=_A
 
 def _log_retry(state: RetryCallState) -> None:
     assert state.outcome is not None
-    logger.warning("event=retry attempt=%d reason=%s", state.attempt_number + 1, state.outcome.exception())
+    logger.warning(
+        "event=retry attempt=%d reason=%s", state.attempt_number + 1, state.outcome.exception()
+    )
 
 
 def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:
@@ -156,7 +170,11 @@ def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:
     except ray.exceptions.RayTaskError as error:
         logger.debug("%s", error)  # with the traceback of the worker
         cause = error.cause
-        return Outcome(words, None, HemocoError(f"{type(cause).__name__}: {first_line(cause)} (this looks like a bug)"))
+        return Outcome(
+            words,
+            None,
+            HemocoError(f"{type(cause).__name__}: {first_line(cause)} (this looks like a bug)"),
+        )
 
 
 def _result(reference: Any) -> Any:
@@ -170,7 +188,9 @@ def _result(reference: Any) -> Any:
         raise
     except ray.exceptions.RayError as error:
         reason = first_line(error)
-        raise LostWorkerError(f"a Ray worker was lost ({reason}); run the same command again") from error
+        raise LostWorkerError(
+            f"a Ray worker was lost ({reason}); run the same command again"
+        ) from error
 
 
 Reason = Literal["stopped", "preempted", "grow"]
@@ -203,5 +223,7 @@ def unite_findings(findings: Iterable[Finding]) -> list[Finding]:
     united: dict[str, Finding] = {}
     for finding in findings:
         known = united.get(finding.reason)
-        united[finding.reason] = finding if known is None else known._replace(times=known.times + finding.times)
+        united[finding.reason] = (
+            finding if known is None else known._replace(times=known.times + finding.times)
+        )
     return [united[reason] for reason in sorted(united)]

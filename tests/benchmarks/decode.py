@@ -91,10 +91,14 @@ def ways(size: int, draws: CropDraws) -> dict[str, Way]:
         "one view, torchvision in floats": lambda data, row: floats(by_torchvision(data) / 255),
         "one view, Pillow": lambda data, row: usual(by_pillow(data)),
         "two views, hemoco": lambda data, row: crops(2, decode_image(data), draws, row, size),
-        "two views, torchvision once, in floats": lambda data, row: _twice(floats, by_torchvision(data) / 255),
+        "two views, torchvision once, in floats": lambda data, row: _twice(
+            floats, by_torchvision(data) / 255
+        ),
         "two views, Pillow once": lambda data, row: _twice(usual, by_pillow(data)),
         USUAL: lambda data, row: torch.stack([usual(by_pillow(data)) for _ in range(2)]),
-        "two views, Pillow twice, crops only": lambda data, row: [crop(by_pillow(data)) for _ in range(2)],
+        "two views, Pillow twice, crops only": lambda data, row: [
+            crop(by_pillow(data)) for _ in range(2)
+        ],
     }
 
 
@@ -108,7 +112,9 @@ def measure(way: Way, images: list[bytes]) -> float:
 
 def report(title: str, images: list[bytes], size: int) -> str:
     """A table of all ways on some images."""
-    found = ways(size, draw_crops(ViewsConfig(size=size), seed=0, epoch=0, step=0, slots=(0, len(images))))
+    found = ways(
+        size, draw_crops(ViewsConfig(size=size), seed=0, epoch=0, step=0, slots=(0, len(images)))
+    )
     turns = [[measure(way, images) for way in found.values()] for _ in range(ROUNDS)]
     speeds = dict(zip(found, map(statistics.median, zip(*turns, strict=True)), strict=True))
     limit, usual = next(iter(speeds.values())), speeds[USUAL]
@@ -122,12 +128,16 @@ def _twice(transform: Callable[..., Tensor], image: object) -> Tensor:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_data_option(parser)
     folder = parser.parse_args().data
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    describe = functools.partial(describe_machine, ("torch", "torchvision", "pillow", "simplejpeg", "numpy"))
+    describe = functools.partial(
+        describe_machine, ("torch", "torchvision", "pillow", "simplejpeg", "numpy")
+    )
     print(describe(f"one thread, medians of {ROUNDS} rounds in which all ways take turns"))
     print(report("Photos", list(photos(folder)), 224))
     print(report("Small images", list(small_images(folder)), 32))

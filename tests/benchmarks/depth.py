@@ -84,34 +84,50 @@ def degradation(images: Images, minutes: float, picture: Path) -> None:
 
     rounds = _rounds(one_round, minutes)
     errors = {
-        key: 100 * torch.stack([_means(found[key].errors, RESNET_EPOCHS) for found in rounds])  # (R, E)
+        key: 100
+        * torch.stack([_means(found[key].errors, RESNET_EPOCHS) for found in rounds])  # (R, E)
         for key in rounds[0]
     }
     _print_degradation(errors)
     figure, (axes,) = _canvas(1)
     for name, style in zip(RESNETS, STYLES, strict=True):
-        axes.plot(range(1, RESNET_EPOCHS + 1), errors[name, _better_rate(errors, name)].mean(0), label=name, **style)
+        axes.plot(
+            range(1, RESNET_EPOCHS + 1),
+            errors[name, _better_rate(errors, name)].mean(0),
+            label=name,
+            **style,
+        )
     axes.set(xlabel="epoch", ylabel="training error (%)", ylim=(0, 100))
     _save(figure, picture)
 
 
 def initialisation(images: Images, minutes: float, picture: Path) -> None:
     """A deep plain network without BN from three initialisations."""
-    print("expected (He et al. 2015, figure 3): both Kaiming modes train; Xavier's signals vanish, it stalls at ln 10")
+    print(
+        "expected (He et al. 2015, figure 3): both Kaiming modes train; Xavier's signals vanish, it stalls at ln 10"
+    )
 
     def one_round(seed: int) -> dict[str, tuple[Signals, Trained]]:
         found = {}
         for name, config in INITS.items():
             stack = plain_stack(config, seed)
-            found[name] = (measure_signals(stack, images), train(stack, images, STACK_SCHEDULE, seed))
+            found[name] = (
+                measure_signals(stack, images),
+                train(stack, images, STACK_SCHEDULE, seed),
+            )
         return found
 
     rounds, epochs = _rounds(one_round, minutes), STACK_SCHEDULE.epochs
     losses = {
-        name: torch.stack([_means(found[name][1].losses, epochs) for found in rounds]) for name in INITS
+        name: torch.stack([_means(found[name][1].losses, epochs) for found in rounds])
+        for name in INITS
     }  # (R, E)
-    activations = {name: _over_seeds([found[name][0].activations for found in rounds]) for name in INITS}
-    gradients = {name: _over_seeds([found[name][0].gradients for found in rounds]) for name in INITS}
+    activations = {
+        name: _over_seeds([found[name][0].activations for found in rounds]) for name in INITS
+    }
+    gradients = {
+        name: _over_seeds([found[name][0].gradients for found in rounds]) for name in INITS
+    }
     _print_initialisation(losses, activations, gradients)
     figure, (left, middle, right) = _canvas(3)
     for name, style in zip(INITS, STYLES, strict=False):
@@ -126,10 +142,19 @@ def initialisation(images: Images, minutes: float, picture: Path) -> None:
 
 def main() -> None:
     """Runs one experiment and writes its picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", choices=("degradation", "initialisation"))
-    parser.add_argument("--minutes", type=float, default=10, help="more seeds until they are spent; one is always run")
-    parser.add_argument("--picture", type=Path, help="PNG to write; default: the experiment's name in this folder")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="more seeds until they are spent; one is always run",
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="PNG to write; default: the experiment's name in this folder"
+    )
     add_data_option(parser)
     options = parser.parse_args()
     experiment = degradation if options.experiment == "degradation" else initialisation
@@ -151,30 +176,65 @@ def _print_degradation(errors: dict[tuple[str, float], Tensor]) -> None:
     for name in RESNETS:
         better = _better_rate(errors, name)
         last[name] = errors[name, better][:, -1]  # (R,)
-        rows.append((name, *(float(errors[name, rate][:, -1].mean()) for rate in RATES), better, _range(last[name])))
+        rows.append(
+            (
+                name,
+                *(float(errors[name, rate][:, -1].mean()) for rate in RATES),
+                better,
+                _range(last[name]),
+            )
+        )
     title = f"training error (%) over the last of {RESNET_EPOCHS} epochs, seeds: {len(last['plain-18'])}"
-    print(table(title, ("network", *(f"lr {rate:g}" for rate in RATES), "better lr", "its range"), rows))
+    print(
+        table(
+            title, ("network", *(f"lr {rate:g}" for rate in RATES), "better lr", "its range"), rows
+        )
+    )
     for kind in ("plain", "residual"):
         cost = float((last[f"{kind}-34"] - last[f"{kind}-18"]).mean())
         verdict = "as expected" if (cost > NOTABLE) == (kind == "plain") else "not as expected"
-        print(f"found: with 34 {kind} layers the error is {cost:+.1f} points from that with 18: {verdict}")
+        print(
+            f"found: with 34 {kind} layers the error is {cost:+.1f} points from that with 18: {verdict}"
+        )
 
 
 def _print_initialisation(
-    losses: dict[str, Tensor], activations: dict[str, NDArray[np.float64]], gradients: dict[str, NDArray[np.float64]]
+    losses: dict[str, Tensor],
+    activations: dict[str, NDArray[np.float64]],
+    gradients: dict[str, NDArray[np.float64]],
 ) -> None:
     rows = []
     for name, curves in losses.items():
-        ratios = (activations[name][-1] / activations[name][0], gradients[name][0] / gradients[name][-1])
-        rows.append((name, *(f"{ratio:.1e}" for ratio in ratios), float(curves[:, -1].mean()), _range(curves[:, -1])))
+        ratios = (
+            activations[name][-1] / activations[name][0],
+            gradients[name][0] / gradients[name][-1],
+        )
+        rows.append(
+            (
+                name,
+                *(f"{ratio:.1e}" for ratio in ratios),
+                float(curves[:, -1].mean()),
+                _range(curves[:, -1]),
+            )
+        )
     seeds = len(losses["Xavier"])
     title = f"{PLAIN_LAYERS} layers, {STACK_SCHEDULE.epochs} epochs, seeds: {seeds}"
-    names = ("weights", "activation, last / first", "gradient, first / last", "last loss", "its range")
+    names = (
+        "weights",
+        "activation, last / first",
+        "gradient, first / last",
+        "last loss",
+        "its range",
+    )
     print(table(title, names, rows))
     for name, curves in losses.items():
         trained = int((curves[:, -1] < math.log(10) - LEARNT).sum())
-        verdict = "as expected" if trained == (0 if name == "Xavier" else seeds) else "not as expected"
-        print(f"found: {name}: {trained} of {seeds} seeds train (loss below ln 10 - {LEARNT}): {verdict}")
+        verdict = (
+            "as expected" if trained == (0 if name == "Xavier" else seeds) else "not as expected"
+        )
+        print(
+            f"found: {name}: {trained} of {seeds} seeds train (loss below ln 10 - {LEARNT}): {verdict}"
+        )
 
 
 def _better_rate(errors: dict[tuple[str, float], Tensor], name: str) -> float:

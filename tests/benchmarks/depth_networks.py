@@ -57,10 +57,14 @@ def read_images(archive: Path) -> Images:
     """Every second image of the archive."""
     with zipfile.ZipFile(archive) as file:
         names = [name for name in file.namelist() if name.endswith(".jpg")][::2]
-        arrays = [np.array(Image.open(io.BytesIO(file.read(name))).convert("RGB")) for name in names]
+        arrays = [
+            np.array(Image.open(io.BytesIO(file.read(name))).convert("RGB")) for name in names
+        ]
     labels = [name.split("/")[1] for name in names]
     known = sorted(set(labels))
-    pixels = functional.avg_pool2d(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float(), 2)
+    pixels = functional.avg_pool2d(
+        torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float(), 2
+    )
     mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
     return Images((pixels - mean) / std, torch.tensor([known.index(label) for label in labels]))
 
@@ -93,16 +97,22 @@ def plain_stack(config: EncoderConfig, seed: int) -> nn.Sequential:
         for number in range(PLAIN_LAYERS):
             inputs, channels = channels, PLAIN_WIDTHS[number // half]
             stride = 2 if number % half == 0 else 1
-            convolution = nn.Conv2d(inputs, channels, 3, stride, padding=1, padding_mode="circular", bias=False)
+            convolution = nn.Conv2d(
+                inputs, channels, 3, stride, padding=1, padding_mode="circular", bias=False
+            )
             init_convolution(convolution, config)
             layers += [convolution, nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+        return nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+        )
 
 
 def train(network: nn.Module, images: Images, schedule: Schedule, seed: int) -> Trained:
     """Trains from the network's present weights; the seed orders the images."""
     network = network.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=schedule.rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=schedule.rate, momentum=0.9, weight_decay=1e-4
+    )
     batches = list(_batches(len(images.classes), schedule, seed))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     losses, errors = [], []

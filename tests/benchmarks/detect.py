@@ -29,7 +29,12 @@ from hemoco.config import EncoderConfig, MaskRcnnConfig
 from hemoco.models.resnet import Backbone, build_encoder
 from hemoco.transfer.detection.training import build_detection_state, take_step
 
-OURS, FLOAT, FROZEN, WHOLE = "ours: bf16, channels_last", "ours, float32", "torchvision, frozen", "torchvision, whole"
+OURS, FLOAT, FROZEN, WHOLE = (
+    "ours: bf16, channels_last",
+    "ours, float32",
+    "torchvision, frozen",
+    "torchvision, whole",
+)
 CLASSES, IMAGES, OBJECTS, SIDE = 91, 2, 5, 320
 LR, WARMUP = 0.02 * IMAGES / 16, 1e-3  # of the reference: its first steps are at a thousandth
 GOALS = {"cpu": 1.5, "cuda": 2.0}
@@ -43,7 +48,10 @@ def made_batch(device: str, side: int) -> Batch:
     images, targets = [], []
     for _ in range(IMAGES):
         corners = torch.rand(OBJECTS, 2, generator=generator) * side * 0.6
-        boxes = torch.cat([corners, corners + side * (0.1 + 0.3 * torch.rand(OBJECTS, 2, generator=generator))], dim=1)
+        boxes = torch.cat(
+            [corners, corners + side * (0.1 + 0.3 * torch.rand(OBJECTS, 2, generator=generator))],
+            dim=1,
+        )
         masks = torch.zeros(OBJECTS, side, side, dtype=torch.uint8)
         for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
             mask[top:bottom, left:right] = 1
@@ -60,13 +68,19 @@ def our_step(device: str, batch: Batch, precision: str) -> Step:
     encoder = EncoderConfig(architecture="resnet50", zero_init_last=False)
     backbone = Backbone(build_encoder(encoder, 0), encoder, MEAN, STD)
     categories = [{"id": number, "name": str(number)} for number in range(1, CLASSES)]
-    state = build_detection_state(config, backbone, categories, torch.device(device), seed=0, data_digest="")
+    state = build_detection_state(
+        config, backbone, categories, torch.device(device), seed=0, data_digest=""
+    )
     return functools.partial(take_step, state, *batch)
 
 
-def reference_step(device: str, batch: Batch, side: int, prepare: Callable[[nn.Module], object]) -> Step:
+def reference_step(
+    device: str, batch: Batch, side: int, prepare: Callable[[nn.Module], object]
+) -> Step:
     """torchvision's, as `train_one_epoch` of its references/detection/engine.py takes it."""
-    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=side).to(device).train()
+    model = (
+        maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=side).to(device).train()
+    )
     with torch.no_grad():
         for _ in range(3):
             model(*batch)
@@ -98,16 +112,23 @@ def freeze(model: nn.Module) -> None:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs; the figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny, to see that it runs; the figures mean nothing"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device, side = options.device, 64 if options.quick else SIDE
     where = torch.cuda.get_device_name() if device == "cuda" else "one thread, CPU time"
-    print(describe_machine(("torch", "torchvision", "timm"), f"{where}; {options.rounds} rounds"), flush=True)
+    print(
+        describe_machine(("torch", "torchvision", "timm"), f"{where}; {options.rounds} rounds"),
+        flush=True,
+    )
     batch = made_batch(device, side)
     steps = {
         OURS: our_step(device, batch, "bfloat16"),
@@ -118,15 +139,22 @@ def main() -> None:
     calls = 20 if device == "cuda" else 1
     for step in steps.values():
         seconds_per_call(step, calls, device)
-    rounds = take_turns(list(steps), options.rounds, lambda way: seconds_per_call(steps[way], calls, device))
+    rounds = take_turns(
+        list(steps), options.rounds, lambda way: seconds_per_call(steps[way], calls, device)
+    )
     rows = []
     for way in steps:
         times = over_rounds(rounds, lambda each, way=way: each[way] / IMAGES)
         gains = over_rounds(rounds, lambda each, way=way: each[way] / each[OURS])
         rows.append((way, times.median, times.spread(), gains.median, gains.spread()))
     print(table("A step of Mask R-CNN", ("", "s/image", "range", "x ours", "range"), rows))
-    compared = {way: over_rounds(rounds, lambda each, way=way: each[way] / each[OURS]) for way in (FROZEN, WHOLE)}
-    print_goals("Goals", [Goal(f"ours beside {way}", gain, GOALS[device]) for way, gain in compared.items()])
+    compared = {
+        way: over_rounds(rounds, lambda each, way=way: each[way] / each[OURS])
+        for way in (FROZEN, WHOLE)
+    }
+    print_goals(
+        "Goals", [Goal(f"ours beside {way}", gain, GOALS[device]) for way, gain in compared.items()]
+    )
     print(describe_machine(("torch",), "at the end"))
 
 

@@ -32,7 +32,14 @@ from torch import Tensor
 from hemoco.backbones.file import export_backbone, load_backbone, random_backbone
 from hemoco.config import EncoderConfig
 from hemoco.data.decode import decode_image
-from hemoco.data.shards.index import Shard, ShardIndex, read_index, read_shard, write_index, write_table
+from hemoco.data.shards.index import (
+    Shard,
+    ShardIndex,
+    read_index,
+    read_shard,
+    write_index,
+    write_table,
+)
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.data.transforms import center_view
 from hemoco.features.embed import embed_shards
@@ -51,7 +58,9 @@ def write_photos(data: Path, url: str, count: int) -> None:
     images, shards = itertools.cycle(list(photos(data))), []
     for number in range(count // SHARD):
         data = encode_shard([Sample(f"{number}_{row}", next(images), 0) for row in range(SHARD)])
-        shard = Shard(f"train-{number:06d}.tar", "train", SHARD, len(data), hashlib.sha256(data).hexdigest())
+        shard = Shard(
+            f"train-{number:06d}.tar", "train", SHARD, len(data), hashlib.sha256(data).hexdigest()
+        )
         write_bytes(join_url(url, shard.name), data)
         write_table(url, shard, parse_tar(data, shard.name).table)
         shards.append(shard)
@@ -63,7 +72,13 @@ def decoded(plan: EmbedPlan, threads: int) -> list[Tensor]:
     config = plan.config
     with ThreadPoolExecutor(threads) as pool:
         return [
-            torch.stack(list(pool.map(lambda sample: _crop(sample, config), read_shard(plan.shards_url, shard))))
+            torch.stack(
+                list(
+                    pool.map(
+                        lambda sample: _crop(sample, config), read_shard(plan.shards_url, shard)
+                    )
+                )
+            )
             for shard in read_index(plan.shards_url).shards
         ]
 
@@ -76,10 +91,14 @@ def forward(plan: EmbedPlan, shards: list[Tensor], device: torch.device) -> Call
     lower = plan.config.precision != "float32"
 
     def run() -> None:
-        with torch.autocast(device.type, getattr(torch, plan.config.precision) if lower else None, enabled=lower):
+        with torch.autocast(
+            device.type, getattr(torch, plan.config.precision) if lower else None, enabled=lower
+        ):
             for part in parts:
                 for images in part.split(plan.config.batch_size):
-                    features = extract_features(backbone, images.to(device, non_blocking=True), plan.config.batch_size)
+                    features = extract_features(
+                        backbone, images.to(device, non_blocking=True), plan.config.batch_size
+                    )
         features.cpu()
 
     return run
@@ -104,8 +123,18 @@ def measure(plan: EmbedPlan, device: torch.device, threads: int, rounds: int) ->
         rows.append((name, speed.median, speed.spread()))
     what = f"{load_backbone(plan.backbone_url).config.architecture}, {plan.config.precision}"
     unit = "CPU-s" if device.type == "cpu" else "s"
-    print(table(f"{what}: {count} photos, crops of {plan.config.size}", ("way", f"images/{unit}", "range"), rows))
-    return Goal(f"{what}: embed / bare", over_rounds(found, lambda s: s[FORWARD] / s[EMBED]), GOALS[device.type])
+    print(
+        table(
+            f"{what}: {count} photos, crops of {plan.config.size}",
+            ("way", f"images/{unit}", "range"),
+            rows,
+        )
+    )
+    return Goal(
+        f"{what}: embed / bare",
+        over_rounds(found, lambda s: s[FORWARD] / s[EMBED]),
+        GOALS[device.type],
+    )
 
 
 def _crop(sample: Sample, config: EmbedConfig) -> Tensor:
@@ -120,27 +149,43 @@ def _seconds(way: Callable[[], object], clock: Callable[[], float]) -> float:
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="that decode, and on the CPU compute")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="that decode, and on the CPU compute"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--quick", action="store_true", help="one network, one round, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="one network, one round, to see that it runs"
+    )
     add_data_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU time of all threads"
-    print(describe_machine(("torch", "simplejpeg", "pyarrow"), f"{where}; {options.threads} threads"), flush=True)
+    print(
+        describe_machine(("torch", "simplejpeg", "pyarrow"), f"{where}; {options.threads} threads"),
+        flush=True,
+    )
     precisions = ("float32",) if options.device == "cpu" else ("float32", "bfloat16")
-    names, rounds = (("resnet18",), 1) if options.quick else (("resnet18", "resnet50"), options.rounds)
+    names, rounds = (
+        (("resnet18",), 1) if options.quick else (("resnet18", "resnet50"), options.rounds)
+    )
     goals = []
     with tempfile.TemporaryDirectory() as folder:
         write_photos(options.data, f"{folder}/shards", SHARD if options.quick else options.images)
         for name, precision in itertools.product(names, precisions):
-            made, url = random_backbone(EncoderConfig(architecture=name), 0, MEAN, STD), f"{folder}/{name}"
+            made, url = (
+                random_backbone(EncoderConfig(architecture=name), 0, MEAN, STD),
+                f"{folder}/{name}",
+            )
             export_backbone(made, url, {})
             config = EmbedConfig(size=224, resize=256, precision=precision)
-            plan = plan_embedding(f"{folder}/shards", read_index(f"{folder}/shards"), url, f"{folder}/out", config)
+            plan = plan_embedding(
+                f"{folder}/shards", read_index(f"{folder}/shards"), url, f"{folder}/out", config
+            )
             plan = dataclasses.replace(plan, dest=f"{folder}/{name}-{precision}")
             goals.append(measure(plan, torch.device(options.device), options.threads, rounds))
     print_goals("embed: goals", goals)

@@ -45,7 +45,9 @@ def polygon(box: Sequence[float]) -> list[list[float]]:
     """An ellipse of 24 points within a box."""
     left, top, wide, high = box
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    points = np.stack([left + wide / 2 * (1 + np.cos(angles)), top + high / 2 * (1 + np.sin(angles))], axis=1)
+    points = np.stack(
+        [left + wide / 2 * (1 + np.cos(angles)), top + high / 2 * (1 + np.sin(angles))], axis=1
+    )
     return [points.round(2).ravel().tolist()]
 
 
@@ -62,18 +64,35 @@ def make_scenes(images: int) -> Scenes:
     for image_id in range(images):
         sides = np.exp(rng.uniform(np.log(12), np.log(300), (OBJECTS, 2)))
         boxes = np.concatenate([rng.uniform(0, (WIDTH, HEIGHT) - sides), sides], axis=1)
-        labels, crowds = rng.integers(1, CATEGORIES + 1, OBJECTS).tolist(), (rng.random(OBJECTS) < 0.02).tolist()
+        labels, crowds = (
+            rng.integers(1, CATEGORIES + 1, OBJECTS).tolist(),
+            (rng.random(OBJECTS) < 0.02).tolist(),
+        )
         rows = zip(boxes.tolist(), labels, crowds, strict=True)
         objects = [
-            {"category_id": label, "bbox": box, "area": np.pi / 4 * box[2] * box[3], "iscrowd": int(crowd)}
+            {
+                "category_id": label,
+                "bbox": box,
+                "area": np.pi / 4 * box[2] * box[3],
+                "iscrowd": int(crowd),
+            }
             | {"segmentation": polygon(box)}
             for box, label, crowd in rows
         ]
         truth.append((image_id, HEIGHT, WIDTH, objects))
         for place in rng.integers(0, OBJECTS, DETECTIONS):
-            box = (boxes[place] + rng.normal(0, 0.08, 4) * boxes[place][[2, 3, 2, 3]]).clip(1).tolist()
+            box = (
+                (boxes[place] + rng.normal(0, 0.08, 4) * boxes[place][[2, 3, 2, 3]])
+                .clip(1)
+                .tolist()
+            )
             label = labels[place] if rng.random() < 2 / 3 else int(rng.integers(1, CATEGORIES + 1))
-            found = {"image_id": image_id, "category_id": label, "bbox": box, "score": float(rng.random())}
+            found = {
+                "image_id": image_id,
+                "category_id": label,
+                "bbox": box,
+                "score": float(rng.random()),
+            }
             predictions.append(found | {"segmentation": compressed(box)})
     categories = [{"id": number, "name": f"{number}"} for number in range(1, CATEGORIES + 1)]
     return ground_truth_of(truth, categories), predictions
@@ -91,7 +110,10 @@ def by_pycocotools(scenes: Scenes, kinds: Sequence[str]) -> tuple[float, Metrics
     truth, predictions = deepcopy(scenes)
     # with a box, a mask's area would be that of the box
     results = {
-        kind: [{key: value for key, value in item.items() if kind == "bbox" or key != "bbox"} for item in predictions]
+        kind: [
+            {key: value for key, value in item.items() if kind == "bbox" or key != "bbox"}
+            for item in predictions
+        ]
         for kind in kinds
     }
     metrics: Metrics = {}
@@ -105,14 +127,24 @@ def by_pycocotools(scenes: Scenes, kinds: Sequence[str]) -> tuple[float, Metrics
             evaluation.params.maxDets = [DETECTIONS]
             evaluation.evaluate()
             evaluation.accumulate()
-            metrics |= family(KINDS[kind], evaluation.eval["precision"][..., 0], evaluation.eval["recall"][..., 0])
+            metrics |= family(
+                KINDS[kind], evaluation.eval["precision"][..., 0], evaluation.eval["recall"][..., 0]
+            )
     return time.process_time() - begun, metrics
 
 
 def family(prefix: str, precision: Any, recall: Any) -> Metrics:
     """Means of precision (10, 101, K, 4) and recall (10, K, 4), of what occurs."""
-    curves = {"ap": precision[..., 0], "ap50": precision[0, ..., 0], "ap75": precision[5, ..., 0], "ar": recall[..., 0]}
-    curves |= {f"ap_{name}": precision[..., place] for place, name in enumerate(("small", "medium", "large"), 1)}
+    curves = {
+        "ap": precision[..., 0],
+        "ap50": precision[0, ..., 0],
+        "ap75": precision[5, ..., 0],
+        "ar": recall[..., 0],
+    }
+    curves |= {
+        f"ap_{name}": precision[..., place]
+        for place, name in enumerate(("small", "medium", "large"), 1)
+    }
     curves |= {f"ap/{place + 1}": precision[:, :, place, 0] for place in range(precision.shape[2])}
     known = {name: curve[curve > -1] for name, curve in curves.items()}
     return {f"{prefix}_{name}": float(curve.mean()) for name, curve in known.items() if curve.size}
@@ -124,18 +156,28 @@ def by_torchmetrics(scenes: Scenes, kinds: Sequence[str]) -> tuple[float, Metric
 
     truth, predictions = scenes
 
-    def tensors(items: list[dict[str, Any]], **fields: tuple[str, torch.dtype]) -> list[dict[str, torch.Tensor]]:
+    def tensors(
+        items: list[dict[str, Any]], **fields: tuple[str, torch.dtype]
+    ) -> list[dict[str, torch.Tensor]]:
         by_image: list[list[dict[str, Any]]] = [[] for _ in truth["images"]]
         for item in items:
             by_image[item["image_id"]].append(item)
         return [
-            {name: torch.tensor([item[key] for item in some], dtype=kind) for name, (key, kind) in fields.items()}
+            {
+                name: torch.tensor([item[key] for item in some], dtype=kind)
+                for name, (key, kind) in fields.items()
+            }
             for some in by_image
         ]
 
     shared = {"boxes": ("bbox", torch.float64), "labels": ("category_id", torch.int64)}
     found = tensors(predictions, scores=("score", torch.float64), **shared)
-    known = tensors(truth["annotations"], iscrowd=("iscrowd", torch.int64), area=("area", torch.float64), **shared)
+    known = tensors(
+        truth["annotations"],
+        iscrowd=("iscrowd", torch.int64),
+        area=("area", torch.float64),
+        **shared,
+    )
     begun = time.process_time()
     metric = MeanAveragePrecision(box_format="xywh", max_detection_thresholds=[1, 10, DETECTIONS])
     metric.warn_on_many_detections = False
@@ -149,7 +191,9 @@ def by_torchmetrics(scenes: Scenes, kinds: Sequence[str]) -> tuple[float, Metric
 EVALUATORS = {"hemoco": by_hemoco, "pycocotools": by_pycocotools, "torchmetrics": by_torchmetrics}
 
 
-def report(title: str, scenes: Scenes, kinds: Sequence[str], rounds: int, names: Sequence[str]) -> str:
+def report(
+    title: str, scenes: Scenes, kinds: Sequence[str], rounds: int, names: Sequence[str]
+) -> str:
     """A table of evaluators in turn."""
     turns: list[dict[str, tuple[float, Metrics]]] = []
     for turn in range(rounds):
@@ -168,7 +212,9 @@ def report(title: str, scenes: Scenes, kinds: Sequence[str], rounds: int, names:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -183,9 +229,16 @@ def main() -> None:
         print("gap: torchmetrics: not importable")
     scenes = make_scenes(options.images)
     size = f"{options.images} images, {len(scenes[0]['annotations']):,} objects, {len(scenes[1]):,} predictions"
-    print(describe_machine(packages, f"{size}; one thread on one core; {options.rounds} rounds"), flush=True)
+    print(
+        describe_machine(packages, f"{size}; one thread on one core; {options.rounds} rounds"),
+        flush=True,
+    )
     print(report("Boxes", scenes, ["bbox"], options.rounds, boxes), flush=True)
-    print(report("Boxes and masks", scenes, ["bbox", "segm"], options.rounds, ["hemoco", "pycocotools"]))
+    print(
+        report(
+            "Boxes and masks", scenes, ["bbox", "segm"], options.rounds, ["hemoco", "pycocotools"]
+        )
+    )
     print(describe_machine(["faster-coco-eval"], "at the end"))
 
 

@@ -64,7 +64,9 @@ def made_problem(images: int, queries: int, device: str) -> Problem:
     labels = torch.randint(CLASSES, (images + queries,), generator=generator)
     features = 0.135 * means[labels] + torch.randn(images + queries, FEATURES, generator=generator)
     split = [images, queries]
-    (bank, queries), (known, own) = (tensor.to(device).split(split) for tensor in (features, labels))
+    (bank, queries), (known, own) = (
+        tensor.to(device).split(split) for tensor in (features, labels)
+    )
     return Problem(bank, known, queries, own)
 
 
@@ -115,7 +117,9 @@ def theirs(batch: int) -> Predict:
 
     def predict(problem: Problem) -> Tensor:
         found = [
-            knn_predict(part, problem.bank, problem.labels, CLASSES, knn_k=NEIGHBOURS, knn_t=TEMPERATURE)[:, 0]
+            knn_predict(
+                part, problem.bank, problem.labels, CLASSES, knn_k=NEIGHBOURS, knn_t=TEMPERATURE
+            )[:, 0]
             for part in problem.queries.split(batch)
         ]
         return torch.cat(found)
@@ -139,24 +143,37 @@ def measure(problem: Problem, device: str, rounds: int, ways: dict[str, Predict]
     inputs = {name: problem if name in OURS else prepared(problem) for name in ways}
     predictions = {name: predict(inputs[name]) for name, predict in ways.items()}  # and a warm-up
     accuracies = {name: accuracy(found, problem) for name, found in predictions.items()}
-    found = take_turns(list(ways), rounds, lambda name: seconds_per_call(lambda: ways[name](inputs[name]), 1, device))
+    found = take_turns(
+        list(ways),
+        rounds,
+        lambda name: seconds_per_call(lambda: ways[name](inputs[name]), 1, device),
+    )
     rows = []
     for name in ways:
         speed = over_rounds(found, lambda seconds, name=name: len(problem.queries) / seconds[name])
         same = (predictions[name].cpu() == predictions[FLOAT].cpu()).double().mean().item()
-        rows.append((name, speed.median, speed.spread(), f"{accuracies[name]:.2f}", f"{100 * same:.2f}"))
+        rows.append(
+            (name, speed.median, speed.spread(), f"{accuracies[name]:.2f}", f"{100 * same:.2f}")
+        )
     title = f"Made features: {len(problem.queries):,} queries, bank {len(problem.bank):,}, k {NEIGHBOURS}"
-    print(table(title, ("way", "queries/s", "range", "accuracy %", "as float32 %"), rows), flush=True)
+    print(
+        table(title, ("way", "queries/s", "range", "accuracy %", "as float32 %"), rows), flush=True
+    )
     if peers := [name for name in THEIRS if name in ways]:
         best = max(peers, key=lambda name: accuracies[name])
         moved = over_rounds([accuracies], lambda found: abs(found[HALF] - found[best]))
         goals = [
             Goal(
-                f"speed, {name} / lightly", over_rounds(found, lambda s, n=name: min(s[p] for p in peers) / s[n]), goal
+                f"speed, {name} / lightly",
+                over_rounds(found, lambda s, n=name: min(s[p] for p in peers) / s[n]),
+                goal,
             )
             for name, goal in ((HALF, 1.4), (FLOAT, 0.9))
         ]
-        print_goals("kNN: goals", [*goals, Goal("points of accuracy between bf16 and lightly", moved, 0.1, False)])
+        print_goals(
+            "kNN: goals",
+            [*goals, Goal("points of accuracy between bf16 and lightly", moved, 0.1, False)],
+        )
 
 
 def compare_on_cifar(data: Path, device: str, ways: dict[str, Predict], *, quick: bool) -> None:
@@ -176,11 +193,17 @@ def compare_on_cifar(data: Path, device: str, ways: dict[str, Predict], *, quick
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     add_data_option(parser, required=False)
-    parser.add_argument("--quick", action="store_true", help="few queries, to see that it runs; figures mean nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few queries, to see that it runs; figures mean nothing",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "one thread, CPU time"

@@ -10,7 +10,11 @@ from pathlib import Path
 
 def describe_machine(packages: Sequence[str], runs: str) -> str:
     """Cores, load average, versions and number of runs: without them a figure means nothing."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     model = models[0].partition(":")[2].strip() if models else platform.machine()
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -23,11 +27,14 @@ def describe_machine(packages: Sequence[str], runs: str) -> str:
 def table(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows under their names; text to the left, numbers to the right, digits as their size deserves."""
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(line[column]) for line in [list(names), *cells]) for column in range(len(names))]
+    widths = [
+        max(len(line[column]) for line in [list(names), *cells]) for column in range(len(names))
+    ]
     left = [all(isinstance(row[column], str) for row in rows) for column in range(len(names))]
     lines = [
         "  ".join(
-            cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(line, widths, left, strict=True)
+            cell.ljust(w) if to_left else cell.rjust(w)
+            for cell, w, to_left in zip(line, widths, left, strict=True)
         )
         for line in [list(names), *cells]
     ]
@@ -36,5 +43,11 @@ def table(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+        return (
+            f"{value:,.0f}"
+            if abs(value) >= 100
+            else f"{value:.1f}"
+            if abs(value) >= 10
+            else f"{value:.2f}"
+        )
     return f"{value:,}" if isinstance(value, int) else str(value)

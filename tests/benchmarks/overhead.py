@@ -43,7 +43,14 @@ from hemoco.config import (
     StreamConfig,
     ViewsConfig,
 )
-from hemoco.data.shards.index import Shard, ShardIndex, ShardIndexes, read_index, write_index, write_table
+from hemoco.data.shards.index import (
+    Shard,
+    ShardIndex,
+    ShardIndexes,
+    read_index,
+    write_index,
+    write_table,
+)
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.data.stream.bad_samples import BadSampleFile
 from hemoco.data.stream.batches import batches, pretraining_plan, steps_per_epoch
@@ -77,7 +84,9 @@ class Times(NamedTuple):
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     packages = ("torch", "ray")
@@ -121,9 +130,18 @@ def _shards(folder: Path) -> str:
     url, shards = (folder / "shards").as_uri(), []
     for number, start in enumerate(range(0, len(files), 500)):
         some = files[start : start + 500]
-        samples = [Sample(str(place), file.read_bytes(), 0, suffix="png") for place, file in enumerate(some, start)]
+        samples = [
+            Sample(str(place), file.read_bytes(), 0, suffix="png")
+            for place, file in enumerate(some, start)
+        ]
         data = encode_shard(samples)
-        shard = Shard(f"train-{number:06d}.tar", "train", len(samples), len(data), hashlib.sha256(data).hexdigest())
+        shard = Shard(
+            f"train-{number:06d}.tar",
+            "train",
+            len(samples),
+            len(data),
+            hashlib.sha256(data).hexdigest(),
+        )
         write_bytes(join_url(url, shard.name), data)
         write_table(url, shard, parse_tar(data, shard.name).table)
         shards.append(shard)
@@ -133,7 +151,14 @@ def _shards(folder: Path) -> str:
 
 def _by_torchrun(shards: str, folder: Path) -> Times:
     out = folder / "times.json"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+    ]
     words += ["--nproc-per-node", "2", __file__, "--as-rank", shards, str(out)]
     began = time.time()
     subprocess.run(words, check=True, capture_output=True)
@@ -150,7 +175,12 @@ def _by_ray(shards: str, folder: Path) -> Times:
     recipe = Recipe(name="overhead", data=DataConfig(shards=shards), pretrain=CONFIG)
     began = time.time()
     done = pretrain_only(
-        recipe, indexes=ShardIndexes(), run=f"overhead-{began}", storage=str(folder / "runs"), fresh=True, tags={}
+        recipe,
+        indexes=ShardIndexes(),
+        run=f"overhead-{began}",
+        storage=str(folder / "runs"),
+        fresh=True,
+        tags={},
     )
     points = MlflowClient(tracking_uri()).get_metric_history(done.run_id, "loss")
     return _times(began, sorted(point.timestamp / 1000 for point in points))

@@ -70,12 +70,19 @@ def official(case: Case, device: str, checkout: Path) -> dict[bool, Step]:
     else:
         torch.backends.cudnn.benchmark = True  # as main_moco.py
     backend = "gloo" if device == "cpu" else "nccl"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     builder = _module_of(checkout / "moco/builder.py")
     views, made = made_views(case, device), {}
     for lower in (False, True):
         model = builder.MoCo(
-            _torchvision_encoder(case), EMBEDDING_SIZE, case.queue, KEY_MOMENTUM, TEMPERATURE, mlp=True
+            _torchvision_encoder(case),
+            EMBEDDING_SIZE,
+            case.queue,
+            KEY_MOMENTUM,
+            TEMPERATURE,
+            mlp=True,
         )
         made[lower] = _official_step(_formatted(model, device, lower), views, device, lower)
     return made
@@ -143,7 +150,9 @@ def _as_format(views: Sequence[Tensor], lower: bool) -> list[Tensor]:
     return [view.contiguous(memory_format=torch.channels_last) if lower else view for view in views]
 
 
-def _official_step(model: nn.Module, views: tuple[Tensor, Tensor], device: str, lower: bool) -> Step:
+def _official_step(
+    model: nn.Module, views: tuple[Tensor, Tensor], device: str, lower: bool
+) -> Step:
     sgd, criterion = optimizer(model.parameters()), nn.CrossEntropyLoss()
 
     def step() -> tuple[float, Tensor, Tensor]:
@@ -166,7 +175,12 @@ def _official_step(model: nn.Module, views: tuple[Tensor, Tensor], device: str, 
 def _lightly_step(case: Case, views: tuple[Tensor, Tensor], device: str, lower: bool) -> Step:
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
-    from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
+    from lightly.models.utils import (
+        batch_shuffle,
+        batch_unshuffle,
+        deactivate_requires_grad,
+        update_momentum,
+    )
 
     resnet = _torchvision_encoder(case)()
     features = int(resnet.fc.in_features)  # type: ignore[union-attr,arg-type]
@@ -175,8 +189,13 @@ def _lightly_step(case: Case, views: tuple[Tensor, Tensor], device: str, lower: 
     key_backbone, key_head = copy.deepcopy(backbone), copy.deepcopy(head)
     for module in (key_backbone, key_head):
         deactivate_requires_grad(module)
-    criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(case.queue, EMBEDDING_SIZE)).to(device)
-    sgd, total = optimizer([*backbone.parameters(), *head.parameters()]), torch.zeros((), device=device)
+    criterion = NTXentLoss(
+        temperature=TEMPERATURE, memory_bank_size=(case.queue, EMBEDDING_SIZE)
+    ).to(device)
+    sgd, total = (
+        optimizer([*backbone.parameters(), *head.parameters()]),
+        torch.zeros((), device=device),
+    )
 
     def step() -> None:
         update_momentum(backbone, key_backbone, m=KEY_MOMENTUM)
@@ -236,7 +255,11 @@ def _solo_step(case: Case, views: tuple[Tensor, Tensor], device: str, lower: boo
     model.log = model.log_dict = lambda *_, **__: None  # there is no trainer to take them
     _formatted(model, device, lower)
     sgd = model.configure_optimizers()
-    batch = [torch.arange(case.batch), list(views), torch.zeros(case.batch, dtype=torch.int64, device=device)]
+    batch = [
+        torch.arange(case.batch),
+        list(views),
+        torch.zeros(case.batch, dtype=torch.int64, device=device),
+    ]
 
     def step() -> None:
         with precision(device, lower=lower):

@@ -83,13 +83,17 @@ def train_one_by_one(parts: Parts, config: LinearProbeConfig) -> Heads:
     return heads
 
 
-def measure(parts: Parts, config: LinearProbeConfig, device: str, rounds: int, pass_seconds: float) -> None:
+def measure(
+    parts: Parts, config: LinearProbeConfig, device: str, rounds: int, pass_seconds: float
+) -> None:
     """Prints times, accuracies and goals."""
     ways = {GRID: train_at_once, SEPARATE: train_one_by_one}
     trained: dict[str, Heads] = {}
 
     def seconds(name: str) -> float:
-        return seconds_per_call(lambda: trained.update({name: ways[name](parts, config)}), 1, device)
+        return seconds_per_call(
+            lambda: trained.update({name: ways[name](parts, config)}), 1, device
+        )
 
     for way in ways.values():
         way(parts, dataclasses.replace(config, epochs=1))  # what a first call loads
@@ -105,8 +109,16 @@ def measure(parts: Parts, config: LinearProbeConfig, device: str, rounds: int, p
     print(table(title, ("way", "s", "range", "held out %", "test %"), rows), flush=True)
     apart = over_rounds([{}], lambda _: abs(top1[GRID].test - top1[SEPARATE].test))
     goals = [
-        Goal("separate probes / at once", over_rounds(found, lambda took: took[SEPARATE] / took[GRID]), 6.0),
-        Goal("forward passes / at once, features cached", over_rounds(found, lambda took: again / took[GRID]), 100.0),
+        Goal(
+            "separate probes / at once",
+            over_rounds(found, lambda took: took[SEPARATE] / took[GRID]),
+            6.0,
+        ),
+        Goal(
+            "forward passes / at once, features cached",
+            over_rounds(found, lambda took: again / took[GRID]),
+            100.0,
+        ),
         Goal("points of test accuracy between them", apart, 0.3, at_least=False),
     ]
     print_goals("Linear probe: goals", goals)
@@ -127,13 +139,20 @@ def best_accuracies(heads: Heads, parts: Parts) -> Best:
     """Chosen on the held-out fifth."""
     losses, held_out = evaluate_heads(heads, *parts.held_out)
     best = int(held_out.where(losses.isfinite(), -math.inf).argmax())
-    return Best(100 * held_out[best].item(), 100 * evaluate_heads(heads, *parts.test).accuracies[best].item())
+    return Best(
+        100 * held_out[best].item(),
+        100 * evaluate_heads(heads, *parts.test).accuracies[best].item(),
+    )
 
 
 def pass_over(backbone: Backbone, images: Tensor, count: int, device: str) -> float:
     """Seconds of one forward pass over so many images, from one over these."""
     extract_features(backbone, images[:32])
-    return seconds_per_call(lambda: extract_features(backbone, images), 1, device) * count / len(images)
+    return (
+        seconds_per_call(lambda: extract_features(backbone, images), 1, device)
+        * count
+        / len(images)
+    )
 
 
 def read_parts(backbone: Backbone, train: Images, test: Images) -> Parts:
@@ -141,17 +160,26 @@ def read_parts(backbone: Backbone, train: Images, test: Images) -> Parts:
     features, test_features = (extract_features(backbone, split.images) for split in (train, test))
     labels, test_labels = (split.labels.to(features.device) for split in (train, test))
     fit, held_out = stratified_split(labels, SEED)
-    return Parts(*(Part(features[rows], labels[rows]) for rows in (fit, held_out)), Part(test_features, test_labels))
+    return Parts(
+        *(Part(features[rows], labels[rows]) for rows in (fit, held_out)),
+        Part(test_features, test_labels),
+    )
 
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=10_000, help="of the training split, at most 10,000")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="of the training split, at most 10,000"
+    )
     add_data_option(parser)
-    parser.add_argument("--quick", action="store_true", help="few images, to see that it runs; figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="few images, to see that it runs; figures mean nothing"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "one thread, CPU time"
@@ -166,9 +194,15 @@ def main() -> None:
     print(describe_machine(("torch",), "at the end"))
 
 
-def _train_linear(linear: nn.Linear, fit: Part, config: LinearProbeConfig, setting: Setting) -> None:
+def _train_linear(
+    linear: nn.Linear, fit: Part, config: LinearProbeConfig, setting: Setting
+) -> None:
     optimizer = torch.optim.SGD(
-        linear.parameters(), setting.lr, momentum=MOMENTUM, weight_decay=setting.weight_decay, fused=True
+        linear.parameters(),
+        setting.lr,
+        momentum=MOMENTUM,
+        weight_decay=setting.weight_decay,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     generator = torch.Generator().manual_seed(SEED)

@@ -20,7 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hemoco.config import MoCoConfig, PretrainConfig, ResourcesConfig, StreamConfig
-from hemoco.data.shards.index import INDEX_NAME, Shard, ShardColumns, ShardIndex, read_index, write_index
+from hemoco.data.shards.index import (
+    INDEX_NAME,
+    Shard,
+    ShardColumns,
+    ShardIndex,
+    read_index,
+    write_index,
+)
 from hemoco.data.shards.table import SampleTable, encode_table
 from hemoco.data.stream.batches import pretraining_plan
 from hemoco.data.stream.loader import CropSource
@@ -111,7 +118,9 @@ class ProcessCost(NamedTuple):
 def layout(samples: int, shard_bytes: int) -> NDArray[np.int64]:
     """First bytes of the samples of a shard and its end (samples + 1,)."""
     spans = np.random.default_rng(samples).lognormal(0, 0.5, samples)
-    return np.floor(np.concatenate([[0], np.cumsum(spans)]) / spans.sum() * shard_bytes).astype(np.int64)
+    return np.floor(np.concatenate([[0], np.cumsum(spans)]) / spans.sum() * shard_bytes).astype(
+        np.int64
+    )
 
 
 def fetch(portion: Portion, data: DataSet) -> Fetched:
@@ -123,7 +132,9 @@ def fetch(portion: Portion, data: DataSet) -> Fetched:
         spans = edges[numbers + 1] - edges[numbers]
         ranges = plan_ranges(edges[numbers].tolist(), spans.tolist(), data.shard_bytes)
         size, wanted = sum(stop - start for start, stop in ranges), int(spans.sum())
-        held = wanted if 2 * len(numbers) < data.sizes[shard] else size  # the reader copies the few out
+        held = (
+            wanted if 2 * len(numbers) < data.sizes[shard] else size
+        )  # the reader copies the few out
         total = total.plus(Fetched(len(ranges), 1, size, wanted, held))
     return total
 
@@ -136,12 +147,21 @@ def process_slots(data: DataSet, cluster: Cluster, process: int) -> tuple[int, i
         global_batch_size=cluster.batch,
         moco=MoCoConfig(queue_length=cluster.batch, bn_group_size=2),
         stream=StreamConfig(
-            workers=workers, lanes=cluster.lanes, shards_per_block=data.shards_per_block, memory_bytes=10**15
+            workers=workers,
+            lanes=cluster.lanes,
+            shards_per_block=data.shards_per_block,
+            memory_bytes=10**15,
         ),
         resources=ResourcesConfig(workers=cluster.ranks),
     )
     slots = (cluster.batch * rank // cluster.ranks, cluster.batch * (rank + 1) // cluster.ranks)
-    source = CropSource("", ShardColumns(made_up_shards(data)[:1]), pretraining_plan(config), slots=slots, start=None)
+    source = CropSource(
+        "",
+        ShardColumns(made_up_shards(data)[:1]),
+        pretraining_plan(config),
+        slots=slots,
+        start=None,
+    )
     return source._slots[part]
 
 
@@ -157,11 +177,15 @@ def epoch_order(data: DataSet, cluster: Cluster) -> EpochOrder:
     )
 
 
-def due_portions(data: DataSet, cluster: Cluster, slots: tuple[int, int], step: int | None) -> list[Portion]:
+def due_portions(
+    data: DataSet, cluster: Cluster, slots: tuple[int, int], step: int | None
+) -> list[Portion]:
     """From nothing to the rows of a step (None: the middle one): what a process computes before it can fetch."""
     order = epoch_order(data, cluster)
     first = order.steps // 2 if step is None else step
-    return list(itertools.takewhile(lambda p: p.first_step <= first, plan_portions(order, 3, slots, first)))
+    return list(
+        itertools.takewhile(lambda p: p.first_step <= first, plan_portions(order, 3, slots, first))
+    )
 
 
 def epoch_fetches(data: DataSet, cluster: Cluster, slots: tuple[int, int], most: int) -> Fetched:
@@ -181,7 +205,10 @@ def process_cost(data: DataSet, cluster: Cluster, process: int) -> ProcessCost:
     resume = functools.partial(due_portions, data, cluster, slots, None)
     middle = epoch_order(data, cluster).steps // 2
     steps = [middle * (8 + part) // 8 for part in range(RUNS)]
-    again = [_sum(fetch(portion, data) for portion in due_portions(data, cluster, slots, step)) for step in steps]
+    again = [
+        _sum(fetch(portion, data) for portion in due_portions(data, cluster, slots, step))
+        for step in steps
+    ]
     return ProcessCost(
         fetched=epoch_fetches(data, cluster, slots, MOST_PORTIONS),
         open=_sum(fetch(portion, data) for portion in start()),
@@ -217,7 +244,13 @@ def made_up_shards(data: DataSet) -> tuple[Shard, ...]:
     """What the index says about the shards."""
     digests = np.random.default_rng(0).bytes(32 * data.shards).hex()
     return tuple(
-        Shard(f"train-{number:06d}.tar", "train", size, data.shard_bytes, digests[64 * number : 64 * (number + 1)])
+        Shard(
+            f"train-{number:06d}.tar",
+            "train",
+            size,
+            data.shard_bytes,
+            digests[64 * number : 64 * (number + 1)],
+        )
         for number, size in enumerate(data.sizes.tolist())
     )
 

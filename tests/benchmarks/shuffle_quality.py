@@ -48,7 +48,9 @@ def classes_seen(classes: Samples) -> float:
 
 def lane_batches(sizes: Samples, *, lanes: int, block: int, batch: int, steps: int) -> Samples:
     """Batches of hemoco's order (B, G), spread over an epoch."""
-    order = EpochOrder(sizes, seed=0, epoch=0, lanes=lanes, shards_per_block=block, global_batch_size=batch)
+    order = EpochOrder(
+        sizes, seed=0, epoch=0, lanes=lanes, shards_per_block=block, global_batch_size=batch
+    )
     first = np.concatenate([[0], np.cumsum(sizes)])
     chosen = np.linspace(0, order.steps - 1, steps).astype(int).tolist()
     rows = np.stack([order.samples(step, 0, batch) for step in chosen])  # (B, G, 2)
@@ -60,7 +62,9 @@ def permutation_batches(samples: int, *, batch: int, steps: int) -> Samples:
     return np.random.default_rng(0).choice(samples, (steps, batch), replace=False)
 
 
-def worker_batches(streams: Sequence[Iterator[int]], *, ranks: int, batch: int, steps: int) -> Samples:
+def worker_batches(
+    streams: Sequence[Iterator[int]], *, ranks: int, batch: int, steps: int
+) -> Samples:
     """Global batches (B, G) of ranks whose DataLoaders take turns over their workers, as torch's does.
 
     Args:
@@ -83,10 +87,15 @@ def buffer_streams(sizes: Samples, *, workers: int, buffer: int) -> list[Iterato
 
     def stream(worker: int) -> Iterator[int]:
         shards = deal[worker::workers].tolist()
-        return itertools.chain.from_iterable(range(first[shard], first[shard + 1]) for shard in shards)
+        return itertools.chain.from_iterable(
+            range(first[shard], first[shard + 1]) for shard in shards
+        )
 
     shuffle = webdataset.filters._shuffle
-    return [shuffle(stream(worker), buffer, buffer, rng=random.Random(worker)) for worker in range(workers)]
+    return [
+        shuffle(stream(worker), buffer, buffer, rng=random.Random(worker))
+        for worker in range(workers)
+    ]
 
 
 def chunk_streams(samples: int, *, workers: int, chunk: int) -> list[Iterator[int]]:

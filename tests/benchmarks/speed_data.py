@@ -20,7 +20,9 @@ from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 
 LONGEST_SIDE, QUALITY = 500, 90
-SHARPER = ImageFilter.UnsharpMask(radius=1, percent=60)  # gives them the bytes per pixel of ImageNet's photos
+SHARPER = ImageFilter.UnsharpMask(
+    radius=1, percent=60
+)  # gives them the bytes per pixel of ImageNet's photos
 SHARDS, IMAGES_PER_SHARD = 36, 250
 FEW_SHARDS, FEW_IMAGES_PER_SHARD = 2, 64
 SIZES = {"all": [IMAGES_PER_SHARD] * SHARDS, "few": [FEW_IMAGES_PER_SHARD] * FEW_SHARDS}
@@ -42,7 +44,9 @@ def make_photos(data: Path, count: int) -> Iterator[bytes]:
         if rng.random() < 0.5:
             part = ImageOps.mirror(part)
         buffer = io.BytesIO()
-        ImageEnhance.Brightness(part).enhance(rng.uniform(0.8, 1.2)).save(buffer, "jpeg", quality=QUALITY)
+        ImageEnhance.Brightness(part).enhance(rng.uniform(0.8, 1.2)).save(
+            buffer, "jpeg", quality=QUALITY
+        )
         yield buffer.getvalue()
 
 
@@ -55,7 +59,10 @@ def write_tars(bucket: Path, data: Path) -> None:
         for place, (size, tar) in enumerate(zip(sizes, tar_names(name), strict=True)):
             path = bucket / name / tar
             if not path.exists():
-                samples = [Sample(f"{place:03d}_{number:04d}", next(photos), number % 10) for number in range(size)]
+                samples = [
+                    Sample(f"{place:03d}_{number:04d}", next(photos), number % 10)
+                    for number in range(size)
+                ]
                 path.write_bytes(encode_shard(samples))
             data = path.read_bytes()
             shard = Shard(path.name, "train", size, len(data), hashlib.sha256(data).hexdigest())
@@ -72,7 +79,9 @@ def tar_names(name: str) -> list[str]:
 def read_photos(bucket: Path, name: str) -> list[bytes]:
     """The JPEGs of a folder of tars."""
     tars = [bucket / name / tar for tar in tar_names(name)]
-    return [sample.image for tar in tars for sample in parse_tar(tar.read_bytes(), tar.name).samples]
+    return [
+        sample.image for tar in tars for sample in parse_tar(tar.read_bytes(), tar.name).samples
+    ]
 
 
 def write_mds(bucket: Path) -> None:
@@ -81,7 +90,9 @@ def write_mds(bucket: Path) -> None:
 
     for name in SIZES:
         with MDSWriter(
-            out=str(bucket / f"{name}-mds"), columns={"jpg": "bytes"}, size_limit=_shard_bytes(bucket)
+            out=str(bucket / f"{name}-mds"),
+            columns={"jpg": "bytes"},
+            size_limit=_shard_bytes(bucket),
         ) as out:
             for photo in read_photos(bucket, name):
                 out.write({"jpg": photo})
@@ -94,7 +105,11 @@ def write_litdata(bucket: Path) -> None:
     for name in SIZES:
         photos = read_photos(bucket, name)
         litdata.optimize(
-            _jpg, photos, output_dir=str(bucket / f"{name}-litdata"), chunk_bytes=_shard_bytes(bucket), num_workers=1
+            _jpg,
+            photos,
+            output_dir=str(bucket / f"{name}-litdata"),
+            chunk_bytes=_shard_bytes(bucket),
+            num_workers=1,
         )
 
 
@@ -113,4 +128,7 @@ def _jpg(photo: bytes) -> dict[str, bytes]:
 
 
 def _shard_bytes(bucket: Path) -> int:
-    return max(shard["bytes"] for shard in json.loads((bucket / "all" / "index.json").read_text())["shards"])
+    return max(
+        shard["bytes"]
+        for shard in json.loads((bucket / "all" / "index.json").read_text())["shards"]
+    )

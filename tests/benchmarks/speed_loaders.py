@@ -33,18 +33,27 @@ from hemoco.storage.objects import filesystem
 
 PROCESSES, BATCH, SIZE = 2, 64, 224
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
-GLOBAL_BATCH = BATCH * PROCESSES  # so that each process of hemoco makes 64 images of a step, as the others' do
+GLOBAL_BATCH = (
+    BATCH * PROCESSES
+)  # so that each process of hemoco makes 64 images of a step, as the others' do
 STREAM = StreamConfig(workers=PROCESSES, lanes=4, shards_per_block=2)
 VIEWS = ViewsConfig(size=SIZE)
 PRETRAIN = PretrainConfig(
-    global_batch_size=GLOBAL_BATCH, views=VIEWS, moco=MoCoConfig(queue_length=GLOBAL_BATCH), stream=STREAM
+    global_batch_size=GLOBAL_BATCH,
+    views=VIEWS,
+    moco=MoCoConfig(queue_length=GLOBAL_BATCH),
+    stream=STREAM,
 )
 
 View = Callable[[bytes], Tensor]
 """From a JPEG to uint8 (3, S, S) or (2, 3, S, S)."""
 
 pil_transform = transforms.Compose(
-    [transforms.RandomResizedCrop(SIZE, scale=SCALE), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+    [
+        transforms.RandomResizedCrop(SIZE, scale=SCALE),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
 )
 
 
@@ -85,7 +94,9 @@ class HemocoViews:
 
     def __init__(self, views: int) -> None:
         self._row, self._step = BATCH, 0
-        self._crops = torch.zeros((BATCH, views, SIZE, SIZE, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        self._crops = torch.zeros((BATCH, views, SIZE, SIZE, 3), dtype=torch.uint8).permute(
+            0, 1, 4, 2, 3
+        )
 
     def __call__(self, data: bytes) -> Tensor:
         if self._row == BATCH:
@@ -106,7 +117,9 @@ def hemoco_batches(url: str, crops: int) -> Iterator[Tensor]:
     """hemoco's own loader processes, up to what they hand to the trainer: one view of an image or two."""
     _start_fork_server()
     plan = dataclasses.replace(pretraining_plan(PRETRAIN), crops=crops, epochs=1)
-    parts = CropSource(url, ShardColumns(read_index(url).split("train")), plan, slots=(0, GLOBAL_BATCH), start=None)
+    parts = CropSource(
+        url, ShardColumns(read_index(url).split("train")), plan, slots=(0, GLOBAL_BATCH), start=None
+    )
     for part in start_loader(parts, torch.device("cpu")):
         if isinstance(part, HemocoError):
             raise part
@@ -130,7 +143,11 @@ def hemoco_stage_batches(url: str, view: View) -> Iterator[Tensor]:
     pipeline = webdataset.DataPipeline(source, webdataset.map(functools.partial(_jpg_view, view)))
     _start_fork_server()
     # as hemoco's own stream has it: forked children would inherit the client that has read the index
-    return iter(DataLoader(pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context="forkserver"))
+    return iter(
+        DataLoader(
+            pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context="forkserver"
+        )
+    )
 
 
 def webdataset_batches(url: str, view: View) -> Iterator[Tensor]:
@@ -160,7 +177,9 @@ def mosaic_batches(url: str, view: View) -> Iterator[Tensor]:
 
     _clean_shared_memory()
     samples = Views(remote=f"{url}-mds", local=tempfile.mkdtemp(), shuffle=True, batch_size=BATCH)
-    for stream in samples.streams:  # else forked workers read from one socket, and each gets some of the other's bytes
+    for stream in (
+        samples.streams
+    ):  # else forked workers read from one socket, and each gets some of the other's bytes
         stream._downloader.clean_up()
     return iter(DataLoader(samples, batch_size=BATCH, num_workers=PROCESSES))
 
@@ -176,7 +195,9 @@ def litdata_batches(url: str, view: View) -> Iterator[Tensor]:
     # it refuses plain http, and no setting of it reaches its client
     litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
-    samples = Views(f"{url}-litdata", cache_dir=tempfile.mkdtemp(), shuffle=True, storage_options=options)
+    samples = Views(
+        f"{url}-litdata", cache_dir=tempfile.mkdtemp(), shuffle=True, storage_options=options
+    )
     return iter(litdata.StreamingDataLoader(samples, batch_size=BATCH, num_workers=PROCESSES))
 
 
@@ -184,7 +205,9 @@ def hemoco_bytes(url: str, passes: int) -> Iterator[int]:
     """Sizes of the images as hemoco's reader gives them, in one process, nothing decoded."""
     slots = (0, GLOBAL_BATCH)
     plan = dataclasses.replace(pretraining_plan(PRETRAIN), epochs=passes)
-    source = CropSource(url, ShardColumns(read_index(url).split("train")), plan, slots=slots, start=None)
+    source = CropSource(
+        url, ShardColumns(read_index(url).split("train")), plan, slots=slots, start=None
+    )
     with closing(source._reader(slots)) as reader:
         for position, pieces in source._steps(slots):
             yield from (len(read.image) for read in reader.encoded(*position, pieces))

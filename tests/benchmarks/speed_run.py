@@ -102,12 +102,19 @@ def measure(batches: Callable[[], Iterable[object]], amount: Callable[[object], 
     return Cost(total, tree_cpu_s() - cpu, time.perf_counter() - begun, first_s)
 
 
-def without_start(batches: Callable[[str], Iterable[object]], amount: Callable[[object], float]) -> Cost:
+def without_start(
+    batches: Callable[[str], Iterable[object]], amount: Callable[[object], float]
+) -> Cost:
     """The cost of all images less that of a few, on S3."""
     few, whole = (functools.partial(batches, f"{URL}/{name}") for name in ("few", "all"))
     measure(few, amount)  # what is done once in a process
     start, cost = measure(few, amount), measure(whole, amount)
-    return Cost(cost.amount - start.amount, cost.cpu_s - start.cpu_s, cost.wall_s - start.wall_s, start.first_s)
+    return Cost(
+        cost.amount - start.amount,
+        cost.cpu_s - start.cpu_s,
+        cost.wall_s - start.wall_s,
+        start.first_s,
+    )
 
 
 def read_only(sizes: Callable[[str, int], Iterable[int]]) -> Cost:

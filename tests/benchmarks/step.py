@@ -34,15 +34,21 @@ SECTIONS = ("step", "loss", "ddp", "augment")
 
 def main() -> None:
     """Measures the sections that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; all by default"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--moco-checkout", type=Path, help="folder with moco/builder.py")
     parser.add_argument("--solo-checkout", type=Path, help="folder with solo/methods/mocov2plus.py")
     add_data_option(parser, required=False)
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to see that it runs; the figures mean nothing",
     )
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
@@ -54,7 +60,10 @@ def main() -> None:
     torch.manual_seed(0)
     describe = functools.partial(describe_machine, ("torch", "torchvision", "timm", "numpy"))
     where = torch.cuda.get_device_name() if options.device == "cuda" else "one thread, CPU time"
-    print(describe(f"{where}; {options.rounds} rounds{'; QUICK' if options.quick else ''}"), flush=True)
+    print(
+        describe(f"{where}; {options.rounds} rounds{'; QUICK' if options.quick else ''}"),
+        flush=True,
+    )
     if "step" in chosen:
         checkouts = {"official": options.moco_checkout, "solo-learn": options.solo_checkout}
         step_table.measure(options.device, options.rounds, checkouts, quick=options.quick)

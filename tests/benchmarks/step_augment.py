@@ -46,7 +46,11 @@ class Colours:
     """Mean and standard deviation per channel over all that was added."""
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3).double()
+        self._count, self._sum, self._squares = (
+            0,
+            torch.zeros(3, dtype=torch.float64),
+            torch.zeros(3).double(),
+        )
 
     def add(self, views: Tensor) -> None:
         """Takes (N, 3, S, S)."""
@@ -76,7 +80,14 @@ def measure(device: str, rounds: int, data: Path | None, *, quick: bool) -> None
             name: over_rounds(found, lambda each, n=name, s=source: s.views / each[n])  # type: ignore[misc]
             for name in colours
         }
-        _report(source, device, rounds, speeds, {name: each.found() for name, each in colours.items()}, found)
+        _report(
+            source,
+            device,
+            rounds,
+            speeds,
+            {name: each.found() for name, each in colours.items()},
+            found,
+        )
 
 
 def _rounds(
@@ -89,7 +100,9 @@ def _rounds(
     def batched(chosen: Tensor, turn: int) -> list[Tensor]:
         made = []
         for step, batch in enumerate(chosen.split(source.batch)):
-            draws = draw_augmentation(config, seed=turn, epoch=0, step=step, slots=(0, len(batch)), view=0)
+            draws = draw_augmentation(
+                config, seed=turn, epoch=0, step=step, slots=(0, len(batch)), view=0
+            )
             made.append(augment(batch.to(device), draws, config))
         return made
 
@@ -104,7 +117,9 @@ def _rounds(
         if name == OURS:
             taken = seconds_per_call(lambda: made.extend(batched(chosen, turn)), 1, places[name])
         else:
-            taken = seconds_per_call(lambda: made.extend(one_by_one(chosen, samples[name])), 1, places[name])
+            taken = seconds_per_call(
+                lambda: made.extend(one_by_one(chosen, samples[name])), 1, places[name]
+            )
         colours[name].add(torch.cat(made))
         return taken
 
@@ -120,7 +135,8 @@ def _torchvision(config: ViewsConfig, *, floats: bool) -> Callable[[Tensor], Ten
     changes: list[Any] = [
         v2.RandomHorizontalFlip(config.flip),
         v2.RandomApply(
-            [v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)], config.jitter
+            [v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)],
+            config.jitter,
         ),
         v2.RandomGrayscale(config.grayscale),
         v2.RandomApply([v2.GaussianBlur(BLUR_PIXELS, (0.1, 2.0))], config.blur[0]),
@@ -143,13 +159,30 @@ def _report(
         ratio = over_rounds(found, lambda each, n=name: each[n] / each[OURS])  # type: ignore[misc]
         numbers = " ".join(f"{value:6.3f}" for value in colours[name].tolist())
         rows.append((name, speed.median, ratio.median, ratio.spread(), numbers))
-    where = "one thread; img/CPU-s" if device == "cpu" else "hemoco on the GPU, torchvision on one CPU thread; img/s"
+    where = (
+        "one thread; img/CPU-s"
+        if device == "cpu"
+        else "hemoco on the GPU, torchvision on one CPU thread; img/s"
+    )
     title = f"Augmentation, {source.name} at {source.size} pixels, {rounds * source.views} views each, {where}"
-    print(table(title, ("way", "img/s", "ours / this", "range", "means, then stds of RGB, normalised"), rows))
+    print(
+        table(
+            title,
+            ("way", "img/s", "ours / this", "range", "means, then stds of RGB, normalised"),
+            rows,
+        )
+    )
     apart = float((colours[OURS] - colours[FLOATS]).abs().max())
     print_goals(
         f"Augmentation, {source.name}: goals",
-        [Goal("largest difference of a mean or std", Found(apart, apart, apart), 0.05, at_least=False)],
+        [
+            Goal(
+                "largest difference of a mean or std",
+                Found(apart, apart, apart),
+                0.05,
+                at_least=False,
+            )
+        ],
     )
 
 

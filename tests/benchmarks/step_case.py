@@ -15,7 +15,14 @@ Step = Callable[[], object]
 """One optimiser step, or whatever else is timed."""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LR, MOMENTUM, WEIGHT_DECAY, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_SIZE = 0.03, 0.9, 1e-4, 0.2, 0.999, 128
+LR, MOMENTUM, WEIGHT_DECAY, TEMPERATURE, KEY_MOMENTUM, EMBEDDING_SIZE = (
+    0.03,
+    0.9,
+    1e-4,
+    0.2,
+    0.999,
+    128,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,9 @@ def cases(device: str, *, quick: bool) -> tuple[Case, ...]:
         megabytes=36.0,
     )
     if quick:
-        resnet50 = dataclasses.replace(resnet50, size=64, batch=8, queue=256, group=4, megabytes=0.0)
+        resnet50 = dataclasses.replace(
+            resnet50, size=64, batch=8, queue=256, group=4, megabytes=0.0
+        )
         resnet18 = dataclasses.replace(resnet18, batch=16, queue=256, group=4)
     return resnet50, resnet18
 
@@ -72,7 +81,11 @@ def made_crops(case: Case, device: str) -> Tensor:
     """Noise as hemoco's loader gives images: uint8 (N, 2, 3, S, S), channels last in memory."""
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, 2, case.size, case.size, 3)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=generator).permute(0, 1, 4, 2, 3).to(device)
+    return (
+        torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        .permute(0, 1, 4, 2, 3)
+        .to(device)
+    )
 
 
 def made_views(case: Case, device: str) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,14 @@ def measure(rounds: int, *, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, str(rank), f"{folder}/store", str(rounds), str(int(quick))],
+                [
+                    sys.executable,
+                    __file__,
+                    str(rank),
+                    f"{folder}/store",
+                    str(rounds),
+                    str(int(quick)),
+                ],
                 stdout=subprocess.PIPE,
                 text=True,
             )
@@ -72,8 +79,14 @@ def measure(rounds: int, *, quick: bool) -> None:
         f"{found['queue']:.1e};\nchanging that process's first weights by 1e-7, as rounding does, takes it "
         f"{found['rounding']:.1e} of the way elsewhere"
     )
-    equal = found["between_ranks"] == 0 and found["from_one"] <= found["rounding"] and found["queue"] < 1e-4
-    print(f"weights equal to one process's, up to rounding, and on both ranks: {'met' if equal else 'NOT MET'}")
+    equal = (
+        found["between_ranks"] == 0
+        and found["from_one"] <= found["rounding"]
+        and found["queue"] < 1e-4
+    )
+    print(
+        f"weights equal to one process's, up to rounding, and on both ranks: {'met' if equal else 'NOT MET'}"
+    )
 
 
 def rank_main(rank: int, store: str, rounds: int, *, quick: bool) -> None:
@@ -85,7 +98,9 @@ def rank_main(rank: int, store: str, rounds: int, *, quick: bool) -> None:
     crops, whole = made_crops(case, "cpu")[part], config(case)
     steps: dict[str, Step] = {DDP: stepper(build_state(whole, CPU, data_digest=""), crops)}
     with alone():
-        state = build_state(config(case, global_batch_size=case.batch // RANKS), CPU, data_digest="")
+        state = build_state(
+            config(case, global_batch_size=case.batch // RANKS), CPU, data_digest=""
+        )
         steps[ALONE] = stepper(state, crops)
     calls = 1 if quick else 4
     turns = []
@@ -155,7 +170,9 @@ def _trained_alone(case: Case, settings: PretrainConfig, nudge: float) -> TrainS
 
 
 def _weights(state: TrainState) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trained_parameters(state.model)])
+    return torch.cat(
+        [parameter.detach().flatten() for parameter in trained_parameters(state.model)]
+    )
 
 
 if __name__ == "__main__":

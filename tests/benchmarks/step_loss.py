@@ -32,7 +32,9 @@ def plain_loss(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
     positives = torch.einsum("nc,nc->n", queries, keys)[:, None]  # (N, 1)
     logits = torch.cat([positives, queries @ queue], dim=1)  # (N, 1 + K)
     logits /= TEMPERATURE
-    return functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    return functional.cross_entropy(
+        logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    )
 
 
 def fused_loss(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
@@ -51,11 +53,19 @@ def measure(device: str, rounds: int, *, quick: bool) -> None:
         with_gradient(form, inputs)
     calls = 1 if quick else 5 if device == "cpu" else 50
     seconds = take_turns(
-        list(FORMS), rounds, lambda name: seconds_per_call(lambda: with_gradient(FORMS[name], inputs), calls, device)
+        list(FORMS),
+        rounds,
+        lambda name: seconds_per_call(lambda: with_gradient(FORMS[name], inputs), calls, device),
     )
-    grown = take_turns(list(FORMS), rounds, lambda name: float(_peak_elsewhere(name, device, queue_length)))
+    grown = take_turns(
+        list(FORMS), rounds, lambda name: float(_peak_elsewhere(name, device, queue_length))
+    )
     rows = [
-        (name, over_rounds(seconds, _of(name, 1e3)).median, over_rounds(grown, _of(name, 1e-6)).median)
+        (
+            name,
+            over_rounds(seconds, _of(name, 1e3)).median,
+            over_rounds(grown, _of(name, 1e-6)).median,
+        )
         for name in FORMS
     ]
     unit = "CPU-ms" if device == "cpu" else "ms"
@@ -75,8 +85,12 @@ def made_inputs(device: str, queue_length: int) -> tuple[Tensor, Tensor, Tensor]
     """Unit vectors; each key is near its query."""
     generator = torch.Generator().manual_seed(0)
     queries = functional.normalize(torch.randn(BATCH, EMBEDDING_SIZE, generator=generator), dim=1)
-    keys = functional.normalize(queries + 0.05 * torch.randn(BATCH, EMBEDDING_SIZE, generator=generator), dim=1)
-    queue = functional.normalize(torch.randn(EMBEDDING_SIZE, queue_length, generator=generator), dim=0)
+    keys = functional.normalize(
+        queries + 0.05 * torch.randn(BATCH, EMBEDDING_SIZE, generator=generator), dim=1
+    )
+    queue = functional.normalize(
+        torch.randn(EMBEDDING_SIZE, queue_length, generator=generator), dim=0
+    )
     return queries.to(device), keys.to(device), queue.to(device)
 
 
@@ -92,7 +106,9 @@ def with_gradient(form: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Te
 def disagreement(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
     """Relative difference of loss and gradient between the forms."""
     (ours, slope), (plain, plain_slope) = (with_gradient(form, inputs) for form in FORMS.values())
-    return float((ours - plain).abs() / plain.abs()), float((slope - plain_slope).norm() / plain_slope.norm())
+    return float((ours - plain).abs() / plain.abs()), float(
+        (slope - plain_slope).norm() / plain_slope.norm()
+    )
 
 
 def peak(form: Loss, device: str, queue_length: int) -> int:

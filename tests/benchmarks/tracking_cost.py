@@ -55,7 +55,12 @@ from jobs.recipes.demo import recipe
 
 Listener = Callable[[StepMetrics], None]
 NOBODY, AGAIN, MEASURED = "nobody", "nobody, again", "nobody, values measured"
-TRACKED, SHIPPED, STOPPED, NAIVE = "Tracker, every step", "as shipped", "Tracker, server stopped", "log_metric"
+TRACKED, SHIPPED, STOPPED, NAIVE = (
+    "Tracker, every step",
+    "as shipped",
+    "Tracker, server stopped",
+    "log_metric",
+)
 LEAD_IN_S = 3.0
 CONFIG = dataclasses.replace(recipe.pretrain, epochs=NEVER)
 EVERY = {NOBODY: NEVER, AGAIN: NEVER, SHIPPED: CONFIG.log_every_steps}
@@ -102,7 +107,9 @@ class Lab:
 
     def new_run(self) -> str:
         """The id of a run in MLflow."""
-        return open_run(self.uri, connect(self.uri), name="tracking_cost", parent=None, tags={}, params={})
+        return open_run(
+            self.uri, connect(self.uri), name="tracking_cost", parent=None, tags={}, params={}
+        )
 
     @contextlib.contextmanager
     def tracker(self, run_id: str) -> Iterator[Tracker]:
@@ -120,7 +127,9 @@ class Lab:
         ticks = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                fields = stat.read_text().rpartition(")")[2].split()  # from the third on, which is the state
+                fields = (
+                    stat.read_text().rpartition(")")[2].split()
+                )  # from the third on, which is the state
                 ticks += (int(fields[11]) + int(fields[12])) * (int(fields[2]) == self.group)
         return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -178,7 +187,13 @@ def naive(lab: Lab, run_id: str, seconds: float) -> Iterator[Listener]:
     yield listen
 
 
-WAYS = {NOBODY: nobody, MEASURED: nobody, TRACKED: tracked, SHIPPED: as_shipped, STOPPED: server_stopped}
+WAYS = {
+    NOBODY: nobody,
+    MEASURED: nobody,
+    TRACKED: tracked,
+    SHIPPED: as_shipped,
+    STOPPED: server_stopped,
+}
 WAYS |= {NAIVE: naive, AGAIN: nobody}
 
 
@@ -186,7 +201,9 @@ def steps_of(way: str) -> Iterator[StepMetrics]:
     """A training without end, the same for every way."""
     config = dataclasses.replace(CONFIG, log_every_steps=EVERY.get(way, 1))
     size, count = config.views.size, config.global_batch_size
-    case = Case(architecture="resnet18", size=size, stem="imagenet", batch=count, queue=0, group=0)  # for its crops
+    case = Case(
+        architecture="resnet18", size=size, stem="imagenet", batch=count, queue=0, group=0
+    )  # for its crops
     batch = Batch(made_crops(case, "cpu"), [str(row) for row in range(count)], StreamPosition(0, 0))
     state = build_state(config, torch.device("cpu"), data_digest="")
     return train_steps(state, iter(lambda: batch, None), steps_per_epoch=NEVER)
@@ -225,8 +242,12 @@ def take_turn(lab: Lab, way: str, steps: Iterator[StepMetrics], seconds: float) 
     if WAYS[way] is not nobody:
         arrived = {step for step, _ in metric_history(lab.uri, run_id, "loss")}
         if arrived != before.logged | done.logged:
-            raise SystemExit(f"{way}: steps were logged that MLflow does not have, or the other way round")
-    by_step = (1e3 * s / done.steps for s in (done.cpu_s, done.listening_s, cpu_s - done.cpu_s, server_s))
+            raise SystemExit(
+                f"{way}: steps were logged that MLflow does not have, or the other way round"
+            )
+    by_step = (
+        1e3 * s / done.steps for s in (done.cpu_s, done.listening_s, cpu_s - done.cpu_s, server_s)
+    )
     return Cost._make((done.steps / done.wall_s, *by_step, end_s))
 
 
@@ -246,15 +267,36 @@ def report(found: list[dict[str, Cost]]) -> None:
         middle = Cost(*map(statistics.median, zip(*(costs[way] for costs in found), strict=True)))
         rate, share = _rates(found, way, NOBODY), _found([costs[way].share for costs in found])
         wall = (f"{middle.rate:.2f}", f"{rate.median:.3f}", _range(rate), f"{middle.wait_ms:.2f}")
-        cpu = (f"{middle.training_ms:.1f}", f"{middle.recording_ms:.2f}", f"{share.median:.2f}", _range(share))
+        cpu = (
+            f"{middle.training_ms:.1f}",
+            f"{middle.recording_ms:.2f}",
+            f"{share.median:.2f}",
+            _range(share),
+        )
         rows.append((way, *wall, *cpu, f"{middle.server_ms:.1f}", f"{middle.end_s:.1f}"))
     of_wall = ("steps/s", "ratio", "range", "wait ms")
-    names = ("who listens", *of_wall, "training's", "CPU ms", "share %", "range ", "server's", "end s")
-    print(table(f"{CONFIG.encoder.architecture}, {CONFIG.global_batch_size} images a step", names, rows))
+    names = (
+        "who listens",
+        *of_wall,
+        "training's",
+        "CPU ms",
+        "share %",
+        "range ",
+        "server's",
+        "end s",
+    )
+    print(
+        table(
+            f"{CONFIG.encoder.architecture}, {CONFIG.global_batch_size} images a step", names, rows
+        )
+    )
     goals = [
         Goal("steps/s: as shipped / nobody", _rates(found, SHIPPED, NOBODY), 0.99),
         Goal(
-            "CPU: recording as shipped, % of training", _found([c[SHIPPED].share for c in found]), 1.0, at_least=False
+            "CPU: recording as shipped, % of training",
+            _found([c[SHIPPED].share for c in found]),
+            1.0,
+            at_least=False,
         ),
         Goal("steps/s: server stopped / server answers", _rates(found, STOPPED, TRACKED), 0.99),
     ]
@@ -263,7 +305,9 @@ def report(found: list[dict[str, Cost]]) -> None:
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each way in each round")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")

@@ -66,7 +66,9 @@ _RECIPES = {
 
 def main() -> None:
     """Runs all, compares, checks that nothing was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     add_data_option(parser)
     options = parser.parse_args()
@@ -100,7 +102,9 @@ def _run_all(work: Path, server: MlflowServer, servers: ExitStack) -> list[str]:
     names = []
     for name, (words, views) in _RECIPES.items():
         recipe = work / f"{name}.py"
-        recipe.write_text(_RECIPE.format(name=name, words=words, views=views, epochs=_EPOCHS, batch=_BATCH))
+        recipe.write_text(
+            _RECIPE.format(name=name, words=words, views=views, epochs=_EPOCHS, batch=_BATCH)
+        )
         for seed in range(3):
             run = f"{name}-{seed}"
             words_of_run = ["run", str(recipe), "--run", run, "--pretrain.seed", str(seed)]
@@ -114,7 +118,11 @@ def _run_all(work: Path, server: MlflowServer, servers: ExitStack) -> list[str]:
 
 
 def _interrupt(
-    work: Path, server: MlflowServer, servers: ExitStack, run: str, process: "subprocess.Popen[bytes]"
+    work: Path,
+    server: MlflowServer,
+    servers: ExitStack,
+    run: str,
+    process: "subprocess.Popen[bytes]",
 ) -> None:
     """Kills MLflow once losses of the run have come, and starts it again after the outage, at the same address."""
     while not (steps := _steps(server.uri, run)):

@@ -24,7 +24,9 @@ def places_with(canary: str, *places: Path | str | bytes) -> list[str]:
         ValueError: the secret is too short, or a folder holds no file: then a search proves nothing.
     """
     if len(canary) < 12:
-        raise ValueError(f"a secret of {len(canary)} characters stands anywhere by chance: use 12 or more")
+        raise ValueError(
+            f"a secret of {len(canary)} characters stands anywhere by chance: use 12 or more"
+        )
     forms = _forms(canary)
     found = []
     for place in places:
@@ -49,16 +51,25 @@ def _forms(canary: str) -> dict[str, bytes]:
         "UTF-16": canary.encode("utf-16-le"),
     }
     for shift in range(3):  # in a longer text it begins at any of base64's three places
-        for kind, encode in (("base64", base64.b64encode), ("base64 for URLs", base64.urlsafe_b64encode)):
+        for kind, encode in (
+            ("base64", base64.b64encode),
+            ("base64 for URLs", base64.urlsafe_b64encode),
+        ):
             whole = encode(b"\0" * shift + data)
             # the first and last letters are also of the neighbours
-            forms[f"{kind}, shifted by {shift}"] = whole[-(-shift * 8 // 6) : len(whole) - 4 or None]
+            forms[f"{kind}, shifted by {shift}"] = whole[
+                -(-shift * 8 // 6) : len(whole) - 4 or None
+            ]
     return {name: pattern for name, pattern in forms.items() if name == "plain" or pattern != data}
 
 
 def _contents(place: Path | str | bytes) -> Iterator[tuple[str, bytes]]:
     if isinstance(place, Path):
-        files = [file for file in sorted(place.rglob("*")) if file.is_file()] if place.is_dir() else [place]
+        files = (
+            [file for file in sorted(place.rglob("*")) if file.is_file()]
+            if place.is_dir()
+            else [place]
+        )
         if not files:
             raise ValueError(f"{place}: there is no file in it")
         for file in files:

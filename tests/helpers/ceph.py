@@ -60,7 +60,9 @@ def ceph_server(folder: Path) -> Iterator[S3Server]:
     Raises:
         RuntimeError: a package is missing, or one of its processes does not start.
     """
-    missing = [name for name in ("ceph", "ceph-mon", "ceph-osd", "radosgw") if shutil.which(name) is None]
+    missing = [
+        name for name in ("ceph", "ceph-mon", "ceph-osd", "radosgw") if shutil.which(name) is None
+    ]
     if missing:
         raise RuntimeError(
             f"{missing[0]} is missing: apt-get install --no-install-recommends ceph-mon ceph-osd radosgw"
@@ -74,7 +76,18 @@ def ceph_server(folder: Path) -> Iterator[S3Server]:
         stack.enter_context(_daemon(folder, "ceph-mon", "-i", "a"))
         _make_store(folder)
         stack.enter_context(_daemon(folder, "ceph-osd", "-i", "0"))
-        _ask(folder, "auth", "get-or-create", "client.rgw", "mon", "allow rwx", "osd", "allow rwx", "-o", "rgw.key")
+        _ask(
+            folder,
+            "auth",
+            "get-or-create",
+            "client.rgw",
+            "mon",
+            "allow rwx",
+            "osd",
+            "allow rwx",
+            "-o",
+            "rgw.key",
+        )
         gateway = stack.enter_context(_daemon(folder, "radosgw", "-n", "client.rgw"))
         log = folder / "radosgw.log"
         if not wait_until(lambda: _listens(port), gateway, timeout_s=_START_S):
@@ -97,7 +110,19 @@ def _make_monitor(folder: Path, fsid: str, address: str) -> None:
     _run(folder, "ceph-authtool", "-C", "admin.key", "-g", "-n", "client.admin", *everything)
     _run(folder, "ceph-authtool", "mon.key", "--import-keyring", "admin.key")
     _run(folder, "monmaptool", "--create", "--addv", "a", address, "--fsid", fsid, "monmap")
-    _run(folder, "ceph-mon", "-c", "ceph.conf", "--mkfs", "-i", "a", "--monmap", "monmap", "--keyring", "mon.key")
+    _run(
+        folder,
+        "ceph-mon",
+        "-c",
+        "ceph.conf",
+        "--mkfs",
+        "-i",
+        "a",
+        "--monmap",
+        "monmap",
+        "--keyring",
+        "mon.key",
+    )
 
 
 def _make_store(folder: Path) -> None:
@@ -106,11 +131,24 @@ def _make_store(folder: Path) -> None:
     (folder / "osd").mkdir()
     _ask(folder, "osd", "new", name)  # waits for the monitor
     _run(folder, "ceph-authtool", "-C", "osd.key", "-g", "-n", "osd.0")
-    _ask(folder, "auth", "add", "osd.0", "osd", "allow *", "mon", "allow profile osd", "-i", "osd.key")
+    _ask(
+        folder,
+        "auth",
+        "add",
+        "osd.0",
+        "osd",
+        "allow *",
+        "mon",
+        "allow profile osd",
+        "-i",
+        "osd.key",
+    )
     _run(folder, "ceph-osd", "-c", "ceph.conf", "-i", "0", "--mkfs", "--osd-uuid", name)
 
 
-def _daemon(folder: Path, program: str, *words: str) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
+def _daemon(
+    folder: Path, program: str, *words: str
+) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
     command = [program, "-c", str(folder / "ceph.conf"), *words, "-f"]
     return child_process(command, log=folder / f"{program}.log", environment=dict(os.environ))
 
@@ -120,9 +158,13 @@ def _ask(folder: Path, *words: str) -> None:
 
 
 def _run(folder: Path, *words: str) -> str:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=_START_S, check=False)
+    done = subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=_START_S, check=False
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words[:3])}: {done.stderr.strip()[-500:]}; the logs are in {folder}")
+        raise RuntimeError(
+            f"{' '.join(words[:3])}: {done.stderr.strip()[-500:]}; the logs are in {folder}"
+        )
     return done.stdout
 
 

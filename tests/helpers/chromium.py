@@ -41,9 +41,18 @@ def chromium(folder: Path) -> Iterator[str]:
     program = shutil.which("chromium")
     assert program, "the Debian package chromium is needed"
     log = folder / "chromium.log"
-    words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    words = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+    ]
     words += ["--remote-debugging-port=0", f"--user-data-dir={folder / 'profile'}", "about:blank"]
-    with log.open("wb") as output, subprocess.Popen([program, *words], stdout=output, stderr=output) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen([program, *words], stdout=output, stderr=output) as process,
+    ):
         try:
             while not (match := _LISTENS.search(log.read_bytes())):
                 assert process.poll() is None, log.read_text()
@@ -70,7 +79,9 @@ async def _show(address: str, url: str, width: int, picture: Path) -> Shown:
             await tab.ask("Emulation.setDeviceMetricsOverride", **size)
             await tab.ask("Page.navigate", url=url)
             await tab.until("Page.loadEventFired")
-            shown = Shown([], [], *[await tab.value(script) for script in (_WIDTH, _BROKEN, _SMALLEST)])
+            shown = Shown(
+                [], [], *[await tab.value(script) for script in (_WIDTH, _BROKEN, _SMALLEST)]
+            )
             drawn = await tab.ask("Page.captureScreenshot", captureBeyondViewport=True)
             await asyncio.to_thread(picture.write_bytes, base64.b64decode(drawn["data"]))
             shown.complaints, shown.requests = tab.complaints(), tab.requests(url)
@@ -105,12 +116,22 @@ class _Tab:
             self._told.append(await self._socket.receive_json())
 
     async def value(self, script: str) -> Any:
-        return (await self.ask("Runtime.evaluate", expression=script, returnByValue=True))["result"]["value"]
+        return (await self.ask("Runtime.evaluate", expression=script, returnByValue=True))[
+            "result"
+        ]["value"]
 
     def complaints(self) -> list[str]:
         kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-        return [json.dumps(message["params"]) for message in self._told if message.get("method") in kinds]
+        return [
+            json.dumps(message["params"])
+            for message in self._told
+            if message.get("method") in kinds
+        ]
 
     def requests(self, page: str) -> list[str]:
-        asked = [m["params"]["request"]["url"] for m in self._told if m.get("method") == "Network.requestWillBeSent"]
+        asked = [
+            m["params"]["request"]["url"]
+            for m in self._told
+            if m.get("method") == "Network.requestWillBeSent"
+        ]
         return [url[:200] for url in asked if url != page and not url.startswith("data:")]

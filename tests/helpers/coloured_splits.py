@@ -17,7 +17,9 @@ def coloured(count: int, seed: int) -> LabelledSplit:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     shades = torch.tensor([[90, 120, 120], [120, 90, 120], [120, 120, 90], [120, 120, 120]])[labels]
-    noise = torch.randn(count, 3, 1, 1, generator=generator) * 12 + torch.randn(count, 3, 8, 8, generator=generator)
+    noise = torch.randn(count, 3, 1, 1, generator=generator) * 12 + torch.randn(
+        count, 3, 8, 8, generator=generator
+    )
     return in_memory((shades.view(-1, 3, 1, 1) + noise).clamp(0, 255).to(torch.uint8), labels)
 
 

@@ -23,7 +23,18 @@ from tests.helpers.deploy_files import COMPOSE, DEPLOY, ROOT, image_variables
 
 _DEADLINE_S = 240
 _AS_POSTGRES = ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups")
-_SUBMIT = ("ray", "job", "submit", "--address", "http://head:8265", "--", "python", "-m", "jobs", "recipes")
+_SUBMIT = (
+    "ray",
+    "job",
+    "submit",
+    "--address",
+    "http://head:8265",
+    "--",
+    "python",
+    "-m",
+    "jobs",
+    "recipes",
+)
 _LOG_TO_MLFLOW = """
 from mlflow import MlflowClient
 client = MlflowClient()
@@ -43,12 +54,19 @@ class Stack:
         asked = set(re.findall(r"\$\{(\w+):\?", (DEPLOY / "compose.yaml").read_text()))
         self.secrets = {name: secrets.token_hex(16) for name in asked}
         path = f"{image / 'bin'}:{postgres}:/usr/bin:/bin"
-        places = {"PATH": path, "HOME": str(folder), "HEMOCO_HOME": str(folder / "cache"), "RAY_TMPDIR": "/run/ray"}
+        places = {
+            "PATH": path,
+            "HOME": str(folder),
+            "HEMOCO_HOME": str(folder / "cache"),
+            "RAY_TMPDIR": "/run/ray",
+        }
         self.environment = image_variables() | places
 
     def filled(self, text: str) -> str:
         """Text of the file with its variables, as compose fills them in."""
-        given = re.sub(r"\$\{(\w+)(?::[?-][^}]*)?\}", lambda found: self.secrets.get(found[1], ""), text)
+        given = re.sub(
+            r"\$\{(\w+)(?::[?-][^}]*)?\}", lambda found: self.secrets.get(found[1], ""), text
+        )
         return given.replace("/objects", str(self.folder / "objects"))
 
     def variables(self, service: str) -> dict[str, str]:
@@ -66,11 +84,19 @@ class Stack:
         user = ("--username", variables["POSTGRES_USER"])
         init = ("initdb", "--pgdata", data, *user, "--pwfile", password, "--auth", "scram-sha-256")
         init += ("--encoding", "UTF8", "--locale", "C.UTF-8")  # as its image does
-        subprocess.run([*_AS_POSTGRES, *init], env=self.environment, check=True, stdout=subprocess.DEVNULL)
-        self._background("database", [*_AS_POSTGRES, "postgres", "-D", str(data), "-k", str(data)], self.environment)
+        subprocess.run(
+            [*_AS_POSTGRES, *init], env=self.environment, check=True, stdout=subprocess.DEVNULL
+        )
+        self._background(
+            "database",
+            [*_AS_POSTGRES, "postgres", "-D", str(data), "-k", str(data)],
+            self.environment,
+        )
         self.wait("database")
         known = self.environment | {"PGPASSWORD": variables["POSTGRES_PASSWORD"]}
-        subprocess.run(["createdb", "--host=127.0.0.1", *user, variables["POSTGRES_DB"]], env=known, check=True)
+        subprocess.run(
+            ["createdb", "--host=127.0.0.1", *user, variables["POSTGRES_DB"]], env=known, check=True
+        )
 
     def start(self, service: str) -> None:
         command = [self.filled(word) for word in COMPOSE["services"][service]["command"]]
@@ -79,7 +105,10 @@ class Stack:
 
     def wait(self, service: str) -> None:
         """Until the service's own health check succeeds."""
-        check, variables = COMPOSE["services"][service]["healthcheck"]["test"][1:], self.variables(service)
+        check, variables = (
+            COMPOSE["services"][service]["healthcheck"]["test"][1:],
+            self.variables(service),
+        )
         deadline = time.monotonic() + _DEADLINE_S
         while subprocess.run(check, env=variables, capture_output=True, check=False).returncode:
             if self.processes[service].poll() is not None or time.monotonic() > deadline:
@@ -89,19 +118,27 @@ class Stack:
 
     def ask(self, *command: str) -> str:
         """What a command of the driver prints, errors too."""
-        done = subprocess.run(command, env=self.variables("driver"), cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=self.variables("driver"), cwd=ROOT, capture_output=True, text=True
+        )
         return done.stdout + (done.stderr if done.returncode else "")
 
     def _background(self, service: str, command: list[str], variables: dict[str, str]) -> None:
         with (self.folder / f"{service}.log").open("w") as log:
-            self.processes[service] = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=log, stderr=log)
+            self.processes[service] = subprocess.Popen(
+                command, env=variables, cwd=ROOT, stdout=log, stderr=log
+            )
 
 
 def own_network(folder: Path) -> None:
     """Loopback, on which every service has its name, and a /run of its own."""
     names = [*COMPOSE["services"], os.uname().nodename, "localhost"]
     (folder / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in names))
-    for command in ("ip link set lo up", f"mount --bind {folder / 'hosts'} /etc/hosts", "mount -t tmpfs tmpfs /run"):
+    for command in (
+        "ip link set lo up",
+        f"mount --bind {folder / 'hosts'} /etc/hosts",
+        "mount -t tmpfs tmpfs /run",
+    ):
         subprocess.run(command.split(), check=True)
 
 
@@ -122,10 +159,14 @@ def main(folder: Path, image: Path, postgres: Path) -> None:
     for service in ("s3", "mlflow", "head"):
         stack.start(service)
     found = {
-        "mlflow without a password": status("http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"),
+        "mlflow without a password": status(
+            "http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"
+        ),
         "ray without a token": status("http://head:8265/api/jobs/"),
         "mlflow": stack.ask("python", "-c", _LOG_TO_MLFLOW),
-        "artifacts": [path.name for path in (folder / "objects" / "hemoco" / "mlflow").rglob("*.txt")],
+        "artifacts": [
+            path.name for path in (folder / "objects" / "hemoco" / "mlflow").rglob("*.txt")
+        ],
         "job": stack.ask(*_SUBMIT),
     }
     print(json.dumps(found))

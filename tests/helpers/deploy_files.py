@@ -43,8 +43,12 @@ def closed(schema: Any) -> Any:
         return schema
     made = {key: closed(value) for key, value in schema.items()}
     if made.get("x-kubernetes-int-or-string") is True:
-        made = {"type": ["integer", "string"]} | ({"pattern": made["pattern"]} if "pattern" in made else {})
-    if isinstance(made.get("properties"), dict) and not made.get("x-kubernetes-preserve-unknown-fields"):
+        made = {"type": ["integer", "string"]} | (
+            {"pattern": made["pattern"]} if "pattern" in made else {}
+        )
+    if isinstance(made.get("properties"), dict) and not made.get(
+        "x-kubernetes-preserve-unknown-fields"
+    ):
         made.setdefault("additionalProperties", False)
     return made
 
@@ -62,16 +66,23 @@ def kubernetes_schema(kind: str) -> Any:
     metadata = spec["headGroupSpec"]["properties"]["template"]["properties"]["metadata"]
     if kind == "NetworkPolicy":
         rules = spec["networkPolicy"]["properties"]["head"]["properties"]
-        selector = rules["ingressRules"]["items"]["properties"]["from"]["items"]["properties"]["podSelector"]
+        selector = rules["ingressRules"]["items"]["properties"]["from"]["items"]["properties"][
+            "podSelector"
+        ]
         types = {"type": "array", "items": {"enum": ["Ingress", "Egress"]}}
         policy = {"podSelector": selector, "policyTypes": types}
         policy |= {"ingress": rules["ingressRules"], "egress": rules["egressRules"]}
-        made = closed({"type": "object", "properties": {"spec": {"type": "object", "properties": policy}}})
+        made = closed(
+            {"type": "object", "properties": {"spec": {"type": "object", "properties": policy}}}
+        )
     else:
         made = closed(schema("rayjob")) if kind == "RayJob" else cluster
     version = "networking.k8s.io/v1" if kind == "NetworkPolicy" else "ray.io/v1"
     names = {"apiVersion": {"const": version}, "kind": {"const": kind}, "metadata": metadata}
-    return made | {"properties": made["properties"] | names, "required": ["apiVersion", "kind", "metadata", "spec"]}
+    return made | {
+        "properties": made["properties"] | names,
+        "required": ["apiVersion", "kind", "metadata", "spec"],
+    }
 
 
 def problems(file: str, index: int, document: Any) -> list[str]:
@@ -81,14 +92,23 @@ def problems(file: str, index: int, document: Any) -> list[str]:
     if file == "compose.yaml":
         validator: Any = jsonschema.Draft7Validator(schema("compose"))
     else:
-        validator = jsonschema.Draft202012Validator(kubernetes_schema(documents(file)[index]["kind"]))
-    return [f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(document)]
+        validator = jsonschema.Draft202012Validator(
+            kubernetes_schema(documents(file)[index]["kind"])
+        )
+    return [
+        f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(document)
+    ]
 
 
 @functools.cache
 def run_instances() -> Any:
     """EC2's model of the request that Ray's launcher makes from `node_config`."""
-    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    return (
+        botocore.session.get_session()
+        .get_service_model("ec2")
+        .operation_model("RunInstances")
+        .input_shape
+    )
 
 
 def aws_problems(document: Any) -> list[str]:
@@ -100,8 +120,15 @@ def aws_problems(document: Any) -> list[str]:
         return [f"{error.json_path}: {error.message[:200]}"]
     nodes = document["available_node_types"].items()
     counts = {"MinCount": 1, "MaxCount": 1}
-    reports = {kind: ParamValidator().validate(node["node_config"] | counts, run_instances()) for kind, node in nodes}
-    return [f"{kind}: {report.generate_report()}" for kind, report in reports.items() if report.has_errors()]
+    reports = {
+        kind: ParamValidator().validate(node["node_config"] | counts, run_instances())
+        for kind, node in nodes
+    }
+    return [
+        f"{kind}: {report.generate_report()}"
+        for kind, report in reports.items()
+        if report.has_errors()
+    ]
 
 
 def changed(document: Any, path: str, value: Any) -> Any:
@@ -120,7 +147,9 @@ def scalars(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Every value of a document with the name it goes by; in lists of {name, value}, that one."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from scalars(inner, str(value["name"]) if key == "value" and "name" in value else str(key))
+            yield from scalars(
+                inner, str(value["name"]) if key == "value" and "name" in value else str(key)
+            )
     elif isinstance(value, list):
         for inner in value:
             yield from scalars(inner, name)
@@ -140,7 +169,10 @@ def pods(file: str) -> dict[str, dict[str, Any]]:
     spec = documents(file)[0]["spec"]
     ray_spec = spec.get("rayClusterSpec", spec)
     (workers,) = ray_spec["workerGroupSpecs"]
-    return {"head": ray_spec["headGroupSpec"]["template"]["spec"], "worker": workers["template"]["spec"]}
+    return {
+        "head": ray_spec["headGroupSpec"]["template"]["spec"],
+        "worker": workers["template"]["spec"],
+    }
 
 
 def image_variables() -> dict[str, str]:

@@ -58,7 +58,9 @@ def draw() -> str:
         y = _TOP + row * _CELL
         fill = _FILL[importer.partition(".")[0]]
         name = importer if importer != "hemoco" else "hemoco/*.py"
-        lines.append(f'<rect x="5" y="{y + 1}" width="{_LEFT - 10}" height="{_CELL - 2}" rx="4" fill="{fill}"/>')
+        lines.append(
+            f'<rect x="5" y="{y + 1}" width="{_LEFT - 10}" height="{_CELL - 2}" rx="4" fill="{fill}"/>'
+        )
         lines.append(f'<text x="12" y="{y + 17}" font-size="12" font-weight="bold">{name}</text>')
         lines.append(f'<text x="150" y="{y + 17}" font-size="10">{_TEXTS[importer]}</text>')
         x = _LEFT + row * _CELL
@@ -70,7 +72,9 @@ def draw() -> str:
             box = f'x="{x + 1}" y="{y + 1}" width="{_CELL - 2}" height="{_CELL - 2}"'
             lines.append(f'<rect {box} fill="{colour}"/>')
             if (importer, imported) in pairs:
-                lines.append(f'<circle cx="{x + 13}" cy="{y + 13}" r="6" fill="{_MARK[importer.partition(".")[0]]}"/>')
+                lines.append(
+                    f'<circle cx="{x + 13}" cy="{y + 13}" r="6" fill="{_MARK[importer.partition(".")[0]]}"/>'
+                )
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 

@@ -26,10 +26,14 @@ def write_class_zip(path: Path, split: str, *, per_class: int, seed: int) -> Pat
     with zipfile.ZipFile(path, "w") as archive:
         for label, name in enumerate(CLASSES):
             tint = np.array([25 * label, 250 - 25 * label, 60 * (label % 4)])
-            patterns = (0.4 * tint + 0.6 * rng.integers(0, 256, (per_class, 8, 8, 3))).astype(np.uint8)
+            patterns = (0.4 * tint + 0.6 * rng.integers(0, 256, (per_class, 8, 8, 3))).astype(
+                np.uint8
+            )
             for number, pattern in enumerate(patterns):
                 buffer = io.BytesIO()
-                Image.fromarray(pattern).resize((32, 32), Image.Resampling.BILINEAR).save(buffer, "jpeg")
+                Image.fromarray(pattern).resize((32, 32), Image.Resampling.BILINEAR).save(
+                    buffer, "jpeg"
+                )
                 archive.writestr(f"{split}/{name}/{number:04d}.jpg", buffer.getvalue())
     return path
 
@@ -57,7 +61,10 @@ def write_sparse_coco(folder: Path) -> Path:
             name = f"{image_id:012d}.jpg"
             _draw(rng, objects).save(folder / split / name)
             images.append(_described(image_id, name) | {"license": 1})
-        content = {"info": {"description": "drawn by tests"}, "licenses": [{"id": 1, "name": "none needed"}]}
+        content = {
+            "info": {"description": "drawn by tests"},
+            "licenses": [{"id": 1, "name": "none needed"}],
+        }
         content |= {"images": images, "annotations": annotations, "categories": categories}
         (folder / f"instances_{split}.json").write_text(json.dumps(content))
     return folder
@@ -83,7 +90,9 @@ def write_polygon_coco(folder: Path) -> Path:
         name = f"{image_id}.jpg"
         _draw(rng, objects).save(folder / "images" / name)
         images.append(_described(image_id, name))
-    categories = [{"id": number, "name": name} for number, name in enumerate(("date", "fig", "hazelnut"), 1)]
+    categories = [
+        {"id": number, "name": name} for number, name in enumerate(("date", "fig", "hazelnut"), 1)
+    ]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "instances_all.json").write_text(json.dumps(content))
     return folder
@@ -96,7 +105,8 @@ def _described(image_id: int, name: str) -> dict[str, Any]:
 def _touch(first: list[float], second: list[float]) -> bool:
     """Whether two boxes [x, y, width, height] overlap."""
     return all(
-        first[axis] < second[axis] + second[axis + 2] and second[axis] < first[axis] + first[axis + 2]
+        first[axis] < second[axis] + second[axis + 2]
+        and second[axis] < first[axis] + first[axis + 2]
         for axis in (0, 1)
     )
 

@@ -25,4 +25,7 @@ def fingerprints(shards: str, split: str, config: PretrainConfig) -> dict[int, f
         device=torch.device("cpu"),
         bad_samples=BadSampleFile("memory://unwritten"),
     )
-    return {step: batch_fingerprint(batch.keys, torch.device("cpu")) for step, batch in enumerate(source, 1)}
+    return {
+        step: batch_fingerprint(batch.keys, torch.device("cpu"))
+        for step, batch in enumerate(source, 1)
+    }

@@ -94,7 +94,9 @@ class FaultProxy:
             status: of `status`.
             match: part of the paths of the requests.
         """
-        self._faults.append(_Fault(kind, times, time.monotonic() + for_s, after, seconds, status, match))
+        self._faults.append(
+            _Fault(kind, times, time.monotonic() + for_s, after, seconds, status, match)
+        )
 
     def heal(self) -> None:
         """Forgets all faults."""
@@ -142,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         found = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        fault = self.proxy.take(self.command, urlsplit(self.path).path, int(found[1]) if found else None)
+        fault = self.proxy.take(
+            self.command, urlsplit(self.path).path, int(found[1]) if found else None
+        )
         try:
             if fault is not None and fault.kind == "status":
                 self.send_response(fault.status)
@@ -168,12 +172,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_head(answer, len(body), fault)
             self._send_body(memoryview(body), fault)
 
-    def _send_head(self, answer: http.client.HTTPResponse, length: int, fault: _Fault | None) -> None:
+    def _send_head(
+        self, answer: http.client.HTTPResponse, length: int, fault: _Fault | None
+    ) -> None:
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.headers.items():
             if fault is not None and fault.kind == "content_range" and name == "Content-Range":
                 value = re.sub(r"\d+(?=[-/])", lambda found: str(int(found[0]) + 1), value)
-            if name not in ("Transfer-Encoding", "Connection", "Content-Length") or self.command == "HEAD":
+            if (
+                name not in ("Transfer-Encoding", "Connection", "Content-Length")
+                or self.command == "HEAD"
+            ):
                 self.send_header(name, value)
         if self.command != "HEAD":
             self.send_header("Content-Length", str(length))

@@ -37,7 +37,9 @@ class Host:
         )
         return ["ip", "netns", "exec", self.name, "unshare", "-mu", "sh", "-c", mount, "sh", *words]
 
-    def start(self, *words: str, log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    def start(
+        self, *words: str, log: Path, environment: dict[str, str]
+    ) -> "subprocess.Popen[bytes]":
         """A process of the host, that goes on in the background."""
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -102,7 +104,9 @@ def hosts(folder: Path, count: int) -> Iterator[tuple[Host, ...]]:
             host = Host(f"hm{token}{number}", f"{net}.{number}", f"hmv{token}{number}", own, shared)
             _ip("netns", "add", host.name)
             made.append(host)
-            _ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            _ip(
+                "link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name
+            )
             _ip("link", "set", host.link, "master", bridge, "up")
             _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
             for link in ("eth0", "lo"):

@@ -57,7 +57,11 @@ def imports_of(room: str) -> Iterator[Import]:
 def package_of(module: str) -> str:
     """`hemoco.data` of `hemoco.data.stream.order`, `hemoco` of a file at its root."""
     parts = module.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir() else parts[0]
+    return (
+        ".".join(parts[:2])
+        if len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir()
+        else parts[0]
+    )
 
 
 def is_inside(module: str, package: str) -> bool:

@@ -4,7 +4,14 @@ import io
 
 from PIL import Image
 
-from hemoco.config import KnnConfig, LinearProbeConfig, LowShotConfig, MoCoConfig, PretrainConfig, Recipe
+from hemoco.config import (
+    KnnConfig,
+    LinearProbeConfig,
+    LowShotConfig,
+    MoCoConfig,
+    PretrainConfig,
+    Recipe,
+)
 from hemoco.features.sample import FILE_NAME, encode_sample
 from hemoco.report.data import ReportData, collect_report
 from hemoco.results.comparison import compare_runs
@@ -28,7 +35,12 @@ RECIPE = Recipe(
 )
 
 
-VALUES = {("pretrained", 0): 0.75, ("pretrained", 1): 0.5, ("random", 0): 0.25, ("random", 1): 0.125}
+VALUES = {
+    ("pretrained", 0): 0.75,
+    ("pretrained", 1): 0.5,
+    ("random", 0): 0.25,
+    ("random", 1): 0.125,
+}
 
 
 def png() -> bytes:
@@ -40,7 +52,12 @@ def png() -> bytes:
 def fill(run: MadeRun) -> None:
     """All that a finished run has, and a transfer that failed."""
     log_curve(run, "loss", {step: 6 - step / 10 for step in range(1, 28)})
-    for name, value in (("embedding_std", 0.875), ("effective_rank", 9.0), ("pretext_top1", 0.5), ("data_wait", 0.1)):
+    for name, value in (
+        ("embedding_std", 0.875),
+        ("effective_rank", 9.0),
+        ("pretext_top1", 0.5),
+        ("data_wait", 0.1),
+    ):
         log_curve(run, name, {10: value / 2, 20: value})
     log_curve(run, "positive_similarity", {10: 0.5, 20: 0.75})
     log_curve(run, "negative_similarity", {10: 0.25, 20: 0.0})

@@ -41,7 +41,9 @@ def begin_run(uri: str, name: str, recipe: Recipe, *, digest: str = "d1") -> Mad
     tags |= {"mlflow.parentRunId": parent}
     began = {"start_time": START_S * 1000, "tags": tags, "run_name": "pretrain"}
     run_id = ask(uri, lambda client: client.create_run(connect(uri), **began)).info.run_id
-    settings = [Param(key, value) for key, value in flat_params({"pretrain": recipe.pretrain}).items()]
+    settings = [
+        Param(key, value) for key, value in flat_params({"pretrain": recipe.pretrain}).items()
+    ]
     ask(uri, lambda client: client.log_batch(run_id, params=settings))
     return MadeRun(uri, name, recipe, parent, run_id)
 
@@ -50,7 +52,10 @@ def log_rate(run: MadeRun, *, step: int, at_s: float, images_per_s: float) -> No
     """A record of the pretraining, so many seconds after START_S."""
     timestamp = int((START_S + at_s) * 1000)
     values = {"loss": 3.0, "images_per_s": images_per_s, "knn_top1": 0.5}
-    points = [MetricPoint(key=key, value=value, timestamp=timestamp, step=step) for key, value in values.items()]
+    points = [
+        MetricPoint(key=key, value=value, timestamp=timestamp, step=step)
+        for key, value in values.items()
+    ]
     send_points(run.uri, run.pretraining, points)
 
 
@@ -83,13 +88,27 @@ def write_transfer(
         "hemoco.transfer_data_digest": "t1",
         Tag.TRANSFER_KIND: transfer_kind(config),
     }
-    tags |= {"hemoco.phase": "transfer"} if epoch is None else {"hemoco.phase": "curve", "hemoco.epoch": str(epoch)}
+    tags |= (
+        {"hemoco.phase": "transfer"}
+        if epoch is None
+        else {"hemoco.phase": "curve", "hemoco.epoch": str(epoch)}
+    )
     tags |= {f"hemoco.done/{init}/seed_{seed}": "true" for init, seed in values}
     params = flat_params({f"transfers.{name}": config})
-    run_id = open_run(run.uri, connect(run.uri), name=name, parent=run.parent, tags=tags, params=params)
+    run_id = open_run(
+        run.uri, connect(run.uri), name=name, parent=run.parent, tags=tags, params=params
+    )
     metrics = {f"{init}/seed_{seed}/top1": value for (init, seed), value in values.items()}
-    metrics |= {key.replace("/top1", "/labelled_images"): float(labelled) for key in list(metrics) if labelled}
-    send_points(run.uri, run_id, [MetricPoint(key=k, value=v, timestamp=1, step=0) for k, v in metrics.items()])
+    metrics |= {
+        key.replace("/top1", "/labelled_images"): float(labelled)
+        for key in list(metrics)
+        if labelled
+    }
+    send_points(
+        run.uri,
+        run_id,
+        [MetricPoint(key=k, value=v, timestamp=1, step=0) for k, v in metrics.items()],
+    )
     if error:
         set_tags(run.uri, run_id, {"hemoco.error": error})
     if open_:
@@ -108,6 +127,9 @@ def end_pretraining(run: MadeRun, *, at_s: float) -> None:
 
 def log_curve(run: MadeRun, name: str, values: Mapping[int, float]) -> None:
     """A metric of the pretraining, by step, a step per second."""
-    points = [MetricPoint(key=name, value=v, timestamp=(START_S + s) * 1000, step=s) for s, v in values.items()]
+    points = [
+        MetricPoint(key=name, value=v, timestamp=(START_S + s) * 1000, step=s)
+        for s, v in values.items()
+    ]
     for start in range(0, len(points), 1000):
         send_points(run.uri, run.pretraining, points[start : start + 1000])

@@ -21,7 +21,11 @@ from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.unsent import MetricPoint
 
 LR, TEMPERATURE = "pretrain.optimizer.lr", "pretrain.moco.temperature"
-SPACE = {LR: LogUniform(0.01, 1.0), TEMPERATURE: Uniform(0.1, 0.4), "pretrain.moco.head": Choice(("linear", "mlp"))}
+SPACE = {
+    LR: LogUniform(0.01, 1.0),
+    TEMPERATURE: Uniform(0.1, 0.4),
+    "pretrain.moco.head": Choice(("linear", "mlp")),
+}
 SWEEP = SweepConfig(space=SPACE, objective="knn", trials=6)
 RECIPE = Recipe(
     name="swept",
@@ -33,7 +37,9 @@ RECIPE = Recipe(
         knn_every_epochs=1,
         views=ViewsConfig(size=32, crop_scale=(0.5, 1.0), flip=0.0),
         encoder=EncoderConfig(architecture="resnet10t"),
-        moco=MoCoConfig(head="mlp_bn", queue_length=256, momentum=0.99, temperature=0.1, bn_group_size=32),
+        moco=MoCoConfig(
+            head="mlp_bn", queue_length=256, momentum=0.99, temperature=0.1, bn_group_size=32
+        ),
         optimizer=OptimizerConfig(lr=0.03, weight_decay=5e-4),
         stream=StreamConfig(workers=0, lanes=8),
     ),
@@ -44,4 +50,8 @@ RECIPE = Recipe(
 
 def record(uri, run_id, key, points):
     now = time.time_ns() // 1_000_000
-    send_points(uri, run_id, [MetricPoint(key=key, value=value, timestamp=now, step=step) for step, value in points])
+    send_points(
+        uri,
+        run_id,
+        [MetricPoint(key=key, value=value, timestamp=now, step=step) for step, value in points],
+    )

@@ -60,7 +60,11 @@ class _Handler(BaseHTTPRequestHandler):
         if mode == "hold":
             self.proxy.go_on.wait(60)
         if mode == "error":
-            self._answer(500, "application/json", b'{"error_code": "INTERNAL_ERROR", "message": "out of memory"}')
+            self._answer(
+                500,
+                "application/json",
+                b'{"error_code": "INTERNAL_ERROR", "message": "out of memory"}',
+            )
         elif mode != "down":
             answer = self._ask(body)
             if mode != "lose":
@@ -71,7 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask(self, body: bytes) -> tuple[int, str, bytes]:
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         with contextlib.closing(upstream):
-            upstream.request(self.command, self.path, body or None, {"Content-Type": "application/json"})
+            upstream.request(
+                self.command, self.path, body or None, {"Content-Type": "application/json"}
+            )
             answer = upstream.getresponse()
             return answer.status, answer.headers.get("Content-Type", ""), answer.read()
 

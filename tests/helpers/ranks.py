@@ -28,7 +28,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         _pool = ProcessPoolExecutor(_MOST_RANKS, multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as folder:
         # a rank waits for the others in a collective, so no process takes two of them
-        ranks = [_pool.submit(_run, rank, function, world_size, folder, args) for rank in range(world_size)]
+        ranks = [
+            _pool.submit(_run, rank, function, world_size, folder, args)
+            for rank in range(world_size)
+        ]
         done, waiting = wait(ranks, return_when=FIRST_EXCEPTION)
         # others wait for a rank that failed, in a collective; a pool of which a process has died is of no use
         if waiting or any(rank.exception() is not None for rank in done):
@@ -38,13 +41,19 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
             _pool = None
         for rank in done:
             rank.result()
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+        return [
+            torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)
+        ]
 
 
-def _run(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")  # as pytest does in its own process
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     try:
         torch.save(function(*args), Path(folder, f"{rank}.pt"))
     finally:

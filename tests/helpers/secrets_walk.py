@@ -45,7 +45,14 @@ def expect_error(act: Callable[[], object]) -> None:
         act()
     except HemocoError as error:
         traceback.print_exc()
-        print("EXPECTED", str(error), repr(error), error.args, repr(error.__cause__), vars(error.__cause__ or error))
+        print(
+            "EXPECTED",
+            str(error),
+            repr(error),
+            error.args,
+            repr(error.__cause__),
+            vars(error.__cause__ or error),
+        )
     else:
         raise AssertionError("no error")
 
@@ -68,21 +75,33 @@ def use_wrong_secret(url: str) -> None:
     expect_error(lambda: read_bytes(join_url(url, "a")))
     expect_error(lambda: write_bytes(join_url(url, "a"), b""))
     expect_error(lambda: exists(url))
-    expect_error(lambda: fetch_range(join_url(url, "shards", "train-000000.tar"), 0, 100, FetchCounts()))
+    expect_error(
+        lambda: fetch_range(join_url(url, "shards", "train-000000.tar"), 0, 100, FetchCounts())
+    )
     os.environ["AWS_SECRET_ACCESS_KEY"] = right
     filesystem(url)[0].clear_instance_cache()
 
 
 def use_tracking(url: str, refusing: str, sqlite: str) -> None:
     expect_error(lambda: client.connect(refusing))
-    expect_error(lambda: client.connect(refusing.replace("://", f"://someone:{os.environ['URI_PASSWORD']}@")))
+    expect_error(
+        lambda: client.connect(refusing.replace("://", f"://someone:{os.environ['URI_PASSWORD']}@"))
+    )
     recipe = load_recipe("demo")
     tags = {"hemoco.run": "a", "hemoco.storage": url}
     params = flat_params(recipe)
-    run_id = tracking.open_run(sqlite, client.connect(sqlite), name="a", parent=None, tags=tags, params=params)
-    tracking.set_tags(sqlite, run_id, {"hemoco.backbone_url": join_url(url, "backbone.safetensors")})
-    tracking.log_dataset_input(sqlite, run_id, "cells", join_url(url, "shards"), "d" * 64, "pretraining")
-    tracking.log_artifact_bytes(sqlite, run_id, "a.txt", repr((recipe, tracking.run_facts(sqlite, run_id))).encode())
+    run_id = tracking.open_run(
+        sqlite, client.connect(sqlite), name="a", parent=None, tags=tags, params=params
+    )
+    tracking.set_tags(
+        sqlite, run_id, {"hemoco.backbone_url": join_url(url, "backbone.safetensors")}
+    )
+    tracking.log_dataset_input(
+        sqlite, run_id, "cells", join_url(url, "shards"), "d" * 64, "pretraining"
+    )
+    tracking.log_artifact_bytes(
+        sqlite, run_id, "a.txt", repr((recipe, tracking.run_facts(sqlite, run_id))).encode()
+    )
     for uri in (sqlite, refusing):
         tracker = metric_queue.Tracker(uri, run_id, join_url(url, "unsent_metrics", run_id))
         tracker.log(1, {"loss": 1.0})
@@ -92,9 +111,15 @@ def use_tracking(url: str, refusing: str, sqlite: str) -> None:
 
 def use_checkpoints(url: str) -> None:
     state = build_state(CONFIG, torch.device("cpu"), data_digest="d")
-    print(save_checkpoint(state, join_url(url, "checkpoints"), attempt=0, keep_last=1), state.params, CONFIG)
+    print(
+        save_checkpoint(state, join_url(url, "checkpoints"), attempt=0, keep_last=1),
+        state.params,
+        CONFIG,
+    )
     backbone = random_backbone(CONFIG.encoder, 0, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-    export_backbone(backbone, join_url(url, "backbone.safetensors"), {"data_digest": "d", "run_id": "r"})
+    export_backbone(
+        backbone, join_url(url, "backbone.safetensors"), {"data_digest": "d", "run_id": "r"}
+    )
     remove(join_url(url, "nothing"))
 
 

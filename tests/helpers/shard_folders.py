@@ -20,14 +20,23 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shards(url: str, sizes: Sequence[int], *, bad: Container[int] = (), labelled: bool = True) -> str:
+def write_shards(
+    url: str, sizes: Sequence[int], *, bad: Container[int] = (), labelled: bool = True
+) -> str:
     """Writes shards of these sizes and their index; images whose number is in `bad` are none. Returns the URL."""
     numbers, shards = itertools.count(), []
     for place, size in enumerate(sizes):
         rows = [next(numbers) for _ in range(size)]
         image = {row: b"not an image" if row in bad else png(row) for row in rows}
-        data = encode_shard([Sample(str(row), image[row], row % 3 if labelled else None, suffix="png") for row in rows])
-        shard = Shard(f"train-{place:06d}.tar", "train", size, len(data), hashlib.sha256(data).hexdigest())
+        data = encode_shard(
+            [
+                Sample(str(row), image[row], row % 3 if labelled else None, suffix="png")
+                for row in rows
+            ]
+        )
+        shard = Shard(
+            f"train-{place:06d}.tar", "train", size, len(data), hashlib.sha256(data).hexdigest()
+        )
         write_bytes(join_url(url, shard.name), data)
         write_table(url, shard, parse_tar(data, shard.name).table)
         shards.append(shard)

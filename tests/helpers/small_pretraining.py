@@ -64,13 +64,19 @@ def write_images(folder: Path) -> str:
 
 def new_job(shards: str, tracking: str, url: str) -> PretrainJob:
     """It, with a run of its own in MLflow."""
-    run_id = open_run(tracking, connect(tracking), name=uuid.uuid4().hex, parent=None, tags={}, params={})
-    return PretrainJob(config=CONFIG, data=DataConfig(shards=shards), url=url, tracking_uri=tracking, run_id=run_id)
+    run_id = open_run(
+        tracking, connect(tracking), name=uuid.uuid4().hex, parent=None, tags={}, params={}
+    )
+    return PretrainJob(
+        config=CONFIG, data=DataConfig(shards=shards), url=url, tracking_uri=tracking, run_id=run_id
+    )
 
 
 def same_result(job: PretrainJob, other: PretrainJob) -> bool:
     """Whether backbones are equal bit for bit, and all losses of all attempts."""
-    found, wanted = (load_backbone(f"{each.url}/backbone.safetensors").state_dict() for each in (job, other))
+    found, wanted = (
+        load_backbone(f"{each.url}/backbone.safetensors").state_dict() for each in (job, other)
+    )
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     return losses(job) == losses(other)
 
@@ -86,5 +92,11 @@ def python(*words: str, before: str = "", **environment: str) -> "subprocess.Com
     if before:
         command = ["unshare", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *command]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )

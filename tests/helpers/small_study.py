@@ -69,13 +69,21 @@ def small_recipe(shards: str) -> Recipe:
         "linear": LinearClassifierConfig(lr=1.0, inits=("random",), **trained),
         "fine_tune": FineTuneConfig(workers=2, inits=("pretrained",), **trained),
     }
-    return Recipe(name="small", data=DataConfig(shards=shards), pretrain=pretrain, transfers=transfers, curve=("knn",))
+    return Recipe(
+        name="small",
+        data=DataConfig(shards=shards),
+        pretrain=pretrain,
+        transfers=transfers,
+        curve=("knn",),
+    )
 
 
 def child(run: str, phase: str, **tags: str) -> RunFacts:
     """The newest MLflow run of a phase."""
     uri = tracking_uri()
-    wanted = {"hemoco.run": run, "hemoco.phase": phase} | {f"hemoco.{name}": value for name, value in tags.items()}
+    wanted = {"hemoco.run": run, "hemoco.phase": phase} | {
+        f"hemoco.{name}": value for name, value in tags.items()
+    }
     found = find_run(uri, connect(uri), wanted)
     assert found is not None
     return found

@@ -9,7 +9,9 @@ Corners = tuple[int, int, int, int]
 
 def listed_splits(folder: Path) -> dict[str, int]:
     """Images in each of the lists that are splits of their own."""
-    lists = {name: (folder / "ImageSets" / "Main" / f"{name}.txt") for name in ("train", "val", "test")}
+    lists = {
+        name: (folder / "ImageSets" / "Main" / f"{name}.txt") for name in ("train", "val", "test")
+    }
     return {name: len(path.read_text().split()) for name, path in lists.items()}
 
 
@@ -19,7 +21,8 @@ def count_objects(folder: Path) -> "Counter[tuple[str, str, Corners]]":
     for path in (folder / "Annotations").iterdir():
         for node in minidom.parse(str(path)).getElementsByTagName("object"):
             name, *corners = (
-                node.getElementsByTagName(tag)[0].firstChild.data for tag in ("name", "xmin", "ymin", "xmax", "ymax")
+                node.getElementsByTagName(tag)[0].firstChild.data
+                for tag in ("name", "xmin", "ymin", "xmax", "ymax")
             )
             left, top, right, bottom = map(int, corners)
             found[path.stem, name, (left, top, right, bottom)] += 1

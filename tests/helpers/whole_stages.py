@@ -21,7 +21,13 @@ def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
 
 
 def pack(
-    sources: Sequence[str], dest: str, *, split: str, samples_per_shard: int, seed: int, overwrite: bool = False
+    sources: Sequence[str],
+    dest: str,
+    *,
+    split: str,
+    samples_per_shard: int,
+    seed: int,
+    overwrite: bool = False,
 ) -> Packed:
     """Packs to a URL or path."""
     return finish(

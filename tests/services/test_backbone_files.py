@@ -15,7 +15,9 @@ def test_an_export_to_object_storage_is_imported_from_there(tmp_path: Path, buck
     backbone = random_backbone(EncoderConfig(architecture="resnet18"), 0, *normalisation)
     export_backbone(backbone, str(tmp_path / "ours"), {"data_digest": "d", "run_id": "r"})
     export_checkpoint(str(tmp_path / "ours"), f"{bucket}/theirs.pth", "torchvision")
-    import_backbone(f"{bucket}/theirs.pth", f"{bucket}/again.safetensors", normalisation=normalisation)
+    import_backbone(
+        f"{bucket}/theirs.pth", f"{bucket}/again.safetensors", normalisation=normalisation
+    )
     expected = backbone.encoder.state_dict()
     found = load_backbone(f"{bucket}/again.safetensors").encoder.state_dict()
     assert found.keys() == expected.keys()

@@ -147,7 +147,9 @@ def test_runs_on_other_data_are_not_taken_for_repetitions(tracking: str, names: 
     assert found.columns[1].differs == ("data digest: d1 -> d2", "pretrain.seed: 0 -> 7")
 
 
-def test_a_cell_has_the_deviation_between_pretrainings_where_there_are_several(many: Comparison) -> None:
+def test_a_cell_has_the_deviation_between_pretrainings_where_there_are_several(
+    many: Comparison,
+) -> None:
     row = cells(many, "transfers", "probe")
     mean = 0.71 + sum(NOISE) / 3 + 0.002
     assert row["A"] == f"{mean:.3f} ± {0.02 / math.sqrt(2):.3f} (2x3)"
@@ -156,7 +158,9 @@ def test_a_cell_has_the_deviation_between_pretrainings_where_there_are_several(m
 
 def test_a_baseline_measured_by_several_runs_counts_once_a_seed(many: Comparison) -> None:
     (by_seed,) = many.values[Place("knn", "random")]
-    assert by_seed == {seed: pytest.approx(0.18 + noise, abs=0.02) for seed, noise in enumerate(NOISE)}
+    assert by_seed == {
+        seed: pytest.approx(0.18 + noise, abs=0.02) for seed, noise in enumerate(NOISE)
+    }
     assert repeated_spread([by_seed]).values == 3
 
 
@@ -167,7 +171,9 @@ def test_differences_are_those_of_all_pretrainings_and_baselines(many: Compariso
 
 
 def test_noise_of_the_pretraining_is_said_where_it_is_known(many: Comparison) -> None:
-    noise = {(pair.ours, pair.theirs): pair.difference.noise for pair in many.pairs if pair.line == "knn"}
+    noise = {
+        (pair.ours, pair.theirs): pair.difference.noise for pair in many.pairs if pair.line == "knn"
+    }
     assert noise == {
         ("A", "B"): ("seeds", "pretrainings"),
         ("A", "random"): ("seeds", "pretrainings"),
@@ -188,13 +194,23 @@ def test_a_value_of_a_unit_that_is_not_done_does_not_count(many: Comparison) -> 
     assert many.values[Place("ten_percent", "B")] == [{0: 0.6}]
 
 
-def test_transfers_of_one_name_and_other_settings_have_a_line_each(tracking: str, names: Names) -> None:
-    other = begin_run(tracking, f"other-{uuid.uuid4().hex}", variant(seed=5, knn=KnnConfig(neighbours=20)))
+def test_transfers_of_one_name_and_other_settings_have_a_line_each(
+    tracking: str, names: Names
+) -> None:
+    other = begin_run(
+        tracking, f"other-{uuid.uuid4().hex}", variant(seed=5, knn=KnnConfig(neighbours=20))
+    )
     write_transfer(other, "knn", values(0.5, 0.2))
     found = compare_runs(tracking, [names.first, other.name])
-    assert [line.label for line in found.lines if line.transfer == "knn"] == ["knn of A1", "knn of A2"]
+    assert [line.label for line in found.lines if line.transfer == "knn"] == [
+        "knn of A1",
+        "knn of A2",
+    ]
     assert not [pair for pair in found.pairs if pair.line.startswith("knn") and pair.theirs == "B"]
-    assert "knn of A2 has other settings: transfers.knn.neighbours: 200 -> 20" in section(found, "transfers").notes
+    assert (
+        "knn of A2 has other settings: transfers.knn.neighbours: 200 -> 20"
+        in section(found, "transfers").notes
+    )
 
 
 def test_baselines_of_one_name_and_other_origin_have_a_column_each(tracking: str) -> None:
@@ -239,13 +255,22 @@ def test_cost_is_active_time_of_the_devices_asked_for(many: Comparison) -> None:
     assert all(0 <= time.wall_s < 60 for time in cost.transfers)
 
 
-def test_json_keeps_the_contract_and_names_the_run_of_each_row(many: Comparison, names: Names) -> None:
+def test_json_keeps_the_contract_and_names_the_run_of_each_row(
+    many: Comparison, names: Names
+) -> None:
     read = json.loads(render(many, "json"))
     assert read["pretraining"]["run"] == names.first
     assert {"run_id", "backbone_url", "recipe", "data_digest"} <= set(read["pretraining"])
     assert {"transfer", "metric", "init", "seed", "value", "run_id", "run"} <= set(read["rows"][0])
     assert {row["run"] for row in read["rows"]} == {names.first, names.second, names.other}
-    assert {"transfers", "differences", "curve", "label_efficiency", "cost", "transfer_times"} <= set(read)
+    assert {
+        "transfers",
+        "differences",
+        "curve",
+        "label_efficiency",
+        "cost",
+        "transfer_times",
+    } <= set(read)
 
 
 def test_csv_has_a_line_for_each_transfer(many: Comparison) -> None:
@@ -267,7 +292,11 @@ def test_markdown_tables_have_equally_many_cells_in_all_lines(many: Comparison) 
 def test_latex_tables_are_balanced_and_escaped(many: Comparison) -> None:
     text = render(many, "latex")
     for environment in ("table", "tabular"):
-        assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == len(sections(many))
+        assert (
+            text.count(rf"\begin{{{environment}}}")
+            == text.count(rf"\end{{{environment}}}")
+            == len(sections(many))
+        )
     for table, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end", text, re.DOTALL):
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table) - 1}
@@ -290,13 +319,24 @@ def test_files_are_those_of_all_tables(many: Comparison, tmp_path: Path) -> None
     write_tables(many, tmp_path / "new")
     found = {path.name for path in (tmp_path / "new").iterdir()}
     assert {f"comparison.{suffix}" for suffix in ("json", "csv", "md", "tex")} <= found
-    assert {"rows.csv", "curve.csv", "label_efficiency.csv", "cost.csv", "repetitions_A.csv"} <= found
+    assert {
+        "rows.csv",
+        "curve.csv",
+        "label_efficiency.csv",
+        "cost.csv",
+        "repetitions_A.csv",
+    } <= found
 
 
 def test_one_run_is_compared_with_its_baselines(tracking: str, names: Names) -> None:
     found = compare_runs(tracking, [names.first])
     assert [column.label for column in found.columns] == ["pretrained", "random"]
-    assert [part.name for part in extra_sections(found)] == ["curve", "label_efficiency", "cost", "transfer_times"]
+    assert [part.name for part in extra_sections(found)] == [
+        "curve",
+        "label_efficiency",
+        "cost",
+        "transfer_times",
+    ]
 
 
 def test_a_run_named_twice_is_wrong_usage(tracking: str, names: Names) -> None:
@@ -304,7 +344,9 @@ def test_a_run_named_twice_is_wrong_usage(tracking: str, names: Names) -> None:
         compare_runs(tracking, [names.first, names.first])
 
 
-def test_a_pretraining_that_mlflow_does_not_know_has_no_cost(tracking: str, many: Comparison) -> None:
+def test_a_pretraining_that_mlflow_does_not_know_has_no_cost(
+    tracking: str, many: Comparison
+) -> None:
     found = run_cost(tracking, many.runs[0].records._replace(pretraining=None))
     assert (found.images, math.isnan(found.device_hours)) == (0, True)
 
@@ -312,12 +354,19 @@ def test_a_pretraining_that_mlflow_does_not_know_has_no_cost(tracking: str, many
 def test_command_prints_the_wanted_format_and_writes_files(
     names: Names, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compare", names.first, names.other, "--out", str(tmp_path), "--format", "json"]) == 0
+    assert (
+        main(["compare", names.first, names.other, "--out", str(tmp_path), "--format", "json"]) == 0
+    )
     assert capsys.readouterr().out == (tmp_path / "comparison.json").read_text()
     assert main(["compare", names.first, "--out", str(tmp_path / "one")]) == 0
     assert "Label efficiency" in capsys.readouterr().out
-    assert set(json.loads((tmp_path / "one" / "comparison.json").read_text())) == {"pretraining", "rows"}
-    assert (tmp_path / "one" / "report.html").exists() and (tmp_path / "one" / "details.json").exists()
+    assert set(json.loads((tmp_path / "one" / "comparison.json").read_text())) == {
+        "pretraining",
+        "rows",
+    }
+    assert (tmp_path / "one" / "report.html").exists() and (
+        tmp_path / "one" / "details.json"
+    ).exists()
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -23,7 +23,12 @@ from hemoco.tracking.runs import close_run, log_artifact_bytes, open_run, set_ta
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 BACKBONE = "s3://bucket/runs/backbone.safetensors"
-VALUES = {("pretrained", 0): 0.75, ("pretrained", 1): 0.5, ("random", 0): 0.25, ("random", 1): 0.125}
+VALUES = {
+    ("pretrained", 0): 0.75,
+    ("pretrained", 1): 0.5,
+    ("random", 0): 0.25,
+    ("random", 1): 0.125,
+}
 
 
 @dataclasses.dataclass
@@ -42,7 +47,12 @@ def write_parent(uri: str, name: str, **tags: str) -> str:
 
 
 def write_pretraining(uri: str, name: str, parent: str) -> str:
-    tags = {"hemoco.run": name, "hemoco.phase": "pretrain", "hemoco.recipe": "cells", "hemoco.data_digest": "abc"}
+    tags = {
+        "hemoco.run": name,
+        "hemoco.phase": "pretrain",
+        "hemoco.recipe": "cells",
+        "hemoco.data_digest": "abc",
+    }
     params = {"pretrain.moco.queue_length": "1023", "pretrain.epochs": "4"}
     run_id = open_run(uri, connect(uri), name="pretrain", parent=parent, tags=tags, params=params)
     with Tracker(uri, run_id, f"memory://unsent/{run_id}") as tracker:
@@ -55,14 +65,21 @@ def write_pretraining(uri: str, name: str, parent: str) -> str:
 
 
 def write_transfer(uri: str, name: str, parent: str, transfer: str, metric: str) -> str:
-    tags = {"hemoco.run": name, "hemoco.phase": "transfer", "hemoco.transfer": transfer, "hemoco.metric": metric}
+    tags = {
+        "hemoco.run": name,
+        "hemoco.phase": "transfer",
+        "hemoco.transfer": transfer,
+        "hemoco.metric": metric,
+    }
     run_id = open_run(uri, connect(uri), name=transfer, parent=parent, tags=tags, params={})
     set_tags(uri, run_id, {f"hemoco.done/{init}/seed_{seed}": "true" for init, seed in VALUES})
     with Tracker(uri, run_id, f"memory://unsent/{run_id}") as tracker:
         tracker.log(9, {f"pretrained/seed_2/{metric}": 0.01})  # a unit that is not done
         for (init, seed), value in VALUES.items():
             tracker.log(7, {f"{init}/seed_{seed}/loss": 9.0})
-            tracker.log(9, {f"{init}/seed_{seed}/{metric}": value, f"{init}/seed_{seed}/other": 0.9})
+            tracker.log(
+                9, {f"{init}/seed_{seed}/{metric}": value, f"{init}/seed_{seed}/other": 0.9}
+            )
     return run_id
 
 
@@ -75,9 +92,18 @@ def written(tracking: str) -> Written:
     for transfer, metric in (("knn", "top1"), ("mask|rcnn", "mask_ap")):
         runs.transfers[transfer] = write_transfer(tracking, name, parent, transfer, metric)
         close_run(tracking, runs.transfers[transfer], "FINISHED")
-    log_artifact_bytes(tracking, runs.transfers["mask|rcnn"], "pretrained_seed_0_detections.png", b"\x89PNG")
-    tags = {"hemoco.run": name, "hemoco.phase": "transfer", "hemoco.transfer": "probe", "hemoco.metric": "top1"}
-    failed = open_run(tracking, connect(tracking), name="probe", parent=parent, tags=tags, params={})
+    log_artifact_bytes(
+        tracking, runs.transfers["mask|rcnn"], "pretrained_seed_0_detections.png", b"\x89PNG"
+    )
+    tags = {
+        "hemoco.run": name,
+        "hemoco.phase": "transfer",
+        "hemoco.transfer": "probe",
+        "hemoco.metric": "top1",
+    }
+    failed = open_run(
+        tracking, connect(tracking), name="probe", parent=parent, tags=tags, params={}
+    )
     set_tags(tracking, failed, {"hemoco.error": "out of memory"})
     close_run(tracking, failed, "FAILED")
     return runs
@@ -86,7 +112,14 @@ def written(tracking: str) -> Written:
 def test_comparison_is_what_was_written(tracking: str, written: Written) -> None:
     found = run_results(tracking, written.name)
     expected = [
-        Row(transfer=transfer, metric=metric, init=init, seed=seed, value=value, run_id=written.transfers[transfer])
+        Row(
+            transfer=transfer,
+            metric=metric,
+            init=init,
+            seed=seed,
+            value=value,
+            run_id=written.transfers[transfer],
+        )
         for transfer, metric in (("knn", "top1"), ("mask|rcnn", "mask_ap"))
         for (init, seed), value in VALUES.items()
     ]
@@ -103,14 +136,19 @@ def test_a_transfer_that_runs_or_has_not_begun_is_named(tracking: str) -> None:
     name = f"open-{uuid.uuid4().hex}"
     params = {f"transfers.{transfer}.seeds": "(0,)" for transfer in ("knn", "probe")}
     parent_tags = {"hemoco.run": name, "hemoco.phase": "parent"}
-    parent = open_run(tracking, connect(tracking), name=name, parent=None, tags=parent_tags, params=params)
+    parent = open_run(
+        tracking, connect(tracking), name=name, parent=None, tags=parent_tags, params=params
+    )
     write_transfer(tracking, name, parent, "knn", "top1")
     found = run_results(tracking, name)
     assert [(item.transfer, item.reason) for item in found.unfinished] == [
         ("knn", "4 measured"),
         ("probe", "not begun"),
     ]
-    notes = [f"- † pretrained: {item.transfer} is unfinished: {item.reason}\n" for item in found.unfinished]
+    notes = [
+        f"- † pretrained: {item.transfer} is unfinished: {item.reason}\n"
+        for item in found.unfinished
+    ]
     assert "".join(notes) in render(compare_runs(tracking, [name]), "markdown")
 
 
@@ -135,7 +173,9 @@ def test_headlines_are_means_and_differences_by_name(tracking: str, written: Wri
     assert len(found) == 6 and all(math.isfinite(value) for value in found.values())
 
 
-def test_markdown_has_one_line_per_transfer_and_names_what_failed(tracking: str, written: Written) -> None:
+def test_markdown_has_one_line_per_transfer_and_names_what_failed(
+    tracking: str, written: Written
+) -> None:
     lines = render(compare_runs(tracking, [written.name]), "markdown").splitlines()
     assert "| knn | top1 | **0.625 ± 0.177 (2)** | 0.188 ± 0.088 (2) |" in lines
     assert r"| mask\|rcnn | mask_ap | **0.625 ± 0.177 (2)** | 0.188 ± 0.088 (2) |" in lines
@@ -145,13 +185,17 @@ def test_markdown_has_one_line_per_transfer_and_names_what_failed(tracking: str,
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_terminal_has_the_cells_of_the_markdown_and_breaks_none(tracking: str, written: Written, width: int) -> None:
+def test_terminal_has_the_cells_of_the_markdown_and_breaks_none(
+    tracking: str, written: Written, width: int
+) -> None:
     many = compare_runs(tracking, [written.name])
     console = Console(width=width, file=io.StringIO(), record=True)
     for section in sections(many):
         print_section(console, section)
     text = console.export_text()
-    cells = [cell for section in sections(many) for row in section.rows for cell in row if len(cell) < 30]
+    cells = [
+        cell for section in sections(many) for row in section.rows for cell in row if len(cell) < 30
+    ]
     assert [cell for cell in cells if cell not in text] == []
     markdown = render(many, "markdown").replace("\\|", "|")
     assert [cell for cell in cells if cell not in markdown] == []
@@ -160,18 +204,31 @@ def test_terminal_has_the_cells_of_the_markdown_and_breaks_none(tracking: str, w
 def test_files_are_written_to_a_new_folder(tracking: str, written: Written, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
     write_comparison(compare_runs(tracking, [written.name]), folder)
-    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.csv", "comparison.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "comparison.json",
+        "comparison.csv",
+        "comparison.md",
+    }
     results = run_results(tracking, written.name)
     assert (folder / "comparison.json").read_text() == contract_json(results)
     lines = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
-    assert [(line["transfer"], float(line["value"])) for line in lines] == [(r.transfer, r.value) for r in results.rows]
+    assert [(line["transfer"], float(line["value"])) for line in lines] == [
+        (r.transfer, r.value) for r in results.rows
+    ]
 
 
-def test_transfers_alone_show_the_pretraining_of_another_run(tracking: str, written: Written) -> None:
+def test_transfers_alone_show_the_pretraining_of_another_run(
+    tracking: str, written: Written
+) -> None:
     name = f"alone-{uuid.uuid4().hex}"
     write_parent(tracking, name, backbone_url="file:///kept", pretrain_run_id=written.pretrain)
     found = run_results(tracking, name).pretraining
-    assert (found.run, found.run_id, found.backbone_url, found.loss) == (name, written.pretrain, "file:///kept", 3.0)
+    assert (found.run, found.run_id, found.backbone_url, found.loss) == (
+        name,
+        written.pretrain,
+        "file:///kept",
+        3.0,
+    )
 
 
 def test_transfers_from_an_unknown_backbone_have_no_loss(tracking: str) -> None:

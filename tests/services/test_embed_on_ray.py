@@ -28,7 +28,9 @@ def backbone(tmp_path: Path) -> str:
     """A file of random weights."""
     url = str(tmp_path / "backbone.safetensors")
     tiny = EncoderConfig(architecture="resnet10t", stem="small")
-    export_backbone(random_backbone(tiny, 0, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)), url, {"data_digest": "d"})
+    export_backbone(
+        random_backbone(tiny, 0, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)), url, {"data_digest": "d"}
+    )
     return url
 
 
@@ -42,7 +44,9 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_same_call_again_goes_on_with_what_is_missing(bucket: str, tmp_path: Path, backbone: str) -> None:
+def test_the_same_call_again_goes_on_with_what_is_missing(
+    bucket: str, tmp_path: Path, backbone: str
+) -> None:
     shards = write_shards(f"{bucket}/shards", [5, 4, 3], bad={6})
     plan = planned(shards, backbone, tmp_path / "out")
     chosen = read_index(shards).shards
@@ -53,7 +57,9 @@ def test_the_same_call_again_goes_on_with_what_is_missing(bucket: str, tmp_path:
     after = contents(tmp_path / "out")
     assert (first.images, first.computed, again.images, again.computed) == (11, 11, 11, 3)
     assert again.bad == first.bad == (("not an image", 1, f"6 in {shards}/train-000001.tar"),)
-    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    assert {name: data for name, (data, _) in after.items()} == {
+        name: data for name, (data, _) in before.items()
+    }
     assert [name for name in after if after[name] != before[name]] == ["train-000002.parquet"]
 
 
@@ -62,7 +68,10 @@ def test_too_many_bad_samples_stop_it_unless_allowed(tmp_path: Path, backbone: s
     shards = write_shards(str(tmp_path / "shards"), [12], bad=range(11))
     plan, chosen = planned(shards, backbone, tmp_path / "out"), read_index(shards).shards
     for _ in range(2):  # also when the file is there
-        with pytest.raises(ShardError, match=r"11 of 12 samples are bad, the last is 10 in .*: not an image; repack"):
+        with pytest.raises(
+            ShardError,
+            match=r"11 of 12 samples are bad, the last is 10 in .*: not an image; repack",
+        ):
             finish(embed_steps(plan, chosen, cpus=1, gpus=0, max_bad_share=0.1))
     assert finish(embed_steps(plan, chosen, cpus=1, gpus=0, max_bad_share=0.95)).images == 1
 
@@ -79,7 +88,10 @@ def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(
     )  # fmt: skip
     warning, where, result, again = done.stdout.splitlines()
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
-    assert warning == f"warning: 1 images left out: not an image (first: 5 in {shards}/train-000001.tar)"
+    assert (
+        warning
+        == f"warning: 1 images left out: not an image (first: 5 in {shards}/train-000001.tar)"
+    )
     assert result.startswith(f"{bucket}/features: 6 images in 2 files, ")
     assert again == f"neighbours  python -m jobs neighbours {bucket}/features KEY"
     assert json.loads(read_bytes(where.removeprefix("all of them: "))) == {

@@ -20,7 +20,9 @@ from tests.helpers.waiting import wait_until
 
 def outcomes(function, arguments, stopping=None):
     """By their argument; None where there was no error."""
-    found = attempt_tasks(function, arguments, cpus=1, gpus=0, stopping=stopping or threading.Event())
+    found = attempt_tasks(
+        function, arguments, cpus=1, gpus=0, stopping=stopping or threading.Event()
+    )
     return {outcome.arguments[0]: outcome for outcome in found}
 
 
@@ -33,7 +35,11 @@ def test_failing_unit_leaves_the_others_alone_and_is_not_tried_again(ray_cluster
         return name
 
     found = outcomes(unit, [(name, tmp_path) for name in ("a", "bad", "b")])
-    assert {name: outcome.result for name, outcome in found.items()} == {"a": "a", "bad": None, "b": "b"}
+    assert {name: outcome.result for name, outcome in found.items()} == {
+        "a": "a",
+        "bad": None,
+        "b": "b",
+    }
     assert str(found["bad"].error) == "bad: cannot be"
     assert (tmp_path / "bad").read_text() == "x"
 
@@ -75,7 +81,9 @@ def test_stopping_cancels_what_runs_and_what_waits(ray_cluster, tmp_path):
         time.sleep(600)
 
     stopping, names = threading.Event(), [(str(name), tmp_path) for name in range(9)]
-    timer = threading.Thread(target=lambda: (wait_until(lambda: list(tmp_path.iterdir()), 120), stopping.set()))
+    timer = threading.Thread(
+        target=lambda: (wait_until(lambda: list(tmp_path.iterdir()), 120), stopping.set())
+    )
     timer.start()
     with pytest.raises(CancelledError):
         outcomes(unit, names, stopping)
@@ -106,11 +114,16 @@ def test_interrupt_sets_stopping_and_waits_for_calls_that_heed_it():
 
 
 @pytest.mark.parametrize("other", ["on this machine", "on this cluster"])
-def test_second_driver_of_a_run_is_refused_while_the_first_is_at_it(ray_cluster, tmp_path, monkeypatch, other):
+def test_second_driver_of_a_run_is_refused_while_the_first_is_at_it(
+    ray_cluster, tmp_path, monkeypatch, other
+):
     with only_driver("twice"):
         if other == "on this cluster":  # from another machine
             monkeypatch.setenv("HEMOCO_HOME", str(tmp_path))
-        with pytest.raises(UsageError, match="'twice' is being worked at by another process"), only_driver("twice"):
+        with (
+            pytest.raises(UsageError, match="'twice' is being worked at by another process"),
+            only_driver("twice"),
+        ):
             pass
     with only_driver("twice"):
         pass
@@ -128,7 +141,9 @@ def test_training_process_that_is_told_to_go_away_says_so_at_the_next_step():
 
 def test_training_grows_at_the_second_checkpoint_that_sees_room(ray_cluster):
     smaller = TrainingProcess(torch.device("cpu"), ResourcesConfig(workers=2), [1, 2])
-    asked = [smaller.interruption(at_checkpoint=at_checkpoint) for at_checkpoint in (True, False, True)]
+    asked = [
+        smaller.interruption(at_checkpoint=at_checkpoint) for at_checkpoint in (True, False, True)
+    ]
     assert asked == [None, None, "grow"]
 
 

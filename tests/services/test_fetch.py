@@ -34,7 +34,9 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "STORAGE_RETRIES", replace(STORAGE_RETRIES, first_wait_s=0.001, longest_wait_s=0.01))
+    monkeypatch.setattr(
+        fetch, "STORAGE_RETRIES", replace(STORAGE_RETRIES, first_wait_s=0.001, longest_wait_s=0.01)
+    )
 
 
 @pytest.fixture
@@ -44,7 +46,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def running_proxy(s3: str) -> Iterator[FaultProxy]:
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
+    with (
+        fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
 
@@ -69,7 +74,9 @@ def shard(proxy: FaultProxy, bucket: str) -> str:
 def web(tmp_path: Path) -> Iterator[tuple[ThreadingHTTPServer, Path]]:
     """A web server that knows no ranges, and its folder."""
     handler = type(
-        "Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None, "protocol_version": "HTTP/1.1"}
+        "Quiet",
+        (SimpleHTTPRequestHandler,),
+        {"log_message": lambda *_: None, "protocol_version": "HTTP/1.1"},
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path))) as server:
         server.handle_error = lambda *_: None  # clients that hang up are no news
@@ -89,7 +96,11 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         server, folder = request.getfixturevalue("web")
         (folder / "s.tar").write_bytes(DATA)
         return f"http://127.0.0.1:{server.server_port}/s.tar"
-    url = f"memory://{uuid.uuid4().hex}/s.tar" if request.param == "memory" else (tmp_path / "s.tar").as_uri()
+    url = (
+        f"memory://{uuid.uuid4().hex}/s.tar"
+        if request.param == "memory"
+        else (tmp_path / "s.tar").as_uri()
+    )
     write_bytes(url, DATA)
     return url
 
@@ -98,7 +109,9 @@ def starts(proxy: FaultProxy) -> list[int | None]:
     return [request.start for request in proxy.requests]
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, SIZE), (0, 1), (SIZE - 1, SIZE), (5, 700_001), (3, 3)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, SIZE), (0, 1), (SIZE - 1, SIZE), (5, 700_001), (3, 3)]
+)
 def test_a_range_is_that_of_the_object(anywhere, start, stop):
     counts = FetchCounts()
     for _ in range(2):  # the second on a connection that was used
@@ -108,7 +121,9 @@ def test_a_range_is_that_of_the_object(anywhere, start, stop):
 
 @pytest.mark.parametrize(("start", "stop"), [(0, SIZE + 1), (SIZE, SIZE + 5), (SIZE + 5, SIZE + 9)])
 def test_a_range_beyond_the_end_says_how_long_the_object_is(anywhere, start, stop):
-    with pytest.raises(StorageError, match=f"it has {SIZE} bytes, bytes {start} to {stop} were asked for"):
+    with pytest.raises(
+        StorageError, match=f"it has {SIZE} bytes, bytes {start} to {stop} were asked for"
+    ):
         fetch_range(anywhere, start, stop, FetchCounts())
 
 
@@ -204,7 +219,10 @@ def test_a_spent_budget_says_what_came_and_what_to_do(shard, proxy, caplog):
     assert 0.3 <= time.monotonic() - began < 5
     message = str(raised.value)
     assert message.startswith(f"{shard}: 10 of {SIZE} bytes came in ")
-    assert "nothing new for 0.3 s, at last: answered 503 Service Unavailable; check that http://127" in message
+    assert (
+        "nothing new for 0.3 s, at last: answered 503 Service Unavailable; check that http://127"
+        in message
+    )
     assert message.endswith("run the same command again: it resumes")
     assert f"event=fetch_fault url={shard} byte=10" in caplog.text
     assert "X-Amz" not in message + caplog.text
@@ -220,7 +238,9 @@ def test_a_stall_longer_than_the_budget_ends_with_it(shard, proxy):
 
 def test_a_dead_server_is_named_after_the_budget(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StorageError, match=r"Connection refused; check that http://127\.0\.0\.1:9 can be reached"):
+    with pytest.raises(
+        StorageError, match=r"Connection refused; check that http://127\.0\.0\.1:9 can be reached"
+    ):
         fetch_range(f"{s3}/k.tar", 0, 1, FetchCounts(), budget_s=0.2)
 
 
@@ -243,7 +263,9 @@ def test_a_wrong_secret_is_not_tried_twice(shard, proxy, monkeypatch):
 
 def test_another_refusal_is_not_tried_twice(shard, proxy):
     proxy.fail("status", status=412)
-    with pytest.raises(StorageError, match="the storage answers 412 Precondition Failed; check the URL"):
+    with pytest.raises(
+        StorageError, match="the storage answers 412 Precondition Failed; check the URL"
+    ):
         fetch_range(shard, 0, 1, FetchCounts())
     assert len(proxy.requests) == 1
 
@@ -291,8 +313,14 @@ def test_a_sound_shard_is_read_by_one_request(anywhere):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (DATA[:5] + b"\0" + DATA[6:], r"its SHA-256 is \w{12}\.\.\., the index says " + SHA256[:12]),
-        (DATA[:-1024], f"it has {SIZE - 1024} bytes, the index says {SIZE}"),  # as if at the end of a tar member
+        (
+            DATA[:5] + b"\0" + DATA[6:],
+            r"its SHA-256 is \w{12}\.\.\., the index says " + SHA256[:12],
+        ),
+        (
+            DATA[:-1024],
+            f"it has {SIZE - 1024} bytes, the index says {SIZE}",
+        ),  # as if at the end of a tar member
         (DATA + b"\0", f"it has {SIZE + 1} bytes, the index says {SIZE}"),
         (b"", f"it has 0 bytes, the index says {SIZE}"),
     ],
@@ -316,7 +344,9 @@ def test_a_shard_damaged_on_its_way_is_fetched_once_more(shard, proxy):
 
 
 def test_a_missing_shard_is_named(anywhere):
-    with pytest.raises(ShardError, match=r"gone\.tar: not found; check the URL: a shard is missing; restore it"):
+    with pytest.raises(
+        ShardError, match=r"gone\.tar: not found; check the URL: a shard is missing; restore it"
+    ):
         verified_shard(anywhere.rsplit("/", 1)[0] + "/gone.tar", SIZE, SHA256, FetchCounts())
 
 
@@ -325,7 +355,19 @@ def test_https_trusts_the_given_certificates_and_no_others(web, tmp_path, monkey
     (folder / "s.tar").write_bytes(DATA)
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names, "-keyout", key, "-out", certificate]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        *names,
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)

@@ -38,28 +38,44 @@ def tar_of(*members: tuple[str, bytes]) -> bytes:
 
 def photos(first: int, count: int = 3) -> list[tuple[str, bytes]]:
     numbers = range(first, first + count)
-    return [m for i in numbers for m in ((f"n/{i:05d}.JPEG", jpeg(i)), (f"n/{i:05d}.cls", f"{i}".encode()))]
+    return [
+        m
+        for i in numbers
+        for m in ((f"n/{i:05d}.JPEG", jpeg(i)), (f"n/{i:05d}.cls", f"{i}".encode()))
+    ]
 
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
     """Two tars for training and one for validation."""
     folder = tmp_path / "tars"
-    for name, first in (("imagenet-train-000000.tar", 0), ("imagenet-train-000001.tar", 3), ("val/00000.tar", 6)):
+    for name, first in (
+        ("imagenet-train-000000.tar", 0),
+        ("imagenet-train-000001.tar", 3),
+        ("val/00000.tar", 6),
+    ):
         write_bytes(str(folder / name), tar_of(*photos(first)))
     return folder
 
 
 def indexed(dest: Path | str, *sources: Path | str, overwrite: bool = False) -> Indexed:
     return finish(
-        index_steps([str(source) for source in sources], absolute_url(str(dest)), split="given", overwrite=overwrite)
+        index_steps(
+            [str(source) for source in sources],
+            absolute_url(str(dest)),
+            split="given",
+            overwrite=overwrite,
+        )
     )
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Bytes and time of change of every file."""
     found = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in found
+    }
 
 
 def test_tars_in_the_folder_of_their_index_are_named_below_it(tars: Path, tmp_path: Path) -> None:
@@ -72,13 +88,23 @@ def test_tars_in_the_folder_of_their_index_are_named_below_it(tars: Path, tmp_pa
     assert before.items() <= files(tars).items()
     moved = tars.rename(tmp_path / "moved")
     assert read_index(str(moved)) == index
-    assert [s.key for shard in index.shards for s in read_shard(str(moved), shard)] == [f"n/{i:05d}" for i in range(9)]
+    assert [s.key for shard in index.shards for s in read_shard(str(moved), shard)] == [
+        f"n/{i:05d}" for i in range(9)
+    ]
 
 
 def test_tars_elsewhere_are_named_by_their_urls(tars: Path, bucket: str) -> None:
-    write_bytes(join_url(bucket, "a/train-0.tar"), (tars / "imagenet-train-000000.tar").read_bytes())
-    index = indexed(f"{bucket}/index", f"{bucket}/a", f"{tars}/imagenet-train-00000{{1..1}}.tar", tars / "val").index
-    urls = [f"{tars.as_uri()}/imagenet-train-000001.tar", f"{tars.as_uri()}/val/00000.tar", f"{bucket}/a/train-0.tar"]
+    write_bytes(
+        join_url(bucket, "a/train-0.tar"), (tars / "imagenet-train-000000.tar").read_bytes()
+    )
+    index = indexed(
+        f"{bucket}/index", f"{bucket}/a", f"{tars}/imagenet-train-00000{{1..1}}.tar", tars / "val"
+    ).index
+    urls = [
+        f"{tars.as_uri()}/imagenet-train-000001.tar",
+        f"{tars.as_uri()}/val/00000.tar",
+        f"{bucket}/a/train-0.tar",
+    ]
     assert [shard.name for shard in index.shards] == urls
     assert list_names(f"{bucket}/index") == ["index.json", "samples"]
     assert [len(read_table(f"{bucket}/index", shard).keys) for shard in index.shards] == [3, 3, 3]
@@ -88,14 +114,22 @@ def test_tars_elsewhere_are_named_by_their_urls(tars: Path, bucket: str) -> None
 def test_classes_are_the_numbers_up_to_the_largest(tars: Path) -> None:
     index = indexed(tars, tars).index
     assert index.classes == tuple("012345678")
-    labels = [label for shard in index.shards for label in read_table(str(tars), shard).labels.tolist()]
+    labels = [
+        label for shard in index.shards for label in read_table(str(tars), shard).labels.tolist()
+    ]
     assert labels == list(range(9))
 
 
 def test_what_is_left_out_is_counted_and_the_first_is_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        members = [(f"photo.{i}.jpg", jpeg(i)) for i in (1, 2)] + photos(0) + [("n/00001.txt", b""), ("x.txt", b"")]
-        (tmp_path / f"{name}.tar").write_bytes(tar_of(*members, ("bad.jpg", b"<html>"), ("bad.cls", b"cat")))
+        members = (
+            [(f"photo.{i}.jpg", jpeg(i)) for i in (1, 2)]
+            + photos(0)
+            + [("n/00001.txt", b""), ("x.txt", b"")]
+        )
+        (tmp_path / f"{name}.tar").write_bytes(
+            tar_of(*members, ("bad.jpg", b"<html>"), ("bad.cls", b"cat"))
+        )
     result = indexed(tmp_path, tmp_path)
     assert result.left_out == (
         Finding("a class that is no number from 0 to 999999", 2, "bad.cls in a.tar"),
@@ -113,7 +147,9 @@ def test_empty_tars_are_named_and_only_empty_ones_are_an_error(tars: Path, tmp_p
     with pytest.raises(ShardError, match=r"none of the 1 tars holds a sample$"):
         indexed(tmp_path / "out", tars / "empty.tar")
     write_bytes(str(tars / "text.tar"), tar_of(("a.txt", b"")))
-    with pytest.raises(ShardError, match=r"none of the 1 tars .*; a key without an image: a\.txt in text\.tar"):
+    with pytest.raises(
+        ShardError, match=r"none of the 1 tars .*; a key without an image: a\.txt in text\.tar"
+    ):
         indexed(tmp_path / "out", tars / "text.tar")
     assert list_names(str(tmp_path / "out")) == []
 
@@ -122,11 +158,15 @@ def test_keys_may_be_the_same_in_several_tars(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.tar").write_bytes(tar_of(*photos(0)))
     index = indexed(tmp_path, tmp_path).index
-    assert [read_table(str(tmp_path), shard).keys for shard in index.shards] == 2 * [[f"n/0000{i}" for i in range(3)]]
+    assert [read_table(str(tmp_path), shard).keys for shard in index.shards] == 2 * [
+        [f"n/0000{i}" for i in range(3)]
+    ]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
-def test_a_damaged_tar_is_named_and_nothing_is_written(tars: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_tar_is_named_and_nothing_is_written(
+    tars: Path, tmp_path: Path, damage: str
+) -> None:
     bad = tars / "imagenet-train-000001.tar"
     data = bad.read_bytes()
     with tarfile.open(bad) as tar:
@@ -135,7 +175,10 @@ def test_a_damaged_tar_is_named_and_nothing_is_written(tars: Path, tmp_path: Pat
         bad.unlink()
     else:
         bad.write_bytes(data[:third] + (b"" if damage == "cut" else b"\xff" + data[third + 1 :]))
-    with pytest.raises((ShardError, StorageError), match=r"imagenet-train-000001\.tar: (cut at|damaged at|not found)"):
+    with pytest.raises(
+        (ShardError, StorageError),
+        match=r"imagenet-train-000001\.tar: (cut at|damaged at|not found)",
+    ):
         indexed(tmp_path / "out", f"{tars}/imagenet-train-{{000000..000001}}.tar", tars / "val")
     assert list_names(str(tmp_path / "out")) == []
 
@@ -173,14 +216,19 @@ def test_other_tars_are_refused_unless_told(tars: Path, change: str) -> None:
     if change == "removed":
         (tars / "imagenet-train-000001.tar").unlink()
     else:
-        write_bytes(str(tars / ("val/00000.tar" if change == "replaced" else "new.tar")), tar_of(*photos(50)))
+        write_bytes(
+            str(tars / ("val/00000.tar" if change == "replaced" else "new.tar")),
+            tar_of(*photos(50)),
+        )
     before = files(tars)
     with pytest.raises(UsageError, match="choose another DEST, or replace with --overwrite"):
         indexed(tars, tars)
     assert files(tars) == before
     index = indexed(tars, tars, overwrite=True).index
     assert read_index(str(tars)) == index
-    assert {path.stem for path in (tars / "samples").iterdir()} == {shard.sha256 for shard in index.shards}
+    assert {path.stem for path in (tars / "samples").iterdir()} == {
+        shard.sha256 for shard in index.shards
+    }
 
 
 def test_packing_never_removes_tars_that_it_did_not_make(tars: Path, tmp_path: Path) -> None:
@@ -189,9 +237,19 @@ def test_packing_never_removes_tars_that_it_did_not_make(tars: Path, tmp_path: P
     before = files(tars)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").write_bytes(jpeg(1))
-    for overwrite, message in ((False, "holds other shards"), (True, "tars that hemoco only made the index of")):
+    for overwrite, message in (
+        (False, "holds other shards"),
+        (True, "tars that hemoco only made the index of"),
+    ):
         with pytest.raises(UsageError, match=message):
-            pack([str(tmp_path / "images")], str(tars), split="train", samples_per_shard=9, seed=0, overwrite=overwrite)
+            pack(
+                [str(tmp_path / "images")],
+                str(tars),
+                split="train",
+                samples_per_shard=9,
+                seed=0,
+                overwrite=overwrite,
+            )
     assert files(tars) == before
 
 
@@ -199,15 +257,21 @@ def test_shards_of_our_own_can_be_indexed_in_place(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").write_bytes(jpeg(1))
     out = tmp_path / "out"
-    packed = pack([str(tmp_path / "images")], str(out), split="test", samples_per_shard=9, seed=0).index
+    packed = pack(
+        [str(tmp_path / "images")], str(out), split="test", samples_per_shard=9, seed=0
+    ).index
     with pytest.raises(UsageError, match="holds other shards"):
         indexed(out, out)
     index = indexed(out, out, overwrite=True).index
     assert (index.shards, index.packed, packed.packed) == (packed.shards, False, True)
 
 
-def test_a_person_sees_what_was_left_out(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_bytes(str(tars / "x.tar"), tar_of(("p.1.jpg", b""), ("p.2.jpg", b""), ("\x1b[2J.jpg", b"")))
+def test_a_person_sees_what_was_left_out(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bytes(
+        str(tars / "x.tar"), tar_of(("p.1.jpg", b""), ("p.2.jpg", b""), ("\x1b[2J.jpg", b""))
+    )
     index_with_progress((str(tars),), (tmp_path / "out").as_uri(), split="train", overwrite=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{(tmp_path / 'out').as_uri()}: 4 shards, ")
@@ -218,7 +282,9 @@ def test_a_person_sees_what_was_left_out(tars: Path, tmp_path: Path, capsys: pyt
     ]
 
 
-def test_options_of_packing_do_not_go_with_index_only(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_packing_do_not_go_with_index_only(
+    tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["pack", str(tars), str(tars), "--index_only", "--seed", "3"]) == 2
     assert "--samples_per_shard and --seed do not go with it" in capsys.readouterr().err
 

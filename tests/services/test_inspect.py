@@ -72,7 +72,9 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str
     return status, out.splitlines(), err
 
 
-def test_splits_sizes_and_labels_are_told_in_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_splits_sizes_and_labels_are_told_in_plain_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(str(tmp_path), [9, 0, 3])
     index = rewrite_index(tmp_path, classes=("cat", "dog", "\x1b[2J"))
     status, lines, _ = told(capsys, str(tmp_path))
@@ -109,7 +111,9 @@ def test_counts_are_those_of_the_labels_and_of_images_without(tmp_path: Path) ->
     }  # fmt: skip
 
 
-def test_labels_beyond_the_classes_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_beyond_the_classes_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(str(tmp_path), [4])
     rewrite_index(tmp_path, classes=("a", "b"))
     assert told(capsys, str(tmp_path))[::2] == (
@@ -120,8 +124,14 @@ def test_labels_beyond_the_classes_are_an_error(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no index.json, so no shards here; make some with `python -m jobs pack SOURCE DEST`"),
-        ({"format": "hemoco-shards", "version": 1}, "index version 1, this hemoco reads 2; pack the data again"),
+        (
+            None,
+            "no index.json, so no shards here; make some with `python -m jobs pack SOURCE DEST`",
+        ),
+        (
+            {"format": "hemoco-shards", "version": 1},
+            "index version 1, this hemoco reads 2; pack the data again",
+        ),
         ({"format": "other"}, "is this a shard folder of hemoco?"),
     ],
 )
@@ -137,10 +147,13 @@ def test_what_is_no_shard_folder_is_one_line(
 
 def test_the_facts_are_told_without_ray_and_torch(tmp_path: Path) -> None:
     write_shards(str(tmp_path), [4, 3])
-    script = f"import sys; from jobs.cli import main; status = main(['inspect', {str(tmp_path)!r}]); " + (
-        "print([name for name in ('ray', 'torch') if name in sys.modules]); sys.exit(status)"
+    script = (
+        f"import sys; from jobs.cli import main; status = main(['inspect', {str(tmp_path)!r}]); "
+        + ("print([name for name in ('ray', 'torch') if name in sys.modules]); sys.exit(status)")
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -162,12 +175,18 @@ def test_an_image_that_cannot_be_decoded_is_damage_of_our_shards_only(tmp_path: 
     ours = read_index(str(tmp_path))
     where = f"{tmp_path}/train-000000.tar: 2 images cannot be decoded, first 1: its 12 bytes are not an image"
     assert finish(verify_steps(str(tmp_path), ours))[:3] == ((where,), 1, ())
-    assert finish(verify_steps(str(tmp_path), dataclasses.replace(ours, packed=False)))[:3] == ((), 0, (where,))
+    assert finish(verify_steps(str(tmp_path), dataclasses.replace(ours, packed=False)))[:3] == (
+        (),
+        0,
+        (where,),
+    )
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_annotations_are_counted_by_split(test_data: Path, tmp_path: Path) -> None:
-    index = pack([str(test_data / "bccd")], str(tmp_path), split="x", samples_per_shard=20, seed=0).index
+    index = pack(
+        [str(test_data / "bccd")], str(tmp_path), split="x", samples_per_shard=20, seed=0
+    ).index
     found = finish(verify_steps(str(tmp_path), index))
     assert sum(found.annotations.values()) == count_objects(test_data / "bccd").total()
     assert found._replace(annotations={}) == ((), 0, (), {})
@@ -179,14 +198,22 @@ def test_verify_names_all_damaged_shards_and_exits_with_1(ray_cluster: str, tmp_
         damage(tmp_path, number, kind)
     words = [sys.executable, "-m", "jobs", "inspect", str(tmp_path), "--verify"]
     done = subprocess.run(
-        words, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ray_cluster}, capture_output=True, text=True, check=False
+        words,
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     damaged = [line for line in done.stdout.splitlines() if line.startswith("damaged: ")]
     assert done.returncode == 1
     for number, (line, message) in enumerate(zip(damaged, DAMAGES.values(), strict=True), 1):
         assert f"train-{number:06d}.tar" in line
         assert re.search(message, line)
-    assert done.stderr == "error: 7 of 8 shards are damaged, as listed; restore them, or pack the data again\n"
+    assert (
+        done.stderr
+        == "error: 7 of 8 shards are damaged, as listed; restore them, or pack the data again\n"
+    )
 
 
 def test_a_sheet_shows_evenly_spaced_samples_of_all_shards(bucket: str) -> None:
@@ -194,7 +221,9 @@ def test_a_sheet_shows_evenly_spaced_samples_of_all_shards(bucket: str) -> None:
     samples = sheet_samples(bucket, read_index(bucket), 10)
     shown = [None if sample.image is None else sample.image.getpixel((0, 0)) for sample in samples]
     assert shown == [None if i == 10 else (i, i, i) for i in range(0, 20, 2)]
-    assert [sample.caption for sample in samples] == [("a", "b", "c")[i % 3] for i in range(0, 20, 2)]
+    assert [sample.caption for sample in samples] == [
+        ("a", "b", "c")[i % 3] for i in range(0, 20, 2)
+    ]
 
 
 @pytest.mark.parametrize("sizes", [[0], [1], [2, 3]])
@@ -207,24 +236,36 @@ def test_a_sheet_of_few_samples_shows_each_once(tmp_path: Path, sizes: list[int]
 def test_a_damaged_sample_is_not_shown(tmp_path: Path) -> None:
     write_shards(str(tmp_path), [3, 3])
     damage(tmp_path, 1, "flipped")
-    with pytest.raises(ShardError, match=r"train-000001\.tar: sample 3 at byte \d+ is damaged or was replaced"):
+    with pytest.raises(
+        ShardError, match=r"train-000001\.tar: sample 3 at byte \d+ is damaged or was replaced"
+    ):
         sheet_samples(str(tmp_path), read_index(str(tmp_path)), 6)
 
 
 def test_tiles_are_in_their_places_and_of_any_shape() -> None:
     images = [
-        Image.new("RGB", size, colour) for size, colour in (((300, 100), "red"), ((1, 900), "lime"), ((2, 2), "blue"))
+        Image.new("RGB", size, colour)
+        for size, colour in (((300, 100), "red"), ((1, 900), "lime"), ((2, 2), "blue"))
     ]
     samples = [
-        SheetSample(image, caption, "train") for image, caption in zip(images, ("a", 99 * "long", "\n"), strict=True)
+        SheetSample(image, caption, "train")
+        for image, caption in zip(images, ("a", 99 * "long", "\n"), strict=True)
     ]
-    pixels = np.asarray(Image.open(io.BytesIO(draw_sheet([*samples, SheetSample(None, "gone", "val")]))))
+    pixels = np.asarray(
+        Image.open(io.BytesIO(draw_sheet([*samples, SheetSample(None, "gone", "val")])))
+    )
     assert pixels.shape == (6 + 160 + 32 + 6, 8 * 166 + 6, 3)
-    assert [pixels[86, 85 + 166 * i].tolist() for i in range(3)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    assert [pixels[86, 85 + 166 * i].tolist() for i in range(3)] == [
+        [255, 0, 0],
+        [0, 255, 0],
+        [0, 0, 255],
+    ]
     assert pixels[10, 10].tolist() == [0xEE] * 3
 
 
-def test_a_sheet_is_written_where_it_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sheet_is_written_where_it_is_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(str(tmp_path), [3])
     status, lines, _ = told(capsys, str(tmp_path), "--sheet", str(tmp_path / "new" / "sheet.png"))
     assert (status, lines[-1]) == (0, f"contact sheet: {tmp_path / 'new' / 'sheet.png'}")

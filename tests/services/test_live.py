@@ -97,7 +97,9 @@ class Watched:
     def __init__(self, **changes) -> None:
         plan = {"run": "r", "began_s": BEGAN_S, "pretrain": RECIPE.pretrain, "steps_per_epoch": 10}
         self.now_s = BEGAN_S
-        self.view = RunView(Plan(**plan | {"transfers": RECIPE.transfers} | changes), lambda: self.now_s)
+        self.view = RunView(
+            Plan(**plan | {"transfers": RECIPE.transfers} | changes), lambda: self.now_s
+        )
 
     def show(self, found: Facts, at_s: float = 0.0) -> None:
         self.now_s = BEGAN_S + at_s
@@ -186,7 +188,9 @@ def test_a_transfer_shows_how_much_is_measured_and_the_time_left(made):
 
 def test_a_detector_in_training_shows_its_step_and_the_time_left(made):
     end_pretraining(made, at_s=9)
-    config = dataclasses.replace(RECIPE.transfers["mask_rcnn"], steps=100, inits=("pretrained", "random"))
+    config = dataclasses.replace(
+        RECIPE.transfers["mask_rcnn"], steps=100, inits=("pretrained", "random")
+    )
     watched = Watched(transfers={"mask_rcnn": config})
     run_id = write_transfer(made, "mask_rcnn", {("pretrained", 0): 0.4}, open_=1)
     for at_s, step in ((0, 10), (20, 60)):
@@ -203,13 +207,18 @@ def test_a_transfer_that_is_done_shows_its_headline(made):
 
 def test_a_transfer_that_failed_shows_why(made):
     write_transfer(made, "knn", {}, error="storage does not answer, for a long time already")
-    assert line(facts(made), "knn") == "knn 0/2 failed storage does not answer, for a long time already"
+    assert (
+        line(facts(made), "knn")
+        == "knn 0/2 failed storage does not answer, for a long time already"
+    )
 
 
 def test_what_does_not_fit_beside_a_bar_goes_on_below(made):
     watched = Watched()
     watched.show(at_step(made, 30))
-    assert {"4/12", "3.000", "0.500", "1,234", "images/s"} <= set(" ".join(watched.drawn(60)).split())
+    assert {"4/12", "3.000", "0.500", "1,234", "images/s"} <= set(
+        " ".join(watched.drawn(60)).split()
+    )
 
 
 def test_what_failed_before_waits_to_be_tried_again(made):
@@ -237,9 +246,13 @@ def test_points_of_the_curve_stand_with_their_transfer_until_it_begins(made):
 
 
 def test_an_mlflow_that_is_away_is_named():
-    (found,) = lines_of(footer("r", elapsed_s=271.0, silence_s=40.0, problem="connection refused"), 100)
+    (found,) = lines_of(
+        footer("r", elapsed_s=271.0, silence_s=40.0, problem="connection refused"), 100
+    )
     assert " ".join(found.split()) == "elapsed 4:31 MLflow does not answer, 0:40 connection refused"
-    assert lines_of(footer("r", elapsed_s=271.0, silence_s=1.0, problem=""), 100) == ["elapsed 4:31  r"]
+    assert lines_of(footer("r", elapsed_s=271.0, silence_s=1.0, problem=""), 100) == [
+        "elapsed 4:31  r"
+    ]
 
 
 @pytest.mark.parametrize("width", [20, 50, 80, 200])
@@ -253,7 +266,9 @@ def test_every_line_fits(made, width):
     assert max(map(len, before + shown)) <= width
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(5, "0:05"), (271, "4:31"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(5, "0:05"), (271, "4:31"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")]
+)
 def test_a_time_in_few_letters(seconds, said):
     assert clock(seconds) == said
 
@@ -299,7 +314,10 @@ def test_one_stream_that_goes_elsewhere_means_plain_lines(monkeypatch):
 
 
 def test_a_silent_mlflow_does_not_hold_the_end_back(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server, in_terminal():  # takes connections and never answers
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        in_terminal(),
+    ):  # takes connections and never answers
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         with live_display("any", pretrain=None, transfers={}, indexes=ShardIndexes()):
             server.accept()[0].close()
@@ -338,7 +356,9 @@ def sessions(tracking) -> tuple[str, str]:
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     values = StepMetrics(step=10, epoch=0, position=StreamPosition(0, 10), values={"loss": 3.0})
     words = [sys.executable, "-c", PROGRAM, made.name, _progress(values, values.values, 120)]
-    with subprocess.Popen(words, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
         os.close(theirs)
         written = b""
         while chunk := _read(ours):
@@ -377,7 +397,11 @@ def test_lines_above_are_whole_and_in_order(session):
 
 def test_logged_lines_are_above_too_and_records_of_the_training_are_not(session):
     lines = printed(session)
-    assert lines.index("event=first") < lines.index("(raylet) would clear the screen") < lines.index("event=last")
+    assert (
+        lines.index("event=first")
+        < lines.index("(raylet) would clear the screen")
+        < lines.index("event=last")
+    )
     assert "\x1b[2J" not in session
     assert not any("pretrain step" in each for each in lines)
 

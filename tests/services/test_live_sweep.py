@@ -23,9 +23,16 @@ EPOCHS = PretrainConfig().epochs
 
 
 def trial(uri: str, sweep: str, number: int, status: str, **tags: str) -> str:
-    own = {"hemoco.sweep": sweep, "hemoco.phase": "trial", "hemoco.trial": str(number), "hemoco.steps_per_epoch": "10"}
+    own = {
+        "hemoco.sweep": sweep,
+        "hemoco.phase": "trial",
+        "hemoco.trial": str(number),
+        "hemoco.steps_per_epoch": "10",
+    }
     name, experiment = f"trial_{number:04d}", connect(uri)
-    run_id = open_run(uri, experiment, name=name, parent=None, tags=own | tags, params={LR: f"0.{number}"})
+    run_id = open_run(
+        uri, experiment, name=name, parent=None, tags=own | tags, params={LR: f"0.{number}"}
+    )
     ask(uri, lambda client: client.update_run(run_id, status=status))
     return run_id
 
@@ -38,7 +45,9 @@ def pretraining(uri: str, run: str, step: int, status: str = "RUNNING") -> None:
 
 
 def measure(uri: str, run_id: str, *, step: int, **values: float) -> None:
-    points = [MetricPoint(key=key, value=value, timestamp=0, step=step) for key, value in values.items()]
+    points = [
+        MetricPoint(key=key, value=value, timestamp=0, step=step) for key, value in values.items()
+    ]
     send_points(uri, run_id, points, patience_s=30.0)
 
 
@@ -52,7 +61,9 @@ def half_done(tracking: str) -> tuple[str, SweepFacts]:
     trial(tracking, sweep, 2, "FAILED")
     trial(tracking, sweep, 3, "RUNNING")
     pretraining(tracking, f"{sweep}/trial_0003", 34)
-    pretraining(tracking, f"{sweep.replace('_', '-')}/trial_0004", 99)  # of another sweep, by a name that is like it
+    pretraining(
+        tracking, f"{sweep.replace('_', '-')}/trial_0004", 99
+    )  # of another sweep, by a name that is like it
     trial(tracking, sweep, 4, "RUNNING")
     return sweep, read_sweep(tracking, connect(tracking), sweep)
 
@@ -118,7 +129,10 @@ def test_a_trial_that_has_ended_leaves_the_rows(half_done):
 
 
 def test_before_mlflow_knows_anything_all_wait():
-    assert drawn(SweepView("s", CONFIG, EPOCHS)) == ["trials 0/6 waiting 6 waiting", "best none has ended yet"]
+    assert drawn(SweepView("s", CONFIG, EPOCHS)) == [
+        "trials 0/6 waiting 6 waiting",
+        "best none has ended yet",
+    ]
 
 
 def test_a_superseded_trial_is_left_out(tracking):

@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[2]
 SERVE = "import sys, time, pathlib\nfrom cluster.local.servers import s3_server\n"
 SERVE += "with s3_server(pathlib.Path(sys.argv[1])): "
 # a daemon of its own session, as servers start them, below a shell that ignores SIGTERM
-STUBBORN = ["sh", "-c", "trap '' TERM; setsid sleep 1234 & echo $! > pids; sleep 5678 & echo $! >> pids; wait; wait"]
+STUBBORN = [
+    "sh",
+    "-c",
+    "trap '' TERM; setsid sleep 1234 & echo $! > pids; sleep 5678 & echo $! >> pids; wait; wait",
+]
 
 
 def test_s3_stops_with_its_block(tmp_path):
@@ -75,8 +79,15 @@ def test_a_killed_parent_leaves_no_s3_server(tmp_path):
 def test_daemons_that_ignore_sigterm_end_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with child_process(STUBBORN, log=tmp_path / "log", environment=dict(os.environ)):
-        assert within(10, lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2)
-    assert not [pid for pid in (tmp_path / "pids").read_text().split() if Path(f"/proc/{pid}").exists()]
+        assert within(
+            10,
+            lambda: (
+                (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2
+            ),
+        )
+    assert not [
+        pid for pid in (tmp_path / "pids").read_text().split() if Path(f"/proc/{pid}").exists()
+    ]
 
 
 def test_ray_workers_find_the_checkout_and_the_s3_server(ray_cluster, bucket):
@@ -107,6 +118,9 @@ def test_ray_has_two_cores_at_least_and_asks_for_a_token(ray_cluster):
 def test_a_ray_address_where_nothing_answers_is_named_within_seconds(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     start = time.monotonic()
-    with pytest.raises(HemocoError, match=r"RAY_ADDRESS is 127\.0\.0\.1:9: nothing answers there"), local_ray():
+    with (
+        pytest.raises(HemocoError, match=r"RAY_ADDRESS is 127\.0\.0\.1:9: nothing answers there"),
+        local_ray(),
+    ):
         pass
     assert time.monotonic() - start < 10

@@ -18,7 +18,9 @@ from tests.helpers.waiting import within
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(metric_queue, "_SEND_EVERY_S", 0.05)
-    monkeypatch.setattr(metric_queue, "_RETRIES", dataclasses.replace(metric_queue._RETRIES, first_wait_s=0.1))
+    monkeypatch.setattr(
+        metric_queue, "_RETRIES", dataclasses.replace(metric_queue._RETRIES, first_wait_s=0.1)
+    )
 
 
 class Server:
@@ -49,7 +51,10 @@ def kept_steps(folder: str) -> list[int]:
 
 
 def points(steps: range) -> list[MetricPoint]:
-    return [MetricPoint(key="loss", value=float(step), timestamp=1000 + step, step=step) for step in steps]
+    return [
+        MetricPoint(key="loss", value=float(step), timestamp=1000 + step, step=step)
+        for step in steps
+    ]
 
 
 def test_keep_writes_what_is_not_delivered_to_one_file(bucket):
@@ -123,7 +128,11 @@ def test_what_cannot_be_delivered_at_the_end_is_kept_and_the_command_named(tmp_p
     log_steps(queue, range(10))
     queue.close(timeout_s=1)
     assert kept_steps(str(tmp_path)) == list(range(10)) and not queue.delivered
-    assert "points=10" in caplog.text and "python -m jobs sync RUN" in caplog.text and str(tmp_path) in caplog.text
+    assert (
+        "points=10" in caplog.text
+        and "python -m jobs sync RUN" in caplog.text
+        and str(tmp_path) in caplog.text
+    )
 
 
 def test_a_refusal_is_said_once_and_never_tried_again(tmp_path, caplog):
@@ -144,7 +153,10 @@ def test_trouble_with_the_storage_is_warned_of_once_and_not_raised(s3, caplog):
             log_steps(queue, range(start, start + 10))
             queue.keep()
     assert server.steps == list(range(20))
-    assert caplog.text.count("event=metrics_storage") == 1 and "'no-such-bucket' does not exist" in caplog.text
+    assert (
+        caplog.text.count("event=metrics_storage") == 1
+        and "'no-such-bucket' does not exist" in caplog.text
+    )
 
 
 def test_points_that_neither_side_took_are_counted_as_lost(s3, caplog):
@@ -196,7 +208,11 @@ def test_a_damaged_file_is_named_and_left(tmp_path, caplog):
 def test_every_float_is_kept_exactly(tmp_path: Path, value: float):
     url = write_points(str(tmp_path), [MetricPoint(key="a/b c", value=value, timestamp=1, step=2)])
     (read,) = read_points(url)
-    assert repr(read.value) == repr(value) and (read.key, read.timestamp, read.step) == ("a/b c", 1, 2)
+    assert repr(read.value) == repr(value) and (read.key, read.timestamp, read.step) == (
+        "a/b c",
+        1,
+        2,
+    )
 
 
 def test_a_file_that_is_gone_holds_nothing_and_needs_no_removal(bucket):

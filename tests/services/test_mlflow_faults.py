@@ -125,12 +125,17 @@ def test_a_server_whose_answers_are_lost_has_every_point_once(lab, proxy, run_id
     with Tracker(proxy.uri, run_id, unsent) as tracker:
         proxy.mode = "lose"
         log_steps(tracker, range(1500))
-        assert within(60, lambda: proxy.requests.count("lose") >= 2 and arrived(lab, run_id) == each_once(1000))
+        assert within(
+            60,
+            lambda: proxy.requests.count("lose") >= 2 and arrived(lab, run_id) == each_once(1000),
+        )
         proxy.mode = "pass"
     assert arrived(lab, run_id) == each_once(1500)
 
 
-def test_training_logs_keeps_and_goes_on_while_a_slow_server_has_answered_nothing(lab, proxy, run_id, unsent):
+def test_training_logs_keeps_and_goes_on_while_a_slow_server_has_answered_nothing(
+    lab, proxy, run_id, unsent
+):
     with Tracker(proxy.uri, run_id, unsent) as tracker:
         proxy.mode = "hold"
         log_steps(tracker, range(1000))
@@ -144,7 +149,9 @@ def test_training_logs_keeps_and_goes_on_while_a_slow_server_has_answered_nothin
     assert arrived(lab, run_id) == each_once(3000) and kept_files(unsent) == []
 
 
-def test_what_an_attempt_kept_before_it_was_killed_is_delivered_by_the_next(lab, proxy, run_id, unsent):
+def test_what_an_attempt_kept_before_it_was_killed_is_delivered_by_the_next(
+    lab, proxy, run_id, unsent
+):
     proxy.mode = "down"
     words = [sys.executable, "-c", ATTEMPT, proxy.uri, run_id, unsent]
     assert subprocess.run(words, cwd=ROOT, check=False).returncode == -signal.SIGKILL
@@ -185,7 +192,9 @@ def test_sync_delivers_all_says_how_many_and_then_has_nothing_to_do(
     assert "nothing to deliver" in capsys.readouterr().out
 
 
-def test_sync_finds_units_one_level_deeper(lab, proxy, run_id, bucket, capsys, monkeypatch, request):
+def test_sync_finds_units_one_level_deeper(
+    lab, proxy, run_id, bucket, capsys, monkeypatch, request
+):
     for unit in ("pretrained_seed_0", "random_seed_0"):
         kept_in_an_outage(proxy, run_id, join_url(bucket, "probe", unit, FOLDER, run_id), 10)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", lab.server.uri)
@@ -200,7 +209,9 @@ def test_sync_of_a_run_that_mlflow_does_not_know_is_wrong_usage(lab, capsys, mon
 
 
 # the last ones: they kill the server of this module
-def test_a_server_killed_in_mid_run_has_every_point_once_after_its_restart(lab, run_id, unsent, caplog):
+def test_a_server_killed_in_mid_run_has_every_point_once_after_its_restart(
+    lab, run_id, unsent, caplog
+):
     with Tracker(lab.server.uri, run_id, unsent) as tracker:
         log_steps(tracker, range(1500))
         assert within(30, lambda: arrived(lab, run_id) == each_once(1500))

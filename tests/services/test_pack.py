@@ -30,7 +30,9 @@ def photos(tmp_path: Path) -> Path:
     for split, name in itertools.product(("train", "test"), "ab"):
         (folder / split / name).mkdir(parents=True)
     for i, name in itertools.product(range(6), "ab"):
-        Image.new("RGB", (4, 4), (i, 40 * (name == "a"), 0)).save(folder / "train" / name / f"{i}.png")
+        Image.new("RGB", (4, 4), (i, 40 * (name == "a"), 0)).save(
+            folder / "train" / name / f"{i}.png"
+        )
     Image.new("RGB", (4, 4), (255, 255, 255)).save(folder / "test" / "a" / "new.png")
     shutil.copy(folder / "train" / "b" / "3.png", folder / "test" / "b" / "old.png")
     return folder
@@ -48,7 +50,10 @@ def keys(dest: Path, index: ShardIndex) -> list[str]:
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Bytes and time of change of every file."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in files
+    }
 
 
 def test_every_image_comes_back_with_its_class(photos: Path, tmp_path: Path) -> None:
@@ -67,14 +72,23 @@ def test_every_image_comes_back_with_its_class(photos: Path, tmp_path: Path) -> 
 def test_every_shard_has_a_table_of_its_samples(photos: Path, tmp_path: Path) -> None:
     index = packed(photos, tmp_path / "out").index
     for shard in index.shards:
-        samples, table = read_shard(str(tmp_path / "out"), shard), read_table(str(tmp_path / "out"), shard)
-        assert (table.keys, table.labels.tolist()) == ([s.key for s in samples], [s.label for s in samples])
-    assert {path.stem for path in (tmp_path / "out" / "samples").iterdir()} == {shard.sha256 for shard in index.shards}
+        samples, table = (
+            read_shard(str(tmp_path / "out"), shard),
+            read_table(str(tmp_path / "out"), shard),
+        )
+        assert (table.keys, table.labels.tolist()) == (
+            [s.key for s in samples],
+            [s.label for s in samples],
+        )
+    assert {path.stem for path in (tmp_path / "out" / "samples").iterdir()} == {
+        shard.sha256 for shard in index.shards
+    }
 
 
 def test_the_seed_decides_the_order_and_only_that(photos: Path, tmp_path: Path) -> None:
     first, again, other = (
-        packed(photos, tmp_path / name, seed=seed).index for name, seed in (("1", 1), ("2", 1), ("3", 2))
+        packed(photos, tmp_path / name, seed=seed).index
+        for name, seed in (("1", 1), ("2", 1), ("3", 2))
     )
     assert first == again
     ordered, reordered = keys(tmp_path / "1", first), keys(tmp_path / "3", other)
@@ -113,7 +127,9 @@ def test_the_same_pack_again_restores_what_is_missing_or_damaged(
 
 
 @pytest.mark.parametrize("change", ["seed", "size", "pixel", "class", "fewer"])
-def test_other_shards_are_refused_and_left_alone_unless_told(photos: Path, tmp_path: Path, change: str) -> None:
+def test_other_shards_are_refused_and_left_alone_unless_told(
+    photos: Path, tmp_path: Path, change: str
+) -> None:
     out = tmp_path / "out"
     old = packed(photos, out).index
     settings = {"seed": {"seed": 1}, "size": {"samples_per_shard": 3}}.get(change, {})
@@ -128,13 +144,23 @@ def test_other_shards_are_refused_and_left_alone_unless_told(photos: Path, tmp_p
     assert sorted(keys(out, read_index(str(out)))) == sorted(keys(out, old))
     new = packed(photos, out, **settings, overwrite=True).index
     assert read_index(str(out)) == new
-    assert set(list_names(str(out))) == {"index.json", "samples", *(shard.name for shard in new.shards)}
-    assert {path.stem for path in (out / "samples").iterdir()} == {shard.sha256 for shard in new.shards}
+    assert set(list_names(str(out))) == {
+        "index.json",
+        "samples",
+        *(shard.name for shard in new.shards),
+    }
+    assert {path.stem for path in (out / "samples").iterdir()} == {
+        shard.sha256 for shard in new.shards
+    }
 
 
-def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(photos: Path, tmp_path: Path) -> None:
+def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(
+    photos: Path, tmp_path: Path
+) -> None:
     out = str(tmp_path / "out")
-    steps = pack_steps((str(photos),), Path(out).as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False)
+    steps = pack_steps(
+        (str(photos),), Path(out).as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False
+    )
     assert list(itertools.islice(steps, 3)) == [Progress(0, 7), Progress(1, 7), Progress(2, 7)]
     steps.close()
     with pytest.raises(ShardError, match="python -m jobs pack"):
@@ -145,7 +171,9 @@ def test_an_interrupted_pack_has_no_index_and_is_repeated_by_the_same_call(photo
 
 def test_an_interrupted_pack_goes_on_with_what_is_missing(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    steps = pack_steps((str(photos),), out.as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False)
+    steps = pack_steps(
+        (str(photos),), out.as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False
+    )
     list(itertools.islice(steps, 5))
     steps.close()
     # a shard that was under way when the pack was closed may be there without its mark: that one is written again
@@ -154,13 +182,19 @@ def test_an_interrupted_pack_goes_on_with_what_is_missing(photos: Path, tmp_path
     index = packed(photos, out, samples_per_shard=2).index
     assert len(times) >= 4
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
-    assert sorted(keys(out, index)) == sorted(keys(tmp_path / "b", packed(photos, tmp_path / "b").index))
+    assert sorted(keys(out, index)) == sorted(
+        keys(tmp_path / "b", packed(photos, tmp_path / "b").index)
+    )
     assert not (out / "unfinished").exists()
 
 
-def test_what_an_interrupted_pack_of_other_settings_left_is_removed(photos: Path, tmp_path: Path) -> None:
+def test_what_an_interrupted_pack_of_other_settings_left_is_removed(
+    photos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    steps = pack_steps((str(photos),), out.as_uri(), split="x", samples_per_shard=1, seed=0, overwrite=False)
+    steps = pack_steps(
+        (str(photos),), out.as_uri(), split="x", samples_per_shard=1, seed=0, overwrite=False
+    )
     list(itertools.islice(steps, 15))
     steps.close()
     (out / "train-000001.tar.123.partial").write_bytes(b"what a killed worker had written")
@@ -177,15 +211,35 @@ def test_tars_of_others_are_not_written_over(photos: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "train-000000.tar").read_bytes() == b"somebody's"
 
 
-def test_images_that_cannot_be_decoded_are_left_out_and_counted(test_data: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_left_out_and_counted(
+    test_data: Path, tmp_path: Path
+) -> None:
     result = packed(test_data / "odd", tmp_path / "out", samples_per_shard=40)
     found = set(keys(tmp_path / "out", result.index))
-    assert {"made_gray16", "made_name with spaces", "made_UPPER", "made_cmyk", "pillow_hopper_orientation_6"} <= found
-    assert found.isdisjoint({"made_empty", "made_text", "made_half", "made_solid_20000x20000", "sharp_truncated"})
-    images = [path for path in (test_data / "odd").glob("*/*") if path.suffix not in (".txt", ".j2k", ".jp2")]
+    assert {
+        "made_gray16",
+        "made_name with spaces",
+        "made_UPPER",
+        "made_cmyk",
+        "pillow_hopper_orientation_6",
+    } <= found
+    assert found.isdisjoint(
+        {"made_empty", "made_text", "made_half", "made_solid_20000x20000", "sharp_truncated"}
+    )
+    images = [
+        path
+        for path in (test_data / "odd").glob("*/*")
+        if path.suffix not in (".txt", ".j2k", ".jp2")
+    ]
     others = [path for path in images if path.suffix in (".avif", ".ico", ".mpo", ".pcx")]
-    assert len(found) + sum(finding.times for finding in result.skipped) == len(images) - len(others)
-    assert {finding.reason for finding in result.skipped} >= {"not an image", "damaged", "too large"}
+    assert len(found) + sum(finding.times for finding in result.skipped) == len(images) - len(
+        others
+    )
+    assert {finding.reason for finding in result.skipped} >= {
+        "not an image",
+        "damaged",
+        "too large",
+    }
 
 
 def test_a_damaged_index_is_replaced_only_when_told(photos: Path, tmp_path: Path) -> None:
@@ -193,18 +247,24 @@ def test_a_damaged_index_is_replaced_only_when_told(photos: Path, tmp_path: Path
     (tmp_path / "out" / "index.json").write_text("{")
     with pytest.raises(ShardError, match="not JSON"):
         packed(photos, tmp_path / "out")
-    assert packed(photos, tmp_path / "out", overwrite=True).index == read_index(str(tmp_path / "out"))
+    assert packed(photos, tmp_path / "out", overwrite=True).index == read_index(
+        str(tmp_path / "out")
+    )
 
 
 def test_a_source_of_only_bad_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_bytes(b"no")
-    with pytest.raises(ShardError, match=r"none of the 1 images can be decoded, first .*1\.jpg: its 2 bytes"):
+    with pytest.raises(
+        ShardError, match=r"none of the 1 images can be decoded, first .*1\.jpg: its 2 bytes"
+    ):
         packed(tmp_path / "bad", tmp_path / "out")
     assert "index.json" not in list_names(str(tmp_path / "out"))
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning"
+)  # webdataset leaves its files to the garbage collector
 def test_stock_webdataset_decodes_what_was_packed(tmp_path: Path) -> None:
     source = write_class_zip(tmp_path / "test.zip", "test", per_class=100, seed=0)
     index = packed(source, tmp_path / "out", samples_per_shard=400).index
@@ -222,14 +282,23 @@ def test_coco_annotations_travel_to_s3_and_back(coco_sets: dict[str, Path], buck
     official = json.loads((coco_sets["sparse"] / "instances_val.json").read_text())
     samples = [sample for shard in index.split("val") for sample in read_shard(bucket, shard)]
     found = [annotation for sample in samples for annotation in sample.annotations or []]
-    assert sorted(found, key=lambda a: a["id"]) == sorted(official["annotations"], key=lambda a: a["id"])
+    assert sorted(found, key=lambda a: a["id"]) == sorted(
+        official["annotations"], key=lambda a: a["id"]
+    )
     assert {sample.image_id for sample in samples} == {image["id"] for image in official["images"]}
-    assert {category["id"] for category in index.categories} == {c["id"] for c in official["categories"]}
+    assert {category["id"] for category in index.categories} == {
+        c["id"] for c in official["categories"]
+    }
 
 
 def test_damage_found_by_a_worker_is_raised_here(photos: Path, tmp_path: Path) -> None:
     steps = pack_steps(
-        (str(photos),), (tmp_path / "out").as_uri(), split="x", samples_per_shard=2, seed=0, overwrite=False
+        (str(photos),),
+        (tmp_path / "out").as_uri(),
+        split="x",
+        samples_per_shard=2,
+        seed=0,
+        overwrite=False,
     )
     next(steps)
     shutil.rmtree(photos)
@@ -237,7 +306,9 @@ def test_damage_found_by_a_worker_is_raised_here(photos: Path, tmp_path: Path) -
         list(steps)
 
 
-def test_a_dest_that_cannot_be_written_fails_before_the_source_is_read(tmp_path: Path, bucket: str) -> None:
+def test_a_dest_that_cannot_be_written_fails_before_the_source_is_read(
+    tmp_path: Path, bucket: str
+) -> None:
     with pytest.raises(StorageError, match="bucket 'nowhere' does not exist"):
         packed(tmp_path / "missing", "s3://nowhere/x")
 
@@ -248,7 +319,9 @@ def test_voc_boxes_travel_with_their_images(test_data: Path, tmp_path: Path) -> 
         split: [s for shard in index.split(split) for s in read_shard(str(tmp_path / "out"), shard)]
         for split in index.splits
     }
-    assert {split: len(found) for split, found in samples.items()} == listed_splits(test_data / "bccd")
+    assert {split: len(found) for split, found in samples.items()} == listed_splits(
+        test_data / "bccd"
+    )
     boxes = sum(len(sample.annotations or []) for found in samples.values() for sample in found)
     assert boxes == count_objects(test_data / "bccd").total()
     assert [category["name"] for category in index.categories] == ["Platelets", "RBC", "WBC"]

@@ -41,7 +41,12 @@ def recipe(s3, ray_cluster, tracking, tmp_path_factory):
 def unbroken(recipe, s3):
     """The whole way, undisturbed; its losses are what a broken run must repeat."""
     pretrain_then_transfer(
-        recipe, indexes=ShardIndexes(), run="unbroken", storage=join_url(s3, "pipeline/runs"), fresh=False, tags={}
+        recipe,
+        indexes=ShardIndexes(),
+        run="unbroken",
+        storage=join_url(s3, "pipeline/runs"),
+        fresh=False,
+        tags={},
     )
     return "unbroken"
 
@@ -54,8 +59,14 @@ def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
 
 
 def test_curve_ends_with_what_the_transfer_of_the_last_backbone_measures(unbroken, tracking):
-    (point,) = MlflowClient(tracking).get_metric_history(child(unbroken, "pretrain").run_id, "curve/knn/top1")
-    row = next(row for row in run_results(tracking, unbroken).rows if (row.transfer, row.init) == ("knn", "pretrained"))
+    (point,) = MlflowClient(tracking).get_metric_history(
+        child(unbroken, "pretrain").run_id, "curve/knn/top1"
+    )
+    row = next(
+        row
+        for row in run_results(tracking, unbroken).rows
+        if (row.transfer, row.init) == ("knn", "pretrained")
+    )
     assert (point.step, point.value) == (1, row.value)
     assert child(unbroken, "curve", transfer="knn", epoch="1").status == "FINISHED"
 
@@ -63,7 +74,9 @@ def test_curve_ends_with_what_the_transfer_of_the_last_backbone_measures(unbroke
 def test_the_method_and_the_kinds_of_transfers_are_recorded(unbroken, recipe):
     assert child(unbroken, "pretrain").tags[Tag.METHOD] == method_name(recipe.pretrain.moco)
     for name, config in recipe.transfers.items():
-        assert child(unbroken, "transfer", transfer=name).tags[Tag.TRANSFER_KIND] == transfer_kind(config)
+        assert child(unbroken, "transfer", transfer=name).tags[Tag.TRANSFER_KIND] == transfer_kind(
+            config
+        )
 
 
 def test_every_unit_counts_its_attempts(unbroken, recipe):
@@ -84,7 +97,9 @@ def test_the_pretraining_keeps_features_of_test_images_for_the_map(unbroken, rec
     (kept,) = read_artifacts(tracking, child(unbroken, "pretrain").run_id, FILE_NAME).values()
     sample = decode_sample(kept)
     backbone = load_backbone(child(unbroken, "pretrain").tags["hemoco.backbone_url"])
-    images, labels, keys = load_images(recipe.data.shards, read_index(recipe.data.shards), "test", 32)
+    images, labels, keys = load_images(
+        recipe.data.shards, read_index(recipe.data.shards), "test", 32
+    )
     rows = [keys.index(key) for key in sample.keys[:20]]
     assert sample.labels[:20].tolist() == labels[rows].tolist() and len(sample.keys) > 300
     wanted = functional.normalize(extract_features(backbone, images[rows]))
@@ -93,17 +108,27 @@ def test_the_pretraining_keeps_features_of_test_images_for_the_map(unbroken, rec
 
 def test_transfers_overlap_in_time(unbroken):
     client = MlflowClient(tracking_uri())
-    runs = [client.get_run(child(unbroken, "transfer", transfer=name).run_id).info for name in ("knn", "linear_probe")]
+    runs = [
+        client.get_run(child(unbroken, "transfer", transfer=name).run_id).info
+        for name in ("knn", "linear_probe")
+    ]
     assert max(run.start_time for run in runs) < min(run.end_time for run in runs)
 
 
 def test_finished_run_is_not_done_again(unbroken, recipe, s3, tracking):
     before = run_results(tracking, unbroken)
     began = time.monotonic()
-    elsewhere = dataclasses.replace(recipe.pretrain, resources=ResourcesConfig(workers=1), keep_last=5)
+    elsewhere = dataclasses.replace(
+        recipe.pretrain, resources=ResourcesConfig(workers=1), keep_last=5
+    )
     for again in (recipe, dataclasses.replace(recipe, pretrain=elsewhere)):
         pretrain_then_transfer(
-            again, indexes=ShardIndexes(), run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={}
+            again,
+            indexes=ShardIndexes(),
+            run=unbroken,
+            storage=join_url(s3, "pipeline/runs"),
+            fresh=False,
+            tags={},
         )
         assert run_results(tracking, unbroken) == before
     assert time.monotonic() - began < 30  # of training alone it would be more
@@ -116,7 +141,13 @@ def test_another_backbone_under_an_old_name_is_refused(unbroken, recipe, s3, tmp
     nothing = dataclasses.replace(recipe, transfers={}, curve=())
     storage = join_url(s3, "pipeline/runs")
     transfer_only(
-        nothing, indexes=ShardIndexes(), backbone_url=url, run="one-backbone", storage=storage, fresh=False, tags={}
+        nothing,
+        indexes=ShardIndexes(),
+        backbone_url=url,
+        run="one-backbone",
+        storage=storage,
+        fresh=False,
+        tags={},
     )
     with pytest.raises(UsageError, match=r"'one-backbone' measures another backbone"):
         transfer_only(
@@ -134,14 +165,23 @@ def test_other_settings_under_an_old_name_are_refused_with_the_difference(unbrok
     other = dataclasses.replace(recipe, pretrain=dataclasses.replace(recipe.pretrain, seed=1))
     with pytest.raises(UsageError, match=r"pretrain\.seed: 0 -> 1"):
         pretrain_then_transfer(
-            other, indexes=ShardIndexes(), run=unbroken, storage=join_url(s3, "pipeline/runs"), fresh=False, tags={}
+            other,
+            indexes=ShardIndexes(),
+            run=unbroken,
+            storage=join_url(s3, "pipeline/runs"),
+            fresh=False,
+            tags={},
         )
 
 
-def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(unbroken, recipe, s3, tracking):
+def test_one_failing_transfer_leaves_the_others_alone_and_is_tried_again(
+    unbroken, recipe, s3, tracking
+):
     pretraining = child(unbroken, "pretrain")
     frozen = {name: recipe.transfers[name] for name in ("knn", "linear_probe")}
-    broken = dataclasses.replace(recipe, transfers=frozen | {"low_shot": LowShotConfig(shots=10_000)})
+    broken = dataclasses.replace(
+        recipe, transfers=frozen | {"low_shot": LowShotConfig(shots=10_000)}
+    )
     for _ in range(2):  # the second time only the failed one is run
         with pytest.raises(TrainingError, match=r"1 of 3 transfers failed.*low_shot"):
             transfer_only(
@@ -163,7 +203,9 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(recipe, bucket
         yield 1
         raise TrainingError("the loss is nan")
 
-    with pytest.raises(TrainingError, match="the loss is nan; the last good checkpoint: there is none yet"):
+    with pytest.raises(
+        TrainingError, match="the loss is nan; the last good checkpoint: there is none yet"
+    ):
         list(_naming_checkpoint(steps(), bucket))
     state = build_state(recipe.pretrain, torch.device("cpu"), data_digest="d")
     saved = save_checkpoint(state, bucket, attempt=0, keep_last=1)

@@ -12,7 +12,10 @@ def test_what_is_free(ray_cluster):
 
     free = available_resources_per_node()
     assert free.keys() == {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    assert all(0 <= resources.get("CPU", 0) <= ray.cluster_resources()["CPU"] for resources in free.values())
+    assert all(
+        0 <= resources.get("CPU", 0) <= ray.cluster_resources()["CPU"]
+        for resources in free.values()
+    )
 
 
 def test_draining(ray_cluster):
@@ -23,4 +26,6 @@ def test_draining(ray_cluster):
 
 def test_temp_dir(ray_cluster):
     logs = ray_logs().removeprefix("/")
-    assert list(Path("/").glob(logs)), "Ray keeps sockets and logs in the folder that `init` was given"
+    assert list(Path("/").glob(logs)), (
+        "Ray keeps sockets and logs in the folder that `init` was given"
+    )

@@ -41,7 +41,9 @@ class Reads(NamedTuple):
 
 def reads(proxy: FaultProxy, url: str) -> Reads:
     path = "/" + url.removeprefix("s3://")
-    gets = [request for request in proxy.requests if (request.method, request.path) == ("GET", path)]
+    gets = [
+        request for request in proxy.requests if (request.method, request.path) == ("GET", path)
+    ]
     return Reads(len(gets), proxy.sent_bytes[path])
 
 
@@ -55,9 +57,18 @@ def shards(s3, ray_cluster, tmp_path_factory):
     return pack_digits(s3, tmp_path_factory.mktemp("digits"))
 
 
-def test_a_pretraining_reads_the_index_twice_once_by_the_driver_and_once_by_its_rank(s3, shards, tracking, tmp_path):
+def test_a_pretraining_reads_the_index_twice_once_by_the_driver_and_once_by_its_rank(
+    s3, shards, tracking, tmp_path
+):
     (tmp_path / "mine.py").write_text(RECIPE.format(shards=shards))
-    command = ["pretrain", str(tmp_path / "mine.py"), "--storage", f"{s3}/reads/runs", "--run", "reads"]
+    command = [
+        "pretrain",
+        str(tmp_path / "mine.py"),
+        "--storage",
+        f"{s3}/reads/runs",
+        "--run",
+        "reads",
+    ]
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         subprocess.run(
             [sys.executable, "-m", "jobs", *command],
@@ -92,7 +103,9 @@ def test_a_driver_of_transfers_reads_a_backbone_once_to_record_it_and_the_index_
     ray_cluster, tracking, shards, backbone, bucket, monkeypatch
 ):
     knn = KnnConfig(neighbours=20, inits=("pretrained", f"other={backbone}"))
-    recipe = dataclasses.replace(small_recipe(shards), transfers={"knn": knn, "again": knn}, curve=())
+    recipe = dataclasses.replace(
+        small_recipe(shards), transfers={"knn": knn, "again": knn}, curve=()
+    )
     indexes, index = ShardIndexes(), join_url(shards, "index.json")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)  # workers have the server's own

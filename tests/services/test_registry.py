@@ -57,7 +57,9 @@ def run_id(uri, tmp_path):
     tags = {"hemoco.run": "a", "hemoco.phase": "parent", "hemoco.storage": storage}
     parent = open_run(uri, experiment, name="a", parent=None, tags=tags, params={})
     MlflowClient(uri).set_terminated(parent)
-    child = open_run(uri, experiment, name="pretrain", parent=parent, tags={"hemoco.run": "a"}, params={})
+    child = open_run(
+        uri, experiment, name="pretrain", parent=parent, tags={"hemoco.run": "a"}, params={}
+    )
     MlflowClient(uri).set_terminated(child)
     return child
 
@@ -74,7 +76,9 @@ def record(uri, url, run_id):
     """The id of the model."""
     about = backbone_metadata(url)
     tags = {"hemoco.run": "a", "hemoco.recipe": "small"}
-    described = BackboneRecord(name="a", run_id=run_id, step=3, params={"epochs": "3"}, tags=tags, about=about)
+    described = BackboneRecord(
+        name="a", run_id=run_id, step=3, params={"epochs": "3"}, tags=tags, about=about
+    )
     return record_backbone(uri, connect(uri), url, described)
 
 
@@ -158,11 +162,15 @@ def test_snapshot_is_found_again_and_read_from_where_it_lies(uri, url, run_id, t
     described = BackboneRecord(name="a", run_id=run_id, step=1, params={}, tags={}, about={})
     first, again = (record_snapshot(uri, connect(uri), url, described) for _ in range(2))
     assert first == again
-    assert torch.equal(features(hemoco.load_backbone(f"models:/{first}")), features(hemoco.load_backbone(url)))
+    assert torch.equal(
+        features(hemoco.load_backbone(f"models:/{first}")), features(hemoco.load_backbone(url))
+    )
     assert not list((tmp_path).rglob("mlartifacts/**/*.safetensors"))
 
 
-@pytest.mark.parametrize("wrong", ["models:/", "models:/a", "models:/a/Production", "models:/a@", "models:/a/1/x"])
+@pytest.mark.parametrize(
+    "wrong", ["models:/", "models:/a", "models:/a/Production", "models:/a@", "models:/a/1/x"]
+)
 def test_wrong_name_of_a_model_says_what_to_use(uri, wrong):
     with pytest.raises(UsageError, match=r"use models:/NAME@ALIAS"):
         hemoco.load_backbone(wrong)
@@ -179,7 +187,14 @@ def test_unknown_models_and_those_of_others_are_refused(uri):
 
 
 @pytest.mark.parametrize(
-    ("run", "alias"), [("a-1", "a-1"), ("a.b c", "a-b-c"), ("latest", "run-latest"), ("v3", "run-v3"), ("v3a", "v3a")]
+    ("run", "alias"),
+    [
+        ("a-1", "a-1"),
+        ("a.b c", "a-b-c"),
+        ("latest", "run-latest"),
+        ("v3", "run-v3"),
+        ("v3a", "v3a"),
+    ],
 )
 def test_every_run_name_makes_an_alias_that_mlflow_takes(uri, url, run_id, run, alias):
     assert alias_name(run) == alias
@@ -192,8 +207,18 @@ def measured(uri, url, run_id):
     """The id of a registered model with the result of a transfer."""
     model_id = record(uri, url, run_id)
     register(uri, model_id)
-    transfer = open_run(uri, connect(uri), name="knn", parent=None, tags={"hemoco.phase": "transfer"}, params={})
-    log_dataset_input(uri, transfer, DATA.name, "s3://cells/shards", DATA.digest, "transfer", counts={"samples": 7})
+    transfer = open_run(
+        uri, connect(uri), name="knn", parent=None, tags={"hemoco.phase": "transfer"}, params={}
+    )
+    log_dataset_input(
+        uri,
+        transfer,
+        DATA.name,
+        "s3://cells/shards",
+        DATA.digest,
+        "transfer",
+        counts={"samples": 7},
+    )
     for _ in range(2):  # as a second attempt does
         link_models(uri, transfer, [model_id, model_id])
     log_results(uri, transfer, [Measured("knn/top1", 0.75, 0, model_id)], DATA)
@@ -247,12 +272,18 @@ def test_dry_run_names_what_would_go_and_deletes_nothing(uri, measured, url, cap
     assert Path(url).exists()
 
 
-def test_checkpoints_of_a_run_at_work_or_begun_anew_are_not_deleted(uri, measured, run_id, tmp_path, capsys):
+def test_checkpoints_of_a_run_at_work_or_begun_anew_are_not_deleted(
+    uri, measured, run_id, tmp_path, capsys
+):
     words = ["backbones", "delete", "hemoco-small", "1", "--checkpoints"]
     MlflowClient(uri).update_run(run_id, status="RUNNING")
     assert main(words) == 2 and "stop it first" in capsys.readouterr().err
     tags = {"hemoco.phase": "parent", "hemoco.storage": f"{tmp_path}/runs/a"}
-    set_tags(uri, open_run(uri, connect(uri), name="a", parent=None, tags=tags, params={}), {"hemoco.run": "a"})
+    set_tags(
+        uri,
+        open_run(uri, connect(uri), name="a", parent=None, tags=tags, params={}),
+        {"hemoco.run": "a"},
+    )
     assert main(words) == 2 and "begun anew" in capsys.readouterr().err
     assert len(backbone_versions(uri)) == 1
 
@@ -263,23 +294,41 @@ def test_checkpoints_in_a_folder_that_is_not_the_runs_are_not_deleted(uri, measu
     write_bytes(f"{folder}/hemoco-run.json", b'{"run": "b"}')
     assert main(["backbones", "delete", "hemoco-small", "1", "--checkpoints"]) == 2
     assert "names run 'b'" in capsys.readouterr().err
-    assert list_names(f"{folder}/pretrain/checkpoints") == ["step_00000010_a0"] and len(backbone_versions(uri)) == 1
+    assert (
+        list_names(f"{folder}/pretrain/checkpoints") == ["step_00000010_a0"]
+        and len(backbone_versions(uri)) == 1
+    )
 
 
 def test_unknown_version_and_action_are_wrong_usage(uri, measured, capsys):
     assert main(["backbones", "delete", "hemoco-small", "7"]) == 2
-    assert "no backbone hemoco-small 7 is registered; there is hemoco-small 1" in capsys.readouterr().err
+    assert (
+        "no backbone hemoco-small 7 is registered; there is hemoco-small 1"
+        in capsys.readouterr().err
+    )
     assert main(["backbones", "delet"]) == 2
     assert "did you mean delete?" in capsys.readouterr().err
 
 
 def test_two_models_share_a_key_and_the_run_shows_the_last(uri, url, run_id, tmp_path):
     other = str(tmp_path / "other.safetensors")
-    export_backbone(random_backbone(ENCODER, 1, (0.5,) * 3, (0.2,) * 3), other, {"data_digest": "d", "run_id": ""})
+    export_backbone(
+        random_backbone(ENCODER, 1, (0.5,) * 3, (0.2,) * 3),
+        other,
+        {"data_digest": "d", "run_id": ""},
+    )
     theirs, ours = record(uri, other, ""), record(uri, url, run_id)
-    log_results(uri, run_id, [Measured("knn/top1", 0.9, 0, theirs), Measured("knn/top1", 0.8, 0, ours)], DATA)
+    log_results(
+        uri,
+        run_id,
+        [Measured("knn/top1", 0.9, 0, theirs), Measured("knn/top1", 0.8, 0, ours)],
+        DATA,
+    )
     client = MlflowClient(uri)
-    assert [client.get_logged_model(model).metrics[0].value for model in (theirs, ours)] == [0.9, 0.8]
+    assert [client.get_logged_model(model).metrics[0].value for model in (theirs, ours)] == [
+        0.9,
+        0.8,
+    ]
     assert client.get_run(run_id).data.metrics["knn/top1"] == 0.8
 
 

@@ -32,7 +32,9 @@ def runs(tracking: str) -> tuple[MadeRun, MadeRun, MadeRun]:
     unique = uuid.uuid4().hex[:8]
     other = dataclasses.replace(RECIPE.pretrain, optimizer=OptimizerConfig(lr=0.06))
     recipes = (RECIPE, dataclasses.replace(RECIPE, pretrain=other), RECIPE)
-    first, second, begun = (begin_run(tracking, f"run <{n}> {unique}", recipe) for n, recipe in enumerate(recipes))
+    first, second, begun = (
+        begin_run(tracking, f"run <{n}> {unique}", recipe) for n, recipe in enumerate(recipes)
+    )
     fill(first)
     fill(second)
     return first, second, begun
@@ -91,9 +93,18 @@ def parsed(html: str) -> Balance:
 
 def test_data_has_the_settings_of_the_pretraining_its_curves_and_images(data: ReportData) -> None:
     (detail,) = data.details
-    assert detail.params["pretrain.moco.queue_length"] == "1024" and detail.params["transfers.knn.seeds"] == "(0, 1)"
-    assert [(point.step, point.value) for point in detail.curves["pretext_top1"]] == [(10, 0.25), (20, 0.5)]
-    assert [image.name for image in detail.images] == ["pretrained_seed_0_confusion", "pretrained_seed_0_detections"]
+    assert (
+        detail.params["pretrain.moco.queue_length"] == "1024"
+        and detail.params["transfers.knn.seeds"] == "(0, 1)"
+    )
+    assert [(point.step, point.value) for point in detail.curves["pretext_top1"]] == [
+        (10, 0.25),
+        (20, 0.5),
+    ]
+    assert [image.name for image in detail.images] == [
+        "pretrained_seed_0_confusion",
+        "pretrained_seed_0_detections",
+    ]
     assert {(image.transfer, image.png) for image in detail.images} == {("probe", png())}
 
 
@@ -116,17 +127,33 @@ def test_every_image_has_words_for_who_cannot_see_it(page: str) -> None:
 
 
 def test_strings_from_outside_are_text_not_markup(page: str) -> None:
-    assert "run &lt;0&gt;" in page and "&lt;script&gt;alert(1)" in page and "right &lt;2&gt;" in page
+    assert (
+        "run &lt;0&gt;" in page and "&lt;script&gt;alert(1)" in page and "right &lt;2&gt;" in page
+    )
 
 
-def test_results_health_settings_and_lineage_are_shown(page: str, runs: tuple[MadeRun, MadeRun, MadeRun]) -> None:
-    for text in ("0.625 ± 0.177 (2)", "+0.438", "PASS", "3.000", "pretrain.knn_every_epochs", runs[0].pretraining):
+def test_results_health_settings_and_lineage_are_shown(
+    page: str, runs: tuple[MadeRun, MadeRun, MadeRun]
+) -> None:
+    for text in (
+        "0.625 ± 0.177 (2)",
+        "+0.438",
+        "PASS",
+        "3.000",
+        "pretrain.knn_every_epochs",
+        runs[0].pretraining,
+    ):
         assert text in page
-    assert "Pretraining beats random initialisation in 2 of 2 transfers, 0 beyond the noise of seeds. 1 failed." in page
+    assert (
+        "Pretraining beats random initialisation in 2 of 2 transfers, 0 beyond the noise of seeds. 1 failed."
+        in page
+    )
 
 
 def test_a_run_that_has_begun_says_what_is_missing(begun: str) -> None:
-    assert "No transfer has been measured yet." in begun and begun.count('class="mark unknown"') == 2
+    assert (
+        "No transfer has been measured yet." in begun and begun.count('class="mark unknown"') == 2
+    )
 
 
 def svg_of(text: str, title: str) -> str:
@@ -153,13 +180,17 @@ def test_a_plot_names_what_it_shows(page: str, title: str, words: tuple[str, ...
 
 def test_a_pause_breaks_the_line_of_the_throughput(page: str) -> None:
     curves = re.findall(
-        r'<g id="line2d_\d+">\s*<path d="([^"]+)" clip-path', svg_of(page, "Throughput and waiting for data")
+        r'<g id="line2d_\d+">\s*<path d="([^"]+)" clip-path',
+        svg_of(page, "Throughput and waiting for data"),
     )
     assert any(curve.count("M") == 2 and curve.count("L") == 0 for curve in curves)
 
 
 def test_the_map_shows_each_image_and_the_nearest_have_its_label(page: str) -> None:
-    assert "24 images of split test" in page and "The nearest has the same label for 100% of the images" in page
+    assert (
+        "24 images of split test" in page
+        and "The nearest has the same label for 100% of the images" in page
+    )
     tiles = page[page.index("<h2>Nearest images</h2>") :]
     tiles = tiles[: tiles.index("</section>")]
     assert tiles.count('class="query"') == 8 and tiles.count("✓</figcaption>") == 48
@@ -177,13 +208,17 @@ def test_two_runs_are_told_apart_in_tables_plots_and_settings(
     assert "pretrain.optimizer.lr: 0.03 -&gt; 0.06" in both
     assert "<h2>A: Feature map</h2>" in both and "<h2>B: Feature map</h2>" in both
     assert all(run.pretraining in both for run in runs[:2])
-    assert ElementTree.fromstring(svg_of(both, "Loss")) is not None and "<!-- B -->" in svg_of(both, "Loss")
+    assert ElementTree.fromstring(svg_of(both, "Loss")) is not None and "<!-- B -->" in svg_of(
+        both, "Loss"
+    )
 
 
 def test_of_a_repeated_pretraining_one_is_shown_as_an_example(tracking: str) -> None:
     again = dataclasses.replace(RECIPE, pretrain=dataclasses.replace(RECIPE.pretrain, seed=1))
     unique = uuid.uuid4().hex[:8]
-    repeated = [begin_run(tracking, f"{n} {unique}", recipe) for n, recipe in enumerate((RECIPE, again))]
+    repeated = [
+        begin_run(tracking, f"{n} {unique}", recipe) for n, recipe in enumerate((RECIPE, again))
+    ]
     for run in repeated:
         fill(run)
     text = render_report(collected(*repeated))
@@ -194,9 +229,13 @@ def test_of_a_repeated_pretraining_one_is_shown_as_an_example(tracking: str) -> 
 
 def test_a_repetition_that_measures_something_else_is_shown_too(tracking: str) -> None:
     transfers = RECIPE.transfers | {"knn": KnnConfig(seeds=(0, 1), neighbours=5)}
-    other = dataclasses.replace(RECIPE, pretrain=dataclasses.replace(RECIPE.pretrain, seed=1), transfers=transfers)
+    other = dataclasses.replace(
+        RECIPE, pretrain=dataclasses.replace(RECIPE.pretrain, seed=1), transfers=transfers
+    )
     unique = uuid.uuid4().hex[:8]
-    some = [begin_run(tracking, f"{n} {unique}", recipe) for n, recipe in enumerate((RECIPE, other))]
+    some = [
+        begin_run(tracking, f"{n} {unique}", recipe) for n, recipe in enumerate((RECIPE, other))
+    ]
     assert "transfers.knn.neighbours: 200 -&gt; 5" in render_report(collected(*some))
 
 
@@ -219,7 +258,9 @@ def pretraining(**changed: float) -> Pretraining:
         (math.nan, math.nan, [None, None]),
     ],
 )
-def test_health_tells_learning_from_chance_and_collapse(loss: float, std: float, expected: list[bool | None]) -> None:
+def test_health_tells_learning_from_chance_and_collapse(
+    loss: float, std: float, expected: list[bool | None]
+) -> None:
     facts = pretraining(loss=loss, embedding_std=std)
     assert [check.passed for check in health_checks(facts)] == expected
 

@@ -14,7 +14,13 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.runs import find_run
 from jobs.cli import main
 from pipeline.open_run import open_study
-from pipeline.run_folder import MARK, check_run_folder, mark_run_folder, remove_run_folder, saved_names
+from pipeline.run_folder import (
+    MARK,
+    check_run_folder,
+    mark_run_folder,
+    remove_run_folder,
+    saved_names,
+)
 from tests.helpers.shard_folders import write_shards
 
 WRONG = ["..", ".", "...", "a/b", "../a", "/tmp", "a b", "a\n", "ä", "$(id)", "a;b"]
@@ -43,7 +49,10 @@ def run_written_before(url: str) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_name_that_leads_elsewhere_is_wrong_usage(name, capsys):
     for verb in ("run", "pretrain", "sweep", "preflight", "transfer"):
-        assert main([verb, "cifar10_resnet18_sweep", "--data.shards", "s", "--run", name, "--fresh"]) == 2
+        assert (
+            main([verb, "cifar10_resnet18_sweep", "--data.shards", "s", "--run", name, "--fresh"])
+            == 2
+        )
         assert f"--run is {name!r}: allowed are letters" in capsys.readouterr().err
 
 
@@ -90,7 +99,9 @@ def test_a_resumed_run_of_before_gets_its_mark_and_foreign_folders_get_none(stor
     write_bytes(join_url(photos, "cat", "1.jpg"), b"x")
     mark_run_folder(old, "old")
     mark_run_folder(photos, "photos")
-    assert MARK in list_names(old) and MARK not in saved_names(old) and list_names(photos) == ["cat"]
+    assert (
+        MARK in list_names(old) and MARK not in saved_names(old) and list_names(photos) == ["cat"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,12 +143,22 @@ def test_a_run_that_holds_another_one_stays(storage, inner):
         remove_run_folder(url, "a")
 
 
-def test_home_working_folder_what_is_above_them_and_buckets_are_never_removed(tmp_path, monkeypatch, bucket):
+def test_home_working_folder_what_is_above_them_and_buckets_are_never_removed(
+    tmp_path, monkeypatch, bucket
+):
     work = tmp_path / "work" / "here"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
     (tmp_path / "link").symlink_to(tmp_path / "work")
-    for place in (work, work.parent, tmp_path / "link", tmp_path, Path.home(), Path(os.environ["HEMOCO_HOME"]), "/"):
+    for place in (
+        work,
+        work.parent,
+        tmp_path / "link",
+        tmp_path,
+        Path.home(),
+        Path(os.environ["HEMOCO_HOME"]),
+        "/",
+    ):
         with pytest.raises(UsageError, match="is or lies in it"):
             check_run_folder(str(place), "a")
     with pytest.raises(UsageError, match="it is a whole bucket"):
@@ -148,22 +169,32 @@ def test_fresh_begins_anew_in_its_own_folder_and_refuses_another(bucket, trackin
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
     storage, run = join_url(bucket, "runs"), f"fresh-{os.urandom(4).hex()}"
     recipe = Recipe(name="r", data=DataConfig(shards=write_shards(join_url(bucket, "shards"), [8])))
-    first = open_study(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
+    first = open_study(
+        recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={}
+    )
     write_bytes(join_url(first.url, "pretrain", "checkpoints", "x"), b"x")
-    second = open_study(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=True, tags={})
+    second = open_study(
+        recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=True, tags={}
+    )
     assert list_names(second.url) == [MARK] and second.parent_id != first.parent_id
     elsewhere = join_url(bucket, "elsewhere")
     write_bytes(join_url(elsewhere, run, "thesis.tex"), b"x")
     for fresh, name in ((True, run), (True, ".."), (True, "../x")):
         with pytest.raises(UsageError):
-            open_study(recipe, indexes=ShardIndexes(), run=name, storage=elsewhere, fresh=fresh, tags={})
+            open_study(
+                recipe, indexes=ShardIndexes(), run=name, storage=elsewhere, fresh=fresh, tags={}
+            )
     known = find_run(tracking, connect(tracking), {"hemoco.run": run, "hemoco.phase": "parent"})
-    assert known is not None and known.run_id == second.parent_id  # what is refused has not been forgotten
+    assert (
+        known is not None and known.run_id == second.parent_id
+    )  # what is refused has not been forgotten
     assert list_names(join_url(elsewhere, run)) == ["thesis.tex"]
     assert exists(recipe.data.shards)
 
 
-def test_without_fresh_another_folder_of_this_name_is_no_invitation_to_remove_it(bucket, tracking, monkeypatch):
+def test_without_fresh_another_folder_of_this_name_is_no_invitation_to_remove_it(
+    bucket, tracking, monkeypatch
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
     recipe = Recipe(name="r", data=DataConfig(shards=write_shards(join_url(bucket, "shards"), [8])))
     run = f"photos-{os.urandom(4).hex()}"
@@ -173,4 +204,6 @@ def test_without_fresh_another_folder_of_this_name_is_no_invitation_to_remove_it
     assert "--fresh" not in str(refused.value)
     write_bytes(join_url(bucket, f"{run}-2", "pretrain", "checkpoints", "x"), b"x")
     with pytest.raises(UsageError, match="or --fresh to remove it"):
-        open_study(recipe, indexes=ShardIndexes(), run=f"{run}-2", storage=bucket, fresh=False, tags={})
+        open_study(
+            recipe, indexes=ShardIndexes(), run=f"{run}-2", storage=bucket, fresh=False, tags={}
+        )

@@ -65,7 +65,9 @@ class Walk(NamedTuple):
 @pytest.fixture(scope="module")
 def refusing() -> Iterator[tuple[str, list[str]]]:
     asked: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Refusing,), {"asked": asked}))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Handler", (_Refusing,), {"asked": asked})
+    )
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", asked
@@ -82,10 +84,25 @@ def walk(tmp_path_factory: pytest.TempPathFactory, refusing: tuple[str, list[str
     token.write_text(RAY_TOKEN)
     MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments(max_results=1)
     with s3_server(folder) as server:
-        own = {"HEMOCO_HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
-        own |= {"MLFLOW_TRACKING_USERNAME": "someone", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        own = {
+            "HEMOCO_HOME": str(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
+            "PYTHONPATH": str(ROOT),
+        }
+        own |= {
+            "MLFLOW_TRACKING_USERNAME": "someone",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
         done = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.secrets_walk", "s3://hemoco/a", uri, f"sqlite:///{folder}/mlflow.db"],
+            [
+                sys.executable,
+                "-m",
+                "tests.helpers.secrets_walk",
+                "s3://hemoco/a",
+                uri,
+                f"sqlite:///{folder}/mlflow.db",
+            ],
             env=os.environ | s3_environment(server) | CANARIES | own,
             cwd=folder,
             capture_output=True,
@@ -137,7 +154,9 @@ def test_a_search_finds_a_secret_in_every_encoding(before, encode):
     assert places_with(SECRET, encoded)
 
 
-@pytest.mark.parametrize("text", [quote(SECRET, safe=""), quote(SECRET), json.dumps({"a": SECRET}), f"<{SECRET}>"])
+@pytest.mark.parametrize(
+    "text", [quote(SECRET, safe=""), quote(SECRET), json.dumps({"a": SECRET}), f"<{SECRET}>"]
+)
 def test_a_search_finds_a_secret_in_urls_and_json(text):
     assert places_with(SECRET, text) and not places_with(SECRET + "x", text)
 

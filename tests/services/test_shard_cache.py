@@ -52,7 +52,12 @@ def test_a_shard_is_fetched_once_and_then_read_from_disk(source, folder):
     counts = FetchCounts()
     cache = ShardCache(folder, 2 * SIZE)
     assert [read(cache, source, 0, counts) for _ in range(3)] == 3 * [SHARDS[0]]
-    assert (counts.requests, counts.bytes, counts.cache_misses, counts.cache_hits) == (1, SIZE, 1, 2)
+    assert (counts.requests, counts.bytes, counts.cache_misses, counts.cache_hits) == (
+        1,
+        SIZE,
+        1,
+        2,
+    )
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {path.name for path in folder.iterdir()} == {NAMES[0], ".lock"}
 
@@ -70,12 +75,16 @@ def test_equal_names_of_two_sources_do_not_meet(source, folder, tmp_path):
     write_bytes(f"{other}/0.tar", SHARDS[1])
     cache = ShardCache(folder, 2 * SIZE)
     assert read(cache, source, 0) == SHARDS[0]
-    assert bytes(cache.open(f"{other}/0.tar", SIZE, NAMES[1], FetchCounts(), budget_s=5)) == SHARDS[1]
+    assert (
+        bytes(cache.open(f"{other}/0.tar", SIZE, NAMES[1], FetchCounts(), budget_s=5)) == SHARDS[1]
+    )
 
 
 def test_the_least_recently_used_goes_first_and_what_is_open_stays_readable(source, folder):
     cache = ShardCache(folder, 3 * SIZE)
-    opened = [cache.open(f"{source}/{n}.tar", SIZE, NAMES[n], FetchCounts(), budget_s=5) for n in range(3)]
+    opened = [
+        cache.open(f"{source}/{n}.tar", SIZE, NAMES[n], FetchCounts(), budget_s=5) for n in range(3)
+    ]
     read(cache, source, 0)
     for number, left in [(3, {0, 2, 3}), (4, {0, 3, 4}), (1, {3, 4, 1})]:
         assert read(cache, source, number) == SHARDS[number]
@@ -96,7 +105,9 @@ def test_the_files_never_exceed_the_bound(source, folder):
         while wait(tasks, timeout=0.005).not_done:
             with FileLock(folder / ".lock"):  # so that no file changes its name or grows meanwhile
                 most = max(most, used(folder))
-        assert [task.result() for task in tasks] == [[SHARDS[number] for number in order] for order in orders]
+        assert [task.result() for task in tasks] == [
+            [SHARDS[number] for number in order] for order in orders
+        ]
     assert 0 < most <= 3 * SIZE
     assert {path.name for path in folder.iterdir()} <= {*NAMES, ".lock"}
 
@@ -155,7 +166,9 @@ def test_a_shard_replaced_in_storage_while_cached_is_still_the_packed_one(source
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 @pytest.mark.parametrize("same_process", [True, False])
-def test_a_damaged_file_is_never_served_but_fetched_again(source, folder, damage, same_process, caplog):
+def test_a_damaged_file_is_never_served_but_fetched_again(
+    source, folder, damage, same_process, caplog
+):
     cache = ShardCache(folder, SIZE)
     read(cache, source, 0)
     damaged = {"cut": SHARDS[0][:-512], "flip": b"\0" + SHARDS[0][1:], "empty": b""}[damage]
@@ -195,14 +208,20 @@ def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, re
     """Asserts that shards come although the cache is of no use, and that it says so once."""
     caplog.set_level(logging.WARNING)
     counts = FetchCounts()
-    assert [read(cache, source, number, counts) for number in (0, 1, 0)] == [SHARDS[0], SHARDS[1], SHARDS[0]]
+    assert [read(cache, source, number, counts) for number in (0, 1, 0)] == [
+        SHARDS[0],
+        SHARDS[1],
+        SHARDS[0],
+    ]
     assert (counts.requests, counts.cache_misses, counts.cache_hits) == (3, 3, 0)
     assert caplog.text.count("event=shard_not_cached") == 1
     assert reason in caplog.text
 
 
 def test_a_shard_larger_than_the_bound_comes_through_memory(source, folder, caplog):
-    streams(ShardCache(folder, SIZE - 1), source, caplog, f"{SIZE} bytes do not fit into {SIZE - 1}")
+    streams(
+        ShardCache(folder, SIZE - 1), source, caplog, f"{SIZE} bytes do not fit into {SIZE - 1}"
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_no_obstacle(source, folder, caplog):
@@ -223,5 +242,7 @@ def test_a_file_that_cannot_grow_is_no_obstacle(source, folder, caplog):
 def test_an_unreachable_storage_is_an_error_although_there_is_a_cache(s3, folder, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="can be reached"):
-        ShardCache(folder, SIZE).open("s3://hemoco/0.tar", SIZE, NAMES[0], FetchCounts(), budget_s=0.1)
+        ShardCache(folder, SIZE).open(
+            "s3://hemoco/0.tar", SIZE, NAMES[0], FetchCounts(), budget_s=0.1
+        )
     assert not list(folder.glob("*.partial"))

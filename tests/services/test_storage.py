@@ -42,7 +42,9 @@ def forget() -> Iterator[None]:
 @pytest.fixture(params=["s3", "file"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty folder."""
-    return request.getfixturevalue("bucket") if request.param == "s3" else (tmp_path / "new").as_uri()
+    return (
+        request.getfixturevalue("bucket") if request.param == "s3" else (tmp_path / "new").as_uri()
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, 6 * 1024**2])
@@ -128,10 +130,13 @@ def test_an_endpoint_without_a_scheme_says_what_it_must_look_like(s3, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "url", ["pipe:cat /etc/passwd", "ftp://host/k", "simplecache::s3://b/k", "ssh://host/k", "exec:ls"]
+    "url",
+    ["pipe:cat /etc/passwd", "ftp://host/k", "simplecache::s3://b/k", "ssh://host/k", "exec:ls"],
 )
 def test_other_schemes_are_refused(url):
-    with pytest.raises(StorageError, match="is not supported; use s3://, gs://, az://, https://, file:// or a path"):
+    with pytest.raises(
+        StorageError, match="is not supported; use s3://, gs://, az://, https://, file:// or a path"
+    ):
         read_bytes(url)
 
 
@@ -144,7 +149,9 @@ def test_urls_that_look_like_commands_are_refused(url):
 @pytest.mark.parametrize("scheme", ["s3", "s3a", "gs", "gcs", "az", "abfs", "http", "https"])
 def test_stores_are_allowed_when_a_bucket_or_host_is_named(scheme):
     assert absolute_url(f"{scheme}://place/folder/") == f"{scheme}://place/folder"
-    with pytest.raises(StorageError, match=rf"no (bucket|host) is named; use {scheme}://(bucket|host)/folder"):
+    with pytest.raises(
+        StorageError, match=rf"no (bucket|host) is named; use {scheme}://(bucket|host)/folder"
+    ):
         list_names(f"{scheme}://")
 
 
@@ -155,14 +162,23 @@ def test_a_file_url_without_an_absolute_path_is_refused(url):
 
 
 def test_a_missing_package_is_named():
-    packages = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+    packages = {
+        "gs": "gcsfs",
+        "gcs": "gcsfs",
+        "az": "adlfs",
+        "abfs": "adlfs",
+        "http": "aiohttp",
+        "https": "aiohttp",
+    }
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({[*packages.values()]}));"
         "from hemoco.storage.objects import *; from hemoco.errors import *\n"
         f"for scheme in {[*packages]}:\n"
         "  try: read_bytes(f'{scheme}://b/k')\n  except StorageError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     hints = [line.rpartition("pip install ")[2] for line in done.stdout.splitlines()]
     assert hints == [*packages.values()]
 
@@ -178,9 +194,15 @@ def test_s3a_is_s3(bucket):
     assert read_bytes(f"{bucket}/k".replace("s3://", "s3a://")) == b"the same"
 
 
-def test_a_direct_url_is_signed_for_the_endpoint_and_not_given_where_a_proxy_stands_between(bucket, monkeypatch):
+def test_a_direct_url_is_signed_for_the_endpoint_and_not_given_where_a_proxy_stands_between(
+    bucket, monkeypatch
+):
     url = direct_url(f"{bucket}/k ö")
-    assert url.startswith(os.environ["AWS_ENDPOINT_URL"] + bucket.removeprefix("s3:/") + "/k%20%C3%B6?X-Amz-Algorithm=")
+    assert url.startswith(
+        os.environ["AWS_ENDPOINT_URL"]
+        + bucket.removeprefix("s3:/")
+        + "/k%20%C3%B6?X-Amz-Algorithm="
+    )
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
     assert direct_url(f"{bucket}/k") is None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -225,8 +247,18 @@ class _Answer(Exception):
         (_Answer(status=503), True),
         (_Answer(status_code=429), True),
         (_Answer(code=404), False),
-        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 500}}, "GetObject"), True),
-        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject"), False),
+        (
+            botocore.exceptions.ClientError(
+                {"ResponseMetadata": {"HTTPStatusCode": 500}}, "GetObject"
+            ),
+            True,
+        ),
+        (
+            botocore.exceptions.ClientError(
+                {"ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject"
+            ),
+            False,
+        ),
         (botocore.exceptions.NoCredentialsError(), False),
         (FileNotFoundError(), False),
         (PermissionError(), False),
@@ -263,6 +295,8 @@ def test_local_files_need_no_s3_client():
         "try: read_bytes('/no/where')\nexcept StorageError: print('ok')\n"
         "try: read_bytes('s3://b/k')\nexcept StorageError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("ok\ns3://b/k: ")
     assert "pip install s3fs" in done.stdout

@@ -86,7 +86,9 @@ def test_faults_on_the_way_change_no_batch(bucket: str, proxy: FaultProxy, kind:
     assert kind in ("damage",) or counts.retries > clean.retries
 
 
-def test_an_outage_of_some_seconds_is_waited_out_by_training_and_evaluation(bucket: str, proxy: FaultProxy) -> None:
+def test_an_outage_of_some_seconds_is_waited_out_by_training_and_evaluation(
+    bucket: str, proxy: FaultProxy
+) -> None:
     write_shards(bucket, SIZES)
     expected, _ = keys_and_counts(bucket, config())
     proxy.fail("status", times=10**6, for_s=8, match="")
@@ -104,10 +106,14 @@ def test_a_sample_table_that_comes_late_is_waited_for(bucket: str, proxy: FaultP
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_storage_that_stays_away_ends_the_run_in_one_line(bucket: str, proxy: FaultProxy, workers: int) -> None:
+def test_a_storage_that_stays_away_ends_the_run_in_one_line(
+    bucket: str, proxy: FaultProxy, workers: int
+) -> None:
     write_shards(bucket, SIZES)
     proxy.fail("status", times=10**6)
-    with pytest.raises(StorageError, match=r"\.tar: 0 of \d+ bytes came .*run the same command again") as raised:
+    with pytest.raises(
+        StorageError, match=r"\.tar: 0 of \d+ bytes came .*run the same command again"
+    ) as raised:
         list(batches(bucket, config(retry_s=1.0, workers=workers)))
     assert "\n" not in str(raised.value)
 
@@ -123,7 +129,12 @@ def test_a_shard_that_changes_in_mid_run_is_named(bucket: str, damage: str) -> N
     if damage == "missing":
         remove(last)
     else:
-        write_bytes(last, data[: len(data) // 2] if damage == "cut" else other[: len(data)].ljust(len(data), b"\0"))
+        write_bytes(
+            last,
+            data[: len(data) // 2]
+            if damage == "cut"
+            else other[: len(data)].ljust(len(data), b"\0"),
+        )
     with pytest.raises(ShardError, match=r"train-000003\.tar"):
         list(running)
 
@@ -142,7 +153,9 @@ def test_empty_shards_are_passed_over(bucket: str) -> None:
     assert len(found) == 2 and len(set(itertools.chain(*found))) == 32
 
 
-@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "gopher://x/y", "s3://b/$(touch x)", "file://host/x"])
+@pytest.mark.parametrize(
+    "url", ["pipe:cat /etc/passwd", "gopher://x/y", "s3://b/$(touch x)", "file://host/x"]
+)
 def test_urls_that_are_no_storage_are_refused(url: str) -> None:
     with pytest.raises(HemocoError, match=r"not supported|not allowed|stands where a host would"):
         list(batches(url, config()))

@@ -70,7 +70,9 @@ def test_wrong_words_are_refused_before_anything_is_sent(capsys, words, reason):
 
 def test_a_recipe_outside_the_checkout_is_refused(capsys, tmp_path):
     shutil.copy(CHECKOUT / "jobs" / "recipes" / "demo.py", tmp_path / "mine.py")
-    assert "lies outside the checkout" in error_of(capsys, 2, "run", str(tmp_path / "mine.py"), *RUN[2:], *NOWHERE)
+    assert "lies outside the checkout" in error_of(
+        capsys, 2, "run", str(tmp_path / "mine.py"), *RUN[2:], *NOWHERE
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,13 +98,16 @@ def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(capsys, monk
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MLFLOW_TRACKING_URI", "sqlite:////x.db"), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")]
+    ("name", "value"),
+    [("MLFLOW_TRACKING_URI", "sqlite:////x.db"), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")],
 )
 def test_what_only_this_machine_reaches_is_refused_for_another(monkeypatch, name, value):
     for of_this_session in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(of_this_session, raising=False)
     monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=f"{name} is {value}, which the nodes of http://head:8265 cannot reach"):
+    with pytest.raises(
+        UsageError, match=f"{name} is {value}, which the nodes of http://head:8265 cannot reach"
+    ):
         job_spec("http://head:8265", "r", ["run"], CHECKOUT)
 
 
@@ -121,19 +126,30 @@ def test_shards_that_are_not_there_end_it_here(bucket):
 def test_a_folder_that_only_the_nodes_have_is_said_to_be_unchecked(capsys, folder):
     check_here(parse_request([*RUN[:4], "--data.shards", folder]))
     shown = capsys.readouterr().out
-    assert shown.startswith("unchecked ") and shown.endswith(f"{folder}: no such folder on this machine\n")
+    assert shown.startswith("unchecked ") and shown.endswith(
+        f"{folder}: no such folder on this machine\n"
+    )
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "preflight"])
 def test_a_verb_is_checked_for_what_it_does(bucket, capsys, verb):
     shards = write_shards(bucket, [128])  # no split `test`, which the demo's transfers would need
-    check_here(parse_request([verb, *RUN[1:4], "--data.shards", shards, "--pretrain.knn_every_epochs", "0"]))
+    check_here(
+        parse_request(
+            [verb, *RUN[1:4], "--data.shards", shards, "--pretrain.knn_every_epochs", "0"]
+        )
+    )
     assert capsys.readouterr().out == ""
 
 
 def test_a_preflight_is_no_job_of_the_run_that_it_is_for():
     request = parse_request(["preflight", *RUN[1:], "--run", "first"])
-    assert request.run.startswith("preflight-") and request.words == ["preflight", *RUN[1:], "--run", "first"]
+    assert request.run.startswith("preflight-") and request.words == [
+        "preflight",
+        *RUN[1:],
+        "--run",
+        "first",
+    ]
 
 
 def test_to_go_on_is_never_to_begin_anew():
@@ -141,7 +157,16 @@ def test_to_go_on_is_never_to_begin_anew():
 
 
 def a_job(words: str) -> Job:
-    return Job(id="r-1", run="r", status="RUNNING", words=words, commit="", message="", exit_status=None, started=0.0)
+    return Job(
+        id="r-1",
+        run="r",
+        status="RUNNING",
+        words=words,
+        commit="",
+        message="",
+        exit_status=None,
+        started=0.0,
+    )
 
 
 @pytest.mark.parametrize("running", ["run demo", "run demo --fresh"])
@@ -154,12 +179,20 @@ def test_a_running_job_is_joined_with_fresh_and_without(running, words):
 def test_who_says_fresh_and_joins_is_told_that_nothing_begins_anew(capsys):
     job = a_job("run demo --fresh")
     _announce(job, False, NOWHERE[1], Request("r", ["run", "demo", "--fresh"], None, None))
-    assert f"is not done to a job that runs; first say {_stop_words(job, NOWHERE[1])}" in capsys.readouterr().out
+    assert (
+        f"is not done to a job that runs; first say {_stop_words(job, NOWHERE[1])}"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_running_job_is_not_joined_with_other_words():
-    with pytest.raises(UsageError, match=r"worked on by job r-1 with other words \(run demo --fresh\)"):
-        _joined(a_job("run demo --fresh"), JobSpec(NOWHERE[1], "r", ("run", "other", "--fresh"), CHECKOUT, {}))
+    with pytest.raises(
+        UsageError, match=r"worked on by job r-1 with other words \(run demo --fresh\)"
+    ):
+        _joined(
+            a_job("run demo --fresh"),
+            JobSpec(NOWHERE[1], "r", ("run", "other", "--fresh"), CHECKOUT, {}),
+        )
 
 
 def test_without_an_address_it_says_what_to_give(capsys):
@@ -173,13 +206,18 @@ def test_a_dashboard_in_ray_address_is_the_default(capsys, monkeypatch):
 
 def test_a_verb_that_runs_here_says_what_to_do_with_a_dashboard(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", NOWHERE[1])
-    with pytest.raises(UsageError, match="say `python -m jobs submit` before the verb"), local_ray():
+    with (
+        pytest.raises(UsageError, match="say `python -m jobs submit` before the verb"),
+        local_ray(),
+    ):
         pass
 
 
 def test_another_server_is_not_taken_for_a_dashboard(capsys, s3):
     endpoint = os.environ["AWS_ENDPOINT_URL"]
-    assert "is not the dashboard of a Ray cluster" in error_of(capsys, 1, *RUN, "--address", endpoint)
+    assert "is not the dashboard of a Ray cluster" in error_of(
+        capsys, 1, *RUN, "--address", endpoint
+    )
 
 
 def test_the_run_has_the_name_that_it_has_here():
@@ -196,7 +234,15 @@ def test_a_recipe_file_is_sent_by_its_path_in_the_checkout(monkeypatch):
 
 
 def test_settings_become_the_words_that_set_them():
-    words = ["demo", "--pretrain.epochs", "7", "--transfers.knn.inits", "random", "pretrained", "--pretrain.compile"]
+    words = [
+        "demo",
+        "--pretrain.epochs",
+        "7",
+        "--transfers.knn.inits",
+        "random",
+        "pretrained",
+        "--pretrain.compile",
+    ]
     changed = parse_options("run", words, RunOptions).recipe
     found = settings_flags(changed_settings(flat_params(changed), load_recipe("demo")))
     assert parse_options("run", ["demo", *found], RunOptions).recipe == changed
@@ -204,7 +250,12 @@ def test_settings_become_the_words_that_set_them():
 
 @pytest.mark.parametrize("verb", ["run", "pretrain"])
 def test_the_words_that_resume_are_of_the_verb_that_began(tracking, capsys, verb):
-    tags = {"hemoco.run": f"my-{verb}", "hemoco.phase": "parent", "hemoco.recipe": "demo", "hemoco.verb": verb}
+    tags = {
+        "hemoco.run": f"my-{verb}",
+        "hemoco.phase": "parent",
+        "hemoco.recipe": "demo",
+        "hemoco.verb": verb,
+    }
     params = flat_params(load_recipe("demo"))
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params=params)
     assert main(["status", f"my-{verb}"]) == 0
@@ -212,21 +263,37 @@ def test_the_words_that_resume_are_of_the_verb_that_began(tracking, capsys, verb
 
 
 def test_a_recipe_given_by_its_path_is_resumed_by_it(tracking, capsys, tmp_path):
-    words = [str(tmp_path / "mine.py"), "--data.shards", "s3://b/x", "--pretrain.epochs", "7", "--run", "by-path"]
+    words = [
+        str(tmp_path / "mine.py"),
+        "--data.shards",
+        "s3://b/x",
+        "--pretrain.epochs",
+        "7",
+        "--run",
+        "by-path",
+    ]
     (tmp_path / "mine.py").write_text("from jobs.recipes.demo import recipe")
     tags = {"hemoco.run": "by-path", "hemoco.phase": "parent", "hemoco.recipe": "mine"}
     tags |= command_tags("run", words[0], parse_options("run", words, RunOptions))
     (tmp_path / "mine.py").write_text("raise SystemExit('status needs no recipe')")
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", "by-path"]) == 0
-    again = (
-        f"resume      python -m jobs run {tmp_path}/mine.py --data.shards s3://b/x --pretrain.epochs 7 --run by-path"
-    )
+    again = f"resume      python -m jobs run {tmp_path}/mine.py --data.shards s3://b/x --pretrain.epochs 7 --run by-path"
     assert again in capsys.readouterr().out
 
 
 def test_transfers_are_resumed_with_their_backbone_and_those_that_were_named(tracking, capsys):
-    words = ["demo", "--data.shards", "s3://b/x", "--backbone", "s3://b/it's", "--only", "knn", "--run", "measured"]
+    words = [
+        "demo",
+        "--data.shards",
+        "s3://b/x",
+        "--backbone",
+        "s3://b/it's",
+        "--only",
+        "knn",
+        "--run",
+        "measured",
+    ]
     tags = {"hemoco.run": "measured", "hemoco.phase": "parent", "hemoco.recipe": "demo"}
     tags |= command_tags("transfer", "demo", parse_options("transfer", words, TransferOptions)) | {
         "hemoco.backbone_url": "s3://b/it's"
@@ -239,22 +306,35 @@ def test_transfers_are_resumed_with_their_backbone_and_those_that_were_named(tra
 
 
 @pytest.mark.parametrize(
-    "command", [None, "", "no JSON", '{"recipe": "x.py"}', '{"recipe": "x", "settings": 1, "only": []}']
+    "command",
+    [None, "", "no JSON", '{"recipe": "x.py"}', '{"recipe": "x", "settings": 1, "only": []}'],
 )
 @pytest.mark.parametrize("how", ["hemoco.recipe_file", "hemoco.recipe"])
-def test_status_of_a_run_executes_no_file_that_a_tag_names(tracking, capsys, tmp_path, how, command):
-    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+def test_status_of_a_run_executes_no_file_that_a_tag_names(
+    tracking, capsys, tmp_path, how, command
+):
+    (tmp_path / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    )
     evil = str(tmp_path / "evil.py")
     if how == "hemoco.recipe":
         evil = os.path.relpath(tmp_path / "evil", Path(jobs.options.__file__).parent / "recipes")
     run = f"evil-{os.urandom(4).hex()}"
-    tags = {"hemoco.run": run, "hemoco.phase": "parent", "hemoco.recipe": "demo", "hemoco.verb": "run", how: evil}
+    tags = {
+        "hemoco.run": run,
+        "hemoco.phase": "parent",
+        "hemoco.recipe": "demo",
+        "hemoco.verb": "run",
+        how: evil,
+    }
     tags |= {} if command is None else {"hemoco.command": command}
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", run]) == 0
     assert f"resume      the command that began it, with --run {run}\n" in capsys.readouterr().out
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(UsageError, match="must define `recipe"):  # the file is one that would have run
+    with pytest.raises(
+        UsageError, match="must define `recipe"
+    ):  # the file is one that would have run
         load_recipe(str(tmp_path / "evil.py"))
     assert (tmp_path / "ran").exists()
 
@@ -263,20 +343,33 @@ def test_transfers_that_were_interrupted_have_not_failed(tracking, capsys):
     tags = {"hemoco.run": "ctrl-c", "hemoco.phase": "parent", "hemoco.recipe": "demo"}
     parent = open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     for name, status in (("knn", "FINISHED"), ("probe", "KILLED"), ("few", "FAILED")):
-        close_run(tracking, open_run(tracking, connect(tracking), name=name, parent=parent, tags={}, params={}), status)
+        close_run(
+            tracking,
+            open_run(tracking, connect(tracking), name=name, parent=parent, tags={}, params={}),
+            status,
+        )
     assert main(["status"]) == 0
     assert "transfers, 1 of 3 done, 1 failed, 1 interrupted" in capsys.readouterr().out
 
 
 def test_a_demo_is_not_resumed(tracking, capsys):
-    tags = {"hemoco.run": "d", "hemoco.phase": "parent", "hemoco.recipe": "demo", "hemoco.verb": "demo"}
+    tags = {
+        "hemoco.run": "d",
+        "hemoco.phase": "parent",
+        "hemoco.recipe": "demo",
+        "hemoco.verb": "demo",
+    }
     open_run(tracking, connect(tracking), name="d", parent=None, tags=tags, params={})
     assert main(["status", "d"]) == 0
     assert "resume      cannot be" in capsys.readouterr().out
 
 
 def test_the_newest_complete_checkpoint_is_told_by_names_alone(bucket):
-    for name in ("step_00000009_a0/manifest.json", "step_00000009_a10/manifest.json", "step_00000012_a0/state.pt"):
+    for name in (
+        "step_00000009_a0/manifest.json",
+        "step_00000009_a10/manifest.json",
+        "step_00000012_a0/state.pt",
+    ):
         write_bytes(join_url(bucket, name), b"")
     assert run_status.newest_complete(bucket) == join_url(bucket, "step_00000009_a10")
     assert run_status.newest_complete(join_url(bucket, "none")) is None

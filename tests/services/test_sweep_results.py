@@ -31,16 +31,32 @@ def made(tracking):
     name = f"made-{time.time_ns()}"
     tags = {"hemoco.recipe": "swept", "hemoco.data_digest": "d", "hemoco.metric": "top1"}
     key = {"hemoco.sweep": name, "hemoco.phase": "sweep"}
-    open_run(tracking, experiment, name=name, parent=None, tags=key | tags, params=flat_params(RECIPE))
-    rows = [("FINISHED", 0.4, 8, {}), ("FINISHED", 0.6, 8, {}), ("KILLED", None, 2, {"hemoco.stopped": "true"})]
-    for number, (status, value, epochs, more) in enumerate([*rows, ("FAILED", None, 0, {"hemoco.error": "no"})]):
+    open_run(
+        tracking, experiment, name=name, parent=None, tags=key | tags, params=flat_params(RECIPE)
+    )
+    rows = [
+        ("FINISHED", 0.4, 8, {}),
+        ("FINISHED", 0.6, 8, {}),
+        ("KILLED", None, 2, {"hemoco.stopped": "true"}),
+    ]
+    for number, (status, value, epochs, more) in enumerate(
+        [*rows, ("FAILED", None, 0, {"hemoco.error": "no"})]
+    ):
         shown = f"trial_{number:04d}"
         own = {"hemoco.sweep": name, "hemoco.phase": "trial", "hemoco.trial": str(number)}
         own |= {"hemoco.steps_per_epoch": "10"} | more
-        run_id = open_run(tracking, experiment, name=shown, parent=None, tags=own, params={LR: str(number / 10)})
+        run_id = open_run(
+            tracking, experiment, name=shown, parent=None, tags=own, params={LR: str(number / 10)}
+        )
         if epochs:
-            below = {"hemoco.run": f"{name}/{shown}", "hemoco.phase": "pretrain", "hemoco.backbone_url": f"b{number}"}
-            pretraining = open_run(tracking, experiment, name="pretrain", parent=run_id, tags=below, params={})
+            below = {
+                "hemoco.run": f"{name}/{shown}",
+                "hemoco.phase": "pretrain",
+                "hemoco.backbone_url": f"b{number}",
+            }
+            pretraining = open_run(
+                tracking, experiment, name="pretrain", parent=run_id, tags=below, params={}
+            )
             record(tracking, pretraining, "loss", [(10 * epochs, 1.0)])
         if value is not None:
             record(tracking, run_id, "objective", [(0, value)])
@@ -68,7 +84,9 @@ def test_json_names_the_best_and_has_null_for_what_was_not_measured(made, tracki
 
 def test_words_of_the_best_trial_make_its_recipe_again(made, tracking, tmp_path):
     result = sweep_result(tracking, made)
-    transfer, run = again_words(result, RecordedCommand(recipe="swept.py", settings={"sweep.seed": "1", LR: "9"}))
+    transfer, run = again_words(
+        result, RecordedCommand(recipe="swept.py", settings={"sweep.seed": "1", LR: "9"})
+    )
     assert transfer == f"python -m jobs transfer swept.py --backbone b1 --{LR} 0.1"
     assert run == f"python -m jobs run swept.py --{LR} 0.1"
 
@@ -87,18 +105,25 @@ def test_status_of_a_sweep_shows_its_trials_and_how_to_go_on(made, capsys):
 
 
 def test_status_of_a_sweep_executes_no_file_that_a_tag_names(made, tracking, capsys, tmp_path):
-    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    (tmp_path / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    )
     run_id = sweep_result(tracking, made).run_id
     by_name = os.path.relpath(tmp_path / "evil", Path(jobs.options.__file__).parent / "recipes")
     for tags in ({"hemoco.recipe": by_name}, {"hemoco.recipe_file": str(tmp_path / "evil.py")}):
         set_tags(tracking, run_id, tags)
         assert main(["status", made]) == 0
         said = capsys.readouterr().out
-        assert f"resume      the command that began it, with --run {made}" in said and "repeat it" not in said
+        assert (
+            f"resume      the command that began it, with --run {made}" in said
+            and "repeat it" not in said
+        )
     assert not (tmp_path / "ran").exists()
 
 
-def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_trials(made, tracking, capsys, tmp_path):
+def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_trials(
+    made, tracking, capsys, tmp_path
+):
     (tmp_path / "swept.py").write_text("from test_sweep import RECIPE as recipe")
     argv = [str(tmp_path / "swept.py"), "--data.shards", "s3://b/shards"]
     tags = command_tags("sweep", argv[0], parse_options("sweep", argv, SweepOptions)) | {
@@ -107,7 +132,14 @@ def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_tri
     set_tags(tracking, sweep_result(tracking, made).run_id, tags)
     for number in range(4, 9):
         own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": str(number)}
-        open_run(tracking, connect(tracking), name=f"trial_{number:04d}", parent=None, tags=own, params={})
+        open_run(
+            tracking,
+            connect(tracking),
+            name=f"trial_{number:04d}",
+            parent=None,
+            tags=own,
+            params={},
+        )
     assert main(["status", made]) == 0
     said = capsys.readouterr().out
     given = f"{tmp_path}/swept.py --data.shards s3://b/shards"
@@ -116,7 +148,12 @@ def test_words_that_go_on_with_a_sweep_have_its_file_its_storage_and_all_its_tri
 
 
 def test_a_trial_goes_on_by_the_words_of_its_sweep(made, tracking, capsys):
-    tags = {"hemoco.run": f"{made}/trial_0000", "hemoco.phase": "parent", "hemoco.sweep": made, "hemoco.verb": "sweep"}
+    tags = {
+        "hemoco.run": f"{made}/trial_0000",
+        "hemoco.phase": "parent",
+        "hemoco.sweep": made,
+        "hemoco.verb": "sweep",
+    }
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", f"{made}/trial_0000"]) == 0
     assert f"resume      the command that began it, with --run {made}\n" in capsys.readouterr().out
@@ -134,7 +171,13 @@ def test_a_sweep_is_one_line_among_the_runs(made, tracking, capsys):
 def test_a_sweep_that_was_ended_leaves_nothing_that_runs(made, tracking):
     own = {"hemoco.sweep": made, "hemoco.phase": "trial", "hemoco.trial": "4"}
     open_run(tracking, connect(tracking), name="trial_0004", parent=None, tags=own, params={})
-    assert sorted(close_running(tracking, made)) == [made, "pretrain", "pretrain", "pretrain", "trial_0004"]
+    assert sorted(close_running(tracking, made)) == [
+        made,
+        "pretrain",
+        "pretrain",
+        "pretrain",
+        "trial_0004",
+    ]
     assert sweep_result(tracking, made).status == "KILLED"
     assert close_running(tracking, made) == []
 

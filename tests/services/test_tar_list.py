@@ -37,15 +37,33 @@ def fill(url: str, *names: str) -> str:
 
 
 def test_tars_of_a_folder_and_of_its_split_folders_are_found(tmp_path: Path) -> None:
-    names = ["b.tar", "a.tar", "index.json", "val/0.tar", "my-train/1.tar", "other/2.tar", "val/0.json", "a.tar.gz"]
+    names = [
+        "b.tar",
+        "a.tar",
+        "index.json",
+        "val/0.tar",
+        "my-train/1.tar",
+        "other/2.tar",
+        "val/0.json",
+        "a.tar.gz",
+    ]
     url = fill((tmp_path / "tars").as_uri(), *names)
-    found = [("a.tar", "given"), ("b.tar", "given"), ("my-train/1.tar", "train"), ("val/0.tar", "val")]
-    assert find_tars([str(tmp_path / "tars")], "given") == [FoundTar(f"{url}/{name}", split) for name, split in found]
+    found = [
+        ("a.tar", "given"),
+        ("b.tar", "given"),
+        ("my-train/1.tar", "train"),
+        ("val/0.tar", "val"),
+    ]
+    assert find_tars([str(tmp_path / "tars")], "given") == [
+        FoundTar(f"{url}/{name}", split) for name, split in found
+    ]
 
 
 def test_an_s3_prefix_a_tar_and_a_pattern_are_sources(bucket: str, tmp_path: Path) -> None:
     fill(bucket, "x/0.tar", "x/1.tar")
-    found = find_tars([f"{bucket}/x", f"{tmp_path}/train-{{08..10}}.tar", "s3://b/{val,test}/{0..1}.tar"], "given")
+    found = find_tars(
+        [f"{bucket}/x", f"{tmp_path}/train-{{08..10}}.tar", "s3://b/{val,test}/{0..1}.tar"], "given"
+    )
     assert [tar.url.removeprefix(bucket).removeprefix(tmp_path.as_uri()) for tar in found] == [
         "/train-08.tar", "/train-09.tar", "/train-10.tar",
         "s3://b/test/0.tar", "s3://b/test/1.tar", "s3://b/val/0.tar", "s3://b/val/1.tar",
@@ -63,7 +81,9 @@ def test_an_s3_prefix_a_tar_and_a_pattern_are_sources(bucket: str, tmp_path: Pat
         (["tars/{0..9999999}.tar"], "more than 200000 names"),
     ],
 )
-def test_sources_that_mean_nothing_are_refused(tmp_path: Path, sources: list[str], message: str) -> None:
+def test_sources_that_mean_nothing_are_refused(
+    tmp_path: Path, sources: list[str], message: str
+) -> None:
     fill(tmp_path.as_uri(), "tars/0.tar", "tars/1.tar", *(f"images/{i}.jpg" for i in range(9)))
     with pytest.raises(UsageError) as caught:
         find_tars([str(tmp_path / source) for source in sources], "given")

@@ -54,7 +54,9 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEMOCO_HOME", str(tmp_path / "home"))
 
 
-def test_without_a_server_runs_are_kept_in_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_runs_are_kept_in_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert client.tracking_uri() == f"sqlite:///{tmp_path}/home/mlflow.db"
 
@@ -68,10 +70,15 @@ def test_relative_sqlite_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 def test_connecting_twice_finds_the_same_experiment(uri: str, tmp_path: Path) -> None:
     first = connect(uri)
     assert connect(uri) == first
-    assert MlflowClient(uri).get_experiment(first).artifact_location == f"file://{tmp_path}/mlartifacts"
+    assert (
+        MlflowClient(uri).get_experiment(first).artifact_location
+        == f"file://{tmp_path}/mlartifacts"
+    )
 
 
-@pytest.mark.parametrize("wrong", ["ftp://host/x", "/some/folder", "file:///some/folder", "mlflow.db"])
+@pytest.mark.parametrize(
+    "wrong", ["ftp://host/x", "/some/folder", "file:///some/folder", "mlflow.db"]
+)
 def test_wrong_kind_of_uri_says_what_to_use(wrong: str) -> None:
     with pytest.raises(TrackingError, match="use http"):
         connect(wrong)
@@ -82,7 +89,9 @@ def test_unreachable_server_is_one_line_within_seconds() -> None:
     with pytest.raises(TrackingError) as caught:
         connect("http://someone:secret@127.0.0.1:9")
     assert time.monotonic() - began < 10
-    assert str(caught.value).startswith("MLflow at http://127.0.0.1:9: it does not answer; start the server")
+    assert str(caught.value).startswith(
+        "MLflow at http://127.0.0.1:9: it does not answer; start the server"
+    )
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -97,9 +106,14 @@ def test_mlflow_shows_the_experiment_as_model_training(uri: str) -> None:
     client = MlflowClient(uri)
     made = client.get_experiment_by_name("hemoco")
     assert made.tags["mlflow.experimentKind"] == "custom_model_development"
-    client.delete_experiment_tag(made.experiment_id, "mlflow.experimentKind")  # as one of an older version
+    client.delete_experiment_tag(
+        made.experiment_id, "mlflow.experimentKind"
+    )  # as one of an older version
     connect(uri)
-    assert client.get_experiment_by_name("hemoco").tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (
+        client.get_experiment_by_name("hemoco").tags["mlflow.experimentKind"]
+        == "custom_model_development"
+    )
 
 
 def test_deleted_experiment_says_how_to_restore_it(uri: str) -> None:
@@ -111,7 +125,9 @@ def test_deleted_experiment_says_how_to_restore_it(uri: str) -> None:
 def test_run_is_found_by_its_tags_with_all_its_params(uri: str) -> None:
     experiment = connect(uri)
     params = {f"data.p{i}": str(i) for i in range(205)} | {"data.shards": ""}
-    parent = open_run(uri, experiment, name="it's", parent=None, tags={"hemoco.run": "it's"}, params=params)
+    parent = open_run(
+        uri, experiment, name="it's", parent=None, tags={"hemoco.run": "it's"}, params=params
+    )
     tags = {"hemoco.run": "it's", "hemoco.phase": "pretrain"}
     child = open_run(uri, experiment, name="pretrain", parent=parent, tags=tags, params={})
     found = find_run(uri, experiment, tags)
@@ -124,15 +140,25 @@ def test_the_newest_of_several_runs_is_found(uri: str) -> None:
     experiment = connect(uri)
     ids = []
     for _ in range(2):
-        ids.append(open_run(uri, experiment, name="a", parent=None, tags={"hemoco.run": "a"}, params={}))
+        ids.append(
+            open_run(uri, experiment, name="a", parent=None, tags={"hemoco.run": "a"}, params={})
+        )
         time.sleep(0.002)  # MLflow orders by milliseconds
     assert find_run(uri, experiment, {"hemoco.run": "a"}).run_id == ids[-1]
     assert find_run(uri, experiment, {"hemoco.run": "b"}) is None
 
 
-def test_search_takes_excluded_values_a_prefix_and_a_limit(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_takes_excluded_values_a_prefix_and_a_limit(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experiment = connect(uri)
-    for name, phase in (("s/t_1", "a"), ("s/t_2", "b"), ("s/t_3", "c"), ("S/T_4", "a"), ("s/tx5", "a")):
+    for name, phase in (
+        ("s/t_1", "a"),
+        ("s/t_2", "b"),
+        ("s/t_3", "c"),
+        ("S/T_4", "a"),
+        ("s/tx5", "a"),
+    ):
         tags = {Tag.RUN: name, Tag.PHASE: phase}
         open_run(uri, experiment, name=name, parent=None, tags=tags, params={})
         time.sleep(0.002)  # MLflow orders by milliseconds
@@ -140,7 +166,11 @@ def test_search_takes_excluded_values_a_prefix_and_a_limit(uri: str, monkeypatch
     def names(**conditions: Any) -> list[str]:
         return [facts.tags[Tag.RUN] for facts in search(uri, experiment, {}, **conditions)]
 
-    assert names(prefix={Tag.RUN: "s/t_"}) == ["s/t_3", "s/t_2", "s/t_1"]  # not LIKE's _ nor its capitals
+    assert names(prefix={Tag.RUN: "s/t_"}) == [
+        "s/t_3",
+        "s/t_2",
+        "s/t_1",
+    ]  # not LIKE's _ nor its capitals
     assert names(exclude={Tag.PHASE: ("a", "c")}) == ["s/t_2"]
     monkeypatch.setattr(door, "_PAGE", 2)
     assert names(prefix={Tag.RUN: "s/t"}) == ["s/tx5", "s/t_3", "s/t_2", "s/t_1"]
@@ -170,7 +200,11 @@ def test_reopened_run_forgets_why_it_failed(uri: str, run_id: str) -> None:
     assert run_facts(uri, run_id).status == "FAILED"
     door.reopen_run(uri, run_id)
     facts = run_facts(uri, run_id)
-    assert facts.status == "RUNNING" and "hemoco.error" not in facts.tags and facts.tags["hemoco.kept"] == "yes"
+    assert (
+        facts.status == "RUNNING"
+        and "hemoco.error" not in facts.tags
+        and facts.tags["hemoco.kept"] == "yes"
+    )
 
 
 def test_unknown_run_is_an_error_at_once(uri: str, run_id: str) -> None:
@@ -203,7 +237,9 @@ def test_all_logged_metrics_arrive_in_order(uri: str, run_id: str, unsent: str) 
     assert run_facts(uri, run_id).metrics == {"loss": 749.5, "lr": 0.1}
 
 
-def test_repeated_steps_of_a_resumed_training_count_once(uri: str, run_id: str, unsent: str) -> None:
+def test_repeated_steps_of_a_resumed_training_count_once(
+    uri: str, run_id: str, unsent: str
+) -> None:
     for attempt in (1.0, 2.0):
         with Tracker(uri, run_id, unsent) as tracker:
             tracker.log(10, {"loss": attempt})
@@ -211,17 +247,23 @@ def test_repeated_steps_of_a_resumed_training_count_once(uri: str, run_id: str, 
     assert metric_history(uri, run_id, "loss") == [(10, 2.0)]
 
 
-def test_what_a_server_that_never_answers_misses_is_kept(unsent: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_server_that_never_answers_misses_is_kept(
+    unsent: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tracker = Tracker("http://someone:secret@127.0.0.1:9", "r1", unsent)
     for step in range(1000):
         tracker.log(step, {"loss": 1.0})
     tracker.close(timeout_s=3)
     (url,) = kept_files(unsent)
-    assert [(p.key, p.value, p.step) for p in read_points(url)] == [("loss", 1.0, step) for step in range(1000)]
+    assert [(p.key, p.value, p.step) for p in read_points(url)] == [
+        ("loss", 1.0, step) for step in range(1000)
+    ]
     assert "python -m jobs sync RUN" in caplog.text and "secret" not in caplog.text
 
 
-def test_metrics_survive_a_locked_database(uri: str, run_id: str, unsent: str, tmp_path: Path) -> None:
+def test_metrics_survive_a_locked_database(
+    uri: str, run_id: str, unsent: str, tmp_path: Path
+) -> None:
     lock = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
     lock.execute("begin exclusive")
     threading.Timer(7, lambda: lock.execute("rollback")).start()  # SQLite itself waits 5 s
@@ -233,7 +275,9 @@ def test_metrics_survive_a_locked_database(uri: str, run_id: str, unsent: str, t
 
 
 def test_points_that_are_sent_twice_are_one_in_mlflow(uri: str, run_id: str) -> None:
-    points = [MetricPoint(key="loss", value=v, timestamp=5, step=7) for v in (0.1, math.nan, math.inf)]
+    points = [
+        MetricPoint(key="loss", value=v, timestamp=5, step=7) for v in (0.1, math.nan, math.inf)
+    ]
     for _ in range(2):
         send_points(uri, run_id, points)
     assert len(MlflowClient(uri).get_metric_history(run_id, "loss")) == 3
@@ -246,7 +290,9 @@ def test_a_deleted_run_refuses_for_good_and_says_how_to_restore_it(uri: str, run
 
 
 def write_run(uri: str, name: str, unsent: str) -> None:
-    run_id = open_run(uri, connect(uri), name=name, parent=None, tags={"hemoco.run": name}, params={"a": "b"})
+    run_id = open_run(
+        uri, connect(uri), name=name, parent=None, tags={"hemoco.run": name}, params={"a": "b"}
+    )
     with Tracker(uri, run_id, unsent) as tracker:
         for step in range(300):
             tracker.log(step, {"loss": float(step)})
@@ -255,7 +301,9 @@ def write_run(uri: str, name: str, unsent: str) -> None:
 
 def test_several_processes_write_to_one_sqlite(uri: str, unsent: str) -> None:
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=write_run, args=(uri, f"run{i}", f"{unsent}/{i}")) for i in range(3)]
+    workers = [
+        context.Process(target=write_run, args=(uri, f"run{i}", f"{unsent}/{i}")) for i in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -96,8 +96,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TransferJob:
     )
 
 
-def unit_of(job: TransferJob, config: TransferConfig, folder: Path, init: str = "pretrained") -> TransferUnit:
-    return TransferUnit(job=dataclasses.replace(job, config=config, url=str(folder)), init=init, seed=3)
+def unit_of(
+    job: TransferJob, config: TransferConfig, folder: Path, init: str = "pretrained"
+) -> TransferUnit:
+    return TransferUnit(
+        job=dataclasses.replace(job, config=config, url=str(folder)), init=init, seed=3
+    )
 
 
 def train(unit: TransferUnit, log: Recorded) -> TransferResult:
@@ -128,7 +132,9 @@ def test_an_interrupted_transfer_goes_on_from_its_checkpoint_to_the_same_result(
     assert again.values == {} and again.last_step == 10
 
 
-def test_a_transfer_that_is_told_to_go_away_saves_the_step_it_is_at(job: TransferJob, tmp_path: Path) -> None:
+def test_a_transfer_that_is_told_to_go_away_saves_the_step_it_is_at(
+    job: TransferJob, tmp_path: Path
+) -> None:
     whole, first, second = Recorded(), Recorded(told_after=5), Recorded()
     expected = train(unit_of(job, LINEAR, tmp_path / "whole"), whole)
     unit = unit_of(job, LINEAR, tmp_path / "told")
@@ -150,14 +156,20 @@ def tracked(job: TransferJob, uri: str, config: TransferConfig, folder: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
-def test_a_recorded_unit_is_not_measured_again(job: TransferJob, tracking: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(LINEAR, seeds=(0, 1), inits=("pretrained", f"other={job.backbone_url}"))
+def test_a_recorded_unit_is_not_measured_again(
+    job: TransferJob, tracking: str, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        LINEAR, seeds=(0, 1), inits=("pretrained", f"other={job.backbone_url}")
+    )
     made = tracked(job, tracking, config, tmp_path)
     units = open_units(made)
     assert [unit.prefix for unit in units] == [
         *("pretrained/seed_0", "pretrained/seed_1", "other/seed_0", "other/seed_1"),
     ]
-    result = TransferResult(metric="top1", value=0.5, metrics={"top1": 0.5}, files={"classes.csv": b"a,b\n"})
+    result = TransferResult(
+        metric="top1", value=0.5, metrics={"top1": 0.5}, files={"classes.csv": b"a,b\n"}
+    )
     record_result(units[2], result, 7)
     assert [unit.prefix for unit in open_units(made)] == [
         *("pretrained/seed_0", "pretrained/seed_1", "other/seed_1"),
@@ -170,7 +182,9 @@ def test_what_a_task_measures_is_in_mlflow(job: TransferJob, tracking: str, tmp_
     made = tracked(job, tracking, LINEAR, tmp_path)
     train_alone(open_units(made)[0])
     metrics = run_facts(tracking, made.run_id).metrics
-    assert {f"pretrained/seed_0/{name}" for name in ("top1", "per_class_accuracy", "train_loss", "lr")} <= set(metrics)
+    assert {
+        f"pretrained/seed_0/{name}" for name in ("top1", "per_class_accuracy", "train_loss", "lr")
+    } <= set(metrics)
     assert [unit.prefix for unit in open_units(made)] == ["random/seed_0"]
 
 
@@ -182,7 +196,9 @@ def test_inits_give_the_backbones_they_name(job: TransferJob) -> None:
     }
     for init, backbone in expected.items():
         found = init_backbone(init, job.backbone_url, ENCODER, VIEWS, 5).state_dict()
-        assert all(torch.equal(found[name], tensor) for name, tensor in backbone.state_dict().items())
+        assert all(
+            torch.equal(found[name], tensor) for name, tensor in backbone.state_dict().items()
+        )
 
 
 def test_a_backbone_of_another_architecture_is_refused_with_the_setting_to_change(
@@ -190,8 +206,13 @@ def test_a_backbone_of_another_architecture_is_refused_with_the_setting_to_chang
 ) -> None:
     metadata = backbone_metadata(job.backbone_url)
     check_architecture(job.backbone_url, metadata, ENCODER)
-    for other in (EncoderConfig(architecture="resnet18", stem="small"), EncoderConfig(architecture="resnet10t")):
-        with pytest.raises(ConfigError, match=r"set --pretrain\.encoder\.(architecture resnet10t|stem small)"):
+    for other in (
+        EncoderConfig(architecture="resnet18", stem="small"),
+        EncoderConfig(architecture="resnet10t"),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"set --pretrain\.encoder\.(architecture resnet10t|stem small)"
+        ):
             check_architecture(job.backbone_url, metadata, other)
     write_bytes(str(tmp_path / "x.safetensors"), b"no")
     with pytest.raises(CheckpointError):
@@ -203,7 +224,9 @@ def test_supervised_weights_that_cannot_fit_are_refused(job: TransferJob) -> Non
         init_backbone("supervised", "", ENCODER, VIEWS, 0)
 
 
-@pytest.mark.parametrize("inits", [(), ("pretrained", "pretrained"), ("other",), ("random=s3://x",), ("a b=s3://x",)])
+@pytest.mark.parametrize(
+    "inits", [(), ("pretrained", "pretrained"), ("other",), ("random=s3://x",), ("a b=s3://x",)]
+)
 def test_inits_that_are_none_are_refused(inits: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"transfers\.inits"):
         TransferConfig(inits=inits)

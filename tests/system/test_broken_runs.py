@@ -37,7 +37,12 @@ def recipe(s3, ray_cluster, tracking, tmp_path_factory):
 def unbroken(recipe, s3):
     """The pretraining, undisturbed; its losses are what a broken run must repeat."""
     pretrain_only(
-        recipe, indexes=ShardIndexes(), run="untouched", storage=join_url(s3, "broken/runs"), fresh=False, tags={}
+        recipe,
+        indexes=ShardIndexes(),
+        run="untouched",
+        storage=join_url(s3, "broken/runs"),
+        fresh=False,
+        tags={},
     )
     return "untouched"
 
@@ -52,9 +57,15 @@ def broken(unbroken, recipe, s3):
     checkpoints = join_url(storage, "killed/pretrain/checkpoints")
 
     def saved(attempt, step):
-        return any(name.endswith(f"_a{attempt}") and _step_of(name) >= step for name in list_names(checkpoints))
+        return any(
+            name.endswith(f"_a{attempt}") and _step_of(name) >= step
+            for name in list_names(checkpoints)
+        )
 
-    for signum, attempt, step in ((signal.SIGKILL, 0, 2 * INTERVAL), (signal.SIGTERM, 1, 4 * INTERVAL)):
+    for signum, attempt, step in (
+        (signal.SIGKILL, 0, 2 * INTERVAL),
+        (signal.SIGTERM, 1, 4 * INTERVAL),
+    ):
         wait_until(lambda a=attempt, s=step: failures or saved(a, s), seconds=240)
         assert not failures
         os.kill(_train_workers()[-1], signum)
@@ -73,20 +84,32 @@ def test_kill_costs_at_most_the_steps_since_a_checkpoint_and_sigterm_none(unbrok
     redone = [step for step, count in Counter(step for step, _ in broken).items() if count > 1]
     assert len(redone) <= 2 * INTERVAL
     assert not [step for step in redone if step > 4 * INTERVAL]
-    attempts = {name[-3:] for name in list_names(join_url(s3, "broken/runs/killed/pretrain/checkpoints"))}
+    attempts = {
+        name[-3:] for name in list_names(join_url(s3, "broken/runs/killed/pretrain/checkpoints"))
+    }
     assert "_a2" in attempts, "no third attempt"
 
 
-def test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_for_bit(unbroken, broken):
-    first, second = (load_backbone(child(run, "pretrain").tags["hemoco.backbone_url"]) for run in (unbroken, "killed"))
+def test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_for_bit(
+    unbroken, broken
+):
+    first, second = (
+        load_backbone(child(run, "pretrain").tags["hemoco.backbone_url"])
+        for run in (unbroken, "killed")
+    )
     assert first.state_dict().keys() == second.state_dict().keys()
-    assert all(torch.equal(first.state_dict()[name], second.state_dict()[name]) for name in first.state_dict())
+    assert all(
+        torch.equal(first.state_dict()[name], second.state_dict()[name])
+        for name in first.state_dict()
+    )
 
 
 @pytest.fixture(scope="module")
 def small_images(s3, ray_cluster, tracking, tmp_path_factory):
     """A pretraining of 2 workers on 10,000 images of 32 x 32 pixels that are on S3."""
-    source = write_class_zip(tmp_path_factory.mktemp("drawn") / "test.zip", "test", per_class=1000, seed=0)
+    source = write_class_zip(
+        tmp_path_factory.mktemp("drawn") / "test.zip", "test", per_class=1000, seed=0
+    )
     url = join_url(s3, "broken/small-images")
     pack((str(source),), url, split="train", samples_per_shard=700, seed=0)
     recipe = small_recipe(url)
@@ -118,25 +141,36 @@ def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
     )
     client = MlflowClient(tracking_uri())
     ends = [
-        client.get_run(child("curve", "curve", transfer="knn", epoch=str(epoch)).run_id).info.end_time
+        client.get_run(
+            child("curve", "curve", transfer="knn", epoch=str(epoch)).run_id
+        ).info.end_time
         for epoch in (4, 8, 12)
     ]
     assert sorted(ends) == ends
-    assert ends[0] < client.get_metric_history(child("curve", "pretrain").run_id, "loss")[-1].timestamp
+    assert (
+        ends[0] < client.get_metric_history(child("curve", "pretrain").run_id, "loss")[-1].timestamp
+    )
     curve = client.get_metric_history(child("curve", "pretrain").run_id, "curve/knn/top1")
     assert sorted(point.step for point in curve) == [4, 8, 12]
 
 
-def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(small_images, s3, caplog):
+def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(
+    small_images, s3, caplog
+):
     class Idle:  # here, so that it travels by value: workers do not find the tests
         """Holds the core it was given."""
 
     storage = join_url(s3, "broken/runs")
     failures: list[BaseException] = []
-    thread = threading.Thread(target=_pretrain_in_thread, args=(small_images, storage, failures, "shrunk"))
+    thread = threading.Thread(
+        target=_pretrain_in_thread, args=(small_images, storage, failures, "shrunk")
+    )
     thread.start()
     checkpoints = join_url(storage, "shrunk/pretrain/checkpoints")
-    wait_until(lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)), seconds=240)
+    wait_until(
+        lambda: failures or any(_step_of(name) >= 2 * INTERVAL for name in list_names(checkpoints)),
+        seconds=240,
+    )
     assert not failures
     usurper = ray.remote(num_cpus=1)(Idle).remote()  # waits for the first core that becomes free
     time.sleep(random.uniform(0, 4))
@@ -144,15 +178,21 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
     thread.join(timeout=400)
     ray.kill(usurper)
     assert not failures
-    history = MlflowClient(tracking_uri()).get_metric_history(child("shrunk", "pretrain").run_id, "batch_fingerprint")
-    expected = fingerprints(small_images.data.shards, small_images.data.pretrain_split, small_images.pretrain)
+    history = MlflowClient(tracking_uri()).get_metric_history(
+        child("shrunk", "pretrain").run_id, "batch_fingerprint"
+    )
+    expected = fingerprints(
+        small_images.data.shards, small_images.data.pretrain_split, small_images.pretrain
+    )
     assert {(point.step, point.value) for point in history} == set(expected.items())
     assert "event=world_size from=2 to=1" in caplog.text
 
 
 def _pretrain_in_thread(recipe, storage, failures, run="killed"):
     try:
-        pretrain_only(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
+        pretrain_only(
+            recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={}
+        )
     except BaseException as error:
         failures.append(error)
 

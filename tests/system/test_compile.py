@@ -22,11 +22,15 @@ CONFIG = PretrainConfig(
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
 def test_compiled_encoders_train_as_others_do() -> None:
-    crops = torch.randint(256, (2, 8, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    crops = torch.randint(
+        256, (2, 8, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     batches = [Batch(crops[step], ["key"] * 8, StreamPosition(0, step)) for step in range(2)]
     cpu = torch.device("cpu")
     plain = build_state(CONFIG, cpu, data_digest="d")
     compiled = build_state(dataclasses.replace(CONFIG, compile=True), cpu, data_digest="d")
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
-    losses = [[m.values["loss"] for m in train_steps(state, batches, 2)] for state in (plain, compiled)]
+    losses = [
+        [m.values["loss"] for m in train_steps(state, batches, 2)] for state in (plain, compiled)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

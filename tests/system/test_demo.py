@@ -22,7 +22,9 @@ def jobs(*words, home, timeout=1200):
     environment = os.environ | {"HEMOCO_HOME": str(home)}
     environment.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-m", "jobs", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def demo(home, tmp_path_factory):
 
 def test_demo_measures_every_transfer_from_both_inits(demo):
     rows = json.loads((demo[1] / "comparison.json").read_text())["rows"]
-    expected = {(name, init) for name in ("knn", "linear_probe", "low_shot", "mask_rcnn") for init in INITS}
+    expected = {
+        (name, init) for name in ("knn", "linear_probe", "low_shot", "mask_rcnn") for init in INITS
+    }
     assert {(row["transfer"], row["init"]) for row in rows} == expected
 
 
@@ -67,11 +71,24 @@ def test_backbone_opens_after_the_demo_has_ended(demo):
 
 def test_named_commands_work_after_the_demo_has_ended(demo, home, tmp_path):
     stdout, out = demo
-    words = next(line for line in stdout.splitlines() if "jobs compare" in line).split("jobs compare ")[1].split()
+    words = (
+        next(line for line in stdout.splitlines() if "jobs compare" in line)
+        .split("jobs compare ")[1]
+        .split()
+    )
     again = jobs("compare", *words, "--out", str(tmp_path / "again"), home=home)
-    exported = jobs("export", str(out / "backbone.safetensors"), str(tmp_path / "b.st"), "--format", "timm", home=home)
+    exported = jobs(
+        "export",
+        str(out / "backbone.safetensors"),
+        str(tmp_path / "b.st"),
+        "--format",
+        "timm",
+        home=home,
+    )
     assert again.returncode == 0 and exported.returncode == 0
-    assert (tmp_path / "again" / "comparison.json").read_text() == (out / "comparison.json").read_text()
+    assert (tmp_path / "again" / "comparison.json").read_text() == (
+        out / "comparison.json"
+    ).read_text()
 
 
 def test_printed_ui_command_opens_the_runs(demo):
@@ -79,8 +96,17 @@ def test_printed_ui_command_opens_the_runs(demo):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", *line.split("mlflow ", 1)[1].split(), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        *line.split("mlflow ", 1)[1].split(),
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         assert _answers(f"http://127.0.0.1:{port}/health")
     finally:

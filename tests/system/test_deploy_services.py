@@ -52,7 +52,9 @@ def test_the_image_has_the_versions_that_the_project_names(image):
     script = "import importlib.metadata as m; print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
     installed = {line.lower().replace("_", "-") for line in run_in(image, "-c", script).split()}
     pins = re.findall(r'^    "([\w.-]+)==([^ ";]+)', (ROOT / "pyproject.toml").read_text(), re.M)
-    wanted = {name: {f"{name}=={version}" for other, version in pins if other == name} for name, _ in pins}
+    wanted = {
+        name: {f"{name}=={version}" for other, version in pins if other == name} for name, _ in pins
+    }
     names = {line.partition("==")[0] for line in installed}
     assert {"ray", "torch", "mlflow"} <= wanted.keys() & names
     assert [name for name in wanted.keys() & names if not wanted[name] & installed] == []
@@ -71,7 +73,14 @@ def services(image: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="hemoco-compose-"))
     folder.chmod(0o755)  # postgres is another user
     alone = ["unshare", *["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]]
-    script = [sys.executable, "-m", "tests.helpers.compose_services", folder, image / "venv", found[-1]]
+    script = [
+        sys.executable,
+        "-m",
+        "tests.helpers.compose_services",
+        folder,
+        image / "venv",
+        found[-1],
+    ]
     done = subprocess.run([*alone, *script], cwd=ROOT, capture_output=True, text=True)
     shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,7 +3,14 @@
 import pytest
 
 from hemoco.backbones.file import export_backbone, random_backbone
-from hemoco.config import DataConfig, EncoderConfig, FasterRcnnConfig, MaskRcnnConfig, PretrainConfig, Recipe
+from hemoco.config import (
+    DataConfig,
+    EncoderConfig,
+    FasterRcnnConfig,
+    MaskRcnnConfig,
+    PretrainConfig,
+    Recipe,
+)
 from hemoco.data.shards.index import ShardIndexes
 from hemoco.results.records import run_results
 from hemoco.storage.objects import join_url
@@ -70,10 +77,17 @@ def test_detectors_find_cells_and_shapes(recipe, s3, tracking):
     assert (rows["cells"].metric, rows["shapes"].metric) == ("box_ap50", "mask_ap")
     assert rows["cells"].value > 0.2
     facts = {
-        name: find_run(tracking, connect(tracking), {"hemoco.run": "detection-learning", "hemoco.transfer": name})
+        name: find_run(
+            tracking,
+            connect(tracking),
+            {"hemoco.run": "detection-learning", "hemoco.transfer": name},
+        )
         for name in rows
     }
     assert facts["shapes"].metrics["pretrained/seed_0/mask_ap50"] > 0.2
     for name in rows:
         files = read_artifacts(tracking, facts[name].run_id, "")
-        assert {"pretrained_seed_0_detections.png", "pretrained_seed_0_predictions.json"} <= files.keys()
+        assert {
+            "pretrained_seed_0_detections.png",
+            "pretrained_seed_0_predictions.json",
+        } <= files.keys()

@@ -18,6 +18,8 @@ def test_trainings_are_told_to_save_where_no_ray_answers(address):
     script = f"bash -c '{training}' & $0 -m cluster.drain --grace_s 12; echo drain $?; wait $!; echo training $?"
     words = ["unshare", "--net", "bash", "-c", script, sys.executable]
     environment = os.environ | {"RAY_ADDRESS": address}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.split() == ["drain", "0", "training", str(128 + signal.SIGTERM)]
     assert "Ray does not drain this node, and may place work here again: " in done.stderr

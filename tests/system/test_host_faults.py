@@ -102,8 +102,13 @@ def test_memory_that_runs_out_names_step_size_and_checkpoint_and_the_run_goes_on
     job = dataclasses.replace(job, config=larger)
     done = pretrain_elsewhere(job, tmp_path, "memory", MALLOC_MMAP_THRESHOLD_="4096")
     said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and said.startswith("TrainingError: out of memory at step 6: "), done.stderr
-    assert re.search(r"allocate \d+ bytes.*; this process holds .* GB of the machine are free; take more workers", said)
+    assert done.returncode == 1 and said.startswith("TrainingError: out of memory at step 6: "), (
+        done.stderr
+    )
+    assert re.search(
+        r"allocate \d+ bytes.*; this process holds .* GB of the machine are free; take more workers",
+        said,
+    )
     assert said.endswith(f"the last good checkpoint: {job.url}/checkpoints/step_00000004_a0")
     pretrain_worker(job, Troubled())
     assert {step for step, _ in losses(job)} == set(range(1, 9))
@@ -112,27 +117,46 @@ def test_memory_that_runs_out_names_step_size_and_checkpoint_and_the_run_goes_on
 def test_memory_that_runs_out_in_the_reading_names_what_was_read(shards: str) -> None:
     done = read(shards, size=1024, memory="20000000")
     said = done.stderr.splitlines()[-1]
-    assert said.startswith("TrainingError: out of memory at reading ahead of epoch 0 step 0: "), done.stderr
+    assert said.startswith("TrainingError: out of memory at reading ahead of epoch 0 step 0: "), (
+        done.stderr
+    )
     assert "lower stream.memory_bytes or stream.workers" in said
 
 
-@pytest.mark.parametrize("killed", [1, 2])  # of two: then a tensor is mostly being taken over from one of them
+@pytest.mark.parametrize(
+    "killed", [1, 2]
+)  # of two: then a tensor is mostly being taken over from one of them
 def test_a_loader_process_that_the_kernel_kills_is_named(shards: str, killed: int) -> None:
-    plan = dataclasses.replace(pretraining_plan(CONFIG), stream=StreamConfig(workers=2, lanes=4), epochs=1000)
+    plan = dataclasses.replace(
+        pretraining_plan(CONFIG), stream=StreamConfig(workers=2, lanes=4), epochs=1000
+    )
     listed = BadSampleFile("memory://unwritten")
     found = batches(
-        shards, read_index(shards), "train", plan, rank=0, world_size=1, start=None, device=CPU, bad_samples=listed
+        shards,
+        read_index(shards),
+        "train",
+        plan,
+        rank=0,
+        world_size=1,
+        start=None,
+        device=CPU,
+        bad_samples=listed,
     )
     with contextlib.closing(found):
         next(found)
         for child in multiprocessing.active_children()[:killed]:
             os.kill(child.pid or 0, signal.SIGKILL)
-        with pytest.raises(LostLoaderError, match=r"a loader process was lost .*memory ran out.*lower stream\.memory"):
+        with pytest.raises(
+            LostLoaderError,
+            match=r"a loader process was lost .*memory ran out.*lower stream\.memory",
+        ):
             list(found)
 
 
 def test_a_unit_that_lost_a_loader_process_is_tried_again(ray_cluster: str, tmp_path: Path) -> None:
-    def unit(folder: Path) -> str:  # here, so that it travels by value: workers do not find the tests
+    def unit(
+        folder: Path,
+    ) -> str:  # here, so that it travels by value: workers do not find the tests
         (folder / uuid.uuid4().hex).touch()
         if len(list(folder.iterdir())) == 1:
             raise LostLoaderError("a loader process was lost")
@@ -153,7 +177,11 @@ def test_a_unit_that_lost_a_loader_process_is_tried_again(ray_cluster: str, tmp_
     ],
 )
 def test_failed_allocations_are_told_from_other_errors(error: Exception, ours: bool) -> None:
-    expected = r"out of memory at step 7: .*; this process holds .* GB .*; buy more" if ours else str(error)
+    expected = (
+        r"out of memory at step 7: .*; this process holds .* GB .*; buy more"
+        if ours
+        else str(error)
+    )
     with (
         pytest.raises(TrainingError if ours else type(error), match=expected),
         memory_errors(lambda: "step 7", "buy more"),
@@ -194,11 +222,15 @@ def read(
     return python("-c", READ, shards, str(size), str(workers), memory, before=before)
 
 
-def test_a_dev_shm_too_small_for_buffers_is_named_with_what_is_needed_and_what_to_set(shards: str) -> None:
+def test_a_dev_shm_too_small_for_buffers_is_named_with_what_is_needed_and_what_to_set(
+    shards: str,
+) -> None:
     small = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
     done = read(shards, size=128, workers=1, before=small)
     said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and said.startswith("TrainingError: /dev/shm is full: a process that reads needs"), said
+    assert done.returncode == 1 and said.startswith(
+        "TrainingError: /dev/shm is full: a process that reads needs"
+    ), said
     assert "needs 4 buffers of 1572864 bytes there" in said  # 16 images x 2 crops x 3 x 128 x 128
     assert "docker --shm-size" in said and "set stream.workers to 0" in said
     assert read(shards, size=128, workers=0, before=small).stdout == "128\n"
@@ -209,7 +241,9 @@ def test_a_dev_shm_without_room_for_a_lock_is_named(shards: str, workers: int) -
     full = "mount -t tmpfs -o size=1m tmpfs /dev/shm && head -c 1048576 /dev/zero > /dev/shm/other"
     done = read(shards, size=16, workers=workers, before=full)
     said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and said.startswith("TrainingError: /dev/shm is full: "), done.stderr
+    assert done.returncode == 1 and said.startswith("TrainingError: /dev/shm is full: "), (
+        done.stderr
+    )
     assert "needs locks there, 0 bytes are free" in said and "or remove what fills it" in said
 
 
@@ -217,7 +251,9 @@ def test_a_dev_shm_without_room_for_a_lock_is_named(shards: str, workers: int) -
 
 
 @pytest.fixture(params=["no folder", "read-only"])
-def no_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_home(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """$HEMOCO_HOME on a disk that takes nothing."""
     place = tmp_path / "disk"
     monkeypatch.setenv("HEMOCO_HOME", str(place / "home"))
@@ -243,7 +279,10 @@ def test_training_does_without_a_home(
 
 
 def test_a_second_driver_is_refused_by_ray_alone_where_there_is_no_home(
-    ray_cluster: str, no_home: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: str,
+    no_home: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run_lock, "_GONE_S", 1.0)
     with (
@@ -285,11 +324,18 @@ def test_a_flood_of_bad_samples_is_a_few_lines_of_log_and_a_list_of_bounded_leng
 def test_gradients_that_are_not_finite_stop_before_weights_that_no_checkpoint_may_hold() -> None:
     state = build_state(CONFIG, CPU, data_digest="d")
     crops = torch.randint(256, (4, 16, 2, 3, 16, 16), dtype=torch.uint8)
-    steps = train_steps(state, (Batch(c, ["k"] * 16, StreamPosition(0, i)) for i, c in enumerate(crops)), 4)
+    steps = train_steps(
+        state, (Batch(c, ["k"] * 16, StreamPosition(0, i)) for i, c in enumerate(crops)), 4
+    )
     next(steps)
     state.model.query_encoder.head[2].weight.register_hook(lambda gradient: gradient * math.nan)
     before = [parameter.clone() for parameter in state.model.query_encoder.parameters()]
-    with pytest.raises(TrainingError, match=r"the gradients' norm is nan at step 2 .*lower pretrain\.optimizer\.lr"):
+    with pytest.raises(
+        TrainingError, match=r"the gradients' norm is nan at step 2 .*lower pretrain\.optimizer\.lr"
+    ):
         next(steps)
-    assert all(torch.equal(a, b) for a, b in zip(before, state.model.query_encoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, state.model.query_encoder.parameters(), strict=True)
+    )
     assert state.step == 1

@@ -26,7 +26,14 @@ def interrupted(tmp_path_factory):
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "HEMOCO_HOME": str(folder / "home")}
     shards = write_shards((folder / "shards").as_uri(), [700, 700])
-    words = ["run", "tests/helpers/night_recipe.py", "--run", "night", "--storage", str(folder / "runs")]
+    words = [
+        "run",
+        "tests/helpers/night_recipe.py",
+        "--run",
+        "night",
+        "--storage",
+        str(folder / "runs"),
+    ]
     words += ["--data.shards", shards, "--data.test_split", "train", "--pretrain.epochs", "6"]
     checkpoints = (folder / "runs/night/pretrain/checkpoints").as_uri()
     found = {}
@@ -43,11 +50,16 @@ def interrupted(tmp_path_factory):
         )
         deadline = time.monotonic() + 300
         while not reached():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[
+                0
+            ].decode()[-3000:]
             time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=90)[0].decode()
-        statuses = {run.tags["hemoco.phase"]: run.status for run in search(uri, connect(uri), {"hemoco.run": "night"})}
+        statuses = {
+            run.tags["hemoco.phase"]: run.status
+            for run in search(uri, connect(uri), {"hemoco.run": "night"})
+        }
         found[phase] = output, process.returncode, statuses
     return found
 
@@ -66,4 +78,8 @@ def test_mlflow_says_killed_of_what_was_interrupted(interrupted):
 
 def test_what_was_finished_before_stays_so(interrupted):
     statuses = interrupted["transfer"][2]
-    assert (statuses["parent"], statuses["pretrain"], statuses["transfer"]) == ("KILLED", "FINISHED", "KILLED")
+    assert (statuses["parent"], statuses["pretrain"], statuses["transfer"]) == (
+        "KILLED",
+        "FINISHED",
+        "KILLED",
+    )

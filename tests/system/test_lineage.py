@@ -88,11 +88,17 @@ def recipe(s3, ray_cluster, tracking):
     """A small one on S3, with a backbone of somebody else's as another baseline."""
     shards = write_shards(join_url(s3, "lineage/cells"), [40])
     theirs = join_url(s3, "lineage/theirs.safetensors")
-    export_backbone(backbone(1), theirs, {"data_digest": "unknown", "run_id": "", "source": "imported from moco"})
+    export_backbone(
+        backbone(1),
+        theirs,
+        {"data_digest": "unknown", "run_id": "", "source": "imported from moco"},
+    )
     inits = ("pretrained", "random", f"theirs={theirs}")
     return Recipe(
         name="lineage",
-        data=DataConfig(shards=shards, pretrain_split="train", train_split="train", test_split="train"),
+        data=DataConfig(
+            shards=shards, pretrain_split="train", train_split="train", test_split="train"
+        ),
         pretrain=PretrainConfig(
             epochs=1,
             global_batch_size=20,
@@ -115,7 +121,9 @@ def backbone(seed):
 
 def pretrained_before(recipe, run, storage):
     """A run whose pretraining is finished and not recorded further, as MLflow's outage would leave it."""
-    study = open_study(recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={})
+    study = open_study(
+        recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={}
+    )
     tags = {"hemoco.run": run, "hemoco.phase": "pretrain", "hemoco.data_digest": study.data.digest}
     child, _ = open_child(study, "pretrain", tags)
     url = join_url(study.url, "pretrain/backbone.safetensors")
@@ -130,9 +138,13 @@ def lineage(recipe, s3):
     """The whole way but for the training itself: run, id of its pretraining, URL of its backbone, data digest."""
     storage = join_url(s3, "lineage/runs")
     child, url, digest = pretrained_before(recipe, "lineage-1", storage)
-    log_dataset_input(tracking_uri(), child, "lineage/cells", recipe.data.shards, digest, "pretraining")
+    log_dataset_input(
+        tracking_uri(), child, "lineage/cells", recipe.data.shards, digest, "pretraining"
+    )
     for _ in range(2):  # the second time nothing is left to do
-        pretrain_then_transfer(recipe, indexes=ShardIndexes(), run="lineage-1", storage=storage, fresh=False, tags={})
+        pretrain_then_transfer(
+            recipe, indexes=ShardIndexes(), run="lineage-1", storage=storage, fresh=False, tags={}
+        )
     return "lineage-1", child, url, digest
 
 
@@ -144,16 +156,25 @@ def features(model):
 
 def test_client_alone_walks_from_data_to_every_transfer_and_back(lineage, tracking):
     run, child, _, digest = lineage
-    done = subprocess.run([sys.executable, "-c", CLIENT, digest], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, digest], capture_output=True, text=True, check=True
+    )
     forward, back = json.loads(done.stdout)
     rows = [row for row in run_results(tracking, run).rows if row.init == "pretrained"]
     means = {row.run_id: [r.value for r in rows if r.run_id == row.run_id] for row in rows}
     keys = {row.run_id: f"{row.transfer}/{row.metric}" for row in rows}
-    assert forward["pretraining"] == child and forward["version"] == ["hemoco-lineage", 1, forward["backbone"]]
+    assert forward["pretraining"] == child and forward["version"] == [
+        "hemoco-lineage",
+        1,
+        forward["backbone"],
+    ]
     assert forward["results"] == {
-        run_id: [keys[run_id], pytest.approx(sum(v) / len(v)), digest[:36]] for run_id, v in means.items()
+        run_id: [keys[run_id], pytest.approx(sum(v) / len(v)), digest[:36]]
+        for run_id, v in means.items()
     }
-    assert forward["transfers"] == sorted(means) and forward["of_the_data"] == sorted([child, *means])
+    assert forward["transfers"] == sorted(means) and forward["of_the_data"] == sorted(
+        [child, *means]
+    )
     assert back == {run_id: [forward["backbone"], child, digest[:36]] for run_id in means}
 
 
@@ -180,14 +201,28 @@ def test_imported_backbone_has_a_model_that_shows_its_own_results(lineage, track
 
 def test_transfers_from_a_registered_backbone_join_its_results(lineage, recipe, s3, tracking):
     run, child, _, _ = lineage
-    only = dataclasses.replace(recipe, transfers={"again": KnnConfig(neighbours=4, inits=("pretrained",))})
+    only = dataclasses.replace(
+        recipe, transfers={"again": KnnConfig(neighbours=4, inits=("pretrained",))}
+    )
     storage, name = join_url(s3, "lineage/runs"), f"models:/hemoco-lineage@{run}"
     transfer_only(
-        only, indexes=ShardIndexes(), backbone_url=name, run="lineage-2", storage=storage, fresh=False, tags={}
+        only,
+        indexes=ShardIndexes(),
+        backbone_url=name,
+        run="lineage-2",
+        storage=storage,
+        fresh=False,
+        tags={},
     )
     (version,) = [one for one in backbone_versions(tracking) if one.run == run]
-    assert version.run_id == child and version.results.keys() == {"knn/top1", "probe/top1", "again/top1"}
-    assert run_results(tracking, "lineage-2").pretraining.backbone_url == f"models:/{version.model_id}"
+    assert version.run_id == child and version.results.keys() == {
+        "knn/top1",
+        "probe/top1",
+        "again/top1",
+    }
+    assert (
+        run_results(tracking, "lineage-2").pretraining.backbone_url == f"models:/{version.model_id}"
+    )
 
 
 def test_recipe_in_mlflow_is_one_that_runs(lineage, recipe, tracking, tmp_path):
@@ -213,9 +248,14 @@ def run_id(tracking):
 
 def test_system_metrics_go_to_the_step_that_training_logged_last(tracking, run_id, tmp_path):
     client = MlflowClient(tracking)
-    with Tracker(tracking, run_id, str(tmp_path)) as tracker, SystemMetrics(tracking, run_id, tracker, every_s=0.05):
+    with (
+        Tracker(tracking, run_id, str(tmp_path)) as tracker,
+        SystemMetrics(tracking, run_id, tracker, every_s=0.05),
+    ):
         tracker.log(7, {"loss": 1.0})
-        wait_until(lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics, 60)
+        wait_until(
+            lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics, 60
+        )
     run = client.get_run(run_id)
     points = {point.key: point for point in run.data.to_proto().metrics}
     assert points["system/cpu_utilization_percentage"].step == 7
@@ -249,7 +289,10 @@ def test_server_that_is_away_for_a_moment_takes_the_backbone_once(tmp_path, monk
         threading.Timer(3, lambda: setattr(proxy, "mode", "pass")).start()
         model_id = record_backbone(proxy.uri, experiment, place, described)
         assert register_version(proxy.uri, model_id, "hemoco-a", "a", {}) == "1"
-        assert MlflowClient(proxy.uri).get_model_version("hemoco-a", "1").source == f"models:/{model_id}"
+        assert (
+            MlflowClient(proxy.uri).get_model_version("hemoco-a", "1").source
+            == f"models:/{model_id}"
+        )
         expected = features(hemoco.load_backbone(place))
         assert torch.equal(features(hemoco.load_backbone("models:/hemoco-a@a")), expected)
 
@@ -257,10 +300,14 @@ def test_server_that_is_away_for_a_moment_takes_the_backbone_once(tmp_path, monk
 def test_pretraining_has_its_backbone_and_every_snapshot_as_outputs(recipe, s3, tracking):
     pretrain = dataclasses.replace(recipe.pretrain, epochs=2, export_every_epochs=1)
     measured = {"knn": KnnConfig(neighbours=4, inits=("pretrained",))}
-    longer = dataclasses.replace(recipe, name="longer", pretrain=pretrain, transfers=measured, curve=("knn",))
+    longer = dataclasses.replace(
+        recipe, name="longer", pretrain=pretrain, transfers=measured, curve=("knn",)
+    )
     storage, client = join_url(s3, "lineage/runs"), MlflowClient(tracking)
     first, again = (
-        pretrain_only(longer, indexes=ShardIndexes(), run="lineage-3", storage=storage, fresh=False, tags={}).run_id
+        pretrain_only(
+            longer, indexes=ShardIndexes(), run="lineage-3", storage=storage, fresh=False, tags={}
+        ).run_id
         for _ in range(2)
     )
     assert first == again
@@ -268,7 +315,16 @@ def test_pretraining_has_its_backbone_and_every_snapshot_as_outputs(recipe, s3, 
     outputs = client.get_run(first).outputs.model_outputs
     models = [client.get_logged_model(output.model_id) for output in outputs]
     steps = {(model.model_type, output.step) for model, output in zip(models, outputs, strict=True)}
-    assert steps == {("moco-backbone", 2), ("moco-backbone-snapshot", 1), ("moco-backbone-snapshot", 2)}
-    curve = {metric.step for model in models for metric in (model.metrics or []) if metric.key == "knn/top1"}
+    assert steps == {
+        ("moco-backbone", 2),
+        ("moco-backbone-snapshot", 1),
+        ("moco-backbone-snapshot", 2),
+    }
+    curve = {
+        metric.step
+        for model in models
+        for metric in (model.metrics or [])
+        if metric.key == "knn/top1"
+    }
     assert curve == {1, 2} and len(models) == 3
     assert [one.version for one in backbone_versions(tracking) if one.run == "lineage-3"] == [1]

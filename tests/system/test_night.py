@@ -70,10 +70,18 @@ class Cluster:
         self._start(host, "--address", f"{self.head.address}:6379", "--num-cpus", "1")
 
     def _start(self, host: Host, *words: str) -> None:
-        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address", host.address]
+        ray = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--block",
+            "--node-ip-address",
+            host.address,
+        ]
         ray += ["--object-store-memory", "100000000", "--disable-usage-stats"]
         home = {"HEMOCO_HOME": str(host.folder / "home")}
-        host.start(*ray, *words, log=self.folder / f"{host.name}.log", environment=self.environment | home)
+        host.start(
+            *ray, *words, log=self.folder / f"{host.name}.log", environment=self.environment | home
+        )
 
     def jobs(self, *words: str, log: str) -> "subprocess.Popen[bytes]":
         """`python -m jobs`, typed in the fourth place."""
@@ -95,14 +103,20 @@ class Cluster:
     def submit_night(self, log: str) -> "subprocess.Popen[bytes]":
         """The same words each time."""
         recipe = str(ROOT / "tests" / "helpers" / "night_recipe.py")
-        return self.submit("run", recipe, "--run", "night", "--data.shards", SHARDS, "--storage", RUNS, log=log)
+        return self.submit(
+            "run", recipe, "--run", "night", "--data.shards", SHARDS, "--storage", RUNS, log=log
+        )
 
     def status(self, path: str, token: str | None = None) -> int:
         """HTTP status of the head's answer; 0 without one. `None`: with the right token, empty: without any."""
-        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text() if token is None else token
+        token = (
+            Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text() if token is None else token
+        )
         connection = http.client.HTTPConnection(self.head.address, 8265, timeout=5)
         try:
-            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+            connection.request(
+                "GET", path, headers={"Authorization": f"Bearer {token}"} if token else {}
+            )
             return connection.getresponse().status
         except OSError:
             return 0
@@ -115,7 +129,11 @@ class Cluster:
 
 def places() -> list[tuple[int, int]]:
     """(attempt, step) of the checkpoints that are complete."""
-    complete = [name for name in list_names(CHECKPOINTS) if "manifest.json" in list_names(f"{CHECKPOINTS}/{name}")]
+    complete = [
+        name
+        for name in list_names(CHECKPOINTS)
+        if "manifest.json" in list_names(f"{CHECKPOINTS}/{name}")
+    ]
     found = (re.fullmatch(r"step_(\d+)_a(\d+)", name) for name in complete)
     return sorted((int(match[2]), int(match[1])) for match in found if match)
 
@@ -129,7 +147,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("night")
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
-    with hosts(folder, 5) as (head, first, second, laptop, services), pytest.MonkeyPatch.context() as patch:
+    with (
+        hosts(folder, 5) as (head, first, second, laptop, services),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(folder),
@@ -147,7 +168,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"):
+        for name in (
+            "AWS_ENDPOINT_URL",
+            "AWS_ACCESS_KEY_ID",
+            "AWS_SECRET_ACCESS_KEY",
+            "MLFLOW_TRACKING_URI",
+        ):
             patch.setenv(name, environment[name])
         made = Cluster(head, (first, second), laptop, services, folder, environment)
         _serve(made)
@@ -163,8 +189,24 @@ def _serve(cluster: Cluster) -> None:
     (folder / "buckets" / BUCKET).mkdir(parents=True)
     keys = {"RCLONE_AUTH_KEY": f'"night,{CANARY}"', "RCLONE_CONFIG": os.devnull}
     s3 = [_rclone(), "serve", "s3", "--addr", f"{address}:9000", str(folder / "buckets")]
-    mlflow = [sys.executable, "-m", "mlflow", "server", "--host", address, "--port", "5000", "--workers", "1"]
-    mlflow += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"file://{folder}/a"]
+    mlflow = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        address,
+        "--port",
+        "5000",
+        "--workers",
+        "1",
+    ]
+    mlflow += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"file://{folder}/a",
+    ]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     for name, words, more in (("s3", s3, keys), ("mlflow", mlflow, quiet)):
         log = cluster.folder / f"{name}.log"
@@ -189,7 +231,9 @@ def night(cluster: Cluster) -> Cluster:
     """The run, from its submission to its table."""
     digits = cluster.folder / "digits"
     write_digits(digits, 0)
-    packing = cluster.submit("pack", str(digits), SHARDS, "--samples_per_shard", "500", log="pack.log")
+    packing = cluster.submit(
+        "pack", str(digits), SHARDS, "--samples_per_shard", "500", log="pack.log"
+    )
     assert packing.wait(timeout=300) == 0, cluster.log("pack.log")
 
     first, second = cluster.workers
@@ -232,7 +276,9 @@ def night(cluster: Cluster) -> Cluster:
     points = MlflowClient(cluster.environment["MLFLOW_TRACKING_URI"]).get_metric_history(
         child("pretrain").run_id, "loss"
     )
-    cluster.seen["first step after submit"] = min(point.timestamp for point in points) / 1000 - submitted
+    cluster.seen["first step after submit"] = (
+        min(point.timestamp for point in points) / 1000 - submitted
+    )
     print("seconds until it went on:", {what: round(took) for what, took in cluster.seen.items()})
     return cluster
 
@@ -253,8 +299,20 @@ def _kill_driver(cluster: Cluster) -> None:
 
 def _preempt(cluster: Cluster, host: Host) -> None:
     """What a Kubernetes node does to a pod: its preStop hook, then the end."""
-    inside = ["nsenter", "-t", str(host.pids()[0]), "-m", "-n", "-u", sys.executable, "-m", "cluster.drain"]
-    done = subprocess.run(inside, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=120)
+    inside = [
+        "nsenter",
+        "-t",
+        str(host.pids()[0]),
+        "-m",
+        "-n",
+        "-u",
+        sys.executable,
+        "-m",
+        "cluster.drain",
+    ]
+    done = subprocess.run(
+        inside, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     cluster.preempted_at = newest_step()
     host.kill()
@@ -262,7 +320,9 @@ def _preempt(cluster: Cluster, host: Host) -> None:
 
 def child(phase: str, **tags: str) -> RunFacts:
     uri = os.environ["MLFLOW_TRACKING_URI"]
-    wanted = {"hemoco.run": "night", "hemoco.phase": phase} | {f"hemoco.{name}": tag for name, tag in tags.items()}
+    wanted = {"hemoco.run": "night", "hemoco.phase": phase} | {
+        f"hemoco.{name}": tag for name, tag in tags.items()
+    }
     found = find_run(uri, connect(uri), wanted)
     assert found is not None
     return found
@@ -286,7 +346,9 @@ def test_every_fault_was_survived_without_a_hand(night):
 
 def test_global_batches_of_all_attempts_are_those_of_an_unbroken_run(night):
     recipe = load_recipe(str(ROOT / "tests" / "helpers" / "night_recipe.py"))
-    assert set(history("batch_fingerprint")) == set(fingerprints(SHARDS, "train", recipe.pretrain).items())
+    assert set(history("batch_fingerprint")) == set(
+        fingerprints(SHARDS, "train", recipe.pretrain).items()
+    )
 
 
 def test_no_fault_cost_more_than_the_steps_since_the_last_checkpoint(night):

@@ -28,20 +28,44 @@ def shards(s3: str) -> str:
 
 
 def test_tls_where_there_is_none_is_named(s3, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"].replace("http:", "https:"))
+    monkeypatch.setenv(
+        "AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"].replace("http:", "https:")
+    )
     with pytest.raises(StorageError, match="does not speak TLS: correct AWS_ENDPOINT_URL"):
         list_names(s3)
 
 
 def test_the_nodes_of_a_cluster_look_for_themselves(recipe, shards, bucket, tracking, ray_cluster):
-    words = [sys.executable, "-m", "jobs", "preflight", recipe, "--data.shards", shards, "--storage", bucket]
+    words = [
+        sys.executable,
+        "-m",
+        "jobs",
+        "preflight",
+        recipe,
+        "--data.shards",
+        shards,
+        "--storage",
+        bucket,
+    ]
     environment = os.environ | {"RAY_ADDRESS": ray_cluster}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    ok = [line[6:22].strip() for line in done.stdout.splitlines() if line.startswith("ok")]
-    nodes = ["software", "shards", "storage", "clock", "MLflow", "disk", "shm", "clock here", "results"]
-    assert [name for name in ok if name.startswith("nodes")] == [f"nodes {name}" for name in ["versions", *nodes]], (
-        done.stdout
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
+    ok = [line[6:22].strip() for line in done.stdout.splitlines() if line.startswith("ok")]
+    nodes = [
+        "software",
+        "shards",
+        "storage",
+        "clock",
+        "MLflow",
+        "disk",
+        "shm",
+        "clock here",
+        "results",
+    ]
+    assert [name for name in ok if name.startswith("nodes")] == [
+        f"nodes {name}" for name in ["versions", *nodes]
+    ], done.stdout
     assert "ok    Ray token        who has no token is turned away" in done.stdout
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and NO_BOXES in failed[0]

@@ -24,10 +24,18 @@ WIDE, NARROW = 1200, 360
 SEEN = {
     "all cones": np.eye(3),
     "protanopia": np.array(
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
     ),
     "deuteranopia": np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
     ),
 }
 
@@ -41,7 +49,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def report(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two runs with all that a report can show."""
-    runs = [begin_run(tracking, f"a page that has a rather long name, number {number}", RECIPE) for number in (1, 2)]
+    runs = [
+        begin_run(tracking, f"a page that has a rather long name, number {number}", RECIPE)
+        for number in (1, 2)
+    ]
     for run in runs:
         fill(run)
     page = tmp_path_factory.mktemp("report") / "report.html"
@@ -78,9 +89,13 @@ def lab(colour: str, seen: NDArray[np.float64]) -> NDArray[np.float64]:
     """A colour in CIE L*a*b* as it is seen."""
     encoded = np.array(to_rgb(colour))
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
     x, y, z = to_xyz @ np.clip(seen @ linear, 0, 1) / (0.9505, 1.0, 1.089)
-    fx, fy, fz = (value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z))
+    fx, fy, fz = (
+        value ** (1 / 3) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z)
+    )
     return np.array([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
 
@@ -90,5 +105,10 @@ def lab(colour: str, seen: NDArray[np.float64]) -> NDArray[np.float64]:
 )
 def test_no_two_colours_look_alike_to_anybody(sight: str, colours: tuple[str, ...]) -> None:
     pairs = itertools.combinations(colours, 2)
-    distances = {pair: np.linalg.norm(np.subtract(*(lab(colour, SEEN[sight]) for colour in pair))) for pair in pairs}
-    assert {pair: distance for pair, distance in distances.items() if distance < 8} == {}  # 2.3 can just be seen
+    distances = {
+        pair: np.linalg.norm(np.subtract(*(lab(colour, SEEN[sight]) for colour in pair)))
+        for pair in pairs
+    }
+    assert {
+        pair: distance for pair, distance in distances.items() if distance < 8
+    } == {}  # 2.3 can just be seen

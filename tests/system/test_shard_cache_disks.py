@@ -35,7 +35,11 @@ def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, re
     """Asserts that shards come although the cache is of no use, and that one warning names the reason."""
     caplog.set_level(logging.WARNING)
     counts = FetchCounts()
-    assert [read(cache, source, number, counts) for number in (0, 1, 0)] == [SHARDS[0], SHARDS[1], SHARDS[0]]
+    assert [read(cache, source, number, counts) for number in (0, 1, 0)] == [
+        SHARDS[0],
+        SHARDS[1],
+        SHARDS[0],
+    ]
     assert (counts.requests, counts.cache_misses, counts.cache_hits) == (3, 3, 0)
     assert caplog.text.count("event=shard_not_cached") == 1
     assert reason in caplog.text
@@ -46,7 +50,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk with room for one shard."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE * 3 // 2}", "tmpfs", disk], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE * 3 // 2}", "tmpfs", disk], check=True
+    )
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 

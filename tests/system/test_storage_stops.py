@@ -24,7 +24,16 @@ from hemoco.train.checkpoint import newest_checkpoint, save_checkpoint
 from hemoco.train.pretrain import build_state
 from pipeline.pretrain import PretrainJob, pretrain_worker
 from tests.helpers.shard_folders import write_shards
-from tests.helpers.small_pretraining import CONFIG, CPU, ROOT, Troubled, new_job, python, same_result, write_images
+from tests.helpers.small_pretraining import (
+    CONFIG,
+    CPU,
+    ROOT,
+    Troubled,
+    new_job,
+    python,
+    same_result,
+    write_images,
+)
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -110,9 +119,13 @@ def unbroken(shards: str, tracking: str, tmp_path_factory: pytest.TempPathFactor
 def test_storage_that_stops_while_a_checkpoint_is_due_ends_the_run_in_one_line_and_nothing_is_lost(
     job: PretrainJob, unbroken: PretrainJob, storage: Storage
 ) -> None:
-    impatient = dataclasses.replace(job.config, stream=dataclasses.replace(job.config.stream, retry_s=3.0))
+    impatient = dataclasses.replace(
+        job.config, stream=dataclasses.replace(job.config.stream, retry_s=3.0)
+    )
     job = dataclasses.replace(job, url=f"s3://{BUCKET}/run", config=impatient)
-    with pytest.raises(StorageError, match=r"/run/checkpoints/step_00000004_a0/.* can be reached") as ended:
+    with pytest.raises(
+        StorageError, match=r"/run/checkpoints/step_00000004_a0/.* can be reached"
+    ) as ended:
         pretrain_worker(job, Troubled(storage.stop))
     assert "\n" not in str(ended.value)
     storage.start()
@@ -138,7 +151,16 @@ def test_a_storage_that_stops_in_mid_run_ends_the_command_in_one_line_and_the_sa
 ) -> None:
     shards = write_shards(f"s3://{BUCKET}/shards", [32, 32, 32, 32])
     (tmp_path / "stopped.py").write_text(RECIPE)
-    words = ["-m", "jobs", "pretrain", str(tmp_path / "stopped.py"), "--run", "stopped", "--data.shards", shards]
+    words = [
+        "-m",
+        "jobs",
+        "pretrain",
+        str(tmp_path / "stopped.py"),
+        "--run",
+        "stopped",
+        "--data.shards",
+        shards,
+    ]
     words += ["--storage", f"s3://{BUCKET}/runs"]
     paths = {"PYTHONPATH": str(ROOT)}
     first = threading.Thread(target=_stop_after_a_checkpoint, args=(storage, tmp_path / "buckets"))
@@ -146,11 +168,15 @@ def test_a_storage_that_stops_in_mid_run_ends_the_command_in_one_line_and_the_sa
     done = python(*words, **paths)
     first.join()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and f"s3://{BUCKET}/" in line and "can be reached" in line, done.stderr
+    assert done.returncode == 1 and f"s3://{BUCKET}/" in line and "can be reached" in line, (
+        done.stderr
+    )
     assert done.stderr.splitlines()[-1] == line, done.stderr
     storage.start()
     again = python(*words, **paths)
-    assert again.returncode == 0 and "resumed from step" in again.stderr + again.stdout, again.stderr
+    assert again.returncode == 0 and "resumed from step" in again.stderr + again.stdout, (
+        again.stderr
+    )
 
 
 def _stop_after_a_checkpoint(storage: Storage, buckets: Path) -> None:
@@ -173,14 +199,20 @@ save_checkpoint(state, sys.argv[1], attempt=0, keep_last=9)
 """
 
 
-def test_a_process_killed_in_the_upload_of_a_checkpoint_leaves_the_one_before_as_the_newest(storage: Storage) -> None:
+def test_a_process_killed_in_the_upload_of_a_checkpoint_leaves_the_one_before_as_the_newest(
+    storage: Storage,
+) -> None:
     state, url = build_state(CONFIG, CPU, data_digest="d"), f"s3://{BUCKET}/checkpoints"
     state.step = 1
     before = save_checkpoint(state, url, attempt=0, keep_last=9)
     with Stalling(storage.server.endpoint) as between:
         threading.Thread(target=between.serve_forever, args=(0.05,), daemon=True).start()
-        environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{between.server_address[1]}"}
-        with subprocess.Popen([sys.executable, "-c", SAVE, url], cwd=ROOT, env=environment) as process:
+        environment = os.environ | {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{between.server_address[1]}"
+        }
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVE, url], cwd=ROOT, env=environment
+        ) as process:
             uploading = between.stalled.wait(60)
             process.kill()
         between.ended.set()

@@ -27,7 +27,12 @@ from tests.helpers.waiting import within
 
 CANARIES = {
     name: f"canary-{name.lower()}-{secrets.token_hex(8)}"
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+    )
 }
 # a verb that ends at once with a long log, run as a job and followed with little patience
 FOLLOW = """
@@ -48,7 +53,12 @@ def start_jobs(*words: str, **environment: str) -> "subprocess.Popen[str]":
     """`python -m jobs` in a process of its own: Ray reads its token once in each."""
     command = [sys.executable, "-u", "-m", "jobs", *words]
     return subprocess.Popen(
-        command, cwd=CHECKOUT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=CHECKOUT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -74,7 +84,11 @@ def api(head: str, path: str) -> requests.Response:
 
 
 def jobs_of(head: str, run: str) -> list[dict[str, str]]:
-    return [job for job in api(head, "/api/jobs/").json() if (job["metadata"] or {}).get("hemoco.run") == run]
+    return [
+        job
+        for job in api(head, "/api/jobs/").json()
+        if (job["metadata"] or {}).get("hemoco.run") == run
+    ]
 
 
 def answers(address: str) -> bool:
@@ -105,22 +119,44 @@ def head(s3: str, tracking: str) -> Iterator[str]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
         command = [
-            *(tools / "ray", "start", "--head", "--block", "--disable-usage-stats", "--temp-dir", folder),
-            *("--port=0", "--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"),
+            *(
+                tools / "ray",
+                "start",
+                "--head",
+                "--block",
+                "--disable-usage-stats",
+                "--temp-dir",
+                folder,
+            ),
+            *(
+                "--port=0",
+                "--min-worker-port=0",
+                "--max-worker-port=0",
+                "--node-ip-address=127.0.0.1",
+            ),
             *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
-            *(f"--dashboard-agent-listen-port={others[0]}", f"--ray-client-server-port={others[1]}"),
+            *(
+                f"--dashboard-agent-listen-port={others[0]}",
+                f"--ray-client-server-port={others[1]}",
+            ),
             *("--num-cpus=2", f"--object-store-memory={256 * 1024**2}"),
         ]
         environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-        with child_process(list(map(str, command)), log=folder / "log", environment=environment) as process:
+        with child_process(
+            list(map(str, command)), log=folder / "log", environment=environment
+        ) as process:
             address = f"http://127.0.0.1:{port}"
-            assert wait_until(lambda: answers(address), process, timeout_s=120), last_line(folder / "log")
+            assert wait_until(lambda: answers(address), process, timeout_s=120), last_line(
+                folder / "log"
+            )
             yield address
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def two_jobs(head: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def two_jobs(
+    head: str, s3: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """What came of two jobs, submitted at the same time.
 
     One packs images, with canaries for secrets. The recipe of the other does not fit its data, which only the nodes
@@ -132,7 +168,17 @@ def two_jobs(head: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> It
         Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
     dest = f"{s3}/{secrets.token_hex(8)}"
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [8])
-    words = ["submit", "run", "demo", "--data.shards", shards, "--storage", f"{s3}/runs", "--address", head]
+    words = [
+        "submit",
+        "run",
+        "demo",
+        "--data.shards",
+        shards,
+        "--storage",
+        f"{s3}/runs",
+        "--address",
+        head,
+    ]
     wrong = start_jobs(*words, AWS_SECRET_ACCESS_KEY="not-that-of-the-nodes")
     pack = start_jobs("submit", "pack", str(folder), dest, "--address", head, **CANARIES)
     yield {"dest": dest, "pack": finished(pack), "wrong": finished(wrong)}
@@ -152,8 +198,26 @@ def training(head: str, s3: str, two_jobs: dict[str, Any]) -> Iterator[tuple[str
     After the two jobs: it takes both cores, and those would wait for one.
     """
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [128])
-    words = ["pretrain", "demo", "--data.shards", shards, "--pretrain.epochs", "100000", "--storage", f"{s3}/runs"]
-    words = ["submit", *words, "--pretrain.knn_every_epochs", "0", "--run", "long", "--address", head]
+    words = [
+        "pretrain",
+        "demo",
+        "--data.shards",
+        shards,
+        "--pretrain.epochs",
+        "100000",
+        "--storage",
+        f"{s3}/runs",
+    ]
+    words = [
+        "submit",
+        *words,
+        "--pretrain.knn_every_epochs",
+        "0",
+        "--run",
+        "long",
+        "--address",
+        head,
+    ]
     done = run_jobs(*words, "--fresh", "--detach")
     assert done.returncode == 0, done.stderr
     (follow,) = [line for line in done.stdout.splitlines() if line.startswith("follow ")]
@@ -161,7 +225,9 @@ def training(head: str, s3: str, two_jobs: dict[str, Any]) -> Iterator[tuple[str
     run_jobs("stop", "long", "--address", head)
 
 
-@pytest.mark.parametrize(("token", "reason"), [("", "(401) and none was sent"), ("0" * 64, "(403)")])
+@pytest.mark.parametrize(
+    ("token", "reason"), [("", "(401) and none was sent"), ("0" * 64, "(403)")]
+)
 def test_a_missing_and_a_wrong_token_are_told_apart(head, tmp_path, token, reason):
     (tmp_path / "token").write_text(token)
     run = ("run", "demo", "--storage", "s3://b/runs", "--data.shards", "s3://b/shards")
@@ -187,16 +253,26 @@ def test_no_secret_of_here_or_of_the_nodes_is_kept_by_the_cluster(head, packed):
     jobs = api(head, "/api/jobs/").text
     assert packed[0] in jobs and "env_vars" in jobs  # it is the listing with all that was given
     session = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent / "session_latest"
-    logs = [file.read_bytes().decode(errors="replace") for file in (session / "logs").rglob("*") if file.is_file()]
+    logs = [
+        file.read_bytes().decode(errors="replace")
+        for file in (session / "logs").rglob("*")
+        if file.is_file()
+    ]
     assert any(packed[0] in log for log in logs)
     assert not [word for word in secret for text in (jobs, packed[1], *logs) if word in text]
 
 
 def test_a_job_is_told_the_commit_and_where_things_are(head, packed):
-    (job,) = [job for job in api(head, "/api/jobs/").json() if packed[0] in job["entrypoint"] and job["submission_id"]]
+    (job,) = [
+        job
+        for job in api(head, "/api/jobs/").json()
+        if packed[0] in job["entrypoint"] and job["submission_id"]
+    ]
     given = job["runtime_env"]["env_vars"]
     assert given["AWS_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]
-    assert job["metadata"]["hemoco.commit"].removesuffix("-dirty") == given["HEMOCO_GIT_COMMIT"][:12]
+    assert (
+        job["metadata"]["hemoco.commit"].removesuffix("-dirty") == given["HEMOCO_GIT_COMMIT"][:12]
+    )
     assert "AWS_ACCESS_KEY_ID" not in given
 
 
@@ -210,7 +286,9 @@ def test_wrong_usage_on_the_cluster_is_wrong_usage_here(two_jobs):
 
 def follow(head: str, seen_at: str, quiet_s: float = 10.0) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", FOLLOW, head, seen_at, str(quiet_s)]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_a_broken_connection_loses_and_repeats_no_line(head):
@@ -260,10 +338,23 @@ def test_other_words_under_a_running_name_are_refused(training):
 
 def test_a_preflight_from_inside_the_cluster_sees_its_nodes(head, s3, bucket):
     shards = write_shards(f"{bucket}/shards", [128])
-    words = ["preflight", "demo", "--data.shards", shards, "--storage", f"{bucket}/runs", "--run", "long"]
+    words = [
+        "preflight",
+        "demo",
+        "--data.shards",
+        shards,
+        "--storage",
+        f"{bucket}/runs",
+        "--run",
+        "long",
+    ]
     done = run_jobs("submit", *words, "--address", head)
-    assert "nodes software" in done.stdout and "ok    nodes shards" in done.stdout, done.stdout + done.stderr
-    assert "job preflight-" in done.stderr and done.returncode == 1  # no test split for the transfers
+    assert "nodes software" in done.stdout and "ok    nodes shards" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert (
+        "job preflight-" in done.stderr and done.returncode == 1
+    )  # no test split for the transfers
     assert "FAIL  upload" not in done.stdout
 
 
@@ -275,25 +366,49 @@ def test_status_tells_of_jobs_that_mlflow_does_not_know(head, packed):
 def test_stopping_an_unknown_run_names_those_that_run(head, tracking, training):
     done = run_jobs("stop", "nobody", "--address", head)
     assert done.returncode == 2
-    assert f"run 'nobody' has no job on {head}; runs with a job that is not ended: long" in done.stderr
+    assert (
+        f"run 'nobody' has no job on {head}; runs with a job that is not ended: long" in done.stderr
+    )
 
 
 def test_stop_ends_the_job_and_says_how_to_resume(head, training):
     done = run_jobs("stop", "long", "--address", head)
     assert done.returncode == 0, done.stderr
-    assert "long-1: STOPPED" in done.stdout and "resume      python -m jobs submit pretrain demo" in done.stdout
+    assert (
+        "long-1: STOPPED" in done.stdout
+        and "resume      python -m jobs submit pretrain demo" in done.stdout
+    )
     assert "--fresh" in jobs_of(head, "long")[0]["entrypoint"] and "--fresh" not in done.stdout
     assert [job["status"] for job in jobs_of(head, "long")] == ["STOPPED"]
 
 
 def test_a_stopped_training_is_killed_in_mlflow_and_resumes_in_a_new_job(head, s3):
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [128])
-    words = ["pretrain", "demo", "--data.shards", shards, "--pretrain.epochs", "100000", "--storage", f"{s3}/runs"]
-    words = [*words, "--pretrain.knn_every_epochs", "0", "--pretrain.checkpoint_every_steps", "10", "--run", "again"]
+    words = [
+        "pretrain",
+        "demo",
+        "--data.shards",
+        shards,
+        "--pretrain.epochs",
+        "100000",
+        "--storage",
+        f"{s3}/runs",
+    ]
+    words = [
+        *words,
+        "--pretrain.knn_every_epochs",
+        "0",
+        "--pretrain.checkpoint_every_steps",
+        "10",
+        "--run",
+        "again",
+    ]
     run_jobs("submit", *words, "--address", head, "--detach")
     assert within(200, lambda: "step_0000" in run_jobs("status", "again").stdout)
     assert run_jobs("stop", "again", "--address", head).returncode == 0
     assert "status      KILLED" in run_jobs("status", "again").stdout
     run_jobs("submit", *words, "--address", head, "--detach")
-    assert within(200, lambda: "resumed from step" in api(head, "/api/jobs/again-2/logs").json()["logs"])
+    assert within(
+        200, lambda: "resumed from step" in api(head, "/api/jobs/again-2/logs").json()["logs"]
+    )
     assert run_jobs("stop", "again", "--address", head).returncode == 0

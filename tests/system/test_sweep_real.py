@@ -39,7 +39,10 @@ from pipeline.sweep.sweep import drawn_settings, run_sweep
 
 ROOT = Path(__file__).parents[2]
 LR, NAME = "pretrain.optimizer.lr", "swept-for-real"
-GOOD, BAD = (0.001, 0.003), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # kNN after two epochs: 0.86 and more; 0.65 and less
+GOOD, BAD = (
+    (0.001, 0.003),
+    (1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+)  # kNN after two epochs: 0.86 and more; 0.65 and less
 SAMPLES = {"train": 60, "test": 40}  # of each digit
 EPOCHS, STEPS = 50, 450
 recipe = Recipe(
@@ -52,13 +55,17 @@ recipe = Recipe(
         knn_every_epochs=1,
         views=ViewsConfig(size=16, crop_scale=(0.5, 1.0), flip=0.0),
         encoder=EncoderConfig(architecture="resnet10t"),
-        moco=MoCoConfig(head="mlp_bn", queue_length=128, momentum=0.97, temperature=0.1, bn_group_size=32),
+        moco=MoCoConfig(
+            head="mlp_bn", queue_length=128, momentum=0.97, temperature=0.1, bn_group_size=32
+        ),
         optimizer=OptimizerConfig(weight_decay=5e-4),
         stream=StreamConfig(workers=0, lanes=4),
     ),
     transfers={"knn": KnnConfig(neighbours=20)},
     # the good ones come first, so that the others meet values that they have to reach
-    sweep=SweepConfig(space={LR: Choice(GOOD + BAD)}, objective="knn", trials=8, seed=30, grace_epochs=2),
+    sweep=SweepConfig(
+        space={LR: Choice(GOOD + BAD)}, objective="knn", trials=8, seed=30, grace_epochs=2
+    ),
 )
 
 
@@ -66,12 +73,21 @@ def write_scans(url):
     """Shards of scikit-learn's digits as they are, on 16 x 16 pixels."""
     shards = []
     for split, digits in split_digits(0).items():
-        some = [digit for label in range(10) for digit in [d for d in digits if d.label == label][: SAMPLES[split]]]
+        some = [
+            digit
+            for label in range(10)
+            for digit in [d for d in digits if d.label == label][: SAMPLES[split]]
+        ]
         order = np.random.default_rng(0).permutation(len(some))
         data = encode_shard(
-            [Sample(f"{split}{row}", png(some[row].ink), some[row].label, suffix="png") for row in order]
+            [
+                Sample(f"{split}{row}", png(some[row].ink), some[row].label, suffix="png")
+                for row in order
+            ]
         )
-        shard = Shard(f"{split}-000000.tar", split, len(some), len(data), hashlib.sha256(data).hexdigest())
+        shard = Shard(
+            f"{split}-000000.tar", split, len(some), len(data), hashlib.sha256(data).hexdigest()
+        )
         write_bytes(join_url(url, shard.name), data)
         write_table(url, shard, parse_tar(data, shard.name).table)
         shards.append(shard)
@@ -80,7 +96,9 @@ def write_scans(url):
 
 def png(ink):
     buffer = io.BytesIO()
-    Image.fromarray((255 * ink).astype(np.uint8)).convert("RGB").resize((16, 16)).save(buffer, "png")
+    Image.fromarray((255 * ink).astype(np.uint8)).convert("RGB").resize((16, 16)).save(
+        buffer, "png"
+    )
     return buffer.getvalue()
 
 
@@ -89,7 +107,15 @@ def words(s3):
     """What is said after `sweep`; all of it lies on S3."""
     shards = join_url(s3, "sweep_real/shards")
     write_scans(shards)
-    return [__file__, "--run", NAME, "--data.shards", shards, "--storage", join_url(s3, "sweep_real/runs")]
+    return [
+        __file__,
+        "--run",
+        NAME,
+        "--data.shards",
+        shards,
+        "--storage",
+        join_url(s3, "sweep_real/runs"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +124,9 @@ def output(words, tracking, tmp_path_factory):
     assert {point[LR] for point in drawn_settings(recipe.sweep)[:2]} == set(GOOD)
     environment = os.environ | {"HEMOCO_HOME": str(tmp_path_factory.mktemp("home"))}
     command = [sys.executable, "-m", "jobs", "sweep", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -110,7 +138,9 @@ def client(output, tracking):
 
 
 def search(client, **tags):
-    wanted = " and ".join(f"tags.`{name.replace('__', '.')}` = '{value}'" for name, value in tags.items())
+    wanted = " and ".join(
+        f"tags.`{name.replace('__', '.')}` = '{value}'" for name, value in tags.items()
+    )
     return list(client.search_runs([client.get_experiment_by_name("hemoco").experiment_id], wanted))
 
 
@@ -134,7 +164,10 @@ def run_below(client, trial, phase):
 
 def steps_of(client, trial):
     return max(
-        point.step for point in client.get_metric_history(run_below(client, trial, "pretrain").info.run_id, "loss")
+        point.step
+        for point in client.get_metric_history(
+            run_below(client, trial, "pretrain").info.run_id, "loss"
+        )
     )
 
 
@@ -157,7 +190,9 @@ def test_every_bad_trial_is_stopped_and_every_other_finishes(client):
 
 def test_stopped_trials_have_trained_for_fewer_steps(client):
     assert {steps_of(client, trial) for trial in finished_of(client)} == {STEPS}
-    assert all(2 * STEPS / EPOCHS <= steps_of(client, trial) < STEPS for trial in stopped_of(client))
+    assert all(
+        2 * STEPS / EPOCHS <= steps_of(client, trial) < STEPS for trial in stopped_of(client)
+    )
 
 
 def test_runs_of_a_stopped_trial_are_killed_and_say_by_whom_and_when(client):
@@ -182,7 +217,8 @@ def test_stopped_trials_have_no_objective(client):
 
 def test_summary_names_the_best_trial(client, output):
     ranked = {
-        (-trial.data.metrics["objective"], int(trial.data.tags["hemoco.trial"])): trial for trial in finished_of(client)
+        (-trial.data.metrics["objective"], int(trial.data.tags["hemoco.trial"])): trial
+        for trial in finished_of(client)
     }
     (_, number), best = min(ranked.items())
     assert f"best        trial {number}, {NAME}/{best.info.run_name}" in output.splitlines()

@@ -16,9 +16,17 @@ def test_the_loop_runs_under_torchrun_as_in_one_process(tmp_path: Path) -> None:
     shards, out = write_shards((tmp_path / "s").as_uri(), [20, 30]), tmp_path / "losses.json"
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"
     command = f"ip link set lo up && {torchrun} {ROOT / 'tests' / 'helpers' / 'torchrun_training.py'} {shards} {out}"
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
-        ["unshare", "--net", "sh", "-c", command], env=environment, capture_output=True, text=True, timeout=300
+        ["unshare", "--net", "sh", "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())

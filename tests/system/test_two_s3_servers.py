@@ -40,7 +40,15 @@ from hemoco.data.stream.loader import StreamPosition
 from hemoco.errors import CheckpointError, ShardError, StorageError
 from hemoco.models.resnet import Backbone
 from hemoco.storage.fetch import FetchCounts, fetch_range, verified_shard
-from hemoco.storage.objects import check_writable, direct_url, exists, list_names, read_bytes, remove, write_bytes
+from hemoco.storage.objects import (
+    check_writable,
+    direct_url,
+    exists,
+    list_names,
+    read_bytes,
+    remove,
+    write_bytes,
+)
 from hemoco.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hemoco.train.pretrain import TrainState, build_state
 from jobs.cli import main
@@ -99,7 +107,9 @@ def client(server: S3Server):
 
 
 @pytest.fixture(scope="module", params=["rclone", "ceph"])
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     """One of the two servers, with the bucket `hemoco`."""
     folder = tmp_path_factory.mktemp(request.param)
     with (s3_server if request.param == "rclone" else ceph_server)(folder) as server:
@@ -126,14 +136,24 @@ def batches(url: str, start: StreamPosition | None = None) -> list[stream.Batch]
     listed, cpu = BadSampleFile("memory://unwritten"), torch.device("cpu")
     return list(
         stream.batches(
-            url, read_index(url), "train", plan, rank=0, world_size=1, start=start, device=cpu, bad_samples=listed
+            url,
+            read_index(url),
+            "train",
+            plan,
+            rank=0,
+            world_size=1,
+            start=start,
+            device=cpu,
+            bad_samples=listed,
         )
     )
 
 
 def same(ours: list[stream.Batch], theirs: list[stream.Batch]) -> bool:
     pairs = list(zip(ours, theirs, strict=True))
-    return all(one.keys == other.keys and torch.equal(one.crops, other.crops) for one, other in pairs)
+    return all(
+        one.keys == other.keys and torch.equal(one.crops, other.crops) for one, other in pairs
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, 6 * 1024**2])
@@ -157,7 +177,12 @@ def test_names_are_listed_one_level_deep_and_removed_with_all_below(place):
 def test_more_names_than_a_page_are_listed_and_removed(place, running):
     folder = place.rpartition("/")[2]
     with client(running.server) as made, ThreadPoolExecutor(10) as threads:
-        list(threads.map(lambda n: made.put_object(Bucket=BUCKET, Key=f"{folder}/{n:05d}", Body=b""), range(1005)))
+        list(
+            threads.map(
+                lambda n: made.put_object(Bucket=BUCKET, Key=f"{folder}/{n:05d}", Body=b""),
+                range(1005),
+            )
+        )
     assert len(list_names(place)) == 1005
     remove(place)
     assert list_names(place) == []
@@ -199,7 +224,9 @@ def test_a_pack_writes_shards_that_verify_and_restores_what_is_damaged(place, tm
     source = open_source([str(tmp_path)], "train")
     plans = _plan(source.items, 6, 0)
     packed = [_pack_shard(plan, place, True, None) for plan in plans]
-    write_index(place, ShardIndex(tuple(each.shard for each in packed), source.classes, source.categories))
+    write_index(
+        place, ShardIndex(tuple(each.shard for each in packed), source.classes, source.categories)
+    )
     index = read_index(place)
     assert sum(len(read_shard(place, shard)) for shard in index.shards) == 12
     write_bytes(f"{place}/{index.shards[0].name}", b"damaged")
@@ -220,7 +247,9 @@ def test_the_newest_sound_checkpoint_is_resumed_and_older_ones_go(place, state):
     load_checkpoint(found, other)
     assert other.step == 2
     expected = state.model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in other.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in other.model.state_dict().items()
+    )
 
 
 def test_a_run_does_not_start_anew_where_all_checkpoints_are_damaged(place, state):
@@ -231,15 +260,21 @@ def test_a_run_does_not_start_anew_where_all_checkpoints_are_damaged(place, stat
 
 
 def test_a_backbone_comes_back_bit_for_bit(place, state):
-    backbone = Backbone(state.model.query_encoder.encoder, CONFIG.encoder, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    backbone = Backbone(
+        state.model.query_encoder.encoder, CONFIG.encoder, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    )
     export_backbone(backbone, f"{place}/backbone.safetensors", {"data_digest": "d", "run_id": "r"})
     found = load_backbone(f"{place}/backbone.safetensors").encoder.state_dict()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in backbone.encoder.state_dict().items())
+    assert all(
+        torch.equal(tensor, found[name]) for name, tensor in backbone.encoder.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("touch", [read_bytes, list_names, check_writable, read_index])
 def test_a_missing_bucket_is_named(place, touch):
-    with pytest.raises(StorageError, match="bucket 'nowhere' does not exist; create it or correct the URL"):
+    with pytest.raises(
+        StorageError, match="bucket 'nowhere' does not exist; create it or correct the URL"
+    ):
         touch("s3://nowhere/folder")
 
 
@@ -247,12 +282,21 @@ def test_a_missing_bucket_is_named(place, touch):
 @pytest.mark.parametrize(
     ("variable", "advice"),
     [
-        ("AWS_SECRET_ACCESS_KEY", r"403 SignatureDoesNotMatch\); .* this is not the secret of the key"),
-        ("AWS_ACCESS_KEY_ID", r"403 InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID: the server .* does not know"),
+        (
+            "AWS_SECRET_ACCESS_KEY",
+            r"403 SignatureDoesNotMatch\); .* this is not the secret of the key",
+        ),
+        (
+            "AWS_ACCESS_KEY_ID",
+            r"403 InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID: the server .* does not know",
+        ),
     ],
 )
 def test_a_wrong_key_and_a_wrong_secret_are_told_apart(running, place, touch, variable, advice):
-    with environment(running.server, **{variable: "wrong"}), pytest.raises(StorageError, match=advice) as raised:
+    with (
+        environment(running.server, **{variable: "wrong"}),
+        pytest.raises(StorageError, match=advice) as raised,
+    ):
         touch(f"{place}/k")
     assert running.server.secret_key not in str(raised.value)
 
@@ -261,22 +305,41 @@ def test_a_wrong_key_and_a_wrong_secret_are_told_apart(running, place, touch, va
 def test_a_clock_that_is_off_is_named(place, touch, monkeypatch):
     now = botocore.auth.get_current_datetime
     late = datetime.timedelta(hours=2)
-    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *words, **more: now(*words, **more) - late)
+    monkeypatch.setattr(
+        botocore.auth, "get_current_datetime", lambda *words, **more: now(*words, **more) - late
+    )
     with pytest.raises(StorageError, match=r"RequestTimeTooSkewed\); set this machine's clock"):
         touch(f"{place}/k")
 
 
 def test_a_certificate_that_nobody_vouches_for_is_named(place, tmp_path, monkeypatch):
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert"]
-    subprocess.run([*words, "-subj", "/CN=127.0.0.1"], cwd=tmp_path, capture_output=True, check=True)
+    words = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        "key",
+        "-out",
+        "cert",
+    ]
+    subprocess.run(
+        [*words, "-subj", "/CN=127.0.0.1"], cwd=tmp_path, capture_output=True, check=True
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    ) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
-        with pytest.raises(StorageError, match="is not trusted: name its authority's file in AWS_CA_BUNDLE"):
+        with pytest.raises(
+            StorageError, match="is not trusted: name its authority's file in AWS_CA_BUNDLE"
+        ):
             list_names(place)
         server.shutdown()
         thread.join()
@@ -304,7 +367,9 @@ class TestRights:
             policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
             with client(running.server) as made:
                 made.put_bucket_policy(Bucket=BUCKET, Policy=policy)
-            with environment(running.server, AWS_ACCESS_KEY_ID=keys[0], AWS_SECRET_ACCESS_KEY=keys[1]):
+            with environment(
+                running.server, AWS_ACCESS_KEY_ID=keys[0], AWS_SECRET_ACCESS_KEY=keys[1]
+            ):
                 yield
 
         return allow
@@ -312,7 +377,9 @@ class TestRights:
     def test_who_may_only_read_reads_and_is_told_the_right_to_write(self, place, allowed):
         with allowed("s3:GetObject", "s3:ListBucket"):
             assert (read_bytes(f"{place}/k"), list_names(place)) == (b"x", ["k"])
-            with pytest.raises(StorageError, match=r"403 AccessDenied\); ask for s3:PutObject: the key is known"):
+            with pytest.raises(
+                StorageError, match=r"403 AccessDenied\); ask for s3:PutObject: the key is known"
+            ):
                 check_writable(place)
 
     def test_a_refused_removal_is_not_taken_for_done(self, place, allowed):
@@ -331,7 +398,9 @@ class TestRights:
             "Resource": [f"arn:aws:s3:::{place.removeprefix('s3://')}/kept/*"],
         }
         with client(running.server) as made:
-            made.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps({"Version": "2012-10-17", "Statement": [rule]}))
+            made.put_bucket_policy(
+                Bucket=BUCKET, Policy=json.dumps({"Version": "2012-10-17", "Statement": [rule]})
+            )
         with pytest.raises(StorageError, match="cannot be removed; ask for s3:DeleteObject"):
             remove(place)
 
@@ -341,12 +410,16 @@ class TestRights:
                 with pytest.raises(StorageError, match=f"ask for {right}"):
                     touch(f"{place}/k")
 
-    def test_preflight_says_what_of_the_storage_is_not_allowed(self, place, allowed, tracking, tmp_path, capsys):
+    def test_preflight_says_what_of_the_storage_is_not_allowed(
+        self, place, allowed, tracking, tmp_path, capsys
+    ):
         write_shards(f"{place}/shards", [40, 40])
         recipe = tmp_path / "tiny.py"
         recipe.write_text(RECIPE)
         with allowed("s3:GetObject", "s3:ListBucket"):
-            status = main(["preflight", str(recipe), "--data.shards", f"{place}/shards", "--storage", place])
+            status = main(
+                ["preflight", str(recipe), "--data.shards", f"{place}/shards", "--storage", place]
+            )
         shown = capsys.readouterr()
         failed = [line for line in shown.out.splitlines() if line.startswith("FAIL")]
         assert (status, len(failed)) == (1, 1)

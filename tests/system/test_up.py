@@ -61,14 +61,21 @@ def test_another_process_uses_what_up_exports(tmp_path):
     )
     exports = read_exports(up)
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | exports, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | exports,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     up.terminate()
     up.communicate(timeout=60)
     assert done.stdout.split() == [exports["RAY_ADDRESS"], "b'1'"], done.stderr
 
 
-@pytest.mark.parametrize(("part", "named"), [("rclone", "S3"), ("mlflow", "MLflow"), ("raylet", "Ray"), ("", "")])
+@pytest.mark.parametrize(
+    ("part", "named"), [("rclone", "S3"), ("mlflow", "MLflow"), ("raylet", "Ray"), ("", "")]
+)
 def test_up_ends_whole_when_a_part_or_itself_is_killed(tmp_path, part, named):
     up = jobs("up", "--folder", str(tmp_path))
     read_exports(up)
@@ -77,7 +84,11 @@ def test_up_ends_whole_when_a_part_or_itself_is_killed(tmp_path, part, named):
         "mlflow": f"{tmp_path}/mlflow/artifacts",
         "raylet": f"_{up.pid}/sockets",
     }
-    victims = set(alive(marks[part])) & set(alive(f"/{part}") + alive(part)) - keepers() if part else {up.pid}
+    victims = (
+        set(alive(marks[part])) & set(alive(f"/{part}") + alive(part)) - keepers()
+        if part
+        else {up.pid}
+    )
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     error = up.communicate(timeout=100)[1].splitlines()

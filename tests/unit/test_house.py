@@ -21,7 +21,11 @@ DOORS = {
     "jinja2": ("hemoco/report/",),
     "rich": ("jobs/", "hemoco/report/"),
     "tyro": ("jobs/",),
-    "psutil": ("hemoco/errors.py", "hemoco/tracking/system_metrics.py", "cluster/local/processes.py"),
+    "psutil": (
+        "hemoco/errors.py",
+        "hemoco/tracking/system_metrics.py",
+        "cluster/local/processes.py",
+    ),
     "pynvml": ("hemoco/tracking/system_metrics.py",),
 }
 """Where an outside package may be imported."""
@@ -33,16 +37,24 @@ CATALOGUES = ("jobs/verbs", "jobs/recipes")
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_the_rooms_below_it(room):
     others = ROOMS.keys() - ROOMS[room]
-    assert not [str(found) for found in imports_of(room) if found.module.partition(".")[0] in others]
+    assert not [
+        str(found) for found in imports_of(room) if found.module.partition(".")[0] in others
+    ]
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_are_absolute_and_never_of_tests(room):
-    assert not [str(found) for found in imports_of(room) if found.module.partition(".")[0] in ("", "tests")]
+    assert not [
+        str(found) for found in imports_of(room) if found.module.partition(".")[0] in ("", "tests")
+    ]
 
 
 def test_every_package_of_hemoco_has_its_place_in_the_order():
-    packages = {f"hemoco.{path.name}" for path in (ROOT / "hemoco").iterdir() if (path / "__init__.py").is_file()}
+    packages = {
+        f"hemoco.{path.name}"
+        for path in (ROOT / "hemoco").iterdir()
+        if (path / "__init__.py").is_file()
+    }
     assert packages == set(ORDER[1:])
 
 
@@ -69,15 +81,29 @@ def test_tags_are_spelt_out_in_one_module_only():
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             file = path.relative_to(ROOT).as_posix()
-            if file in ("hemoco/tracking/tags.py", "hemoco/features/parquet.py", "hemoco/features/cache.py"):
+            if file in (
+                "hemoco/tracking/tags.py",
+                "hemoco/features/parquet.py",
+                "hemoco/features/cache.py",
+            ):
                 continue  # the last two write files with metadata of their own
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str) and "tags.`hemoco." in node.value:
+                if (
+                    isinstance(node, ast.Constant)
+                    and isinstance(node.value, str)
+                    and "tags.`hemoco." in node.value
+                ):
                     wrong.append(f"{file}:{node.lineno}")
                 if isinstance(node, ast.Subscript | ast.Dict | ast.Call):
-                    strings = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.Constant)]
+                    strings = [
+                        part
+                        for part in ast.iter_child_nodes(node)
+                        if isinstance(part, ast.Constant)
+                    ]
                     texts = [part.value for part in strings if isinstance(part.value, str)]
-                    wrong += [f"{file}:{node.lineno}" for text in texts if text.startswith("hemoco.")]
+                    wrong += [
+                        f"{file}:{node.lineno}" for text in texts if text.startswith("hemoco.")
+                    ]
     assert not wrong
 
 
@@ -95,7 +121,9 @@ def test_no_folder_is_crowded():
 def test_import_hemoco_is_light():
     heavy = ("ray", "mlflow", "webdataset", "s3fs", "torch")
     script = f"import sys, hemoco; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -43,7 +43,13 @@ from hemoco.models.batch_norm import BatchNorm, SplitBatchNorm
 ROOT = Path(__file__).parents[2]
 ROOMS = ("hemoco", "pipeline", "cluster", "jobs")
 LISTED = {
-    "hemoco/foreach.py": {"_foreach_add", "_foreach_add_", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"},
+    "hemoco/foreach.py": {
+        "_foreach_add",
+        "_foreach_add_",
+        "_foreach_lerp_",
+        "_foreach_mul_",
+        "_foreach_norm",
+    },
     "hemoco/models/batch_norm.py": {"_BatchNorm"},
     "hemoco/data/transforms.py": {"_upsample_bilinear2d_aa"},
     "hemoco/transfer/detection/detector.py": {"_skip_resize"},
@@ -64,14 +70,19 @@ def test_foreach():
         (lambda mine: foreach.add_(mine, second, alpha=-2.0), [a - 2 * b for a, b in pairs]),
         (lambda mine: foreach.lerp_(mine, second, 0.25), [0.75 * a + 0.25 * b for a, b in pairs]),
         (lambda mine: foreach.mul_(mine, 0.5), [0.5 * a for a in first]),
-        (lambda mine: foreach.mul_(mine, [torch.tensor(2.0), torch.tensor(3.0)]), [2 * first[0], 3 * first[1]]),
+        (
+            lambda mine: foreach.mul_(mine, [torch.tensor(2.0), torch.tensor(3.0)]),
+            [2 * first[0], 3 * first[1]],
+        ),
     ):
         mine = [a.clone() for a in first]
         change(mine)
         close(mine, expected)
 
 
-def close(found: tuple[torch.Tensor, ...] | list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def close(
+    found: tuple[torch.Tensor, ...] | list[torch.Tensor], expected: list[torch.Tensor]
+) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -93,7 +104,9 @@ def test_upsample():
     image = torch.randint(0, 256, (1, 3, 50, 40), dtype=torch.uint8)
     out = torch.empty(1, 3, 16, 24, dtype=torch.uint8)
     torch.ops.aten._upsample_bilinear2d_aa.out(image, out.shape[2:], align_corners=False, out=out)
-    assert torch.equal(out, functional.interpolate(image, (16, 24), mode="bilinear", antialias=True))
+    assert torch.equal(
+        out, functional.interpolate(image, (16, 24), mode="bilinear", antialias=True)
+    )
 
 
 def test_skip_resize():
@@ -120,7 +133,12 @@ def test_do_request():
 
     assert _Client._do_request is not JobSubmissionClient._do_request
     client = object.__new__(_Client)
-    client._address, client._cookies, client._headers, client._verify = "http://127.0.0.1:9", None, {}, True
+    client._address, client._cookies, client._headers, client._verify = (
+        "http://127.0.0.1:9",
+        None,
+        {},
+        True,
+    )
     with pytest.raises(requests.exceptions.ConnectionError):
         client._do_request("GET", "/api/version")
     assert "_do_request" in JobSubmissionClient.get_version.__code__.co_names
@@ -136,7 +154,11 @@ def test_packaging(tmp_path):
     found: list[str] = []
     excludes = [_get_excludes(tmp_path, ["excluded.py"])]
     _dir_travel(
-        tmp_path, excludes, lambda path: found.append(path.name), include_gitignore=True, logger=logging.getLogger()
+        tmp_path,
+        excludes,
+        lambda path: found.append(path.name),
+        include_gitignore=True,
+        logger=logging.getLogger(),
     )
     assert {name for name in found if name.endswith(".py")} == {"kept.py"}
     assert RAY_RUNTIME_ENV_IGNORE_GITIGNORE == "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"
@@ -145,9 +167,18 @@ def test_packaging(tmp_path):
 def test_sigint_handler():
     from ray.train.torch import TorchTrainer
 
-    assert list(inspect.signature(TorchTrainer._register_sigint_handler).parameters) == ["self", "controller"]
-    users = [name for name, function in inspect.getmembers(TorchTrainer, inspect.isfunction) if calls_it(function)]
-    assert users, "nothing installs it by this method any more: Ctrl-C may end the process with status 0"
+    assert list(inspect.signature(TorchTrainer._register_sigint_handler).parameters) == [
+        "self",
+        "controller",
+    ]
+    users = [
+        name
+        for name, function in inspect.getmembers(TorchTrainer, inspect.isfunction)
+        if calls_it(function)
+    ]
+    assert users, (
+        "nothing installs it by this method any more: Ctrl-C may end the process with status 0"
+    )
 
 
 def calls_it(function: object) -> bool:
@@ -181,12 +212,16 @@ def private_names(file: Path) -> Iterator[str]:
     """Underscored names of outside packages that a file imports, reads from an object or gives as an option."""
     tree = ast.parse(file.read_text())
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_of_self(node)}
+    own |= {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_of_self(node)
+    }
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in ROOMS:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-        elif isinstance(node, ast.Attribute) and (node.attr not in own or ast.unparse(node.value) == "super()"):
+        elif isinstance(node, ast.Attribute) and (
+            node.attr not in own or ast.unparse(node.value) == "super()"
+        ):
             names = [node.attr]
         elif isinstance(node, ast.keyword):
             names = [node.arg or ""]

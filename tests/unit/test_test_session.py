@@ -8,10 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CHILD = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-SESSION = f"import subprocess, sys, tests.conftest; subprocess.run([sys.executable, '-c', {CHILD!r}])"
+SESSION = (
+    f"import subprocess, sys, tests.conftest; subprocess.run([sys.executable, '-c', {CHILD!r}])"
+)
 
 
-def test_processes_of_a_session_that_began_with_sigint_ignored_can_be_interrupted(tmp_path: Path) -> None:
+def test_processes_of_a_session_that_began_with_sigint_ignored_can_be_interrupted(
+    tmp_path: Path,
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SESSION],
         cwd=ROOT,

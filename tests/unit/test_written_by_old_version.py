@@ -40,7 +40,11 @@ from hemoco.report.files import contract_json
 from hemoco.results.records import Pretraining, Row, RunResults
 from hemoco.train.checkpoint import newest_checkpoint, resume_newest, save_checkpoint
 from hemoco.train.pretrain import TrainState, batch_fingerprint, build_state, train_steps
-from hemoco.transfer.classification.classifier import ClassifierState, build_classifier_state, classifier_plan
+from hemoco.transfer.classification.classifier import (
+    ClassifierState,
+    build_classifier_state,
+    classifier_plan,
+)
 from hemoco.transfer.classification.training import classifier_steps
 
 FOLDER = Path(__file__).parents[1] / "data" / "written_by_0.1.0"
@@ -70,7 +74,9 @@ V3 = dataclasses.replace(
     seed=12,
     encoder=dataclasses.replace(V2.encoder, zero_init_last=True),
     moco=MoCoV3Config(embedding_size=8, hidden_size=16, temperature=0.2),
-    optimizer=OptimizerConfig(kind="lars", lr=0.02, weight_decay=1e-6, schedule="cosine_per_step", warmup_epochs=1),
+    optimizer=OptimizerConfig(
+        kind="lars", lr=0.02, weight_decay=1e-6, schedule="cosine_per_step", warmup_epochs=1
+    ),
 )
 FINE_TUNE = FineTuneConfig(
     epochs=3,
@@ -102,7 +108,9 @@ def hemoco_test_resnet(pretrained: bool = False, zero_init_last: bool = True, **
     )
 
 
-hemoco_test_resnet.__module__ = "timm.models.resnet"  # EncoderConfig takes the models of this module
+hemoco_test_resnet.__module__ = (
+    "timm.models.resnet"  # EncoderConfig takes the models of this module
+)
 timm.models.register_model(hemoco_test_resnet)
 
 
@@ -112,7 +120,9 @@ def fresh_state(training: str) -> State:
     if training == "fine_tune":
         classes = len(index.classes)
         backbone = load_backbone(BACKBONE)
-        return build_classifier_state(FINE_TUNE, backbone, classes, seed=FINE_TUNE_SEED, data_digest=index.digest)
+        return build_classifier_state(
+            FINE_TUNE, backbone, classes, seed=FINE_TUNE_SEED, data_digest=index.digest
+        )
     return build_state(V2 if training == "pretrain_v2" else V3, CPU, data_digest=index.digest)
 
 
@@ -149,7 +159,10 @@ def stream(plan: CropPlan, start: StreamPosition | None) -> Iterator[Batch]:
 def losses_to_the_end(state: State) -> list[float]:
     """Trains to the last step; the loss of each step."""
     plan = plan_of(state)
-    source, per_epoch = stream(plan, state.position), steps_per_epoch(read_index(SHARDS), "train", plan)
+    source, per_epoch = (
+        stream(plan, state.position),
+        steps_per_epoch(read_index(SHARDS), "train", plan),
+    )
     if isinstance(state, TrainState):
         return [step.values["loss"] for step in train_steps(state, source, per_epoch)]
     return [step.values["train_loss"] for step in classifier_steps(state, source, per_epoch)]
@@ -179,13 +192,17 @@ def test_old_shards_hold_the_samples_that_were_packed() -> None:
     assert index.digest == EXPECTED["digest"]
     assert index.classes == ("columns", "rows")
     found = {
-        shard.name: [[s.key, s.label, hashlib.sha256(s.image).hexdigest()] for s in read_shard(SHARDS, shard)]
+        shard.name: [
+            [s.key, s.label, hashlib.sha256(s.image).hexdigest()] for s in read_shard(SHARDS, shard)
+        ]
         for shard in index.shards
     }
     assert found == EXPECTED["samples"]
 
 
-def test_shards_index_and_sample_tables_are_still_written_with_the_same_bytes(tmp_path: Path) -> None:
+def test_shards_index_and_sample_tables_are_still_written_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
     index = read_index(SHARDS)
     for shard in index.shards:
         old = Path(SHARDS, shard.name).read_bytes()
@@ -206,7 +223,9 @@ def test_the_stream_draws_the_same_batches_from_old_shards(training: str) -> Non
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-def test_an_old_checkpoint_is_loaded_bit_for_bit_and_draws_the_batches_that_are_left(training: str) -> None:
+def test_an_old_checkpoint_is_loaded_bit_for_bit_and_draws_the_batches_that_are_left(
+    training: str,
+) -> None:
     expected, state = EXPECTED[training], resumed_state(training)
     assert state.step == expected["step"]
     assert tensors_digest(state.state_dict()) == expected["tensors"]
@@ -215,20 +234,26 @@ def test_an_old_checkpoint_is_loaded_bit_for_bit_and_draws_the_batches_that_are_
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-def test_a_training_resumed_from_an_old_checkpoint_has_the_losses_of_the_one_that_went_on(training: str) -> None:
+def test_a_training_resumed_from_an_old_checkpoint_has_the_losses_of_the_one_that_went_on(
+    training: str,
+) -> None:
     expected = EXPECTED[training]
     left = losses_to_the_end(resumed_state(training))
     assert left == pytest.approx(expected["losses"][expected["step"] :], rel=CLOSE)
 
 
 @pytest.mark.parametrize("training", TRAININGS[:2])
-def test_a_pretraining_begun_today_has_the_losses_of_the_old_one_up_to_its_checkpoint(training: str) -> None:
+def test_a_pretraining_begun_today_has_the_losses_of_the_old_one_up_to_its_checkpoint(
+    training: str,
+) -> None:
     first = EXPECTED[training]["losses"][: EXPECTED[training]["step"]]
     assert losses_to_the_end(fresh_state(training))[: len(first)] == pytest.approx(first, rel=CLOSE)
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-def test_a_checkpoint_written_today_has_the_manifest_of_the_old_one(training: str, tmp_path: Path) -> None:
+def test_a_checkpoint_written_today_has_the_manifest_of_the_old_one(
+    training: str, tmp_path: Path
+) -> None:
     old = newest_checkpoint(str(FOLDER / training))
     new = save_checkpoint(resumed_state(training), str(tmp_path), attempt=0, keep_last=1)
     assert old is not None
@@ -259,6 +284,11 @@ def test_a_backbone_exported_today_has_the_metadata_of_the_old_one(tmp_path: Pat
 def test_comparison_json_is_still_written_with_the_same_names_in_the_same_order() -> None:
     text = (FOLDER / "comparison.json").read_text()
     old = json.loads(text)
-    pretraining = {name: math.nan if value is None else value for name, value in old["pretraining"].items()}
+    pretraining = {
+        name: math.nan if value is None else value for name, value in old["pretraining"].items()
+    }
     rows = tuple(Row(**row) for row in old["rows"])
-    assert contract_json(RunResults(pretraining=Pretraining(**pretraining), rows=rows, failed=())) == text
+    assert (
+        contract_json(RunResults(pretraining=Pretraining(**pretraining), rows=rows, failed=()))
+        == text
+    )

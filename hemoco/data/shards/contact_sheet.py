@@ -57,7 +57,9 @@ def draw_sheet(samples: Sequence[SheetSample]) -> bytes:
             tile = _fitted(sample.image)
             sheet.paste(tile, (left + (_SIDE - tile.width) // 2, top + (_SIDE - tile.height) // 2))
         pen.text((left, top + _SIDE), _shorten(sample.caption, font), fill="black", font=font)
-        pen.text((left, top + _SIDE + _LINE), _shorten(sample.detail, font), fill="#777777", font=font)
+        pen.text(
+            (left, top + _SIDE + _LINE), _shorten(sample.detail, font), fill="#777777", font=font
+        )
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -74,7 +76,9 @@ def _fitted(image: Image.Image) -> Image.Image:
     """The image as large as a tile allows; pixels of small ones stay visible."""
     scale = _SIDE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    return image.resize(
+        (width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    )
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

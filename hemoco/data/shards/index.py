@@ -64,7 +64,9 @@ class ShardIndex:
         """Identifies the data: SHA-256 of everything in the index, hexadecimal."""
         # vars: asdict takes most of a second for 100,000 shards
         fields = vars(self) | {"shards": [vars(shard) for shard in self.shards]}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -94,7 +96,9 @@ class ShardColumns:
         self._names = np.array([shard.name.encode() for shard in shards])
         self._splits = sorted({shard.split for shard in shards})
         self._split = np.array([self._splits.index(shard.split) for shard in shards], np.uint8)
-        self._sha256 = np.frombuffer(bytes.fromhex("".join(shard.sha256 for shard in shards)), "V32")
+        self._sha256 = np.frombuffer(
+            bytes.fromhex("".join(shard.sha256 for shard in shards)), "V32"
+        )
         self.samples = np.array([shard.samples for shard in shards], np.int64)
         self.bytes = np.array([shard.bytes for shard in shards], np.int64)
 
@@ -113,7 +117,12 @@ class ShardColumns:
 
 def write_index(url: str, index: ShardIndex) -> None:
     """Writes `index.json` below the shard folder's URL, which makes the folder readable."""
-    fields = {"format": INDEX_FORMAT, "version": INDEX_VERSION, "digest": index.digest, **asdict(index)}
+    fields = {
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
+        "digest": index.digest,
+        **asdict(index),
+    }
     storage.write_bytes(storage.join_url(url, INDEX_NAME), json.dumps(fields, indent=1).encode())
 
 
@@ -135,7 +144,9 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        if storage.list_names(storage.join_url(url, UNFINISHED)):  # raises where it is the bucket that is missing
+        if storage.list_names(
+            storage.join_url(url, UNFINISHED)
+        ):  # raises where it is the bucket that is missing
             raise ShardError(
                 f"{url}: an unfinished pack; the same `python -m jobs pack SOURCE DEST` again goes on"
             ) from error
@@ -147,7 +158,9 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     except ValueError as error:
         raise ShardError(f"{index_url}: not JSON ({error}); pack the data again") from error
     if not isinstance(fields, dict) or fields.get("format") != INDEX_FORMAT:
-        raise ShardError(f"{index_url}: not an index of format {INDEX_FORMAT!r}; is this a shard folder of hemoco?")
+        raise ShardError(
+            f"{index_url}: not an index of format {INDEX_FORMAT!r}; is this a shard folder of hemoco?"
+        )
     if fields.get("version") != INDEX_VERSION:
         version = fields.get("version")
         raise ShardError(
@@ -155,7 +168,9 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
         )
     index = _parse_index(index_url, fields)
     if index.digest != fields.get("digest"):
-        raise ShardError(f"{index_url}: its digest does not fit its content: it was edited; pack the data again")
+        raise ShardError(
+            f"{index_url}: its digest does not fit its content: it was edited; pack the data again"
+        )
     return index
 
 
@@ -198,7 +213,9 @@ def read_shard(url: str, shard: Shard) -> list[Sample]:
     data = bytes(verified_shard(where, shard.bytes, shard.sha256, FetchCounts()))
     samples = parse_tar(data, where).samples
     if len(samples) != shard.samples:
-        raise ShardError(f"{where}: {len(samples)} samples, the index says {shard.samples}; pack the data again")
+        raise ShardError(
+            f"{where}: {len(samples)} samples, the index says {shard.samples}; pack the data again"
+        )
     return samples
 
 
@@ -209,9 +226,13 @@ def check_shard(where: str, shard: Shard, data: bytes) -> None:
         ShardError: size or checksum differ.
     """
     if len(data) != shard.bytes:
-        raise ShardError(f"{where}: {len(data)} bytes, the index says {shard.bytes}; pack the data again")
+        raise ShardError(
+            f"{where}: {len(data)} bytes, the index says {shard.bytes}; pack the data again"
+        )
     if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise ShardError(f"{where}: checksum differs from the index: it is damaged or was replaced; pack it again")
+        raise ShardError(
+            f"{where}: checksum differs from the index: it is damaged or was replaced; pack it again"
+        )
 
 
 def write_table(url: str, shard: Shard, table: SampleTable) -> None:
@@ -232,7 +253,9 @@ def read_table(url: str, shard: Shard) -> SampleTable:
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        raise ShardError(f"{where}: the sample table of {shard.name} is missing; pack the data again") from error
+        raise ShardError(
+            f"{where}: the sample table of {shard.name} is missing; pack the data again"
+        ) from error
     except ValueError as error:
         raise ShardError(
             f"{where}: the sample table of {shard.name} is damaged ({error}); pack the data again"
@@ -263,9 +286,13 @@ def check_table(url: str, shard: Shard, table: SampleTable) -> None:
         StorageError: the storage refuses or does not answer.
     """
     stored, made = read_table(url, shard)._asdict(), table._asdict()
-    if stored.pop("keys") != made.pop("keys") or not all(np.array_equal(stored[name], made[name]) for name in made):
+    if stored.pop("keys") != made.pop("keys") or not all(
+        np.array_equal(stored[name], made[name]) for name in made
+    ):
         where = _table_url(url, shard)
-        raise ShardError(f"{where}: the sample table of {shard.name} does not fit its content; pack the data again")
+        raise ShardError(
+            f"{where}: the sample table of {shard.name} does not fit its content; pack the data again"
+        )
 
 
 def remove_table(url: str, shard: Shard) -> None:

@@ -95,7 +95,13 @@ def whole_shard(
 
 
 def fetch_part(
-    where: str, start: int, stop: int, counts: FetchCounts, *, budget_s: float, into: memoryview | None = None
+    where: str,
+    start: int,
+    stop: int,
+    counts: FetchCounts,
+    *,
+    budget_s: float,
+    into: memoryview | None = None,
 ) -> memoryview:
     """The bytes [start, stop) of the shard at a URL, as `fetch_range`.
 
@@ -107,5 +113,7 @@ def fetch_part(
         return fetch_range(where, start, stop, counts, budget_s=budget_s, into=into)
     except StorageError as error:
         if isinstance(error, ObjectCutError) or isinstance(error.__cause__, FileNotFoundError):
-            raise ShardError(f"{error}: a shard is missing or cut; restore it or pack the data again") from error
+            raise ShardError(
+                f"{error}: a shard is missing or cut; restore it or pack the data again"
+            ) from error
         raise

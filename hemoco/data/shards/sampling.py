@@ -44,7 +44,9 @@ def spread_samples(url: str, shards: Sequence[Shard], count: int) -> list[Spread
     places = _spread([shard.samples for shard in shards], count)
     chosen = {number: [row for _, row in rows] for number, rows in groupby(places, itemgetter(0))}
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda number: _read_samples(url, shards[number], chosen[number]), chosen)
+        found = threads.map(
+            lambda number: _read_samples(url, shards[number], chosen[number]), chosen
+        )
         return [sample for samples in found for sample in samples]
 
 
@@ -64,7 +66,9 @@ def _read_samples(url: str, shard: Shard, rows: Sequence[int]) -> list[SpreadSam
         offset, size = int(table.offsets[row]), int(table.sizes[row])
         data = bytes(fetch_range(where, offset, offset + size, FetchCounts()))
         if crc32c(data) != table.crcs[row]:
-            raise ShardError(f"{where}: sample {table.keys[row]} at byte {offset} is damaged or was replaced")
+            raise ShardError(
+                f"{where}: sample {table.keys[row]} at byte {offset} is damaged or was replaced"
+            )
         samples.append(SpreadSample(data, table.keys[row], int(table.labels[row]), shard.split))
     return samples
 
@@ -84,5 +88,9 @@ def count_labels(url: str, index: ShardIndex) -> dict[str, NDArray[np.int64]]:
 
 def _count(shard: Shard, labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     if labels.max(initial=-1) >= classes:
-        raise ShardError(f"{shard.name}: label {labels.max()}, the index has {classes} classes; pack the data again")
-    return np.bincount(np.where(labels < 0, classes, labels), minlength=classes + 1).astype(np.int64)
+        raise ShardError(
+            f"{shard.name}: label {labels.max()}, the index has {classes} classes; pack the data again"
+        )
+    return np.bincount(np.where(labels < 0, classes, labels), minlength=classes + 1).astype(
+        np.int64
+    )

@@ -25,7 +25,9 @@ from hemoco.errors import ShardError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 _NAME = re.compile(r"((?:[^\0]*/|)[^./\0]+)[.]([^/\0]*)")
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # webdataset passes over it
-_CLASS = re.compile(rb"\s*0*(\d{1,6})\s*")  # longer numbers are ids: an index could not hold a name for each below
+_CLASS = re.compile(
+    rb"\s*0*(\d{1,6})\s*"
+)  # longer numbers are ids: an index could not hold a name for each below
 # besides its own errors tarfile lets through what a damaged size, sparse map or chain of extended headers does to it
 _DAMAGE = (tarfile.TarError, OSError, ValueError, LookupError, ArithmeticError, RecursionError)
 _BLOCK = 512
@@ -74,7 +76,9 @@ def encode_shard(samples: Iterable[Sample]) -> bytes:
 
     buffer = io.BytesIO()
     # PAX holds any key; USTAR refuses names over 100 characters
-    with webdataset.TarWriter(buffer, user="", group="", encoder=False, mtime=0, format="PAX_FORMAT") as writer:
+    with webdataset.TarWriter(
+        buffer, user="", group="", encoder=False, mtime=0, format="PAX_FORMAT"
+    ) as writer:
         for sample in samples:
             writer.write(_members_of(sample))
     return buffer.getvalue()
@@ -112,7 +116,9 @@ def parse_tar(data: bytes, name: str) -> TarContent:
         offsets=np.array([offsets[i] for i in order], np.int64),
         sizes=np.array([len(sample.image) for sample in samples], np.int64),
         crcs=np.array([crcs[i] for i in order], np.uint32),
-        labels=np.array([-1 if sample.label is None else sample.label for sample in samples], np.int64),
+        labels=np.array(
+            [-1 if sample.label is None else sample.label for sample in samples], np.int64
+        ),
         suffixes=np.array([IMAGE_SUFFIXES.index(sample.suffix) for sample in samples], np.uint8),
     )
     return TarContent(samples, table, odd)
@@ -133,7 +139,9 @@ def _members_of(sample: Sample) -> dict[str, str | bytes]:
     if not sample.key or "." in sample.key or "/" in sample.key:
         raise ShardError(f"sample key {sample.key!r}: it must hold neither dots nor slashes")
     if sample.suffix not in IMAGE_SUFFIXES:
-        raise ShardError(f"sample {sample.key}: suffix {sample.suffix!r} is none of {', '.join(IMAGE_SUFFIXES)}")
+        raise ShardError(
+            f"sample {sample.key}: suffix {sample.suffix!r} is none of {', '.join(IMAGE_SUFFIXES)}"
+        )
     members: dict[str, str | bytes] = {"__key__": sample.key, sample.suffix: sample.image}
     if sample.label is not None:
         members["cls"] = str(sample.label).encode()
@@ -152,13 +160,17 @@ def _walk(data: bytes, name: str) -> Iterator[_Member | OddMember]:
                 if member.size < 0 or tar.offset <= end:  # it would lead back, and round for ever
                     raise tarfile.ReadError(f"{member.name!r} has a size below 0")
                 if tar.offset > len(data):
-                    raise ShardError(f"{name}: cut inside {member.name!r} at byte {len(data)}; fetch or pack it again")
+                    raise ShardError(
+                        f"{name}: cut inside {member.name!r} at byte {len(data)}; fetch or pack it again"
+                    )
                 end = tar.offset
                 if not member.isdir():
                     yield _named(member)
     except _DAMAGE as error:
         kind = "not a tar file, or damaged" if end == 0 else "damaged"
-        raise ShardError(f"{name}: {kind} at byte {end} ({error}); fetch or pack it again") from error
+        raise ShardError(
+            f"{name}: {kind} at byte {end} ({error}); fetch or pack it again"
+        ) from error
     # tarfile, and webdataset with it, takes a bad header or the end of the file for the end of the tar
     tail = data[end:]
     if len(tail) < _BLOCK:
@@ -166,7 +178,9 @@ def _walk(data: bytes, name: str) -> Iterator[_Member | OddMember]:
             f"{name}: cut at byte {len(data)}, where a member or the end should follow; fetch or pack it again"
         )
     if tail.strip(b"\0"):
-        raise ShardError(f"{name}: damaged at byte {end}, where a member should begin; fetch or pack it again")
+        raise ShardError(
+            f"{name}: damaged at byte {end}, where a member should begin; fetch or pack it again"
+        )
 
 
 def _named(member: tarfile.TarInfo) -> _Member | OddMember:
@@ -212,7 +226,9 @@ def _without_image(key: str, members: dict[str, _Member]) -> OddMember:
     return OddMember(next(iter(members.values())).name, "a key without an image")
 
 
-def _sample(key: str, image_suffix: str, members: dict[str, _Member], data: bytes) -> tuple[Sample, list[OddMember]]:
+def _sample(
+    key: str, image_suffix: str, members: dict[str, _Member], data: bytes
+) -> tuple[Sample, list[OddMember]]:
     def content(suffix: str) -> bytes:
         member = members[suffix]
         return data[member.offset : member.offset + member.size]
@@ -237,7 +253,9 @@ def _sample(key: str, image_suffix: str, members: dict[str, _Member], data: byte
 def _coco(described: Any) -> tuple[list[dict[str, Any]] | None, int | None]:
     """Annotations and image id, where a JSON value holds them: others keep other things in theirs."""
     annotations = described.get("annotations") if isinstance(described, dict) else None
-    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
+    if not isinstance(annotations, list) or not all(
+        isinstance(annotation, dict) for annotation in annotations
+    ):
         return None, None
     image_id = described.get("image_id")
     return annotations, image_id if type(image_id) is int else None

@@ -53,7 +53,9 @@ def list_files(path: str) -> dict[str, Location]:
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise UsageError(f"{path}: not found; SOURCE is a local folder of images or a zip or tar archive")
+        raise UsageError(
+            f"{path}: not found; SOURCE is a local folder of images or a zip or tar archive"
+        )
     with _damage_named(str(root)):
         if root.is_dir():
             found = _list_folder(root.resolve())
@@ -62,7 +64,9 @@ def list_files(path: str) -> dict[str, Location]:
         elif tarfile.is_tarfile(root):
             found = _list_tar(root.resolve())
         else:
-            raise UsageError(f"{path}: not a folder, and no zip or tar archive that can be read; is it damaged?")
+            raise UsageError(
+                f"{path}: not a folder, and no zip or tar archive that can be read; is it damaged?"
+            )
     return {name: found[name] for name in sorted(found) if not _hidden(name)}
 
 
@@ -77,7 +81,9 @@ def read_files(locations: Sequence[Location]) -> list[bytes]:
     for path, group in groupby(order, key=lambda i: locations[i].path):
         chosen = list(group)
         with _damage_named(path):
-            contents.update(zip(chosen, _read_from(path, [locations[i] for i in chosen]), strict=True))
+            contents.update(
+                zip(chosen, _read_from(path, [locations[i] for i in chosen]), strict=True)
+            )
     return [contents[i] for i in range(len(locations))]
 
 
@@ -93,7 +99,12 @@ def _list_folder(root: Path) -> dict[str, Location]:
             elif path.is_file():
                 found[path.relative_to(root).as_posix()] = Location("file", str(path))
     if links:
-        logger.warning("links not followed: folder=%s links=%d first=%s", root, links.total(), next(iter(links)))
+        logger.warning(
+            "links not followed: folder=%s links=%d first=%s",
+            root,
+            links.total(),
+            next(iter(links)),
+        )
     return found
 
 
@@ -102,9 +113,13 @@ def _list_zip(path: Path) -> dict[str, Location]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.flag_bits & 1:
-                raise ShardError(f"{path}: its member {member.filename!r} is encrypted; decrypt the archive first")
+                raise ShardError(
+                    f"{path}: its member {member.filename!r} is encrypted; decrypt the archive first"
+                )
             if not member.is_dir():
-                found[_safe_name(path, member.filename)] = Location("zip", str(path), member.filename)
+                found[_safe_name(path, member.filename)] = Location(
+                    "zip", str(path), member.filename
+                )
     return found
 
 
@@ -115,7 +130,9 @@ def _list_tar(path: Path) -> dict[str, Location]:
             # sparse files have no one range of bytes; images never are
             if member.isfile() and not member.issparse():
                 name = _safe_name(path, member.name)
-                found[name] = Location("tar", str(path), member.name, member.offset_data, member.size)
+                found[name] = Location(
+                    "tar", str(path), member.name, member.offset_data, member.size
+                )
     return found
 
 
@@ -161,4 +178,6 @@ def _damage_named(path: str) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         reason = first_line(error)
-        raise ShardError(f"{path}: cannot be read ({reason}); it is damaged or closed to this user") from error
+        raise ShardError(
+            f"{path}: cannot be read ({reason}); it is damaged or closed to this user"
+        ) from error

@@ -103,11 +103,17 @@ class _Listing(NamedTuple):
 
 def _list_source(path: str) -> _Listing:
     files = _without_wrapper(list_files(path))
-    images = {name: location for name, location in files.items() if suffix_of(name) in IMAGE_SUFFIXES}
+    images = {
+        name: location for name, location in files.items() if suffix_of(name) in IMAGE_SUFFIXES
+    }
     if not images:
-        raise UsageError(f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}); found {_describe(files)}")
+        raise UsageError(
+            f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}); found {_describe(files)}"
+        )
     if any(suffix_of(name) == "cls" for name in files):
-        logger.warning("%s holds samples of webdataset, whose labels are not read so; see --index_only", path)
+        logger.warning(
+            "%s holds samples of webdataset, whose labels are not read so; see --index_only", path
+        )
     return _Listing(path, files, images)
 
 
@@ -130,20 +136,32 @@ def _warn_of_others(path: str, names: Iterable[str]) -> None:
     counts = Counter(suffix_of(name) for name in names)
     if counts:
         described = ", ".join(f"{count} .{suffix}" for suffix, count in counts.most_common(8))
-        logger.warning("files left out, for they are none of %s: %s in %s", "/".join(IMAGE_SUFFIXES), described, path)
+        logger.warning(
+            "files left out, for they are none of %s: %s in %s",
+            "/".join(IMAGE_SUFFIXES),
+            described,
+            path,
+        )
 
 
 def _folder_images(path: str, images: dict[str, Location], default_split: str) -> list[FoundImage]:
     tops = {name.partition("/")[0] if "/" in name else "" for name in images}
     if tops & _SPLITS and tops - _SPLITS:
-        others = ", ".join(sorted(top and f"folder {top}" for top in tops - _SPLITS)) or "images beside them"
+        others = (
+            ", ".join(sorted(top and f"folder {top}" for top in tops - _SPLITS))
+            or "images beside them"
+        )
         splits = ", ".join(sorted(tops & _SPLITS))
-        raise UsageError(f"{path}: {splits} are splits, but there are also {others}; keep only train, val and test")
+        raise UsageError(
+            f"{path}: {splits} are splits, but there are also {others}; keep only train, val and test"
+        )
     found = []
     for name, location in images.items():
         split, inner = name.split("/", 1) if tops & _SPLITS else (default_split, name)
         class_name = inner.split("/", 1)[0] if "/" in inner else None
-        found.append(FoundImage(name, split, FLAT if class_name is None else CLASSES, location, class_name))
+        found.append(
+            FoundImage(name, split, FLAT if class_name is None else CLASSES, location, class_name)
+        )
     return found
 
 
@@ -169,16 +187,22 @@ def _check_kinds(images: list[FoundImage]) -> None:
 
 def _check_image_ids(images: list[FoundImage]) -> None:
     """Raises UsageError where a COCO id means two images of one split: results could not be told apart."""
-    counts = Counter((image.split, image.image_id) for image in images if image.image_id is not None)
+    counts = Counter(
+        (image.split, image.image_id) for image in images if image.image_id is not None
+    )
     twice = [key for key, count in counts.items() if count > 1]
     if twice:
-        raise UsageError(f"split {twice[0][0]}: {len(twice)} COCO image ids occur twice, first {twice[0][1]}")
+        raise UsageError(
+            f"split {twice[0][0]}: {len(twice)} COCO image ids occur twice, first {twice[0][1]}"
+        )
 
 
 def _classes(images: list[FoundImage]) -> tuple[str, ...]:
     names = sorted({image.class_name for image in images if image.class_name is not None})
     if len(names) == 1:
-        logger.warning("packed without labels: all images are in one folder, %r, so it tells nothing", names[0])
+        logger.warning(
+            "packed without labels: all images are in one folder, %r, so it tells nothing", names[0]
+        )
         return ()
     return tuple(names)
 
@@ -189,7 +213,9 @@ def _unite_categories(scans: list[Scan]) -> tuple[dict[str, Any], ...]:
         known = united.setdefault(category["id"], category)
         if known.get("name") != category.get("name"):
             names = f"{known.get('name')!r} and {category.get('name')!r}"
-            raise UsageError(f"category {category['id']} is both {names}; pack these COCO files apart")
+            raise UsageError(
+                f"category {category['id']} is both {names}; pack these COCO files apart"
+            )
     return tuple(united[i] for i in sorted(united))
 
 
@@ -199,7 +225,9 @@ def _unique_keys(images: list[FoundImage]) -> list[str]:
     keys = []
     for image in images:
         # names that are not UTF-8 on disk could not be written to a log or a table
-        base = re.sub(r"[./]", "_", image.name.rpartition(".")[0]).encode("utf-8", "replace").decode()
+        base = (
+            re.sub(r"[./]", "_", image.name.rpartition(".")[0]).encode("utf-8", "replace").decode()
+        )
         key, count = base, 1
         while key in taken:
             count += 1
@@ -211,8 +239,10 @@ def _unique_keys(images: list[FoundImage]) -> list[str]:
 
 def _describe(files: dict[str, Location]) -> str:
     counts = sorted(
-        Counter(suffix_of(name) for name in files).items(), key=lambda item: (-item[1], item[0] == "", item)
+        Counter(suffix_of(name) for name in files).items(),
+        key=lambda item: (-item[1], item[0] == "", item),
     )
-    return ", ".join(f"{count} .{suffix}" if suffix else f"{count} without suffix" for suffix, count in counts[:5]) or (
-        "nothing"
-    )
+    return ", ".join(
+        f"{count} .{suffix}" if suffix else f"{count} without suffix"
+        for suffix, count in counts[:5]
+    ) or ("nothing")

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 from hemoco.data.sources.files import Location
 from hemoco.errors import UsageError
 
-CLASSES, FLAT, ANNOTATED = "images in class folders", "images without a class", "images with annotations"
+CLASSES, FLAT, ANNOTATED = (
+    "images in class folders",
+    "images without a class",
+    "images with annotations",
+)
 
 
 class FoundImage(NamedTuple):

@@ -64,9 +64,13 @@ def _expand(source: str) -> list[str]:
     try:
         expanded = list(itertools.islice(braceexpand.braceexpand(source), _MOST_EXPANDED + 1))
     except ValueError as error:
-        raise UsageError(f"{source}: not a pattern ({error}); write it like train-{{000000..000012}}.tar") from error
+        raise UsageError(
+            f"{source}: not a pattern ({error}); write it like train-{{000000..000012}}.tar"
+        ) from error
     if len(expanded) > _MOST_EXPANDED:
-        raise UsageError(f"{source}: more than {_MOST_EXPANDED} names; is the pattern right? a folder is a source too")
+        raise UsageError(
+            f"{source}: more than {_MOST_EXPANDED} names; is the pattern right? a folder is a source too"
+        )
     return expanded
 
 
@@ -79,9 +83,18 @@ def _tars_of(source: str) -> Iterator[str]:
     folders = [name for name in names if not name.endswith(".tar") and _splits_in(name)]
     inside = {name: list_names(join_url(url, name)) for name in folders}
     found = [name for name in names if name.endswith(".tar")]
-    found += [f"{folder}/{name}" for folder, below in inside.items() for name in below if name.endswith(".tar")]
+    found += [
+        f"{folder}/{name}"
+        for folder, below in inside.items()
+        for name in below
+        if name.endswith(".tar")
+    ]
     if not found:
-        there = f"only {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else "nothing"
+        there = (
+            f"only {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+            if names
+            else "nothing"
+        )
         raise UsageError(
             f"{source}: {there} there; --index_only needs a folder of *.tar, or folders train, val and test of them"
         )

@@ -62,7 +62,14 @@ def scan_voc(listings: Sequence[dict[str, Location]], default_split: str) -> Sca
     """
     folders = [_open(files, root) for files in listings for root in _roots(files)]
     objects = [_read_objects(folder) for folder in folders]
-    names = sorted({found.name for of_folder in objects for of_image in of_folder.values() for found in of_image})
+    names = sorted(
+        {
+            found.name
+            for of_folder in objects
+            for of_image in of_folder.values()
+            for found in of_image
+        }
+    )
     category_ids = {name: number for number, name in enumerate(names, 1)}
     annotation_ids = itertools.count(1)
     images: list[FoundImage] = []
@@ -71,7 +78,11 @@ def scan_voc(listings: Sequence[dict[str, Location]], default_split: str) -> Sca
         for stem, location in sorted(folder.images.items()):
             image_id = len(images) + 1
             annotations = [
-                {"id": next(annotation_ids), "image_id": image_id, "category_id": category_ids[found.name]}
+                {
+                    "id": next(annotation_ids),
+                    "image_id": image_id,
+                    "category_id": category_ids[found.name],
+                }
                 | _coco(found)
                 for found in of_folder[stem]
             ]
@@ -82,7 +93,9 @@ def scan_voc(listings: Sequence[dict[str, Location]], default_split: str) -> Sca
 
 
 def _roots(files: dict[str, Location]) -> list[str]:
-    return sorted(_parents(files, "JPEGImages", IMAGE_SUFFIXES) & _parents(files, "Annotations", ("xml",)))
+    return sorted(
+        _parents(files, "JPEGImages", IMAGE_SUFFIXES) & _parents(files, "Annotations", ("xml",))
+    )
 
 
 def _parents(files: dict[str, Location], folder: str, suffixes: Sequence[str]) -> set[str]:
@@ -99,15 +112,21 @@ def _open(files: dict[str, Location], root: str) -> _Folder:
             if head == root + folder and suffix_of(last) in suffixes:
                 stem = last.rpartition(".")[0]
                 if stem in found:
-                    raise ShardError(f"{location}: {found[stem]} differs in its suffix only; keep one of them")
+                    raise ShardError(
+                        f"{location}: {found[stem]} differs in its suffix only; keep one of them"
+                    )
                 found[stem] = location
         return found
 
     images, annotations = by_stem("JPEGImages", IMAGE_SUFFIXES), by_stem("Annotations", ("xml",))
     for stem in sorted(images.keys() ^ annotations.keys()):
         if stem in images:
-            raise ShardError(f"{images[stem]}: no XML file in Annotations describes it; add one, or remove the image")
-        raise ShardError(f"{annotations[stem]}: its image is not in JPEGImages; add it, or remove the XML file")
+            raise ShardError(
+                f"{images[stem]}: no XML file in Annotations describes it; add one, or remove the image"
+            )
+        raise ShardError(
+            f"{annotations[stem]}: its image is not in JPEGImages; add it, or remove the XML file"
+        )
     return _Folder(root, images, annotations, by_stem("ImageSets/Main", ("txt",)))
 
 
@@ -118,11 +137,17 @@ def _splits(folder: _Folder) -> dict[str, str]:
         if split not in folder.lists:
             continue
         location = folder.lists[split]
-        for stem in filter(None, map(str.strip, read_files([location])[0].decode(errors="replace").splitlines())):
+        for stem in filter(
+            None, map(str.strip, read_files([location])[0].decode(errors="replace").splitlines())
+        ):
             if stem not in folder.images:
-                raise ShardError(f"{location}: it lists {stem!r}, which is not in JPEGImages; correct the list")
+                raise ShardError(
+                    f"{location}: it lists {stem!r}, which is not in JPEGImages; correct the list"
+                )
             if splits.setdefault(stem, split) != split:
-                raise ShardError(f"{location}: it lists {stem!r}, which {splits[stem]}.txt has too; keep it in one")
+                raise ShardError(
+                    f"{location}: it lists {stem!r}, which {splits[stem]}.txt has too; keep it in one"
+                )
     return splits
 
 
@@ -134,7 +159,9 @@ def _read_objects(folder: _Folder) -> dict[str, list[_Object]]:
         try:
             found[stem] = _parse(data, stem)
         except (ElementTree.ParseError, ValueError, LookupError) as error:
-            raise ShardError(f"{location}: not an annotation of VOC ({error}); correct or remove it") from error
+            raise ShardError(
+                f"{location}: not an annotation of VOC ({error}); correct or remove it"
+            ) from error
     return found
 
 

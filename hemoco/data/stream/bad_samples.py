@@ -102,7 +102,11 @@ class BadSampleFile:
             if bad not in self._listed and len(self._listed) < _MOST_LISTED:
                 self._listed[bad] = None
                 if len(self._listed).bit_count() == 1:  # the 1st, 2nd, 4th, ...
-                    logger.warning("event=bad_sample total=%d shard=%s key=%s reason=%s", len(self._listed), *bad)
+                    logger.warning(
+                        "event=bad_sample total=%d shard=%s key=%s reason=%s",
+                        len(self._listed),
+                        *bad,
+                    )
 
     def write(self) -> None:
         """Writes the list if it has grown."""

@@ -15,7 +15,14 @@ from torch import Tensor
 from hemoco.config import PretrainConfig
 from hemoco.data.shards.index import ShardColumns, ShardIndex
 from hemoco.data.stream.bad_samples import BadSampleFile, BadSampleLimit, ReadCounts, sum_counts
-from hemoco.data.stream.loader import CropBatch, CropPlan, CropSource, StreamPosition, epoch_order, start_loader
+from hemoco.data.stream.loader import (
+    CropBatch,
+    CropPlan,
+    CropSource,
+    StreamPosition,
+    epoch_order,
+    start_loader,
+)
 from hemoco.errors import HemocoError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +105,9 @@ def batches(
     limit = BadSampleLimit(stream.max_bad_share)
     if world_size * source.parts > stream.lanes:
         processes = f"{world_size} x {source.parts}"
-        logger.warning("event=shards_read_twice loader_processes=%s lanes=%d", processes, stream.lanes)
+        logger.warning(
+            "event=shards_read_twice loader_processes=%s lanes=%d", processes, stream.lanes
+        )
     left_out = epoch_order(shards.samples, plan, epoch=0).left_out
     if rank == 0:
         logger.info(
@@ -109,7 +118,9 @@ def batches(
     try:
         began = time.perf_counter()
         for first in loaded:
-            parts = [_raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]]
+            parts = [
+                _raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]
+            ]
             waited = ReadCounts(wait_s=time.perf_counter() - began)
             batch = _batch(parts, waited, device)
             bad_samples.add(batch.reading.bad)
@@ -121,7 +132,9 @@ def batches(
 
 
 def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:
-    crops = torch.cat([part.crops.to(device, non_blocking=True) for part in parts])  # (N, V, 3, S, S)
+    crops = torch.cat(
+        [part.crops.to(device, non_blocking=True) for part in parts]
+    )  # (N, V, 3, S, S)
     keys = [key for part in parts for key in part.keys]
     labels = tuple(label for part in parts for label in part.labels)
     reading = sum_counts([waited, *(part.reading for part in parts)])

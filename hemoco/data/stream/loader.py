@@ -30,7 +30,14 @@ from hemoco.data.stream.order import EpochOrder, plan_portions
 from hemoco.data.stream.reader import SampleReader
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.data.transforms import crop_into, draw_crops
-from hemoco.errors import ConfigError, HemocoError, LostLoaderError, TrainingError, first_line, memory_errors
+from hemoco.errors import (
+    ConfigError,
+    HemocoError,
+    LostLoaderError,
+    TrainingError,
+    first_line,
+    memory_errors,
+)
 from hemoco.storage.objects import forkable_client, home
 
 _PREFETCHED_STEPS = 2
@@ -105,7 +112,9 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
         info, last = get_worker_info(), self._first
         try:
             with (
-                memory_errors(lambda: f"reading ahead of epoch {last.epoch} step {last.step}", _LESS_MEMORY),
+                memory_errors(
+                    lambda: f"reading ahead of epoch {last.epoch} step {last.step}", _LESS_MEMORY
+                ),
                 _shared_memory_errors(0),
             ):
                 for batch in self._crop_batches(self._slots[info.id if info else 0]):
@@ -130,13 +139,19 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
 
     def _reader(self, slots: tuple[int, int]) -> SampleReader:
         stream = self._plan.stream
-        cache = ShardCache(home() / "shards", stream.disk_cache_bytes) if stream.disk_cache_bytes else None
+        cache = (
+            ShardCache(home() / "shards", stream.disk_cache_bytes)
+            if stream.disk_cache_bytes
+            else None
+        )
         portions = itertools.chain.from_iterable(
             plan_portions(order, epoch, slots, first) for epoch, order, first in self._orders()
         )
         return SampleReader(self.data_url, self._shards, portions, config=stream, cache=cache)
 
-    def _steps(self, slots: tuple[int, int]) -> Iterator[tuple[StreamPosition, list[tuple[int, int, int]]]]:
+    def _steps(
+        self, slots: tuple[int, int]
+    ) -> Iterator[tuple[StreamPosition, list[tuple[int, int, int]]]]:
         for epoch, order, first in self._orders():
             pieces = list(order.slices(*slots))
             for step in range(first, order.steps):
@@ -183,8 +198,12 @@ def _watched(loaded: Iterator[CropBatch | HemocoError]) -> Iterator[CropBatch | 
         yield from loaded
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
         # a process that has gone while its tensor is taken over leaves a broken connection, or none to connect to
-        raised_inside = "Caught " in str(error)  # torch says so of what the process itself has raised
-        lost = not raised_inside and ("DataLoader worker" in str(error) or not isinstance(error, RuntimeError))
+        raised_inside = "Caught " in str(
+            error
+        )  # torch says so of what the process itself has raised
+        lost = not raised_inside and (
+            "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
+        )
         if not lost:
             raise
         raise LostLoaderError(
@@ -245,13 +264,18 @@ def _shared_memory_errors(size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # the latter is torch's
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(
+            error
+        )
         if not full or (free := shutil.disk_usage(_SHARED).free) > size:  # or it was another disk
             raise
         more = "give it more (docker --shm-size, a Memory volume on Kubernetes)"
         wanted, advice = "locks", f"{more}, or remove what fills it"
         if size:
-            wanted, advice = f"{_BUFFERS} buffers of {size} bytes", f"{more}, or set stream.workers to 0"
+            wanted, advice = (
+                f"{_BUFFERS} buffers of {size} bytes",
+                f"{more}, or set stream.workers to 0",
+            )
         raise TrainingError(
             f"{_SHARED} is full: a process that reads needs {wanted} there, {free} bytes are free; {advice}: the same "
             "words go on from the last checkpoint"

@@ -62,7 +62,9 @@ class EpochOrder:
         global_batch_size: int,
     ) -> None:
         if global_batch_size % lanes:
-            raise ConfigError(f"stream.lanes is {lanes}: it must divide the global batch size ({global_batch_size})")
+            raise ConfigError(
+                f"stream.lanes is {lanes}: it must divide the global batch size ({global_batch_size})"
+            )
         counts = np.asarray(sizes, np.int64)
         samples = int(counts.sum())
         if samples < global_batch_size:
@@ -78,7 +80,9 @@ class EpochOrder:
         self.left_out = samples - lanes * self._lane_length
         draws = _generator(*self._key, _SHARDS)
         self._shards = draws.permutation(len(counts))
-        self._line = np.concatenate([[0], np.cumsum(counts[self._shards])])  # first sample of each shard
+        self._line = np.concatenate(
+            [[0], np.cumsum(counts[self._shards])]
+        )  # first sample of each shard
         # a random start, so that the samples left out at both ends are others each epoch even with a single shard
         self._start = int(draws.integers(self.left_out + 1))
         self._shuffled: dict[Block, NDArray[np.int32]] = {}  # one per lane: a lane only moves on
@@ -115,7 +119,9 @@ class EpochOrder:
             for known in [known for known in self._shuffled if known.lane == block.lane]:
                 del self._shuffled[known]
             low = self._start + block.lane * self._lane_length + block.first
-            shuffled = _generator(*self._key, _BLOCK, block.lane, block.number).permutation(block.last - block.first)
+            shuffled = _generator(*self._key, _BLOCK, block.lane, block.number).permutation(
+                block.last - block.first
+            )
             line = low + shuffled
             first, last = self._shard_at(low), self._shard_at(low + len(line) - 1)
             # among the few shards of the block: a search in the whole line misses the CPU's cache at each step
@@ -158,7 +164,9 @@ class Portion(NamedTuple):
     """(shard number, sample number within the shard) in the order of the steps (R, 2)."""
 
 
-def plan_portions(order: EpochOrder, epoch: int, slots: tuple[int, int], first_step: int) -> Iterator[Portion]:
+def plan_portions(
+    order: EpochOrder, epoch: int, slots: tuple[int, int], first_step: int
+) -> Iterator[Portion]:
     """The portions of some slots from a step of an epoch on, as they are needed."""
 
     def of_lane(lane: int, begin: int, end: int) -> Iterator[Portion]:
@@ -177,7 +185,9 @@ def plan_portions(order: EpochOrder, epoch: int, slots: tuple[int, int], first_s
     return heapq.merge(*lanes, key=lambda portion: portion.first_step)
 
 
-def plan_ranges(offsets: Sequence[int], sizes: Sequence[int], shard_bytes: int) -> list[tuple[int, int]]:
+def plan_ranges(
+    offsets: Sequence[int], sizes: Sequence[int], shard_bytes: int
+) -> list[tuple[int, int]]:
     """Byte ranges [start, stop) that hold all the samples, ascending; the whole shard where that is cheaper.
 
     Args:

@@ -105,7 +105,9 @@ class SampleReader:
         self._open: dict[int, deque[_Open]] = {}  # by lane; the first is the present one
         self._taken: dict[int, int] = {}  # rows of the present portion that are used up
         self._held = 0
-        self._idle: list[NDArray[np.uint8]] = []  # memory for shards; cleared pages cost a quarter of reading
+        self._idle: list[
+            NDArray[np.uint8]
+        ] = []  # memory for shards; cleared pages cost a quarter of reading
         self._done: list[_Open] = []  # used up in the present step
         self._pool: ThreadPool | None = None
         self._damaged: set[str] = set()
@@ -181,7 +183,9 @@ class SampleReader:
             for _ in range(end - begin):
                 yield self._take(lane, decode)
 
-    def _take(self, lane: int, decode: Callable[[memoryview], Decoded]) -> tuple[ReadSample, Decoded]:
+    def _take(
+        self, lane: int, decode: Callable[[memoryview], Decoded]
+    ) -> tuple[ReadSample, Decoded]:
         waiting, used = self._open[lane], self._taken.get(lane, 0)
         present = waiting[0]
         self._taken[lane] = (used + 1) % len(present.portion.rows)
@@ -207,8 +211,12 @@ class SampleReader:
             except UndecodableImage as error:
                 flaw = error.reason
             if offset == 0:
-                self._bad.append(BadSample(shard_url(self._url, self._shards[shard]), read.key, flaw))
-        raise ShardError(f"{shard_url(self._url, self._shards[shard])}: none of its images can be decoded; repack it")
+                self._bad.append(
+                    BadSample(shard_url(self._url, self._shards[shard]), read.key, flaw)
+                )
+        raise ShardError(
+            f"{shard_url(self._url, self._shards[shard])}: none of its images can be decoded; repack it"
+        )
 
     def _size(self, portion: Portion) -> int:
         """Bytes that reading a portion will hold, at most about."""
@@ -222,7 +230,10 @@ class SampleReader:
         for number in np.unique(portion.rows[:, 0]).tolist():
             wanted = portion.rows[portion.rows[:, 0] == number, 1]
             found.samples.update(
-                {(number, place): read for place, read in self._read_shard(number, wanted, found.memory)}
+                {
+                    (number, place): read
+                    for place, read in self._read_shard(number, wanted, found.memory)
+                }
             )
         return found
 
@@ -232,7 +243,9 @@ class SampleReader:
         """The wanted samples with their places; what they lie in is added to `memory` if it is to be kept."""
         shard = self._shards[number]
         table = self._table(shard)
-        ranges = plan_ranges(table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes)
+        ranges = plan_ranges(
+            table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes
+        )
         few, whole = 2 * len(wanted) < shard.samples, ranges == [(0, shard.bytes)]
         piece = self._take_memory(shard.bytes) if whole and self._cache is None else None
         if self._cache is not None or (whole and number not in self._proved):
@@ -274,7 +287,11 @@ class SampleReader:
         Raises:
             ShardError: it is missing, or another one than was packed.
         """
-        images = cut_out([(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges], table, wanted)
+        images = cut_out(
+            [(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges],
+            table,
+            wanted,
+        )
         damaged = damaged_places(images, table)
         if is_another_shard(examined=len(images), damaged=len(damaged), samples=shard.samples):
             raise ShardError(
@@ -283,19 +300,32 @@ class SampleReader:
             )
         return images, damaged
 
-    def _read_whole(self, shard: Shard, table: SampleTable, piece: NDArray[np.uint8] | None) -> WholeShard:
+    def _read_whole(
+        self, shard: Shard, table: SampleTable, piece: NDArray[np.uint8] | None
+    ) -> WholeShard:
         where, budget_s = shard_url(self._url, shard), self._config.retry_s
 
         def verified() -> memoryview:
             if self._cache is not None:
-                return memoryview(self._cache.open(where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s))
+                return memoryview(
+                    self._cache.open(
+                        where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s
+                    )
+                )
             into = None if piece is None else piece[: shard.bytes].data
-            return verified_shard(where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s, into=into)
+            return verified_shard(
+                where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s, into=into
+            )
 
         read = whole_shard(where, shard, table, verified, self._fetched, budget_s=budget_s)
         if read.flaw and where not in self._damaged:
             self._damaged.add(where)
-            logger.warning("event=damaged_shard samples=%d damaged=%d %s", shard.samples, len(read.damaged), read.flaw)
+            logger.warning(
+                "event=damaged_shard samples=%d damaged=%d %s",
+                shard.samples,
+                len(read.damaged),
+                read.flaw,
+            )
         return read
 
     def _take_memory(self, size: int) -> NDArray[np.uint8]:
@@ -314,7 +344,9 @@ class SampleReader:
         image = self._fetch(shard, start, start + int(table.sizes[place]))
         return self._checked(shard, table, place, image, proved=False)
 
-    def _checked(self, shard: Shard, table: SampleTable, place: int, image: memoryview, *, proved: bool) -> ReadSample:
+    def _checked(
+        self, shard: Shard, table: SampleTable, place: int, image: memoryview, *, proved: bool
+    ) -> ReadSample:
         crc = int(table.crcs[place])
         sound = proved or crc32c(image) == crc
         if not sound:  # once more: it may have been damaged on its way
@@ -330,7 +362,14 @@ class SampleReader:
             sound=sound,
         )
 
-    def _fetch(self, shard: Shard, start: int, stop: int, piece: NDArray[np.uint8] | None = None) -> memoryview:
+    def _fetch(
+        self, shard: Shard, start: int, stop: int, piece: NDArray[np.uint8] | None = None
+    ) -> memoryview:
         """The bytes [start, stop) of a shard, in the memory of a piece or in new memory."""
-        where, into = shard_url(self._url, shard), None if piece is None else piece[: stop - start].data
-        return fetch_part(where, start, stop, self._fetched, budget_s=self._config.retry_s, into=into)
+        where, into = (
+            shard_url(self._url, shard),
+            None if piece is None else piece[: stop - start].data,
+        )
+        return fetch_part(
+            where, start, stop, self._fetched, budget_s=self._config.retry_s, into=into
+        )

@@ -31,7 +31,9 @@ class ShardCache:
         self._proved: dict[str, tuple[int, int]] = {}
         self._warned = False
 
-    def open(self, url: str, size: int, sha256: str, counts: FetchCounts, *, budget_s: float) -> mmap.mmap | memoryview:
+    def open(
+        self, url: str, size: int, sha256: str, counts: FetchCounts, *, budget_s: float
+    ) -> mmap.mmap | memoryview:
         """The bytes (size,) of a shard; of those that want one that is not here, one process fetches and others wait.
 
         Args:
@@ -71,7 +73,9 @@ class ShardCache:
             return None
         with file:
             stat = os.fstat(file.fileno())
-            if stat.st_size == size and (self._proved.get(sha256) == _identity(stat) or _digest(file) == sha256):
+            if stat.st_size == size and (
+                self._proved.get(sha256) == _identity(stat) or _digest(file) == sha256
+            ):
                 self._proved[sha256] = _identity(stat)
                 return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         logger.warning("event=damaged_cache_file path=%s", self._disk.path(sha256))
@@ -88,7 +92,10 @@ class ShardCache:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "event=shard_not_cached folder=%s first_url=%s reason=%s", self._disk.folder, url, first_line(error)
+                "event=shard_not_cached folder=%s first_url=%s reason=%s",
+                self._disk.folder,
+                url,
+                first_line(error),
             )
 
 

@@ -63,11 +63,16 @@ class SampleSource(IterableDataset[dict[str, Any]]):
         world_size: int,
     ) -> None:
         if global_batch_size % world_size:
-            raise ConfigError(f"global_batch_size is {global_batch_size}: it must be a multiple of {world_size} ranks")
+            raise ConfigError(
+                f"global_batch_size is {global_batch_size}: it must be a multiple of {world_size} ranks"
+            )
         self.epoch = 0
         self._url, self._config, self._seed, self._size = url, config, seed, global_batch_size
         self._shards = ShardColumns(read_index(url).split(split))
-        self._slots = (global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
+        self._slots = (
+            global_batch_size * rank // world_size,
+            global_batch_size * (rank + 1) // world_size,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         order = EpochOrder(
@@ -86,7 +91,11 @@ class SampleSource(IterableDataset[dict[str, Any]]):
         with closing(reader):
             for step in range(order.steps):
                 for read in reader.encoded(self.epoch, step, pieces):
-                    sample = {"__key__": read.key, "__url__": read.shard, read.suffix: bytes(read.image)}
+                    sample = {
+                        "__key__": read.key,
+                        "__url__": read.shard,
+                        read.suffix: bytes(read.image),
+                    }
                     yield sample | ({"cls": str(read.label).encode()} if read.label >= 0 else {})
                 counts = reader.take_counts()
                 for bad in counts.bad:
@@ -100,4 +109,6 @@ def _share(slots: tuple[int, int]) -> tuple[int, int]:
     if info is None:
         return slots
     first, count = slots[0], slots[1] - slots[0]
-    return first + count * info.id // info.num_workers, first + count * (info.id + 1) // info.num_workers
+    return first + count * info.id // info.num_workers, first + count * (
+        info.id + 1
+    ) // info.num_workers

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hemoco.config import ClassifierConfig, FineTuneConfig, LinearClassifierConfig, ViewsConfig, flat_params
+from hemoco.config import (
+    ClassifierConfig,
+    FineTuneConfig,
+    LinearClassifierConfig,
+    ViewsConfig,
+    flat_params,
+)
 from hemoco.data.stream.loader import CropPlan, StreamPosition
 from hemoco.distributed import wrap_for_gradients
 from hemoco.models.batch_norm import synchronise_batch_norms
@@ -27,7 +33,9 @@ _STAGES = 5  # the stem and layer1 to layer4
 class Classifier(nn.Module):
     """Backbone and linear classifier: normalised images (N, 3, S, S) -> logits (N, C) in float32."""
 
-    def __init__(self, backbone: Backbone, classes: int, config: ClassifierConfig, seed: int) -> None:
+    def __init__(
+        self, backbone: Backbone, classes: int, config: ClassifierConfig, seed: int
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.frozen = isinstance(config, LinearClassifierConfig)
@@ -110,7 +118,10 @@ def build_classifier_state(
         synchronise_batch_norms(model.backbone, device)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
-        parameter_groups(model, config), momentum=_MOMENTUM, weight_decay=config.weight_decay, fused=True
+        parameter_groups(model, config),
+        momentum=_MOMENTUM,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     return ClassifierState(
         config=config,
@@ -128,7 +139,9 @@ def parameter_groups(model: Classifier, config: ClassifierConfig) -> list[dict[s
     `base_lr` is what a schedule scales. Stage i of 0 (stem) to 4 (layer4) learns at backbone_lr * layer_decay^(4 - i)
     (after Clark et al. 2020, section 3.3).
     """
-    groups: list[dict[str, Any]] = [{"params": list(model.head.parameters()), "base_lr": config.lr, "lr": config.lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.head.parameters()), "base_lr": config.lr, "lr": config.lr}
+    ]
     if not isinstance(config, FineTuneConfig):
         return groups
     stages: list[list[nn.Parameter]] = [[] for _ in range(_STAGES)]

@@ -19,7 +19,12 @@ from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ConfigError
 from hemoco.features.cache import FeatureCache, split_features
 from hemoco.models.resnet import Backbone
-from hemoco.transfer.classification.scores import check_labels, classification_result, count_predictions, sum_counts
+from hemoco.transfer.classification.scores import (
+    check_labels,
+    classification_result,
+    count_predictions,
+    sum_counts,
+)
 from hemoco.transfer.result import TransferResult
 
 # similarities of so many queries and images take 67 MB in float32, however many there are of both
@@ -38,13 +43,17 @@ class Bank(NamedTuple):
     """C."""
 
 
-def make_bank(features: Tensor, labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Bank:
+def make_bank(
+    features: Tensor, labels: Tensor, classes: int, dtype: torch.dtype = torch.float32
+) -> Bank:
     """A bank of features (M, F) of any length, which are normalised in float32 and then get the `dtype`."""
     return Bank(functional.normalize(features.float(), dim=1).to(dtype), labels.cpu(), classes)
 
 
 @torch.no_grad()
-def knn_votes(bank: Bank, queries: Tensor, *, neighbours: int, temperature: float) -> Iterator[Tensor]:
+def knn_votes(
+    bank: Bank, queries: Tensor, *, neighbours: int, temperature: float
+) -> Iterator[Tensor]:
     """Votes (B, C) for the classes of the queries, in their order, at most 256 at a time, float32 on the CPU.
 
     The k nearest by cosine vote for their classes with weight exp(similarity / T), relative to that of the nearest.
@@ -65,9 +74,13 @@ def knn_votes(bank: Bank, queries: Tensor, *, neighbours: int, temperature: floa
         unit = functional.normalize(part.float(), dim=1).to(bank.features.dtype)
         similarities, nearest = _nearest_images(unit, bank.features, neighbours)  # (B, k)
         # relative to the nearest: the vote is the same and exp does not overflow at a low temperature
-        weights = ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp().cpu()
+        weights = (
+            ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp().cpu()
+        )
         # on the CPU, where the sum has one order
-        yield torch.zeros(len(part), bank.classes).scatter_add_(1, bank.labels[nearest.cpu()], weights)
+        yield torch.zeros(len(part), bank.classes).scatter_add_(
+            1, bank.labels[nearest.cpu()], weights
+        )
 
 
 def check_neighbours(neighbours: int, images: int) -> None:
@@ -84,7 +97,13 @@ def check_neighbours(neighbours: int, images: int) -> None:
 
 
 def knn_accuracy(
-    bank: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, *, neighbours: int, temperature: float
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    neighbours: int,
+    temperature: float,
 ) -> float:
     """Fraction of queries (Q, F) whose predicted class is theirs (Q,), in float32; the rest as `knn_votes`."""
     made = make_bank(bank, labels, int(labels.max()) + 1)
@@ -127,7 +146,9 @@ def _nearest_images(queries: Tensor, bank: Tensor, neighbours: int) -> tuple[Ten
         highest, places = _highest(similarities, min(neighbours, similarities.shape[1]))
         found.append((highest.float(), places + start))
         if len(found) > 1:  # at once, so that a large bank does not pile candidates up
-            every, images = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))  # (B, <= 2 k)
+            every, images = (
+                torch.cat(parts, dim=1) for parts in zip(*found, strict=True)
+            )  # (B, <= 2 k)
             highest, places = every.topk(min(neighbours, every.shape[1]), dim=1, sorted=False)
             found = [(highest, images.gather(1, places))]
     return found[0]

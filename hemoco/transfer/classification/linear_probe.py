@@ -24,7 +24,11 @@ from hemoco.features.cache import FeatureCache, split_features
 from hemoco.models.resnet import Backbone
 from hemoco.train.optim import cosine_lr
 from hemoco.transfer.classification.low_shot import Standardisation, fit_logistic_regression
-from hemoco.transfer.classification.scores import check_labels, classification_result, count_predictions
+from hemoco.transfer.classification.scores import (
+    check_labels,
+    classification_result,
+    count_predictions,
+)
 from hemoco.transfer.result import TransferResult
 
 logger = logging.getLogger(__name__)
@@ -52,7 +56,9 @@ class Heads:
         generator: of the initial weights, on the CPU; all heads start alike.
     """
 
-    def __init__(self, settings: Sequence[Setting], classes: int, features: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, settings: Sequence[Setting], classes: int, features: int, generator: torch.Generator
+    ) -> None:
         weight = torch.randn(classes, 1, features, generator=generator) * 0.01
         self.settings = tuple(settings)
         self.weight = weight.repeat(1, len(settings), 1)  # (C, H, F)
@@ -165,7 +171,9 @@ def search_grid(
 
 def new_heads(settings: Sequence[Setting], classes: int, features: Tensor, seed: int) -> Heads:
     """Untrained heads for features (M, F), on their device."""
-    return Heads(settings, classes, features.shape[1], torch.Generator().manual_seed(seed)).to(features.device)
+    return Heads(settings, classes, features.shape[1], torch.Generator().manual_seed(seed)).to(
+        features.device
+    )
 
 
 def train_heads(
@@ -219,7 +227,9 @@ def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return by_class[~held_out], by_class[held_out]
 
 
-def _best_setting(heads: Heads, features: Tensor, labels: Tensor) -> tuple[Setting, dict[Setting, float]]:
+def _best_setting(
+    heads: Heads, features: Tensor, labels: Tensor
+) -> tuple[Setting, dict[Setting, float]]:
     """The most accurate setting that did not diverge, of equals that of lower loss; and the accuracy of each."""
     losses, accuracies = (values.tolist() for values in evaluate_heads(heads, features, labels))
     every = zip(accuracies, losses, heads.settings, strict=True)
@@ -237,10 +247,14 @@ def _best_setting(heads: Heads, features: Tensor, labels: Tensor) -> tuple[Setti
     return setting, dict(zip(heads.settings, accuracies, strict=True))
 
 
-def _lbfgs_top1(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+def _lbfgs_top1(
+    features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> float:
     """Accuracy of a logistic regression on standardised features, with the penalty of scikit-learn's default C = 1."""
     scale = Standardisation.of(features)
     classes = int(labels.max()) + 1
-    weight, bias = fit_logistic_regression(scale(features), labels, classes, weight_decay=1 / len(labels))
+    weight, bias = fit_logistic_regression(
+        scale(features), labels, classes, weight_decay=1 / len(labels)
+    )
     predictions = (scale(test_features) @ weight.T + bias).argmax(dim=1)
     return (predictions == test_labels).double().mean().item()

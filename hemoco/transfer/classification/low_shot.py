@@ -45,9 +45,14 @@ class Standardisation(NamedTuple):
     def of(cls, features: Tensor) -> "Standardisation":
         """That which gives features (M, F) mean 0 and deviation 1."""
         parts = torch.split(features, _ROWS)
-        mean = sum((part.double().sum(dim=0) for part in parts), start=torch.zeros_like(features[0]).double())
+        mean = sum(
+            (part.double().sum(dim=0) for part in parts),
+            start=torch.zeros_like(features[0]).double(),
+        )
         mean /= len(features)
-        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
+        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(
+            dim=0
+        )
         deviation = (squares / len(features)).sqrt()
         # a unit that is dead in training would otherwise rule wherever it is alive in test
         return cls(mean, torch.where(deviation > 1e-6, deviation, 1.0))
@@ -92,7 +97,9 @@ def run_low_shot(
     measured = []
     for _ in range(config.draws):
         rows = draw_shots(train.labels, counts_by_class, generator).to(features.device)
-        weight, bias = fit_logistic_regression(scale(features[rows]), labels[rows], classes, config.weight_decay)
+        weight, bias = fit_logistic_regression(
+            scale(features[rows]), labels[rows], classes, config.weight_decay
+        )
         measured.append(count_predictions(test_features @ weight.T + bias, test_labels))
     spread = _spread([class_metrics(counts)["top1"] for counts in measured])
     also = {"labelled_images": float(sum(counts_by_class)), **spread}
@@ -120,7 +127,9 @@ def count_shots(train: LabelledSplit, config: LowShotConfig) -> list[int]:
     return [config.shots if count else 0 for count in counts]
 
 
-def draw_shots(labels: Tensor, counts_by_class: Sequence[int], generator: torch.Generator) -> Tensor:
+def draw_shots(
+    labels: Tensor, counts_by_class: Sequence[int], generator: torch.Generator
+) -> Tensor:
     """Rows (n,) of different images, so many of each class, class 0 first."""
     drawn = []
     for label, count in enumerate(counts_by_class):
@@ -152,7 +161,10 @@ def fit_logistic_regression(
 
     def loss() -> float:
         optimizer.zero_grad()
-        value = functional.cross_entropy(features @ weight.T + bias, labels) + weight_decay / 2 * weight.square().sum()
+        value = (
+            functional.cross_entropy(features @ weight.T + bias, labels)
+            + weight_decay / 2 * weight.square().sum()
+        )
         value.backward()  # type: ignore[no-untyped-call]
         return value.item()
 

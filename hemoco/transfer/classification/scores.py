@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOP = 5
-_DRAWN, _NUMBERED = 100, 15  # classes up to which the confusion is drawn, and its cells have numbers
+_DRAWN, _NUMBERED = (
+    100,
+    15,
+)  # classes up to which the confusion is drawn, and its cells have numbers
 _LETTERS = 16  # of a name beside the confusion
 _LISTED = 5  # classes that a message names
 
@@ -55,7 +58,9 @@ def check_labels(train: LabelledSplit, test: LabelledSplit) -> int:
                 f"data.{name}: {unlabelled} of {len(split.labels)} images have no label; pack it from class folders"
             )
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
-    taught, asked = (split.labels.cpu().bincount(minlength=classes) for split in (train, test))  # (C,)
+    taught, asked = (
+        split.labels.cpu().bincount(minlength=classes) for split in (train, test)
+    )  # (C,)
     if taught.count_nonzero() < 2:
         raise ShardError(
             f"data.train_split: all {len(train.labels)} images are of class {_labels(taught, train.classes)}: there is "
@@ -67,7 +72,9 @@ def check_labels(train: LabelledSplit, test: LabelledSplit) -> int:
             f"{_labels(lacking, test.classes)}; pack both splits from the same class folders"
         )
     if (unasked := taught.where(asked == 0, 0)).any():
-        logger.warning("event=classes_without_test_images classes=%s", _labels(unasked, train.classes))
+        logger.warning(
+            "event=classes_without_test_images classes=%s", _labels(unasked, train.classes)
+        )
     return classes
 
 
@@ -86,7 +93,8 @@ def count_predictions(scores: Tensor, labels: Tensor) -> ClassCounts:
     # not below, rather than above: so nan, which is neither, counts against the class
     rivals = (~(scores < own)).sum(dim=1) - 1  # (M,)
     return ClassCounts(
-        cells.cpu().bincount(minlength=classes**2).view(classes, classes), int((rivals < _TOP).sum().item())
+        cells.cpu().bincount(minlength=classes**2).view(classes, classes),
+        int((rivals < _TOP).sum().item()),
     )
 
 
@@ -141,8 +149,13 @@ def classification_result(
         value=metrics["top1"],
         metrics=metrics,
         history=list(history),
-        images={"confusion": confusion_picture(counts.confusion, names)} if len(names) <= _DRAWN else {},
-        files={"classes.csv": _class_table(counts.confusion, names), "confusion.csv": _cells(counts.confusion, names)},
+        images={"confusion": confusion_picture(counts.confusion, names)}
+        if len(names) <= _DRAWN
+        else {},
+        files={
+            "classes.csv": _class_table(counts.confusion, names),
+            "confusion.csv": _cells(counts.confusion, names),
+        },
     )
 
 
@@ -162,7 +175,15 @@ def confusion_picture(confusion: Tensor, names: Sequence[str]) -> bytes:
         for row, line in enumerate(shares.tolist()):
             for column, share in enumerate(line):
                 colour = "white" if share > 0.5 else "#333333"
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+                axes.text(
+                    column,
+                    row,
+                    f"{100 * share:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=colour,
+                )
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -180,7 +201,9 @@ def _class_table(confusion: Tensor, names: Sequence[str]) -> bytes:
     lines: list[list[object]] = [["class", "name", "images", "right", "accuracy"]]
     for label, (name, row) in enumerate(zip(names, confusion, strict=True)):
         images = int(row.sum())
-        lines.append([label, name, images, int(row[label]), f"{accuracies[label]:.6f}" if images else ""])
+        lines.append(
+            [label, name, images, int(row[label]), f"{accuracies[label]:.6f}" if images else ""]
+        )
     return _csv(lines)
 
 
@@ -203,4 +226,6 @@ def _labels(counts: Tensor, names: Sequence[str]) -> str:
         f"{label}{f' ({names[label]})' if label < len(names) else ''}: {counts[label]} images"
         for label in present[:_LISTED]
     ]
-    return ", ".join(shown) + (f" and {len(present) - _LISTED} more" if len(present) > _LISTED else "")
+    return ", ".join(shown) + (
+        f" and {len(present) - _LISTED} more" if len(present) > _LISTED else ""
+    )

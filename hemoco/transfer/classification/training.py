@@ -20,10 +20,21 @@ from hemoco.data.labelled import labelled_views
 from hemoco.data.shards.index import Shard
 from hemoco.data.stream.batches import Batch
 from hemoco.data.transforms import augment, draw_augmentation
-from hemoco.distributed import compute_on_all, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
+from hemoco.distributed import (
+    compute_on_all,
+    gather_objects,
+    mean_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from hemoco.errors import ShardError, TrainingError
 from hemoco.train.state import LoggedStep
-from hemoco.transfer.classification.classifier import ClassifierState, classifier_lr_factor, classifier_views
+from hemoco.transfer.classification.classifier import (
+    ClassifierState,
+    classifier_lr_factor,
+    classifier_views,
+)
 
 
 class Scores(NamedTuple):
@@ -35,7 +46,9 @@ class Scores(NamedTuple):
     """int64 (M,)."""
 
 
-def classifier_steps(state: ClassifierState, batches: Iterable[Batch], steps_per_epoch: int) -> Iterator[LoggedStep]:
+def classifier_steps(
+    state: ClassifierState, batches: Iterable[Batch], steps_per_epoch: int
+) -> Iterator[LoggedStep]:
     """Trains on the batches, one optimiser step each, and yields after every step.
 
     Raises:
@@ -52,12 +65,16 @@ def classifier_steps(state: ClassifierState, batches: Iterable[Batch], steps_per
         state.step += 1
         state.position = batch.position
         logged = state.step == total or state.step % config.log_every_steps == 0
-        values = {"train_loss": loss, "train_top1": right, "lr": config.lr * factor} if logged else {}
+        values = (
+            {"train_loss": loss, "train_top1": right, "lr": config.lr * factor} if logged else {}
+        )
         yield LoggedStep(state.step, values)
 
 
 @torch.no_grad()
-def classify(state: ClassifierState, data_url: str, shards: Sequence[Shard], batch_size: int = 256) -> Scores:
+def classify(
+    state: ClassifierState, data_url: str, shards: Sequence[Shard], batch_size: int = 256
+) -> Scores:
     """Scores of all images of some shards; each rank computes some shards, and all get all.
 
     Raises:
@@ -66,10 +83,14 @@ def classify(state: ClassifierState, data_url: str, shards: Sequence[Shard], bat
     state.model.eval()
     mine = shards[rank() :: world_size()]
     parts = compute_on_all(lambda: _scores(state, data_url, mine, batch_size))
-    return Scores(torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts]))
+    return Scores(
+        torch.cat([part.logits for part in parts]), torch.cat([part.labels for part in parts])
+    )
 
 
-def _scores(state: ClassifierState, data_url: str, shards: Sequence[Shard], batch_size: int) -> Scores:
+def _scores(
+    state: ClassifierState, data_url: str, shards: Sequence[Shard], batch_size: int
+) -> Scores:
     config, model = state.config, state.model
     views = labelled_views(data_url, shards, size=config.size, shorter=config.resize)
     scores, labels = [torch.empty(0, model.head.out_features)], []
@@ -116,7 +137,11 @@ def _labels(batch: Batch, classes: int, device: torch.device) -> Tensor:
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
     # over the ranks: all of them must stop
     if sum_over_ranks(torch.tensor(len(wrong), device=device)).item():
-        named = [f"sample {batch.keys[place]} has the label {batch.labels[place]}" for place in wrong[:1]]
+        named = [
+            f"sample {batch.keys[place]} has the label {batch.labels[place]}" for place in wrong[:1]
+        ]
         first = next(iter(itertools.chain(*gather_objects(named))))
-        raise ShardError(f"{first}: 0 to {classes - 1} are classes; pack class folders, or name a labelled split")
+        raise ShardError(
+            f"{first}: 0 to {classes - 1} are classes; pack class folders, or name a labelled split"
+        )
     return labels.to(device)

@@ -29,7 +29,12 @@ def clean_annotations(
     counts: Counter[str] = Counter()
     for item in annotations:
         x, y, wide, high = map(float, item["bbox"])
-        left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + wide, width), min(y + high, height)
+        left, top, right, bottom = (
+            max(x, 0.0),
+            max(y, 0.0),
+            min(x + wide, width),
+            min(y + high, height),
+        )
         mask = _clean_mask(item.get("segmentation"), height, width) if masks else _NO_MASK
         counts["masks_of_another_size"] += mask.of_another_size
         # not the other way round: comparisons with NaN are false
@@ -37,9 +42,15 @@ def clean_annotations(
         if not has_area or (masks and not mask.segmentation):
             counts["annotations_dropped"] += 1
             continue
-        counts["annotations_clipped"] += max(left - x, top - y, x + wide - right, y + high - bottom) > _TOLERANCE
+        counts["annotations_clipped"] += (
+            max(left - x, top - y, x + wide - right, y + high - bottom) > _TOLERANCE
+        )
         box = [left, top, right - left, bottom - top]
-        clean = {"area": box[2] * box[3]} | item | {"bbox": box, "iscrowd": int(item.get("iscrowd") or 0)}
+        clean = (
+            {"area": box[2] * box[3]}
+            | item
+            | {"bbox": box, "iscrowd": int(item.get("iscrowd") or 0)}
+        )
         clean.pop("segmentation", None)
         kept.append(clean | ({"segmentation": mask.segmentation} if masks else {}))
     return CleanAnnotations(kept, counts)
@@ -63,5 +74,7 @@ def _clean_mask(segmentation: Any, height: int, width: int) -> _Mask:
         fits = fits and (not isinstance(counts, list) or sum(counts) == height * width)
         return _Mask(segmentation) if fits else _Mask(None, of_another_size=True)
     # decoders take four numbers for a box
-    polygons = [polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    polygons = [
+        polygon for polygon in segmentation or [] if len(polygon) >= 6 and len(polygon) % 2 == 0
+    ]
     return _Mask(polygons or None)

@@ -39,7 +39,11 @@ class _Curves(NamedTuple):
 
 
 def coco_metrics(
-    ground_truth: dict[str, Any], predictions: list[dict[str, Any]], *, masks: bool, max_detections: int
+    ground_truth: dict[str, Any],
+    predictions: list[dict[str, Any]],
+    *,
+    masks: bool,
+    max_detections: int,
 ) -> dict[str, float]:
     """The family of COCO's average precisions, each the mean over the categories that occur.
 
@@ -88,13 +92,22 @@ def check_scenes(ground_truth: dict[str, Any], predictions: list[dict[str, Any]]
         counts = Counter(item["id"] for item in ground_truth[kind])
         twice = sorted(number for number, count in counts.items() if count > 1)
         if twice:
-            raise ShardError(f"the ground truth's {kind} have the ids {twice[:5]} more than once: number them anew")
-        for what, items in (("annotations", ground_truth["annotations"]), ("predictions", predictions)):
+            raise ShardError(
+                f"the ground truth's {kind} have the ids {twice[:5]} more than once: number them anew"
+            )
+        for what, items in (
+            ("annotations", ground_truth["annotations"]),
+            ("predictions", predictions),
+        ):
             unknown = sorted({item[field] for item in items} - counts.keys())
             if unknown:
-                raise ShardError(f"{what} have {field} {unknown[:5]}: allowed are the ids of the ground truth's {kind}")
+                raise ShardError(
+                    f"{what} have {field} {unknown[:5]}: allowed are the ids of the ground truth's {kind}"
+                )
     if all(item["iscrowd"] for item in ground_truth["annotations"]):
-        raise ShardError(f"none of the {len(ground_truth['images'])} images has an object: evaluate on some that have")
+        raise ShardError(
+            f"none of the {len(ground_truth['images'])} images has an object: evaluate on some that have"
+        )
 
 
 def metric_names(categories: Iterable[dict[str, Any]]) -> dict[int, str]:
@@ -115,7 +128,8 @@ def metric_names(categories: Iterable[dict[str, Any]]) -> dict[int, str]:
 
 
 def ground_truth_of(
-    images: Iterable[tuple[int, int, int, list[dict[str, Any]]]], categories: Iterable[dict[str, Any]]
+    images: Iterable[tuple[int, int, int, list[dict[str, Any]]]],
+    categories: Iterable[dict[str, Any]],
 ) -> dict[str, Any]:
     """A COCO instances file's content.
 
@@ -155,7 +169,9 @@ def _compress(segmentation: Segmentation, height: int, width: int) -> dict[str, 
     if isinstance(segmentation, list):
         shortest = min(map(len, segmentation))
         if shortest < 6:  # the encoder would take four numbers for a box
-            raise ShardError(f"a polygon has {shortest} numbers: it needs three points or more, so remove it")
+            raise ShardError(
+                f"a polygon has {shortest} numbers: it needs three points or more, so remove it"
+            )
         compressed = rle.merge(rle.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         compressed = rle.frPyObjects(segmentation, height, width)
@@ -178,11 +194,17 @@ def _no_collection() -> Iterator[None]:
 
 def _index(ground_truth: dict[str, Any], predictions: list[dict[str, Any]]) -> tuple[COCO, COCO]:
     """Ground truth and predictions without masks, in copies, for the evaluator writes into them."""
-    objects, found = _copies(ground_truth["annotations"], ("area", "iscrowd")), _copies(predictions, ("score",))
+    objects, found = (
+        _copies(ground_truth["annotations"], ("area", "iscrowd")),
+        _copies(predictions, ("score",)),
+    )
     for copy in found:
         copy.update(area=copy["bbox"][2] * copy["bbox"][3], iscrowd=0)
     scenes = {
-        "images": [{key: image[key] for key in ("id", "height", "width")} for image in ground_truth["images"]],
+        "images": [
+            {key: image[key] for key in ("id", "height", "width")}
+            for image in ground_truth["images"]
+        ],
         "categories": [{"id": category["id"]} for category in ground_truth["categories"]],
     }
     return COCO(scenes | {"annotations": objects}), COCO(scenes | {"annotations": found})
@@ -191,7 +213,10 @@ def _index(ground_truth: dict[str, Any], predictions: list[dict[str, Any]]) -> t
 def _copies(items: list[dict[str, Any]], fields: tuple[str, ...]) -> list[dict[str, Any]]:
     """Numbered from 1: the evaluator takes 0 for unmatched."""
     fields = ("image_id", "category_id", "bbox", *fields)
-    return [{"id": number} | {field: item[field] for field in fields} for number, item in enumerate(items, 1)]
+    return [
+        {"id": number} | {field: item[field] for field in fields}
+        for number, item in enumerate(items, 1)
+    ]
 
 
 def _add_masks(indexed: COCO, items: list[dict[str, Any]]) -> None:
@@ -208,7 +233,9 @@ def _measure_masks(results: COCO) -> None:
         copy["area"] = area
 
 
-def _evaluate(truth: COCO, results: COCO, kind: Literal["bbox", "segm"], max_detections: int) -> _Curves:
+def _evaluate(
+    truth: COCO, results: COCO, kind: Literal["bbox", "segm"], max_detections: int
+) -> _Curves:
     evaluation = COCOeval_faster(truth, results, kind, print_function=_say_nothing)
     evaluation.params.maxDets = [max_detections]
     evaluation.evaluate()

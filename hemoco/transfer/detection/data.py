@@ -32,7 +32,12 @@ from hemoco.transfer.detection.targets import Example, build_target, flip_horizo
 _BATCHES_AHEAD = 2  # decoded while a step runs
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORDER, _DRAWS = 0, 1  # tell the random streams of a seed apart
-COUNTS = ("annotations_clipped", "annotations_dropped", "masks_of_another_size", "images_without_objects")
+COUNTS = (
+    "annotations_clipped",
+    "annotations_dropped",
+    "masks_of_another_size",
+    "images_without_objects",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,9 @@ Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 """Images and targets."""
 
 
-def load_detection_samples(data_url: str, index: ShardIndex, split: str, *, masks: bool) -> DetectionData:
+def load_detection_samples(
+    data_url: str, index: ShardIndex, split: str, *, masks: bool
+) -> DetectionData:
     """All images of a split with the annotations that can be used.
 
     Ids are given anew, by place, so it does not matter where an id comes twice. Objects that VOC calls difficult are
@@ -139,7 +146,9 @@ def samples_with_objects(samples: Sequence[DetectionSample]) -> list[DetectionSa
     """
     usable = [sample for sample in samples if sample.has_objects]
     if not usable:
-        raise ShardError(f"none of the {len(samples)} training images has an object; a detector needs some")
+        raise ShardError(
+            f"none of the {len(samples)} training images has an object; a detector needs some"
+        )
     return usable
 
 
@@ -174,11 +183,15 @@ def detection_batches(
     def example(step: int, place: int) -> Example:
         epoch, position = divmod(step * config.global_batch_size + place, len(usable))
         sample = usable[epoch_order(seed, epoch, len(usable))[position]]
-        return make_example(sample, config, category_ids, draw(config, seed=seed, step=step, place=place))
+        return make_example(
+            sample, config, category_ids, draw(config, seed=seed, step=step, place=place)
+        )
 
     pool = ThreadPoolExecutor(config.cpus)
     try:
-        ahead = deque(_submit(pool, example, start_step + later, places) for later in range(_BATCHES_AHEAD))
+        ahead = deque(
+            _submit(pool, example, start_step + later, places) for later in range(_BATCHES_AHEAD)
+        )
         for step in itertools.count(start_step + _BATCHES_AHEAD):
             ahead.append(_submit(pool, example, step, places))
             examples = [future.result() for future in ahead.popleft()]
@@ -209,7 +222,9 @@ def make_example(
     """
     image, masks = sample.decode().float() / 255, isinstance(config, MaskRcnnConfig)
     try:
-        target = build_target(sample.annotations, sample.height, sample.width, category_ids, masks=masks)
+        target = build_target(
+            sample.annotations, sample.height, sample.width, category_ids, masks=masks
+        )
     except (ValueError, RuntimeError) as error:  # what decoders say of a damaged RLE
         raise ShardError(
             f"{sample.shard}: {sample.key}: damaged mask ({error}); correct it and pack the data again"
@@ -268,10 +283,15 @@ def _upright_size(data: bytes, where: str) -> tuple[int, int]:
                 turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
                 return (image.width, image.height) if turned else (image.height, image.width)
         except Exception as error:  # decoders meet damage with nearly any exception
-            raise ShardError(f"{where}: not an image with a sound header ({error}); remove or replace it") from error
+            raise ShardError(
+                f"{where}: not an image with a sound header ({error}); remove or replace it"
+            ) from error
 
 
 def _submit(
-    pool: ThreadPoolExecutor, example: Callable[[int, int], Example], step: int, places: Iterable[int]
+    pool: ThreadPoolExecutor,
+    example: Callable[[int, int], Example],
+    step: int,
+    places: Iterable[int],
 ) -> list[Future[Example]]:
     return [pool.submit(example, step, place) for place in places]

@@ -21,7 +21,12 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    fastrcnn_loss,
+    maskrcnn_inference,
+    maskrcnn_loss,
+)
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -39,10 +44,14 @@ _ASPECT_RATIOS = (0.5, 1.0, 2.0)
 _POOLED_SIDE = 7  # of the pyramid's box head's input
 _C4_POOLED_SIDE = 14  # of layer4's input; it halves that
 _C4_MASK_CHANNELS = 256
-_C4_CANDIDATES = 6  # of RPN before its NMS for each kept after it: 6000 for 1000, in training 12000 for 2000
+_C4_CANDIDATES = (
+    6  # of RPN before its NMS for each kept after it: 6000 for 1000, in training 12000 for 2000
+)
 
 
-def build_detector(backbone: Backbone, config: DetectionConfig, num_classes: int) -> GeneralizedRCNN:
+def build_detector(
+    backbone: Backbone, config: DetectionConfig, num_classes: int
+) -> GeneralizedRCNN:
     """A detector around the backbone's own encoder, which it changes; masks where the config is Mask R-CNN's.
 
     In training it takes images that have their final size, in evaluation it scales them. Strides follow from the
@@ -83,7 +92,9 @@ class Schedule(NamedTuple):
 def scaled_schedule(config: DetectionConfig) -> Schedule:
     """The config's schedule by the linear rule: r times the images per step, r times the rate, 1 / r of the steps."""
     ratio = config.global_batch_size / config.reference_batch_size
-    return Schedule(max(1, round(config.steps / ratio)), config.lr * ratio, round(config.warmup_steps / ratio))
+    return Schedule(
+        max(1, round(config.steps / ratio)), config.lr * ratio, round(config.warmup_steps / ratio)
+    )
 
 
 def detection_lr(step: int, schedule: Schedule, milestones: tuple[float, ...]) -> float:
@@ -91,17 +102,27 @@ def detection_lr(step: int, schedule: Schedule, milestones: tuple[float, ...]) -
 
     Linear warm-up from a thousandth; a tenth from each milestone on (shares of the steps: 60k and 80k of 90k).
     """
-    decayed = schedule.lr * 0.1 ** sum(step >= round(share * schedule.steps) for share in milestones)
+    decayed = schedule.lr * 0.1 ** sum(
+        step >= round(share * schedule.steps) for share in milestones
+    )
     passed = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     return decayed * (_WARMUP_START * (1 - passed) + passed)
 
 
 def detection_optimizer(model: nn.Module, config: DetectionConfig) -> torch.optim.SGD:
     """SGD over all parameters; those of normalisation layers do not decay."""
-    norms = [parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()]
+    norms = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, NORMS)
+        for parameter in module.parameters()
+    ]
     of_norms = {id(parameter) for parameter in norms}
     others = [parameter for parameter in model.parameters() if id(parameter) not in of_norms]
-    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    groups = [
+        {"params": others, "weight_decay": config.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
     return torch.optim.SGD(groups, lr=scaled_schedule(config).lr, momentum=_MOMENTUM)
 
 
@@ -140,8 +161,12 @@ class Res5Heads(RoIHeads):  # type: ignore[misc]
         if targets is None:
             return self._detect(features, proposals, image_shapes), {}
         proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
-        regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (R, F, 7, 7)
-        class_loss, box_loss = fastrcnn_loss(*self.box_predictor(regions.mean((2, 3))), labels, regression)
+        regions = self.box_head(
+            self.box_roi_pool(features, proposals, image_shapes)
+        )  # (R, F, 7, 7)
+        class_loss, box_loss = fastrcnn_loss(
+            *self.box_predictor(regions.mean((2, 3))), labels, regression
+        )
         losses = {"loss_classifier": class_loss, "loss_box_reg": box_loss}
         if self.mask_predictor is not None:
             of_objects = [label > 0 for label in labels]
@@ -155,16 +180,25 @@ class Res5Heads(RoIHeads):  # type: ignore[misc]
         return [], losses
 
     def _detect(
-        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (R, F, 7, 7)
+        regions = self.box_head(
+            self.box_roi_pool(features, proposals, image_shapes)
+        )  # (R, F, 7, 7)
         predicted = self.box_predictor(regions.mean((2, 3)))
         found = zip(*self.postprocess_detections(*predicted, proposals, image_shapes), strict=True)
-        detections = [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in found]
+        detections = [
+            {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in found
+        ]
         if self.mask_predictor is not None:
             boxes = [each["boxes"] for each in detections]
             regions = self.box_head(self.box_roi_pool(features, boxes, image_shapes))
-            masks = maskrcnn_inference(self.mask_predictor(regions), [each["labels"] for each in detections])
+            masks = maskrcnn_inference(
+                self.mask_predictor(regions), [each["labels"] for each in detections]
+            )
             for each, mask in zip(detections, masks, strict=True):
                 each["masks"] = mask
         return detections
@@ -194,9 +228,13 @@ class _FloatMaskPredictor(MaskRCNNPredictor):  # type: ignore[misc]
 def _build_fpn(backbone: Backbone, config: DetectionConfig, num_classes: int) -> GeneralizedRCNN:
     encoder, channels = backbone.encoder, config.fpn_channels
     levels = {f"layer{level}": str(level - 1) for level in (1, 2, 3, 4)}
-    body = BackboneWithFPN(encoder, levels, feature_channels(encoder), channels, norm_layer=nn.BatchNorm2d)
+    body = BackboneWithFPN(
+        encoder, levels, feature_channels(encoder), channels, norm_layer=nn.BatchNorm2d
+    )
     settings = _transform_settings(backbone, config) | {
-        "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (_ASPECT_RATIOS,) * 5),
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple((size,) for size in config.anchor_sizes), (_ASPECT_RATIOS,) * 5
+        ),
         "rpn_head": _FloatRpnHead(channels, len(_ASPECT_RATIOS)),
         "rpn_pre_nms_top_n_train": 2 * config.proposals,
         "rpn_pre_nms_top_n_test": config.proposals,
@@ -249,9 +287,13 @@ def _build_c4(backbone: Backbone, config: DetectionConfig, num_classes: int) -> 
         score_thresh=0.05,
         nms_thresh=0.5,
         detections_per_img=config.max_detections,
-        mask_predictor=_FloatMaskPredictor(features, _C4_MASK_CHANNELS, num_classes) if masks else None,
+        mask_predictor=_FloatMaskPredictor(features, _C4_MASK_CHANNELS, num_classes)
+        if masks
+        else None,
     )
-    return GeneralizedRCNN(body, rpn, heads, GeneralizedRCNNTransform(**_transform_settings(backbone, config)))
+    return GeneralizedRCNN(
+        body, rpn, heads, GeneralizedRCNNTransform(**_transform_settings(backbone, config))
+    )
 
 
 def _transform_settings(backbone: Backbone, config: DetectionConfig) -> dict[str, Any]:

@@ -18,7 +18,9 @@ _GAP = 4
 
 
 def draw_scenes(
-    scenes: list[tuple[Tensor, list[dict[str, Any]], int]], predictions: list[dict[str, Any]], names: dict[int, str]
+    scenes: list[tuple[Tensor, list[dict[str, Any]], int]],
+    predictions: list[dict[str, Any]],
+    names: dict[int, str],
 ) -> bytes:
     """A PNG, one row per scene; a white pixel if there is none. Objects without a mask are drawn as boxes alone.
 
@@ -49,12 +51,18 @@ def _draw(image: Tensor, objects: list[dict[str, Any]], names: dict[int, str]) -
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).numpy().astype(np.float32)  # (H, W, 3)
     colours = [_colour(place, len(objects)) for place in range(len(objects))]
-    masked = [(item, colour) for item, colour in zip(objects, colours, strict=True) if item.get("segmentation")]
+    masked = [
+        (item, colour)
+        for item, colour in zip(objects, colours, strict=True)
+        if item.get("segmentation")
+    ]
     for item, colour in masked:
         mask = decode_mask(item["segmentation"], height, width).astype(bool)
         pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour)
     scale = _SHORTER_SIDE / min(height, width)
-    drawn = Image.fromarray(pixels.astype(np.uint8)).resize((round(width * scale), round(height * scale)))
+    drawn = Image.fromarray(pixels.astype(np.uint8)).resize(
+        (round(width * scale), round(height * scale))
+    )
     pen = ImageDraw.Draw(drawn)
     for item, colour in zip(objects, colours, strict=True):
         left, top, wide, high = (side * scale for side in item["bbox"])

@@ -29,7 +29,10 @@ _MASKS_AT_ONCE = 16  # pasted into the image; all of a crowded one would take gi
 
 @torch.no_grad()
 def predict(
-    model: GeneralizedRCNN, samples: Sequence[DetectionSample], category_ids: Sequence[int], config: DetectionConfig
+    model: GeneralizedRCNN,
+    samples: Sequence[DetectionSample],
+    category_ids: Sequence[int],
+    config: DetectionConfig,
 ) -> list[dict[str, Any]]:
     """What is found in this rank's share of the images, as COCO results; gather those of all ranks.
 
@@ -60,14 +63,22 @@ def measure(
     same, else their places in the split from 1.
     """
     masks = isinstance(config, MaskRcnnConfig)
-    truth = ground_truth_of(((s.image_id, s.height, s.width, s.annotations) for s in samples), categories)
-    predictions = sorted(predictions, key=lambda item: int(item["image_id"]))  # on any number of ranks the same
+    truth = ground_truth_of(
+        ((s.image_id, s.height, s.width, s.annotations) for s in samples), categories
+    )
+    predictions = sorted(
+        predictions, key=lambda item: int(item["image_id"])
+    )  # on any number of ranks the same
     if config.metric == "coco":
-        metrics = coco_metrics(truth, predictions, masks=masks, max_detections=config.max_detections)
+        metrics = coco_metrics(
+            truth, predictions, masks=masks, max_detections=config.max_detections
+        )
     else:
         metrics = voc_metrics(truth, predictions)
     metric = headline_metric(config)
-    over = sum(sum(not item["iscrowd"] for item in s.annotations) > config.max_detections for s in samples)
+    over = sum(
+        sum(not item["iscrowd"] for item in s.annotations) > config.max_detections for s in samples
+    )
     return TransferResult(
         metric=metric,
         value=metrics[metric],
@@ -99,22 +110,33 @@ def _coco_results(
     """An image's detections: boxes (D, 4), labels (D,), scores (D,), perhaps masks (D, 1, 28, 28)."""
     boxes = found["boxes"].clone()
     boxes[:, 2:] -= boxes[:, :2]
-    detections = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    detections = zip(
+        boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
+    )
     results: list[dict[str, Any]] = [
-        {"image_id": sample.image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        {
+            "image_id": sample.image_id,
+            "category_id": category_ids[label - 1],
+            "bbox": box,
+            "score": score,
+        }
         for box, label, score in detections
     ]
     if "masks" in found:
         for first in range(0, len(results), _MASKS_AT_ONCE):
             some = slice(first, first + _MASKS_AT_ONCE)
-            pasted = paste_masks_in_image(found["masks"][some], found["boxes"][some], (sample.height, sample.width))
+            pasted = paste_masks_in_image(
+                found["masks"][some], found["boxes"][some], (sample.height, sample.width)
+            )
             for result, mask in zip(results[some], pasted, strict=True):
                 result["segmentation"] = encode_mask((mask[0] > 0.5).cpu().numpy())
     return results
 
 
 def _draw(
-    samples: Sequence[DetectionSample], predictions: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]]
+    samples: Sequence[DetectionSample],
+    predictions: Sequence[dict[str, Any]],
+    categories: Sequence[dict[str, Any]],
 ) -> bytes:
     """A PNG of the samples with their objects to the left and what was found to the right."""
     shown = [item for sample in samples for item in _best_predictions(predictions, sample)]
@@ -122,7 +144,9 @@ def _draw(
     return draw_scenes([(s.decode(), s.annotations, s.image_id) for s in samples], shown, names)
 
 
-def _results_file(samples: Sequence[DetectionSample], predictions: Sequence[dict[str, Any]]) -> bytes:
+def _results_file(
+    samples: Sequence[DetectionSample], predictions: Sequence[dict[str, Any]]
+) -> bytes:
     """COCO results as JSON.
 
     Image ids are COCO's own if every sample has one and no two the same, else the samples' places in the split.
@@ -133,7 +157,9 @@ def _results_file(samples: Sequence[DetectionSample], predictions: Sequence[dict
     return json.dumps(predictions, separators=(",", ":")).encode()
 
 
-def _best_predictions(predictions: Sequence[dict[str, Any]], sample: DetectionSample) -> list[dict[str, Any]]:
+def _best_predictions(
+    predictions: Sequence[dict[str, Any]], sample: DetectionSample
+) -> list[dict[str, Any]]:
     """The highest-scored predictions of an image, as many as it has objects: a fixed score would hide a weak model."""
     found = [item for item in predictions if item["image_id"] == sample.image_id]
     return sorted(found, key=lambda item: -float(item["score"]))[: len(sample.annotations)]

@@ -18,7 +18,12 @@ Example = tuple[Tensor, dict[str, Tensor]]
 
 
 def build_target(
-    annotations: Sequence[dict[str, Any]], height: int, width: int, category_ids: Sequence[int], *, masks: bool
+    annotations: Sequence[dict[str, Any]],
+    height: int,
+    width: int,
+    category_ids: Sequence[int],
+    *,
+    masks: bool,
 ) -> dict[str, Tensor]:
     """What torchvision trains on; crowds are left out.
 
@@ -61,9 +66,13 @@ def scale(image: Tensor, target: dict[str, Tensor], *, shorter: int, longest: in
     size = [max(1, int(height * factor)), max(1, int(width * factor))]
     scaled = functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
     ratio_y, ratio_x = size[0] / height, size[1] / width
-    target = target | {"boxes": target["boxes"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])}
+    target = target | {
+        "boxes": target["boxes"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    }
     if "masks" in target:
-        target["masks"] = functional.interpolate(target["masks"][:, None], size, mode="nearest")[:, 0]
+        target["masks"] = functional.interpolate(target["masks"][:, None], size, mode="nearest")[
+            :, 0
+        ]
     return scaled, target
 
 

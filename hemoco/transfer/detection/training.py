@@ -162,7 +162,12 @@ def average_batch_norm(state: DetectionState, batches: Iterable[Batch], steps: i
         steps: batches taken, > 0.
     """
     norms = [module for module in state.model.modules() if isinstance(module, BatchNorm)]
-    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    statistics = [
+        buffer
+        for norm in norms
+        for buffer in (norm.running_mean, norm.running_var)
+        if buffer is not None
+    ]
     sums = [torch.zeros_like(buffer) for buffer in statistics]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -219,7 +224,9 @@ def _name(config: DetectionConfig) -> str:
     return "mask_rcnn" if isinstance(config, MaskRcnnConfig) else "faster_rcnn"
 
 
-def _forward(model: nn.Module, images: list[Tensor], targets: Targets, state: DetectionState) -> dict[str, Tensor]:
+def _forward(
+    model: nn.Module, images: list[Tensor], targets: Targets, state: DetectionState
+) -> dict[str, Tensor]:
     """Losses of a batch, float32 ()."""
     device = state.device
     images = [image.to(device) for image in images]

@@ -47,7 +47,9 @@ class _Matches(NamedTuple):
     """(G,)."""
 
 
-def voc_metrics(ground_truth: dict[str, Any], predictions: list[dict[str, Any]]) -> dict[str, float]:
+def voc_metrics(
+    ground_truth: dict[str, Any], predictions: list[dict[str, Any]]
+) -> dict[str, float]:
     """VOC's average precision of boxes, mean over the categories with an object that is not difficult.
 
     Args:
@@ -64,7 +66,10 @@ def voc_metrics(ground_truth: dict[str, Any], predictions: list[dict[str, Any]])
     """
     check_scenes(ground_truth, predictions)
     annotations = ground_truth["annotations"]
-    object_rows, found_rows = _rows_by("category_id", annotations), _rows_by("category_id", predictions)
+    object_rows, found_rows = (
+        _rows_by("category_id", annotations),
+        _rows_by("category_id", predictions),
+    )
     areas: dict[str, list[float]] = {}
     eleven_points: list[list[float]] = []
     for category_id, name in metric_names(ground_truth["categories"]).items():
@@ -76,11 +81,17 @@ def voc_metrics(ground_truth: dict[str, Any], predictions: list[dict[str, Any]])
         areas[name] = [_area(recall, precision) for recall, precision in curves]
         eleven_points.append([_eleven_points(recall, precision) for recall, precision in curves])
     if not areas:
-        raise ShardError(f"all objects of {len(ground_truth['images'])} images are difficult: evaluate on some others")
+        raise ShardError(
+            f"all objects of {len(ground_truth['images'])} images are difficult: evaluate on some others"
+        )
     metrics: dict[str, float] = {}
     for kind, values in (("", list(areas.values())), ("_11point", eleven_points)):
         means = np.mean(values, axis=0)  # (T,)
-        metrics |= {f"box_ap{kind}": means.mean(), f"box_ap50{kind}": means[0], f"box_ap75{kind}": means[5]}
+        metrics |= {
+            f"box_ap{kind}": means.mean(),
+            f"box_ap50{kind}": means[0],
+            f"box_ap75{kind}": means[5],
+        }
     metrics |= {f"box_ap50/{name}": of_category[0] for name, of_category in areas.items()}
     return {name: float(value) for name, value in metrics.items()}
 
@@ -126,7 +137,9 @@ def _curve(matches: _Matches, threshold: float) -> tuple[Floats, Floats]:
     hit = matches.iou >= threshold
     counted = np.flatnonzero(hit & ~matches.difficult[matches.best])
     true = np.zeros(len(hit), bool)
-    true[counted[np.unique(matches.best[counted], return_index=True)[1]]] = True  # the first of each object
+    true[counted[np.unique(matches.best[counted], return_index=True)[1]]] = (
+        True  # the first of each object
+    )
     false = ~hit
     false[counted] = ~true[counted]
     true_so_far, false_so_far = true.cumsum(), false.cumsum()

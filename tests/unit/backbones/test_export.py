@@ -30,7 +30,9 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 @functools.cache
 def backbone_bytes(architecture: str, stem: Any) -> bytes:
     """A backbone whose BN statistics are not the initial ones, as after training."""
-    backbone = random_backbone(EncoderConfig(architecture=architecture, stem=stem), 0, MEAN, STD).train()
+    backbone = random_backbone(
+        EncoderConfig(architecture=architecture, stem=stem), 0, MEAN, STD
+    ).train()
     backbone(IMAGES)
     with tempfile.TemporaryDirectory() as folder:
         export_backbone(backbone, f"{folder}/b.safetensors", {"data_digest": "d", "run_id": "r"})
@@ -49,7 +51,9 @@ def strip_fc(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
-def test_torchvision_loads_it_strictly_and_computes_the_same(tmp_path: Path, architecture: str) -> None:
+def test_torchvision_loads_it_strictly_and_computes_the_same(
+    tmp_path: Path, architecture: str
+) -> None:
     url = backbone_file(tmp_path, architecture)
     export_checkpoint(url, str(tmp_path / "tv.pth"), "torchvision")
     model = strip_fc(getattr(torchvision.models, architecture)())
@@ -123,7 +127,9 @@ def test_architectures_that_others_lack_are_refused(tmp_path: Path, fmt: Any) ->
         export_checkpoint(backbone_file(tmp_path, "resnet10t"), str(tmp_path / "out"), fmt)
 
 
-def pretraining(moco: MoCoConfig | MoCoV3Config, architecture: str, **encoder: Any) -> PretrainConfig:
+def pretraining(
+    moco: MoCoConfig | MoCoV3Config, architecture: str, **encoder: Any
+) -> PretrainConfig:
     return PretrainConfig(encoder=EncoderConfig(architecture=architecture, **encoder), moco=moco)
 
 
@@ -132,7 +138,11 @@ def built(moco: MoCoConfig | MoCoV3Config, architecture: str = "resnet50") -> Me
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
 def assert_parts(state: dict[str, Tensor], expected: dict[str, int]) -> None:
@@ -160,7 +170,9 @@ def test_v3_has_the_tensors_of_the_official_file() -> None:
     assert_parts(state, {"base_encoder": 328, "momentum_encoder": 328, "predictor": 7})
     model = torchvision.models.resnet50()
     first, last = nn.Linear(2048, 4096, bias=False), nn.Linear(4096, 256, bias=False)
-    model.fc = nn.Sequential(first, nn.BatchNorm1d(4096), nn.ReLU(), last, nn.BatchNorm1d(256, affine=False))
+    model.fc = nn.Sequential(
+        first, nn.BatchNorm1d(4096), nn.ReLU(), last, nn.BatchNorm1d(256, affine=False)
+    )
     model.load_state_dict(part(state, "module.base_encoder."), strict=True)
     model.load_state_dict(part(state, "module.momentum_encoder."), strict=True)
     first, last = nn.Linear(256, 4096, bias=False), nn.Linear(4096, 256, bias=False)
@@ -168,11 +180,17 @@ def test_v3_has_the_tensors_of_the_official_file() -> None:
     predictor.load_state_dict(part(state, "module.predictor."), strict=True)
 
 
-SMALL = {"v1": MoCoConfig(head="linear", queue_length=256), "v2": MoCoConfig(queue_length=256), "v3": MoCoV3Config()}
+SMALL = {
+    "v1": MoCoConfig(head="linear", queue_length=256),
+    "v2": MoCoConfig(queue_length=256),
+    "v3": MoCoV3Config(),
+}
 
 
 @pytest.mark.parametrize("version", SMALL)
-def test_an_official_file_of_ours_comes_back_with_equal_features(tmp_path: Path, version: str) -> None:
+def test_an_official_file_of_ours_comes_back_with_equal_features(
+    tmp_path: Path, version: str
+) -> None:
     method = built(SMALL[version], "resnet18")
     method.query_encoder(IMAGES.repeat(16, 1, 1, 1))
     content = {
@@ -190,18 +208,28 @@ def test_an_official_file_of_ours_comes_back_with_equal_features(tmp_path: Path,
 
 @pytest.mark.parametrize("version", SMALL)
 def test_a_checkpoint_is_exported_as_an_official_file(tmp_path: Path, version: str) -> None:
-    state = build_state(pretraining(SMALL[version], "resnet18"), torch.device("cpu"), data_digest="d")
+    state = build_state(
+        pretraining(SMALL[version], "resnet18"), torch.device("cpu"), data_digest="d"
+    )
     url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)
     assert main(["export", url, str(tmp_path / "moco.pth"), "--format", "moco"]) == 0
     saved = torch.load(tmp_path / "moco.pth", weights_only=True)
     assert (saved["epoch"], saved["arch"]) == (0, "resnet18")
     expected = official_names(state.model.state_dict())
     assert saved["state_dict"].keys() == expected.keys()
-    assert not [name for name, tensor in expected.items() if not torch.equal(saved["state_dict"][name], tensor)]
+    assert not [
+        name
+        for name, tensor in expected.items()
+        if not torch.equal(saved["state_dict"][name], tensor)
+    ]
 
 
-def test_a_checkpoint_has_no_other_format_and_no_small_stem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = build_state(pretraining(SMALL["v1"], "resnet18", stem="small"), torch.device("cpu"), data_digest="d")
+def test_a_checkpoint_has_no_other_format_and_no_small_stem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = build_state(
+        pretraining(SMALL["v1"], "resnet18", stem="small"), torch.device("cpu"), data_digest="d"
+    )
     url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)
     assert main(["export", url, str(tmp_path / "out"), "--format", "timm"]) == 2
     assert "format timm has only backbones" in capsys.readouterr().err
@@ -209,7 +237,9 @@ def test_a_checkpoint_has_no_other_format_and_no_small_stem(tmp_path: Path, caps
     assert "stem is 'small', which moco does not have" in capsys.readouterr().err
 
 
-def test_a_head_that_no_official_version_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_no_official_version_has_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moco = dataclasses.replace(SMALL["v2"], head="mlp_bn")
     state = build_state(pretraining(moco, "resnet18"), torch.device("cpu"), data_digest="d")
     url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)

@@ -20,7 +20,17 @@ from hemoco.backbones.layouts import PLAIN_ARCHITECTURES, detectron2_name
 from hemoco.config import EncoderConfig
 from hemoco.errors import CheckpointError, ConfigError
 from jobs.cli import main
-from tests.helpers.foreign_files import KEY, LAYOUTS, QUERY, State, body, hollow, moco_v1_v2, save, under
+from tests.helpers.foreign_files import (
+    KEY,
+    LAYOUTS,
+    QUERY,
+    State,
+    body,
+    hollow,
+    moco_v1_v2,
+    save,
+    under,
+)
 
 IMAGES = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -47,7 +57,11 @@ def assert_same(found: State, expected: State) -> None:
 def test_every_layout_gives_its_backbone_tensor_for_tensor(layout, tmp_path):
     write, name = LAYOUTS[layout]
     done, tensors = imported(save(tmp_path, write(QUERY)))
-    assert (done.layout, done.config, done.tensors) == (name, EncoderConfig(architecture="resnet18"), 120)
+    assert (done.layout, done.config, done.tensors) == (
+        name,
+        EncoderConfig(architecture="resnet18"),
+        120,
+    )
     assert_same(tensors, body(QUERY))
 
 
@@ -61,7 +75,9 @@ def test_export_then_import_gives_the_backbone_again(fmt, tmp_path):
     done, tensors = imported(str(tmp_path / "theirs"))
     expected = backbone.encoder.state_dict()
     if fmt == "detectron2":  # which has no counters
-        expected |= {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
+        expected |= {
+            name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")
+        }
     assert_same(tensors, expected)
     assert (done.normalisation.mean == (0.5, 0.4, 0.3)) == (fmt == "timm")  # the only one that says
 
@@ -95,7 +111,13 @@ def test_a_file_with_one_encoder_has_no_key_encoder(tmp_path):
 
 def test_heads_are_named_and_modules_counted(tmp_path):
     done, _ = imported(save(tmp_path, {"state_dict": moco_v1_v2(QUERY)}))
-    expected = ["encoder_q.fc.0.weight", "encoder_q.fc.2.bias", "encoder_k.* (122)", "queue", "queue_ptr"]
+    expected = [
+        "encoder_q.fc.0.weight",
+        "encoder_q.fc.2.bias",
+        "encoder_k.* (122)",
+        "queue",
+        "queue_ptr",
+    ]
     assert sorted(done.left_out) == sorted(expected)
 
 
@@ -108,11 +130,15 @@ def test_metadata_say_that_it_was_imported_and_from_what(tmp_path):
     assert (metadata["run_id"], metadata["data_digest"]) == ("", "unknown")
 
 
-@pytest.mark.parametrize(("layout", "declared"), [("timm", ""), *((name, "resnet18") for name in LAYOUTS)])
+@pytest.mark.parametrize(
+    ("layout", "declared"), [("timm", ""), *((name, "resnet18") for name in LAYOUTS)]
+)
 def test_a_missing_tensor_is_named(layout, declared, tmp_path):
     state = {name: tensor for name, tensor in QUERY.items() if name != "layer3.1.bn2.running_var"}
     write, name = LAYOUTS[layout]
-    with pytest.raises(CheckpointError, match=rf"layout {name}: .*resnet18: layer3\.1\.bn2\.running_var is missing"):
+    with pytest.raises(
+        CheckpointError, match=rf"layout {name}: .*resnet18: layer3\.1\.bn2\.running_var is missing"
+    ):
         imported(save(tmp_path, write(state)), architecture=declared)
 
 
@@ -132,7 +158,11 @@ def test_a_missing_tensor_is_named(layout, declared, tmp_path):
 )
 def test_an_unexpected_tensor_is_named(layout, extra, tmp_path):
     content: Any = LAYOUTS[layout][0](QUERY)
-    inner = content["classy_state_dict"]["base_model"]["model"]["trunk"] if layout == "vissl" else content["state_dict"]
+    inner = (
+        content["classy_state_dict"]["base_model"]["model"]["trunk"]
+        if layout == "vissl"
+        else content["state_dict"]
+    )
     inner[extra] = torch.ones(1)
     last = ".".join(extra.split(".")[-2:]) if extra.count(".") > 1 else extra.split(".")[-1]
     with pytest.raises(CheckpointError, match=rf"is no .*resnet18: (\w+\.)?{last} is unexpected"):
@@ -141,7 +171,9 @@ def test_an_unexpected_tensor_is_named(layout, extra, tmp_path):
 
 def test_another_shape_or_kind_of_number_is_named(tmp_path):
     wider = QUERY | {"layer2.0.conv1.weight": torch.ones(129, 64, 3, 3)}
-    with pytest.raises(CheckpointError, match=r"layer2\.0\.conv1\.weight has shape \(129, 64, 3, 3\), not \(128,"):
+    with pytest.raises(
+        CheckpointError, match=r"layer2\.0\.conv1\.weight has shape \(129, 64, 3, 3\), not \(128,"
+    ):
         imported(save(tmp_path, wider))
     whole = QUERY | {"bn1.weight": torch.ones(64, dtype=torch.int8)}
     with pytest.raises(CheckpointError, match=r"bn1\.weight is torch\.int8, not torch\.float32"):
@@ -150,7 +182,10 @@ def test_another_shape_or_kind_of_number_is_named(tmp_path):
 
 def test_few_of_many_differences_are_named(tmp_path):
     url = save(tmp_path, {"arch": "resnet34", "state_dict": QUERY})
-    with pytest.raises(CheckpointError, match=r"is no resnet34: layer1\.2\.conv1\.weight is missing; .* and 93 more"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is no resnet34: layer1\.2\.conv1\.weight is missing; .* and 93 more",
+    ):
         imported(url)
 
 
@@ -161,26 +196,36 @@ def test_the_architecture_is_told_by_the_tensors_alone(architecture, tmp_path):
 
 
 def test_no_two_plain_architectures_have_the_same_tensors():
-    shapes = [{name: t.shape for name, t in hollow(each, 1).items()} for each in PLAIN_ARCHITECTURES]
+    shapes = [
+        {name: t.shape for name, t in hollow(each, 1).items()} for each in PLAIN_ARCHITECTURES
+    ]
     assert not [pair for pair in itertools.combinations(shapes, 2) if pair[0] == pair[1]]
 
 
 def test_an_architecture_that_tensors_cannot_tell_is_asked_for(tmp_path):
     url = save(tmp_path, timm.create_model("resnet10t").state_dict())
-    with pytest.raises(CheckpointError, match=r"nearest is resnet18: .*; name another with --architecture"):
+    with pytest.raises(
+        CheckpointError, match=r"nearest is resnet18: .*; name another with --architecture"
+    ):
         imported(url)
     assert imported(url, architecture="resnet10t")[0].config.architecture == "resnet10t"
 
 
 def test_a_vision_transformer_is_no_resnet(tmp_path):
     state = {"module.base_encoder.blocks.0.attn.qkv.weight": torch.ones(3, 1)}
-    with pytest.raises(CheckpointError, match=r"layout MoCo v3: .*'vit_small': it must be one of timm's ResNets"):
+    with pytest.raises(
+        CheckpointError, match=r"layout MoCo v3: .*'vit_small': it must be one of timm's ResNets"
+    ):
         imported(save(tmp_path, {"arch": "vit_small", "state_dict": state}))
 
 
 def test_the_small_stem_is_told_by_the_shape_of_the_first_convolution(tmp_path):
     model = torchvision.models.resnet18()
-    model.conv1, model.maxpool, model.fc = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), nn.Identity()
+    model.conv1, model.maxpool, model.fc = (
+        nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        nn.Identity(),
+        nn.Identity(),
+    )
     url = save(tmp_path, {"state_dict": under("backbone.", trained(model))})
     done, _ = imported(url)
     assert done.config.stem == "small"
@@ -191,7 +236,9 @@ def test_the_small_stem_is_told_by_the_shape_of_the_first_convolution(tmp_path):
 def test_counters_of_batches_may_be_absent_altogether_but_not_in_part(tmp_path):
     counters = [name for name in QUERY if name.endswith("num_batches_tracked")]
     without = {name: tensor for name, tensor in QUERY.items() if name not in counters}
-    assert imported(save(tmp_path, without))[0].tensors == 120  # torchvision's files of 2017 and 2018
+    assert (
+        imported(save(tmp_path, without))[0].tensors == 120
+    )  # torchvision's files of 2017 and 2018
     with pytest.raises(CheckpointError, match=rf"{counters[1]} is missing"):
         imported(save(tmp_path, without | {counters[0]: torch.tensor(1)}))
 
@@ -203,7 +250,9 @@ def test_half_precision_becomes_float32(tmp_path):
 
 def test_safetensors_of_others_are_read(tmp_path):
     safetensors.torch.save_file(
-        {name: t.contiguous() for name, t in QUERY.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+        {name: t.contiguous() for name, t in QUERY.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
     )
     done, tensors = imported(str(tmp_path / "model.safetensors"))
     assert_same(tensors, body(QUERY))
@@ -212,7 +261,9 @@ def test_safetensors_of_others_are_read(tmp_path):
 
 def test_a_mean_in_the_file_that_is_none_is_asked_for(tmp_path):
     tensors = {name: t.contiguous() for name, t in QUERY.items()}
-    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"mean": "[0.5]", "std": "[0.5]"})
+    safetensors.torch.save_file(
+        tensors, tmp_path / "model.safetensors", {"mean": "[0.5]", "std": "[0.5]"}
+    )
     with pytest.raises(CheckpointError, match="give --mean and --std"):
         imported(str(tmp_path / "model.safetensors"))
 
@@ -229,13 +280,19 @@ def test_mean_and_std_are_settings_of_images_in_0_to_1(tmp_path):
     imported(url, normalisation=Normalisation((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
     backbone = load_backbone(f"{url}.safetensors")
     assert (backbone.mean, backbone.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
-    with pytest.raises(ConfigError, match=r"mean is \(123.*: it must be that of images in \[0, 1\]"):
+    with pytest.raises(
+        ConfigError, match=r"mean is \(123.*: it must be that of images in \[0, 1\]"
+    ):
         imported(url, normalisation=Normalisation((123.675, 116.28, 103.53), (0.2, 0.3, 0.25)))
 
 
-@pytest.mark.parametrize("content", [{"optimizer": {"lr": 1}}, {"conv9.weight": torch.ones(1)}, [1]])
+@pytest.mark.parametrize(
+    "content", [{"optimizer": {"lr": 1}}, {"conv9.weight": torch.ones(1)}, [1]]
+)
 def test_files_without_a_known_state_dict_say_what_they_hold(content, tmp_path):
-    with pytest.raises(CheckpointError, match=r"'optimizer'|conv9.*in no known layout; known are|holds a list"):
+    with pytest.raises(
+        CheckpointError, match=r"'optimizer'|conv9.*in no known layout; known are|holds a list"
+    ):
         imported(save(tmp_path, content))
 
 
@@ -254,7 +311,10 @@ def test_the_command_says_what_it_took_and_what_it_left(tmp_path, capsys):
     assert main(["import", url, dest, "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{dest}: resnet18, 120 tensors of {url}, layout torchvision or timm"
-    assert lines[1:] == ["mean (0.5, 0.5, 0.5), std (0.2, 0.2, 0.2)", "left out: fc.weight, fc.bias"]
+    assert lines[1:] == [
+        "mean (0.5, 0.5, 0.5), std (0.2, 0.2, 0.2)",
+        "left out: fc.weight, fc.bias",
+    ]
 
 
 def test_the_command_fails_in_one_line_and_writes_nothing(tmp_path, capsys):
@@ -265,7 +325,9 @@ def test_the_command_fails_in_one_line_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("words", [["--mean", ".5", ".5", ".5"], ["--mean", "9", "9", "9", "--std", "1", "1", "1"]])
+@pytest.mark.parametrize(
+    "words", [["--mean", ".5", ".5", ".5"], ["--mean", "9", "9", "9", "--std", "1", "1", "1"]]
+)
 def test_half_or_wrong_normalisation_is_wrong_usage(words, tmp_path, capsys):
     url = save(tmp_path, QUERY)
     assert main(["import", url, str(tmp_path / "b"), *words]) == 2
@@ -277,4 +339,6 @@ def test_help_says_what_can_be_imported(capsys):
     with pytest.raises(SystemExit):
         main(["import", "--help"])
     words = capsys.readouterr().out.split()
-    assert {"solo-learn,", "FILE", "DEST", "--architecture", "--encoder", "--mean", "--std"} <= set(words)
+    assert {"solo-learn,", "FILE", "DEST", "--architecture", "--encoder", "--mean", "--std"} <= set(
+        words
+    )

@@ -15,14 +15,26 @@ from cluster.submit.environment import job_spec
 def no_facts_from_outside(monkeypatch):
     # a job is refused where these name a server of this machine
     servers = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI")
-    for name in (*servers, "HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY", "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"):
+    for name in (
+        *servers,
+        "HEMOCO_GIT_COMMIT",
+        "HEMOCO_GIT_DIRTY",
+        "RAY_RUNTIME_ENV_IGNORE_GITIGNORE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A small checkout: two modules, a recipe, what git and editors leave, a secret."""
-    for name in ("hemoco/data/a.py", "jobs/recipes/mine.py", ".git/config", ".venv/x.py", ".env", "jobs/__pycache__/b"):
+    for name in (
+        "hemoco/data/a.py",
+        "jobs/recipes/mine.py",
+        ".git/config",
+        ".venv/x.py",
+        ".env",
+        "jobs/__pycache__/b",
+    ):
         (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "c" / name).write_text("x = 1\n")
     return tmp_path / "c"
@@ -30,7 +42,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-    done = subprocess.run(["git", "-C", folder, *identity, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "-C", folder, *identity, *words], capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -53,9 +67,13 @@ def test_the_upload_is_what_ray_packs(checkout, tmp_path):
     (checkout / "hemoco" / ".gitignore").write_text("a.py\n")
     (checkout / ".rayignore").write_text("big\n")
     (checkout / "big").write_bytes(b"1" * 9)
-    create_package(str(checkout), tmp_path / "p.zip", include_gitignore=True, excludes=list(EXCLUDES))
+    create_package(
+        str(checkout), tmp_path / "p.zip", include_gitignore=True, excludes=list(EXCLUDES)
+    )
     with ZipFile(tmp_path / "p.zip") as package:
-        packed = {entry.filename: entry.file_size for entry in package.infolist() if not entry.is_dir()}
+        packed = {
+            entry.filename: entry.file_size for entry in package.infolist() if not entry.is_dir()
+        }
     assert uploaded_files(checkout) == packed
 
 
@@ -65,7 +83,9 @@ def test_this_checkout_can_be_uploaded():
 
 def test_a_recipe_outside_the_checkout_is_told(checkout, tmp_path):
     (tmp_path / "mine.py").touch()
-    assert "mine.py: lies outside the checkout" in upload_problems(checkout, tmp_path / "mine.py")[0]
+    assert (
+        "mine.py: lies outside the checkout" in upload_problems(checkout, tmp_path / "mine.py")[0]
+    )
 
 
 @pytest.mark.parametrize("file", [".gitignore", ".rayignore", "jobs/.rayignore"])
@@ -86,12 +106,18 @@ def test_an_upload_that_is_too_large_names_the_largest_files(checkout):
     with (checkout / "features.bin").open("wb") as file:
         file.truncate(70_000_000)
     (problem,) = upload_problems(checkout, None)
-    assert "3 files with 70.0 MB would be uploaded" in problem and "the largest: features.bin (70.0 MB)" in problem
+    assert (
+        "3 files with 70.0 MB would be uploaded" in problem
+        and "the largest: features.bin (70.0 MB)" in problem
+    )
 
 
 def test_git_tells_the_commit(repository):
     commit = git(repository, "rev-parse", "HEAD")
-    assert git_facts(repository) == {"mlflow.source.git.commit": commit, "hemoco.git_dirty": "false"}
+    assert git_facts(repository) == {
+        "mlflow.source.git.commit": commit,
+        "hemoco.git_dirty": "false",
+    }
 
 
 @pytest.mark.parametrize("name", ["a.py", "new.py"])
@@ -110,7 +136,10 @@ def test_git_is_believed_before_variables(repository, monkeypatch):
     monkeypatch.setenv("HEMOCO_GIT_COMMIT", "an-older-one")
     monkeypatch.setenv("HEMOCO_GIT_DIRTY", "true")
     commit = git(repository, "rev-parse", "HEAD")
-    assert git_facts(repository) == {"mlflow.source.git.commit": commit, "hemoco.git_dirty": "false"}
+    assert git_facts(repository) == {
+        "mlflow.source.git.commit": commit,
+        "hemoco.git_dirty": "false",
+    }
 
 
 @pytest.mark.parametrize("dirty", ["", "yes"])

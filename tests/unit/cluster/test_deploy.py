@@ -34,12 +34,18 @@ from tests.helpers.deploy_files import (
 
 
 def ray_commands() -> list[str]:
-    return [line for line in AWS["head_start_ray_commands"] + AWS["worker_start_ray_commands"] if "ray start" in line]
+    return [
+        line
+        for line in AWS["head_start_ray_commands"] + AWS["worker_start_ray_commands"]
+        if "ray start" in line
+    ]
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_fits_its_schema(file):
-    assert [problem for i, made in enumerate(documents(file)) for problem in problems(file, i, made)] == []
+    assert [
+        problem for i, made in enumerate(documents(file)) for problem in problems(file, i, made)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -51,11 +57,21 @@ def test_a_file_fits_its_schema(file):
         ("kuberay-job.yaml", 0, "spec.backoffLimit>backOffLimit", None),
         ("kuberay-job.yaml", 0, "metadata.nane", "x"),
         ("kuberay-job.yaml", 0, "spec.rayClusterSpec.workerGroupSpecs.0.replicas", "2"),
-        ("kuberay-job.yaml", 0, "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.envFrom.0.secretref", {}),
+        (
+            "kuberay-job.yaml",
+            0,
+            "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.envFrom.0.secretref",
+            {},
+        ),
         ("kuberay-job.yaml", 1, "spec.ingress.0.form", []),
         ("kuberay-job.yaml", 1, "spec.policyTypes.0", "ingress"),
         ("kuberay-cluster.yaml", 0, "spec.authOptions.mode", "tokens"),
-        ("kuberay-cluster.yaml", 0, "spec.workerGroupSpecs.0.template.spec.containers.0.lifecycle.prestop", {}),
+        (
+            "kuberay-cluster.yaml",
+            0,
+            "spec.workerGroupSpecs.0.template.spec.containers.0.lifecycle.prestop",
+            {},
+        ),
         (
             "kuberay-cluster.yaml",
             0,
@@ -66,7 +82,12 @@ def test_a_file_fits_its_schema(file):
         ("ray-aws.yaml", 0, "idle_timeout_minutes>idle_timout_minutes", None),
         ("ray-aws.yaml", 0, "docker.imgae", "x"),
         ("ray-aws.yaml", 0, "available_node_types.spot.node_config.InstanceMarketOption", {}),
-        ("ray-aws.yaml", 0, "available_node_types.head.node_config.BlockDeviceMappings.0.Ebs.VolumeSize", "200 GB"),
+        (
+            "ray-aws.yaml",
+            0,
+            "available_node_types.head.node_config.BlockDeviceMappings.0.Ebs.VolumeSize",
+            "200 GB",
+        ),
     ],
 )
 def test_a_mistyped_field_is_refused(file, index, path, value):
@@ -100,13 +121,19 @@ def test_the_image_has_no_secret():
 def test_every_image_has_an_exact_version(file):
     text = (DEPLOY / file).read_text()
     images = re.findall(r"^\s*-? ?(?:image:(?: &\w+)?|FROM) +([^\s*]\S+)", text, re.M)
-    assert images and [image for image in images if not re.search(r":\d+\.\d+(\.\d+)?(-[\w-]+)?$", image)] == []
+    assert (
+        images
+        and [image for image in images if not re.search(r":\d+\.\d+(\.\d+)?(-[\w-]+)?$", image)]
+        == []
+    )
 
 
 def test_our_image_has_the_version_of_the_project():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
     texts = [(DEPLOY / file).read_text() for file in (*FILES, "Dockerfile")] + [DOC]
-    assert version and {tag for text in texts for tag in re.findall(r"hemoco:(\d[\w.]*)", text)} == {version[1]}
+    assert version and {
+        tag for text in texts for tag in re.findall(r"hemoco:(\d[\w.]*)", text)
+    } == {version[1]}
 
 
 def test_compose_publishes_on_loopback_only():
@@ -118,21 +145,33 @@ def test_compose_publishes_on_loopback_only():
 
 def test_every_ray_asks_for_a_token():
     assert image_variables()["RAY_AUTH_MODE"] == "token"
-    services = [service for service in COMPOSE["services"].values() if service.get("command", [""])[0] == "ray"]
+    services = [
+        service
+        for service in COMPOSE["services"].values()
+        if service.get("command", [""])[0] == "ray"
+    ]
     assert [service["environment"]["RAY_AUTH_MODE"] for service in services] == ["token"] * 3
     job, cluster = (documents(file)[0]["spec"] for file in KUBERAY)
     assert job["rayClusterSpec"]["authOptions"] == cluster["authOptions"] == {"mode": "token"}
     commands = ray_commands()
-    assert len(commands) == 2 and all("RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=" in command for command in commands)
+    assert len(commands) == 2 and all(
+        "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=" in command for command in commands
+    )
 
 
 def test_the_image_has_the_variables_that_jobs_get(monkeypatch):
-    for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI"):  # of this session
+    for name in (
+        "AWS_ENDPOINT_URL",
+        "AWS_DEFAULT_REGION",
+        "MLFLOW_TRACKING_URI",
+    ):  # of this session
         monkeypatch.delenv(name, raising=False)
     for name in job_spec("http://head:8265", "run", ["run"], ROOT).variables:
         monkeypatch.delenv(name, raising=False)
     given = job_spec("http://head:8265", "run", ["run"], ROOT).variables
-    assert {name: value for name, value in given.items() if "_GIT_" not in name}.items() <= image_variables().items()
+    assert {
+        name: value for name, value in given.items() if "_GIT_" not in name
+    }.items() <= image_variables().items()
 
 
 def test_all_have_the_ray_of_this_environment():
@@ -148,7 +187,10 @@ def test_the_words_of_the_rayjob_are_understood_and_fill_its_workers():
     options = typed_options(verb, words, ReportOptions)
     asked: ResourcesConfig = options.recipe.pretrain.resources
     limits = pods("kuberay-job.yaml")["worker"]["containers"][0]["resources"]["limits"]
-    nodes, gpus = spec["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"], int(limits["nvidia.com/gpu"])
+    nodes, gpus = (
+        spec["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"],
+        int(limits["nvidia.com/gpu"]),
+    )
     assert options.run and options.storage
     assert asked.workers * asked.gpus_per_worker == nodes * gpus
     assert gpus * asked.cpus_per_worker <= int(limits["cpu"])
@@ -160,14 +202,22 @@ def test_a_pod_gets_what_it_asks_for_and_has_shared_memory(file):
         (container,) = pod["containers"]
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
-        assert [volume["emptyDir"]["medium"] for volume in pod["volumes"] if volume["name"] == "shm"] == ["Memory"]
+        assert [
+            volume["emptyDir"]["medium"] for volume in pod["volumes"] if volume["name"] == "shm"
+        ] == ["Memory"]
 
 
 @pytest.mark.parametrize("file", KUBERAY)
 def test_a_worker_has_time_to_save_a_checkpoint(file):
     pod = pods(file)["worker"]
-    assert pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["python", "-m", "cluster.drain"]
-    assert pod["terminationGracePeriodSeconds"] >= 60 + 30 + 10  # the drain, Ray's own end, some slack
+    assert pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == [
+        "python",
+        "-m",
+        "cluster.drain",
+    ]
+    assert (
+        pod["terminationGracePeriodSeconds"] >= 60 + 30 + 10
+    )  # the drain, Ray's own end, some slack
 
 
 def test_both_kuberay_files_describe_the_same_worker():
@@ -183,7 +233,10 @@ def test_the_cluster_does_not_take_the_secret_with_the_credentials_for_its_token
 def pod_labels(file: str) -> list[dict[str, str]]:
     spec = documents(file)[0]["spec"]
     spec = spec.get("rayClusterSpec", spec)
-    return [group["template"]["metadata"]["labels"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    return [
+        group["template"]["metadata"]["labels"]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
 
 
 @pytest.mark.parametrize("file", KUBERAY)
@@ -197,12 +250,22 @@ def test_the_network_policy_is_for_the_pods_of_its_own_file_and_lets_them_in(fil
 
 
 def test_the_driver_in_a_container_is_told_the_commit_and_whether_it_is_dirty():
-    told = {name for name in COMPOSE["services"]["driver"]["environment"] if name.startswith("HEMOCO_GIT")}
-    assert told == {"HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY"} == set(re.findall(r"export (HEMOCO_GIT_\w+)=", DOC))
+    told = {
+        name
+        for name in COMPOSE["services"]["driver"]["environment"]
+        if name.startswith("HEMOCO_GIT")
+    }
+    assert (
+        told
+        == {"HEMOCO_GIT_COMMIT", "HEMOCO_GIT_DIRTY"}
+        == set(re.findall(r"export (HEMOCO_GIT_\w+)=", DOC))
+    )
 
 
 def test_a_ray_that_does_not_answer_takes_only_its_share_of_the_time(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as silent:  # takes connections and never says a word
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
         assert _drain(9.0) == "it has not answered within 3 s"
 
@@ -212,7 +275,9 @@ def test_a_drain_that_cannot_be_begun_is_told_and_not_raised(monkeypatch):
     assert _drain(9).startswith("FileNotFoundError: ")
 
 
-@pytest.mark.parametrize("command", [*AWS["head_start_ray_commands"], *AWS["worker_start_ray_commands"]])
+@pytest.mark.parametrize(
+    "command", [*AWS["head_start_ray_commands"], *AWS["worker_start_ray_commands"]]
+)
 def test_a_command_of_the_launcher_is_good_shell(command):
     subprocess.run(["bash", "-n", "-c", command], check=True, capture_output=True)
 
@@ -232,7 +297,9 @@ def test_the_verbs_that_the_guide_types_exist():
 
 
 def test_the_files_that_the_guide_names_exist():
-    named = set(re.findall(r"\b(?:cluster|tests|docs)/[\w./-]+\.\w+", DOC)) | {"cluster/deploy/Dockerfile"}
+    named = set(re.findall(r"\b(?:cluster|tests|docs)/[\w./-]+\.\w+", DOC)) | {
+        "cluster/deploy/Dockerfile"
+    }
     assert {f"cluster/deploy/{file}" for file in ("compose.yaml", "ray-aws.yaml")} <= named
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
@@ -255,7 +322,14 @@ def test_the_guide_makes_every_secret_that_compose_asks_for():
 
 
 def test_the_upload_leaves_secrets_behind(tmp_path):
-    for name in ("hemoco/tokens.py", "tests/test_x.py", "stack.env", "nodes/node.env", "nodes/ray_token", "ssh.key"):
+    for name in (
+        "hemoco/tokens.py",
+        "tests/test_x.py",
+        "stack.env",
+        "nodes/node.env",
+        "nodes/ray_token",
+        "ssh.key",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / ".rayignore").write_bytes((ROOT / ".rayignore").read_bytes())

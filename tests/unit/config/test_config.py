@@ -34,10 +34,16 @@ def changed(**settings: object) -> Recipe:
     [
         {"workers": 4, "cpus": 2, "gpus": 1},
         {"log_every_steps": 1, "checkpoint_every_steps": 5},
-        {"stream": StreamConfig(workers=7, memory_bytes=1, disk_cache_bytes=2, retry_s=3, max_bad_share=0.5)},
+        {
+            "stream": StreamConfig(
+                workers=7, memory_bytes=1, disk_cache_bytes=2, retry_s=3, max_bad_share=0.5
+            )
+        },
     ],
 )
-def test_where_and_how_fast_a_transfer_runs_does_not_make_it_another(settings: dict[str, object]) -> None:
+def test_where_and_how_fast_a_transfer_runs_does_not_make_it_another(
+    settings: dict[str, object],
+) -> None:
     other = changed(**settings)
     assert config_digest(other) == config_digest(RECIPE)
     assert config_difference(flat_params(RECIPE), flat_params(other)) == []
@@ -87,7 +93,9 @@ def test_what_changes_a_result_makes_it_another(settings: dict[str, object]) -> 
         (MaskRcnnConfig, {"metric": "voc"}, "metric"),
     ],
 )
-def test_what_would_fail_late_is_refused_by_name(kind: type, settings: dict[str, object], named: str) -> None:
+def test_what_would_fail_late_is_refused_by_name(
+    kind: type, settings: dict[str, object], named: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"\.{named} "):
         kind(**settings)
 
@@ -127,6 +135,8 @@ def with_setting(config: object, path: list[str], value: object) -> object:
 
 
 @pytest.mark.parametrize("name", list(closed_choices(EVERY_KIND)))
-def test_a_value_that_is_not_in_the_list_of_its_setting_is_refused_by_its_full_name(name: str) -> None:
+def test_a_value_that_is_not_in_the_list_of_its_setting_is_refused_by_its_full_name(
+    name: str,
+) -> None:
     with pytest.raises(ConfigError, match=rf"^{re.escape(name)} is 'nonsense': it must be \w+ or "):
         with_setting(EVERY_KIND, name.split("."), "nonsense")

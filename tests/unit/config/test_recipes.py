@@ -29,7 +29,12 @@ TABLE = {row["recipe"]: row for row in PRETRAINING}
 def test_constants_are_those_of_the_official_recipe(name: str) -> None:
     config, row = load_recipe(name).pretrain, TABLE[name]
     optimizer, moco = config.optimizer, config.moco
-    words = [optimizer.kind, optimizer.schedule, config.precision, "yes" if config.encoder.zero_init_last else "no"]
+    words = [
+        optimizer.kind,
+        optimizer.schedule,
+        config.precision,
+        "yes" if config.encoder.zero_init_last else "no",
+    ]
     assert words == [row["optimizer"], row["schedule"], row["precision"], row["zero init"]]
     numbers = {
         "epochs": config.epochs,
@@ -53,7 +58,12 @@ def test_every_official_recipe_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_every_imagenet_recipe_has_the_data_settings_of_the_official_one(name: str) -> None:
     views, encoder = load_recipe(name).pretrain.views, load_recipe(name).pretrain.encoder
-    assert (views.size, views.crop_scale, views.flip, views.grayscale) == (224, (0.2, 1.0), 0.5, 0.2)
+    assert (views.size, views.crop_scale, views.flip, views.grayscale) == (
+        224,
+        (0.2, 1.0),
+        0.5,
+        0.2,
+    )
     assert (views.mean, views.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (encoder.architecture, encoder.stem, encoder.init, encoder.fan_mode) == (
         *("resnet50", "imagenet", "kaiming", "fan_out"),
@@ -83,12 +93,22 @@ def test_augmentation_is_that_of_the_version(row: dict[str, str]) -> None:
 def test_queue_head_and_groups_are_those_of_the_version() -> None:
     v1, v2, cifar = (
         load_recipe(name).pretrain.moco
-        for name in ("imagenet_resnet50_mocov1", "imagenet_resnet50_mocov2", "cifar10_resnet18_mocov2")
+        for name in (
+            "imagenet_resnet50_mocov1",
+            "imagenet_resnet50_mocov2",
+            "cifar10_resnet18_mocov2",
+        )
     )
-    assert isinstance(v1, MoCoConfig) and isinstance(v2, MoCoConfig) and isinstance(cifar, MoCoConfig)
+    assert (
+        isinstance(v1, MoCoConfig) and isinstance(v2, MoCoConfig) and isinstance(cifar, MoCoConfig)
+    )
     assert (v1.head, v1.queue_length, v1.bn_group_size) == ("linear", 65536, 32)
     assert (v2.head, v2.queue_length, v2.bn_group_size) == ("mlp", 65536, 32)
-    assert (cifar.head, cifar.queue_length, cifar.bn_group_size) == ("linear", 4096, 64)  # 8 groups of a batch of 512
+    assert (cifar.head, cifar.queue_length, cifar.bn_group_size) == (
+        "linear",
+        4096,
+        64,
+    )  # 8 groups of a batch of 512
     v3 = load_recipe("imagenet_resnet50_mocov3_100ep").pretrain.moco
     assert isinstance(v3, MoCoV3Config) and v3.hidden_size == 4096
 
@@ -96,21 +116,34 @@ def test_queue_head_and_groups_are_those_of_the_version() -> None:
 @pytest.mark.parametrize(
     ("name", "epoch", "lr"),
     [
-        *[("imagenet_resnet50_mocov1", e, lr) for e, lr in ((119, 0.03), (120, 0.003), (160, 0.0003))],
-        *[("imagenet_resnet50_mocov2", e, lr) for e, lr in ((0, 0.03), (100, 0.015), (199, 1.85e-6))],
-        *[("imagenet_resnet50_mocov3_100ep", e, lr) for e, lr in ((0, 0), (5, 4.8), (10, 9.6), (55, 4.8))],
+        *[
+            ("imagenet_resnet50_mocov1", e, lr)
+            for e, lr in ((119, 0.03), (120, 0.003), (160, 0.0003))
+        ],
+        *[
+            ("imagenet_resnet50_mocov2", e, lr)
+            for e, lr in ((0, 0.03), (100, 0.015), (199, 1.85e-6))
+        ],
+        *[
+            ("imagenet_resnet50_mocov3_100ep", e, lr)
+            for e, lr in ((0, 0), (5, 4.8), (10, 9.6), (55, 4.8))
+        ],
     ],
 )
 def test_learning_rates_are_the_tables(name: str, epoch: int, lr: float) -> None:
     config = load_recipe(name).pretrain
-    found = learning_rate(config.optimizer, step=epoch * 312, steps_per_epoch=312, epochs=config.epochs)
+    found = learning_rate(
+        config.optimizer, step=epoch * 312, steps_per_epoch=312, epochs=config.epochs
+    )
     assert found == pytest.approx(lr, rel=1e-3)
 
 
 @pytest.mark.parametrize(("epoch", "momentum"), [(0, 0.99), (50, 0.995), (100, 1.0)])
 def test_momentum_of_v3_is_the_tables(epoch: int, momentum: float) -> None:
     config = load_recipe("imagenet_resnet50_mocov3_100ep").pretrain
-    assert key_momentum(config.moco, step=epoch * 312, total_steps=31_200) == pytest.approx(momentum)
+    assert key_momentum(config.moco, step=epoch * 312, total_steps=31_200) == pytest.approx(
+        momentum
+    )
 
 
 def reduced(config: PretrainConfig) -> PretrainConfig:
@@ -142,7 +175,9 @@ def test_every_recipe_takes_one_real_step(name: str) -> None:
     assert math.isfinite(metrics.values["loss"]) and metrics.values["lr"] > 0
     names = [name for name, _ in state.model.query_encoder.named_parameters()]
     after = dict(state.model.query_encoder.named_parameters())
-    moved = {name for name, old in zip(names, before, strict=True) if not torch.equal(old, after[name])}
+    moved = {
+        name for name, old in zip(names, before, strict=True) if not torch.equal(old, after[name])
+    }
     # behind a last BN of zeros a block's convolutions have no gradient yet
     outside = {n for n in names if not n.startswith("encoder.layer") or ".downsample." in n}
     assert moved >= (outside if config.encoder.zero_init_last else set(names))

@@ -73,7 +73,9 @@ def test_every_epoch_delivers_its_steps_and_no_image_twice(shards: str) -> None:
     batches = run(shards, config())
     steps = stream.steps_per_epoch(read_index(shards), "train", stream.pretraining_plan(config()))
     assert steps == sum(SIZES) // 16
-    assert [batch.position for batch in batches] == [(epoch, step) for epoch in range(2) for step in range(steps)]
+    assert [batch.position for batch in batches] == [
+        (epoch, step) for epoch in range(2) for step in range(steps)
+    ]
     for epoch in range(2):
         keys = [key for batch in batches if batch.position.epoch == epoch for key in batch.keys]
         assert len(set(keys)) == len(keys) == 16 * steps
@@ -81,7 +83,9 @@ def test_every_epoch_delivers_its_steps_and_no_image_twice(shards: str) -> None:
 
 def test_views_show_the_image_of_their_key(shards: str) -> None:
     for batch in run(shards, config()):
-        expected = torch.tensor([int(key) for key in batch.keys])[:, None, None, None, None].expand(-1, 2, 3, 8, 8)
+        expected = torch.tensor([int(key) for key in batch.keys])[:, None, None, None, None].expand(
+            -1, 2, 3, 8, 8
+        )
         assert torch.equal(batch.crops.long(), expected)
 
 
@@ -114,7 +118,9 @@ def test_loader_processes_deliver_what_one_process_delivers(shards: str) -> None
 
 def test_memory_of_loader_processes_used_again_holds_the_right_views(shards: str) -> None:
     epochs = 2 * loader._BUFFERS
-    assert_equal(run(shards, config(workers=2), epochs=epochs), run(shards, config(), epochs=epochs))
+    assert_equal(
+        run(shards, config(workers=2), epochs=epochs), run(shards, config(), epochs=epochs)
+    )
 
 
 def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
@@ -135,12 +141,18 @@ def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_bad_samples_are_replaced_by_the_next_good_one_and_listed(tmp_path: Path, shards: str) -> None:
+def test_bad_samples_are_replaced_by_the_next_good_one_and_listed(
+    tmp_path: Path, shards: str
+) -> None:
     listed = BadSampleFile((tmp_path / "bad.jsonl").as_uri())
-    damaged = run(write_shards(f"file://{tmp_path}/s", SIZES, bad=(30, 31, 51)), config(), bad_samples=listed)
+    damaged = run(
+        write_shards(f"file://{tmp_path}/s", SIZES, bad=(30, 31, 51)), config(), bad_samples=listed
+    )
     whole = run(shards, config())
     replaced = {"30": "32", "31": "32", "51": "22"}  # the shard of 22 to 51 goes round
-    assert [[replaced.get(key, key) for key in batch.keys] for batch in whole] == [batch.keys for batch in damaged]
+    assert [[replaced.get(key, key) for key in batch.keys] for batch in whole] == [
+        batch.keys for batch in damaged
+    ]
     listed.close()
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == {"30", "31", "51"}
@@ -153,17 +165,23 @@ def test_the_replacement_does_not_depend_on_who_reads(tmp_path: Path) -> None:
     url = write_shards(tmp_path.as_uri(), SIZES, bad=(30, 31, 51))
     expected = [batch.keys for batch in run(url, config())]
     ranks = [run(url, config(), rank=rank, world_size=4) for rank in range(4)]
-    assert [[key for part in parts for key in part.keys] for parts in zip(*ranks, strict=True)] == expected
+    assert [
+        [key for part in parts for key in part.keys] for parts in zip(*ranks, strict=True)
+    ] == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_are_an_error_in_one_line(tmp_path: Path, workers: int) -> None:
     url = write_shards(tmp_path.as_uri(), SIZES, bad=tuple(range(25, 50)))
-    with pytest.raises(ShardError, match=r"^1\d of \d+ samples are bad, the last is \d+ in .*train-000002") as raised:
+    with pytest.raises(
+        ShardError, match=r"^1\d of \d+ samples are bad, the last is \d+ in .*train-000002"
+    ) as raised:
         run(url, config(workers=workers))
     assert "\n" not in str(raised.value)
     assert multiprocessing.active_children() == []
-    allowed = dataclasses.replace(config(), stream=dataclasses.replace(config().stream, max_bad_share=1.0))
+    allowed = dataclasses.replace(
+        config(), stream=dataclasses.replace(config().stream, max_bad_share=1.0)
+    )
     assert len(run(url, allowed)) == 8
 
 
@@ -178,7 +196,9 @@ def test_a_memory_limit_smaller_than_the_open_blocks_is_refused(shards: str) -> 
         run(shards, config(memory_bytes=needed - 1))
 
 
-def test_a_disk_cache_spares_the_storage_later_epochs(shards: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_disk_cache_spares_the_storage_later_epochs(
+    shards: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("HEMOCO_HOME", str(tmp_path))
     batches = run(shards, config(disk_cache_bytes=10**7))
     assert_equal(batches, run(shards, config()))
@@ -190,7 +210,9 @@ def test_a_disk_cache_spares_the_storage_later_epochs(shards: str, tmp_path: Pat
 def test_batches_say_what_was_read(shards: str) -> None:
     reading = [batch.reading for batch in run(shards, config())]
     assert [counts.samples for counts in reading] == [16] * 8
-    assert sum(counts.bytes for counts in reading) >= 2 * sum(shard.bytes for shard in read_index(shards).shards)
+    assert sum(counts.bytes for counts in reading) >= 2 * sum(
+        shard.bytes for shard in read_index(shards).shards
+    )
 
 
 def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:

@@ -17,5 +17,7 @@ from hemoco.data.shards.read import is_another_shard
     ],
 )
 def test_more_damaged_samples_than_that_are_another_shard(samples, examined, most_damaged):
-    found = [is_another_shard(examined=examined, damaged=n, samples=samples) for n in range(examined + 1)]
+    found = [
+        is_another_shard(examined=examined, damaged=n, samples=samples) for n in range(examined + 1)
+    ]
     assert found == [number > most_damaged for number in range(examined + 1)]

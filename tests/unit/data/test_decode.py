@@ -47,7 +47,11 @@ REFUSED = {
     "sharp/truncated.jpg": "damaged",
     "sharp/truncated.png": "damaged",
 }
-FUZZED = [row["file"] for row in ROWS if Path(row["file"]).name.startswith(("crash-", "oom-", "libtiff_segfault"))]
+FUZZED = [
+    row["file"]
+    for row in ROWS
+    if Path(row["file"]).name.startswith(("crash-", "oom-", "libtiff_segfault"))
+]
 BOMBS = [name for name, reason in REFUSED.items() if reason == "too large"]
 LIMITED = """
 import json, resource, sys
@@ -111,7 +115,9 @@ def segment(marker: int, *content: int) -> bytes:
     return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + bytes(content)
 
 
-def grey_jpeg(frame: int, *, bits: int = 8, tables: bytes = b"", scan: bytes = b"", selection: int = 0) -> bytes:
+def grey_jpeg(
+    frame: int, *, bits: int = 8, tables: bytes = b"", scan: bytes = b"", selection: int = 0
+) -> bytes:
     """A grey JPEG of 8 x 8 pixels by a process of coding that Pillow does not write."""
     quantisation = segment(0xDB, 0, *[1] * 64)
     header = segment(frame, bits, 0, 8, 0, 8, 1, 1, 0x11, 0)
@@ -137,13 +143,17 @@ def test_odd_files_look_as_pillow_shows_them_or_are_refused(name: str) -> None:
 
 def test_bombs_and_fuzzed_files_are_refused_within_little_memory() -> None:
     arguments = json.dumps([str(ODD), FUZZED, BOMBS])
-    found = subprocess.run([sys.executable, "-c", LIMITED, arguments], capture_output=True, check=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITED, arguments], capture_output=True, check=True, text=True
+    )
     assert json.loads(found.stdout) == {name: REFUSED[name] for name in BOMBS + FUZZED}
 
 
 @pytest.mark.parametrize("number", range(2, 9))
 def test_exif_orientation_is_applied(number: int) -> None:
-    upright, image = (decode_image(read(f"pillow/hopper{name}.jpg")) for name in ("", f"_orientation_{number}"))
+    upright, image = (
+        decode_image(read(f"pillow/hopper{name}.jpg")) for name in ("", f"_orientation_{number}")
+    )
     assert image.shape == (3, 128, 128)
     assert (upright.float() - image.float()).abs().mean() < 12  # other JPEG encodings
 
@@ -161,9 +171,13 @@ def test_jpegs_are_turned_as_pillow_turns_them(number: int, where: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(48, 40), (17, 31), (1, 1)])
-@pytest.mark.parametrize("options", [{"subsampling": number} for number in range(3)] + [{"progressive": True}])
+@pytest.mark.parametrize(
+    "options", [{"subsampling": number} for number in range(3)] + [{"progressive": True}]
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_common_jpegs_take_the_fast_way_and_lose_nothing(size: tuple[int, int], options: Any, mode: str) -> None:
+def test_common_jpegs_take_the_fast_way_and_lose_nothing(
+    size: tuple[int, int], options: Any, mode: str
+) -> None:
     data = encoded(picture(*size).convert(mode), "jpeg", **options)
     fast = decode._jpeg_pixels(data)
     assert fast is not None
@@ -187,7 +201,15 @@ def test_what_no_decoder_here_knows_is_unsupported() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("jpeg", {}), ("jpeg", {"progressive": True}), ("png", {}), ("webp", {}), ("bmp", {}), ("tiff", {}), ("ppm", {})],
+    [
+        ("jpeg", {}),
+        ("jpeg", {"progressive": True}),
+        ("png", {}),
+        ("webp", {}),
+        ("bmp", {}),
+        ("tiff", {}),
+        ("ppm", {}),
+    ],
 )
 def test_a_file_cut_off_anywhere_is_refused(kind: str, options: Any) -> None:
     data = encoded(picture(20, 20), kind, **options)
@@ -227,10 +249,21 @@ def test_damaged_jpegs_are_refused_or_look_as_pillow_shows_them() -> None:
 
 
 def test_a_size_hidden_in_an_icon_counts() -> None:
-    sizes, header = (10_000, 9_000), struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, 57, 22)
+    sizes, header = (
+        (10_000, 9_000),
+        struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, 57, 22),
+    )
     content = b"IHDR" + struct.pack(">IIBBBBB", *sizes, 1, 0, 0, 0, 0)
-    inner = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + content + struct.pack(">I", zlib.crc32(content))
-    assert refusal(header + inner + struct.pack(">I", 0) + b"IDAT" + bytes(4) + b"IEND\xaeB`\x82") == "too large"
+    inner = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + content
+        + struct.pack(">I", zlib.crc32(content))
+    )
+    assert (
+        refusal(header + inner + struct.pack(">I", 0) + b"IDAT" + bytes(4) + b"IEND\xaeB`\x82")
+        == "too large"
+    )
 
 
 def test_a_refusal_says_the_size_given_and_the_size_allowed() -> None:

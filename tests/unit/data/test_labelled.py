@@ -23,7 +23,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def backbone(seed: int = 0) -> Backbone:
-    return random_backbone(EncoderConfig(architecture="resnet10t", stem="small"), seed, (0.5,) * 3, (0.25,) * 3)
+    return random_backbone(
+        EncoderConfig(architecture="resnet10t", stem="small"), seed, (0.5,) * 3, (0.25,) * 3
+    )
 
 
 def test_a_split_in_storage_is_the_one_in_memory(shards: str) -> None:
@@ -68,8 +70,12 @@ def test_some_images_come_from_few_shards_all_over_the_split(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("count", "expected"), [(551, 551), (10_000, 551), (100, 100)])
-def test_some_images_are_about_as_many_as_wanted_or_all(shards: str, count: int, expected: int) -> None:
-    assert len(some_images(shards, read_index(shards), "train", size=4, count=count)) == pytest.approx(expected, abs=5)
+def test_some_images_are_about_as_many_as_wanted_or_all(
+    shards: str, count: int, expected: int
+) -> None:
+    assert len(
+        some_images(shards, read_index(shards), "train", size=4, count=count)
+    ) == pytest.approx(expected, abs=5)
 
 
 def test_images_without_a_label_are_told_before_any_is_read(tmp_path: Path) -> None:

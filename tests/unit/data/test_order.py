@@ -78,7 +78,9 @@ def test_samples_left_out_of_a_single_shard_differ_between_epochs() -> None:
 
 def test_a_batch_draws_on_as_many_shards_as_lanes_and_blocks_allow() -> None:
     made = order([50] * 64, lanes=8, shards_per_block=4, global_batch_size=32)
-    shards = [len({shard for shard, _ in flat(made.samples(step, 0, 32))}) for step in range(made.steps)]
+    shards = [
+        len({shard for shard, _ in flat(made.samples(step, 0, 32))}) for step in range(made.steps)
+    ]
     assert np.mean(shards) > 16
 
 
@@ -88,7 +90,9 @@ def test_two_samples_of_a_shard_are_rarely_neighbours_in_storage_order() -> None
 
 
 def test_a_split_smaller_than_a_global_batch_is_refused_with_its_size() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size is 24: the split has only 23 samples"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size is 24: the split has only 23 samples"
+    ):
         order([20, 3])
     assert order([20, 4]).steps == 1
 

@@ -20,7 +20,9 @@ MIB = 1 << 20
 
 
 def order(epoch: int = 0, lanes: int = 4, block: int = 2, size: int = 24) -> EpochOrder:
-    return EpochOrder(SIZES, seed=3, epoch=epoch, lanes=lanes, shards_per_block=block, global_batch_size=size)
+    return EpochOrder(
+        SIZES, seed=3, epoch=epoch, lanes=lanes, shards_per_block=block, global_batch_size=size
+    )
 
 
 def reader(url: str, portions: list[Portion], **settings: Any) -> SampleReader:
@@ -47,13 +49,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("slots", [(0, 24), (0, 6), (5, 13), (23, 24)])
 @pytest.mark.parametrize("first_step", [0, 2])
-def test_portions_hold_the_samples_of_all_steps_in_their_order(slots: tuple[int, int], first_step: int) -> None:
+def test_portions_hold_the_samples_of_all_steps_in_their_order(
+    slots: tuple[int, int], first_step: int
+) -> None:
     made = order()
     portions = list(plan_portions(made, 0, slots, first_step))
     assert [p.first_step for p in portions] == sorted(p.first_step for p in portions)
     for lane, begin, end in made.slices(*slots):
         rows = np.concatenate([p.rows for p in portions if p.block.lane == lane])
-        whole = [made.samples(s, lane * 6 + begin, lane * 6 + end) for s in range(first_step, made.steps)]
+        whole = [
+            made.samples(s, lane * 6 + begin, lane * 6 + end) for s in range(first_step, made.steps)
+        ]
         assert np.array_equal(rows, np.concatenate(whole))
 
 
@@ -89,7 +95,9 @@ def test_every_range_holds_its_samples_and_none_is_read_twice() -> None:
         chosen = rng.permutation(30)[: rng.integers(1, 30)]
         ranges = plan_ranges(offsets[chosen].tolist(), sizes[chosen].tolist(), 82 * MIB)
         assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
-        assert all(any(a <= offsets[i] and offsets[i] + sizes[i] <= b for a, b in ranges) for i in chosen)
+        assert all(
+            any(a <= offsets[i] and offsets[i] + sizes[i] <= b for a, b in ranges) for i in chosen
+        )
 
 
 def test_a_block_is_fetched_once_and_not_all_at_once(shards: str) -> None:
@@ -119,14 +127,18 @@ def test_memory_used_again_holds_the_right_samples(shards: str) -> None:
     for epoch in epochs:
         for step in range(order().steps):
             found = [bytes(read.image) for read in made.encoded(epoch, step, pieces)]
-            assert found == [png(int(key)) for key in expected((0, 24), range(step, step + 1), epoch)]
+            assert found == [
+                png(int(key)) for key in expected((0, 24), range(step, step + 1), epoch)
+            ]
             memory |= {piece.ctypes.data for piece in made._idle}
     assert 0 < len(memory) < len(portions)  # one portion reads several shards
     made.close()
 
 
 def test_a_shard_whose_samples_were_copied_is_not_held(shards: str) -> None:
-    made = reader(shards, list(plan_portions(order(), 0, (0, 1), 0)))  # less than half of every shard
+    made = reader(
+        shards, list(plan_portions(order(), 0, (0, 1), 0))
+    )  # less than half of every shard
     list(made.images(0, 0, list(order().slices(0, 1))))
     kept = [opened.read.get().memory for waiting in made._open.values() for opened in waiting]
     assert kept and not any(kept) and 0 < len(made._idle) <= 4  # threads
@@ -159,7 +171,9 @@ def test_flipped_bytes_cost_their_samples_and_no_others(tmp_path: Path, epoch: i
     assert "80" in wanted
     assert keys(made, (0, 24), steps, epoch) == ["81" if key == "80" else key for key in wanted]
     bad = made.take_counts().bad
-    assert {(b.shard, b.key, b.reason) for b in bad} == {(path.as_uri(), "80", "damaged since packed")}
+    assert {(b.shard, b.key, b.reason) for b in bad} == {
+        (path.as_uri(), "80", "damaged since packed")
+    }
     made.close()
 
 
@@ -169,7 +183,9 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
     tmp_path: Path, damage: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "ranges":
-        monkeypatch.setattr("hemoco.data.stream.order._REQUEST_BYTES", -(10**9))  # every sample by itself
+        monkeypatch.setattr(
+            "hemoco.data.stream.order._REQUEST_BYTES", -(10**9)
+        )  # every sample by itself
     url = write_shards(tmp_path.as_uri(), SIZES)
     path = tmp_path / "train-000006.tar"
     data = path.read_bytes()
@@ -188,8 +204,12 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
     made.close()
 
 
-def test_a_damaged_range_is_caught_by_its_crc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hemoco.data.stream.order._REQUEST_BYTES", 0)  # else these small shards are read whole
+def test_a_damaged_range_is_caught_by_its_crc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "hemoco.data.stream.order._REQUEST_BYTES", 0
+    )  # else these small shards are read whole
     url = write_shards(tmp_path.as_uri(), SIZES)
     shard = read_index(url).shards[6]
     path = tmp_path / shard.name

@@ -28,7 +28,13 @@ from hemoco.errors import ShardError
 
 SAMPLES = [
     Sample("cat_0001", b"jpeg bytes", label=3),
-    Sample("long_" + 150 * "x", b"png bytes", annotations=[{"id": 1, "bbox": [0, 0, 2, 2]}], image_id=7, suffix="png"),
+    Sample(
+        "long_" + 150 * "x",
+        b"png bytes",
+        annotations=[{"id": 1, "bbox": [0, 0, 2, 2]}],
+        image_id=7,
+        suffix="png",
+    ),
     Sample("größe", b"", annotations=[], image_id=8),
 ]
 
@@ -65,10 +71,14 @@ def test_samples_come_back_as_they_were_written(folder: Path) -> None:
 
 
 def test_splits_can_be_joined() -> None:
-    shards = tuple(Shard(f"{name}-0.tar", name, 1, 1, "00" * 32) for name in ("train", "test", "val", "train"))
+    shards = tuple(
+        Shard(f"{name}-0.tar", name, 1, 1, "00" * 32) for name in ("train", "test", "val", "train")
+    )
     index = ShardIndex(shards, (), ())
     assert index.split("train+val") == (shards[0], shards[2], shards[3])
-    with pytest.raises(ShardError, match="no split 'trainval' among the shards; they have test, train, val"):
+    with pytest.raises(
+        ShardError, match="no split 'trainval' among the shards; they have test, train, val"
+    ):
         index.split("test+trainval")
 
 
@@ -86,7 +96,8 @@ def test_equal_samples_make_equal_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "sample", [Sample("a.b", b""), Sample("a/b", b""), Sample("", b""), Sample("a", b"", suffix="py")]
+    "sample",
+    [Sample("a.b", b""), Sample("a/b", b""), Sample("", b""), Sample("a", b"", suffix="py")],
 )
 def test_keys_and_suffixes_that_readers_would_misread_are_refused(sample: Sample) -> None:
     with pytest.raises(ShardError):
@@ -96,7 +107,10 @@ def test_keys_and_suffixes_that_readers_would_misread_are_refused(sample: Sample
 def test_the_digest_changes_with_any_fact_of_the_index(folder: Path) -> None:
     index = read_index(str(folder))
     (shard,) = index.shards
-    others = [dataclasses.replace(shard, **{name: value}) for name, value in {"split": "x", "samples": 4}.items()]
+    others = [
+        dataclasses.replace(shard, **{name: value})
+        for name, value in {"split": "x", "samples": 4}.items()
+    ]
     changed = [dataclasses.replace(index, shards=(other,)) for other in others]
     changed += [
         dataclasses.replace(index, **change)
@@ -121,7 +135,9 @@ def test_a_folder_without_index_tells_how_to_pack(tmp_path: Path) -> None:
         ({"shards": [{"name": "x"}]}, "damaged index"),
     ],
 )
-def test_an_index_that_is_not_ours_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
+def test_an_index_that_is_not_ours_is_refused(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
     fields = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(fields | change))
     with pytest.raises(ShardError, match=message):
@@ -149,11 +165,15 @@ def test_a_damaged_shard_is_named(folder: Path, damage: str) -> None:
         read_shard(str(folder), read_index(str(folder)).shards[0])
 
 
-@pytest.mark.parametrize("members", [["nodot"], ["a.py"], ["a.jpg", "a.png"], ["a.cls"], ["a.jpg", "b.jpg"], []])
+@pytest.mark.parametrize(
+    "members", [["nodot"], ["a.py"], ["a.jpg", "a.png"], ["a.cls"], ["a.jpg", "b.jpg"], []]
+)
 def test_a_tar_of_another_number_of_samples_is_refused(tmp_path: Path, members: list[str]) -> None:
     data = tar_of(dict.fromkeys(members, b""))
     (tmp_path / "s.tar").write_bytes(data)
-    with pytest.raises(ShardError, match=r"s\.tar: [02] samples, the index says 1; pack the data again"):
+    with pytest.raises(
+        ShardError, match=r"s\.tar: [02] samples, the index says 1; pack the data again"
+    ):
         read_shard(str(tmp_path), described("s.tar", data, 1))
 
 
@@ -168,9 +188,13 @@ def test_the_table_of_a_shard_is_told_by_its_content(folder: Path) -> None:
     (shard,) = read_index(str(folder)).shards
     table = read_table(str(folder), shard)
     data = (folder / shard.name).read_bytes()
-    images = [data[start : start + size] for start, size in zip(table.offsets, table.sizes, strict=True)]
+    images = [
+        data[start : start + size] for start, size in zip(table.offsets, table.sizes, strict=True)
+    ]
     assert (table.keys, images) == ([s.key for s in SAMPLES], [s.image for s in SAMPLES])
-    assert [path.stem for path in (folder / "samples").iterdir()] == [hashlib.sha256(data).hexdigest()]
+    assert [path.stem for path in (folder / "samples").iterdir()] == [
+        hashlib.sha256(data).hexdigest()
+    ]
     check_table(str(folder), shard, parse_tar(data, "x.tar").table)
 
 
@@ -179,8 +203,14 @@ def test_the_table_of_a_shard_is_told_by_its_content(folder: Path) -> None:
     [
         ("missing", "the sample table of train-000000.tar is missing; pack the data again"),
         ("cut", "the sample table of train-000000.tar is damaged .*; pack the data again"),
-        ("shorter", "2 samples in the table of train-000000.tar, the index says 3; pack the data again"),
-        ("other", "the sample table of train-000000.tar does not fit its content; pack the data again"),
+        (
+            "shorter",
+            "2 samples in the table of train-000000.tar, the index says 3; pack the data again",
+        ),
+        (
+            "other",
+            "the sample table of train-000000.tar does not fit its content; pack the data again",
+        ),
     ],
 )
 def test_a_table_that_is_not_the_shards_is_refused(folder: Path, damage: str, message: str) -> None:
@@ -205,4 +235,7 @@ def test_columns_give_back_every_shard() -> None:
     )
     columns = ShardColumns(shards)
     assert [columns[i] for i in range(len(columns))] == list(shards)
-    assert (columns.samples.tolist(), columns.bytes.tolist()) == ([0, 1, 2], [2**40 + i for i in range(3)])
+    assert (columns.samples.tolist(), columns.bytes.tolist()) == (
+        [0, 1, 2],
+        [2**40 + i for i in range(3)],
+    )

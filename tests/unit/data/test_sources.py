@@ -72,11 +72,15 @@ def test_a_layout_means_the_same_in_a_folder_and_in_an_archive(
             archive.add(tmp_path / "data", ".")
     source = open_source([str(path)], "given")
     assert facts(source) == expected
-    contents = [content.decode() for content in read_items(pickle.loads(pickle.dumps(source.items[::-1])))]
+    contents = [
+        content.decode() for content in read_items(pickle.loads(pickle.dumps(source.items[::-1])))
+    ]
     assert sorted(contents) == sorted(
         name for name in names if name[0] not in "._" and "." in name and "txt" not in name
     )
-    assert [content.rpartition(".")[2].lower() for content in contents] == [item.suffix for item in source.items[::-1]]
+    assert [content.rpartition(".")[2].lower() for content in contents] == [
+        item.suffix for item in source.items[::-1]
+    ]
 
 
 def test_archives_of_class_folders_are_one_source_of_ten_classes(tmp_path: Path) -> None:
@@ -105,14 +109,17 @@ def test_coco_has_its_annotations_and_categories(coco_sets: dict[str, Path]) -> 
     assert [category["id"] for category in source.categories] == list(SPARSE_IDS)
     assert {item.image_id for item in items} == {image["id"] for image in official["images"]}
     found = [annotation for item in items for annotation in item.annotations or []]
-    assert sorted(found, key=lambda a: a["id"]) == sorted(official["annotations"], key=lambda a: a["id"])
+    assert sorted(found, key=lambda a: a["id"]) == sorted(
+        official["annotations"], key=lambda a: a["id"]
+    )
 
 
 def test_coco_images_in_one_folder_are_split_by_their_json(test_data: Path) -> None:
     folder = test_data / "dsb2018"
     splits = Counter(item.split for item in open_source([str(folder)], "x").items)
     official = {
-        split: len(json.loads((folder / f"instances_{split}.json").read_text())["images"]) for split in ("train", "val")
+        split: len(json.loads((folder / f"instances_{split}.json").read_text())["images"])
+        for split in ("train", "val")
     }
     assert splits == official
     assert splits.total() == len(list((folder / "images").iterdir()))
@@ -126,14 +133,23 @@ def test_coco_instances_all_takes_the_given_split(coco_sets: dict[str, Path]) ->
 
 def test_a_coco_image_without_objects_is_annotated(tmp_path: Path) -> None:
     coco_file(fill(tmp_path, "a.png", "b.png") / "instances_val.json")
-    assert [len(item.annotations or []) for item in open_source([str(tmp_path)], "x").items] == [0, 1]
+    assert [len(item.annotations or []) for item in open_source([str(tmp_path)], "x").items] == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": [{"id": 6, "file_name": "../b.png"}]}, "1 of its 1 images are not there, first '../b.png'"),
-        ({"images": [{"id": 6, "file_name": "a.png"}] * 2}, "1 of its images have the id of another"),
+        (
+            {"images": [{"id": 6, "file_name": "../b.png"}]},
+            "1 of its 1 images are not there, first '../b.png'",
+        ),
+        (
+            {"images": [{"id": 6, "file_name": "a.png"}] * 2},
+            "1 of its images have the id of another",
+        ),
         ({"images": [{"id": 7, "file_name": "a.png"}]}, "annotation 1 is of an unknown image"),
         ({"images": [{"id": 6}]}, "not a COCO file"),
         ({"images": [], "annotations": []}, "list no images"),
@@ -148,14 +164,18 @@ def test_coco_files_that_contradict_themselves_are_refused(
         open_source([str(tmp_path / "data")], "x")
 
 
-@pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg", "..\\evil.jpg", "C:\\evil.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil.jpg", "..\\evil.jpg", "C:\\evil.jpg"]
+)
 def test_names_that_lead_out_of_an_archive_are_refused(tmp_path: Path, name: str) -> None:
     path = zipped(tmp_path / "evil.zip", "a/good.jpg", name)
     with pytest.raises(ShardError, match="leads out of the archive"):
         open_source([path], "train")
 
 
-def test_a_tar_of_webdataset_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tar_of_webdataset_is_told_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(fill(tmp_path / "data", "1.jpg", "1.cls"), ".")
     open_source([str(tmp_path / "x.tar")], "train")
@@ -177,10 +197,15 @@ def test_links_out_of_a_folder_are_left_out(tmp_path: Path) -> None:
         ([], "found nothing"),
         (["a.txt", "b.txt", "c.csv", "Makefile"], "found 2 .txt, 1 .csv, 1 without suffix"),
         (["train/a/1.jpg", "valid/a/1.jpg"], "train are splits, but there are also folder valid"),
-        (["a/1.jpg", "b/1.jpg", "loose.jpg"], "would mix images in class folders .* and images without a class"),
+        (
+            ["a/1.jpg", "b/1.jpg", "loose.jpg"],
+            "would mix images in class folders .* and images without a class",
+        ),
     ],
 )
-def test_folders_that_mean_nothing_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+def test_folders_that_mean_nothing_are_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(UsageError, match=message):
         open_source([str(fill(tmp_path / "data", *names))], "train")
@@ -211,12 +236,17 @@ def test_damage_inside_an_archive_is_named_when_read(tmp_path: Path) -> None:
     path = tmp_path / "data.zip"
     zipped(path, "a/1.jpg", "b/1.jpg")
     path.write_bytes(path.read_bytes().replace(b"a/1.jpga/1.jpg", b"a/1.jpga/2.jpg"))
-    with pytest.raises(ShardError, match=r"data\.zip: cannot be read \(Bad CRC-32 for file 'a/1\.jpg'\)"):
+    with pytest.raises(
+        ShardError, match=r"data\.zip: cannot be read \(Bad CRC-32 for file 'a/1\.jpg'\)"
+    ):
         read_items(open_source([str(path)], "train").items)
 
 
 def test_sources_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    first, second = fill(tmp_path / "first", "a.png", "b.png"), fill(tmp_path / "second", "a.png", "b.png")
+    first, second = (
+        fill(tmp_path / "first", "a.png", "b.png"),
+        fill(tmp_path / "second", "a.png", "b.png"),
+    )
     coco_file(first / "instances_val.json")
     coco_file(second / "instances_val.json")
     with pytest.raises(UsageError, match="split val: 2 COCO image ids occur twice"):

@@ -20,7 +20,9 @@ Keys = dict[StreamPosition, list[str]]
 
 # G, and a number of lanes that divides it
 batch_shapes = st.sampled_from([(12, 1), (12, 4), (12, 12), (24, 6), (24, 8), (8, 2)])
-shard_sizes = st.lists(st.integers(0, 25), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) >= 24)
+shard_sizes = st.lists(st.integers(0, 25), min_size=1, max_size=9).filter(
+    lambda sizes: sum(sizes) >= 24
+)
 
 
 @st.composite
@@ -40,7 +42,9 @@ def config(batch: int, lanes: int, block: int, workers: int, seed: int) -> Pretr
     )
 
 
-def live(url: str, made: PretrainConfig, world_size: int, start: StreamPosition | None, steps: int | None) -> Keys:
+def live(
+    url: str, made: PretrainConfig, world_size: int, start: StreamPosition | None, steps: int | None
+) -> Keys:
     """The keys of the global batches that all loader processes of all ranks make together, until the kill."""
     shards, size = ShardColumns(read_index(url).shards), made.global_batch_size
     found: Keys = {}
@@ -70,14 +74,28 @@ def reference(sizes: Sequence[int], made: PretrainConfig) -> Keys:
         )
         for step in range(order.steps):
             rows = order.samples(step, 0, made.global_batch_size).tolist()
-            found[StreamPosition(epoch, step)] = [str(first[shard] + number) for shard, number in rows]
+            found[StreamPosition(epoch, step)] = [
+                str(first[shard] + number) for shard, number in rows
+            ]
     return found
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(sizes=shard_sizes, shape=batch_shapes, block=st.integers(1, 4), history=lives(), seed=st.integers(0, 99))
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(
+    sizes=shard_sizes,
+    shape=batch_shapes,
+    block=st.integers(1, 4),
+    history=lives(),
+    seed=st.integers(0, 99),
+)
 def test_order_and_exactly_once_hold_over_kills_and_changes_of_the_world_size(
-    sizes: list[int], shape: tuple[int, int], block: int, history: list[tuple[int, int, int]], seed: int
+    sizes: list[int],
+    shape: tuple[int, int],
+    block: int,
+    history: list[tuple[int, int, int]],
+    seed: int,
 ) -> None:
     url = write_shards(f"memory://{uuid.uuid4().hex}", sizes)
     expected = reference(sizes, config(*shape, block, 0, seed))

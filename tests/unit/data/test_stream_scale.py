@@ -50,7 +50,9 @@ def test_small_shards_are_fetched_whole_by_each_process_that_meets_them(cluster:
 def test_the_slots_of_all_processes_are_the_batch() -> None:
     cluster = Cluster(16, 16)
     slots = [process_slots(SMALL, cluster, process) for process in range(16)]
-    assert list(itertools.chain.from_iterable(range(*pair) for pair in slots)) == list(range(cluster.batch))
+    assert list(itertools.chain.from_iterable(range(*pair) for pair in slots)) == list(
+        range(cluster.batch)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 4, 12])
@@ -79,10 +81,14 @@ def test_a_resume_needs_exactly_the_rest_of_the_open_blocks() -> None:
     due = due_portions(SMALL, cluster, slots, step)
     for lane, begin, end in order.slices(*slots):
         low = lane * order.width
-        rest = np.concatenate([order.samples(s, low + begin, low + end) for s in range(step, order.steps)])
+        rest = np.concatenate(
+            [order.samples(s, low + begin, low + end) for s in range(step, order.steps)]
+        )
         open_blocks = [portion for portion in due if portion.block.lane == lane]
         last = open_blocks[-1].block.last - step * order.width
-        assert np.array_equal(np.concatenate([portion.rows for portion in open_blocks]), rest[:last])
+        assert np.array_equal(
+            np.concatenate([portion.rows for portion in open_blocks]), rest[:last]
+        )
 
 
 def test_effective_shards_of_known_shares() -> None:
@@ -95,18 +101,25 @@ def test_effective_shards_of_known_shares() -> None:
 def test_a_full_permutation_is_as_mixed_as_chance_says() -> None:
     sizes = np.full(100, 1000)
     found = quality(sizes, permutation_batches(100_000, batch=500, steps=200))
-    assert found.effective_shards == pytest.approx(1 / (1 / 500 + 499 / 500 / 100), rel=0.02)  # E[share^2], pairs
+    assert found.effective_shards == pytest.approx(
+        1 / (1 / 500 + 499 / 500 / 100), rel=0.02
+    )  # E[share^2], pairs
     assert found.classes == pytest.approx(1000 * (1 - 0.999**500), rel=0.02)
 
 
 def test_one_shard_per_lane_gives_as_many_shards_as_lanes() -> None:
-    found = quality(np.full(64, 400), lane_batches(np.full(64, 400), lanes=16, block=1, batch=64, steps=20))
+    found = quality(
+        np.full(64, 400), lane_batches(np.full(64, 400), lanes=16, block=1, batch=64, steps=20)
+    )
     assert 16 <= found.effective_shards <= 17  # a slice may lie across two shards
 
 
 def test_other_loaders_give_each_sample_once() -> None:
     sizes = np.full(16, 50)
-    for streams in (buffer_streams(sizes, workers=4, buffer=60), chunk_streams(800, workers=4, chunk=20)):
+    for streams in (
+        buffer_streams(sizes, workers=4, buffer=60),
+        chunk_streams(800, workers=4, chunk=20),
+    ):
         batches = worker_batches(streams, ranks=2, batch=40, steps=20)
         assert sorted(batches.ravel().tolist()) == list(range(800))
 

@@ -17,14 +17,18 @@ from hemoco.data.shards.table import SampleTable, decode_table, encode_table
 from hemoco.data.shards.tar import TarContent, parse_tar
 from hemoco.errors import ShardError
 
-PHOTOS = [(f"{i}.{suffix}", f"{suffix} {i}".encode() * 90) for i in range(5) for suffix in ("jpg", "txt")]
+PHOTOS = [
+    (f"{i}.{suffix}", f"{suffix} {i}".encode() * 90) for i in range(5) for suffix in ("jpg", "txt")
+]
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 
 def tar_of(members: list[tuple[str, bytes]], **changes: Any) -> bytes:
     """A tar of regular files; `changes` are of every header, or `format` of the archive."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=changes.pop("format", tarfile.PAX_FORMAT)) as tar:
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=changes.pop("format", tarfile.PAX_FORMAT)
+    ) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -70,35 +74,65 @@ def spoil(data: bytes, place: int, content: bytes, *, checksum: bool = False) ->
 WILD = [
     [(f"n01440764_{i}.{s}", b"x") for i in range(3) for s in ("JPEG", "cls")],
     [(f"00000{i:04d}.{s}", b"{}") for i in range(3) for s in ("jpg", "txt", "json")],
-    [("a/b/1.jpg", b"1"), ("a/b/1.seg.png", b"2"), ("a/c/1.jpg", b"3"), ("./d.v2.e/5.left.jpg", b"4")],
-    [("../../x.jpg", b"1"), ("/etc/passwd.jpg", b"2"), ("größe é\n.png", b"3"), (250 * "long" + "/k.webp", b"4")],
-    [("dir.with.dots/k.jpg", b"1"), ("no_suffix", b"2"), ("k.", b"3"), ("__meta__", b"4"), ("__m__/k.jpg", b"5")],
+    [
+        ("a/b/1.jpg", b"1"),
+        ("a/b/1.seg.png", b"2"),
+        ("a/c/1.jpg", b"3"),
+        ("./d.v2.e/5.left.jpg", b"4"),
+    ],
+    [
+        ("../../x.jpg", b"1"),
+        ("/etc/passwd.jpg", b"2"),
+        ("größe é\n.png", b"3"),
+        (250 * "long" + "/k.webp", b"4"),
+    ],
+    [
+        ("dir.with.dots/k.jpg", b"1"),
+        ("no_suffix", b"2"),
+        ("k.", b"3"),
+        ("__meta__", b"4"),
+        ("__m__/k.jpg", b"5"),
+    ],
 ]
 
 
 # webdataset leaves its file to the garbage collector
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("members", WILD)
-def test_stock_webdataset_finds_the_same_keys_and_images(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
+def test_stock_webdataset_finds_the_same_keys_and_images(
+    tmp_path: Path, members: list[tuple[str, bytes]]
+) -> None:
     (tmp_path / "x.tar").write_bytes(tar_of(members))
     stock = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
     content = parse_tar((tmp_path / "x.tar").read_bytes(), "x.tar")
-    images = {sample["__key__"]: sample for sample in stock if any(name.endswith(("g", "webp")) for name in sample)}
+    images = {
+        sample["__key__"]: sample
+        for sample in stock
+        if any(name.endswith(("g", "webp")) for name in sample)
+    }
     assert keys(content) == list(images)
     for sample in content.samples:
-        plain = [images[sample.key][s] for s in ("jpg", "jpeg", "png", "webp", "left.jpg") if s in images[sample.key]]
+        plain = [
+            images[sample.key][s]
+            for s in ("jpg", "jpeg", "png", "webp", "left.jpg")
+            if s in images[sample.key]
+        ]
         assert plain == [sample.image]
 
 
 @pytest.mark.parametrize("name", ["x.jpg", 99 * "long" + ".jpg", "größe.jpg"])
 @pytest.mark.parametrize("form", FORMATS[1:])
 def test_the_table_says_where_tarfile_finds_each_image(name: str, form: int) -> None:
-    data = tar_of([("a.cls", b"7"), (name, b"image bytes"), ("a.jpg", b""), ("b.jpg", bytes(range(256)))], format=form)
+    data = tar_of(
+        [("a.cls", b"7"), (name, b"image bytes"), ("a.jpg", b""), ("b.jpg", bytes(range(256)))],
+        format=form,
+    )
     table = parse_tar(data, "x.tar").table
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         images = [(m.name, m.offset_data, m.size) for m in tar if m.name.endswith("jpg")]
     assert [
-        (f"{key}.jpg", *place) for key, *place in zip(table.keys, table.offsets, table.sizes, strict=True)
+        (f"{key}.jpg", *place)
+        for key, *place in zip(table.keys, table.offsets, table.sizes, strict=True)
     ] == images
     contents = [data[start : start + size] for _, start, size in images]
     assert table.crcs.tolist() == [slow_crc32c(content) for content in contents]
@@ -109,7 +143,9 @@ def test_the_slow_checksum_is_crc32c() -> None:
     assert slow_crc32c(b"123456789") == 0xE3069283  # the check value of its catalogue entry
 
 
-@pytest.mark.parametrize("at", ["member", "header", "payload", "padding", "end blocks", "end block", "start"])
+@pytest.mark.parametrize(
+    "at", ["member", "header", "payload", "padding", "end blocks", "end block", "start"]
+)
 def test_a_cut_tar_is_refused_with_the_byte(at: str) -> None:
     data = tar_of(PHOTOS, format=tarfile.USTAR_FORMAT)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -138,7 +174,9 @@ def test_a_bad_header_in_the_middle_is_refused_with_its_byte(content: bytes) -> 
     data = tar_of(PHOTOS)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         place = tar.getmembers()[6].offset
-    with pytest.raises(ShardError, match=rf"x\.tar: damaged at byte {place}, where a member should begin"):
+    with pytest.raises(
+        ShardError, match=rf"x\.tar: damaged at byte {place}, where a member should begin"
+    ):
         parse_tar(spoil(data, place, content), "x.tar")
 
 
@@ -151,7 +189,9 @@ def test_what_is_no_tar_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"\xff" * 10 + b"\xfc\0"])
 def test_a_size_below_0_ends_in_an_error_and_not_in_a_loop(size: bytes) -> None:
     data = tar_of(PHOTOS)
-    with pytest.raises(ShardError, match=r"x\.tar: damaged at byte \d+ \('2\.jpg' has a size below 0"):
+    with pytest.raises(
+        ShardError, match=r"x\.tar: damaged at byte \d+ \('2\.jpg' has a size below 0"
+    ):
         parse_tar(spoil(data, 4 * 1024 + 124, size, checksum=True), "x.tar")
 
 
@@ -167,12 +207,20 @@ def test_damage_of_any_kind_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
     with (tmp_path / "s.jpg").open("r+b") as file:
         file.truncate(400_000)
     subprocess.run(["tar", "--format=gnu", "-Scf", "s.tar", "s.jpg"], cwd=tmp_path, check=True)
-    tars = [(tmp_path / "s.tar").read_bytes(), *(tar_of([("k" * 90 + ".jpg", b"x" * 600)], format=f) for f in FORMATS)]
+    tars = [
+        (tmp_path / "s.tar").read_bytes(),
+        *(tar_of([("k" * 90 + ".jpg", b"x" * 600)], format=f) for f in FORMATS),
+    ]
     for _ in range(3000):
         data = rng.choice(tars)
         for _ in range(rng.randrange(1, 4)):
             place = rng.randrange(min(len(data), 2048))
-            data = spoil(data, place, bytes([rng.choice((0, 10, 48, 57, 120, 255))]), checksum=rng.random() < 0.7)
+            data = spoil(
+                data,
+                place,
+                bytes([rng.choice((0, 10, 48, 57, 120, 255))]),
+                checksum=rng.random() < 0.7,
+            )
         try:
             parse_tar(data, "x.tar")
         except ShardError:
@@ -186,8 +234,14 @@ def test_a_tar_without_members_has_no_samples() -> None:
 
 
 def test_members_of_a_key_are_united_wherever_they_are() -> None:
-    content = parsed(("a.cls", b"1"), ("b.jpg", b"B"), ("a.jpg", b"A"), ("b.cls", b"2"), ("c.jpg", b"C"))
-    assert [(s.key, s.image, s.label) for s in content.samples] == [("b", b"B", 2), ("a", b"A", 1), ("c", b"C", None)]
+    content = parsed(
+        ("a.cls", b"1"), ("b.jpg", b"B"), ("a.jpg", b"A"), ("b.cls", b"2"), ("c.jpg", b"C")
+    )
+    assert [(s.key, s.image, s.label) for s in content.samples] == [
+        ("b", b"B", 2),
+        ("a", b"A", 1),
+        ("c", b"C", None),
+    ]
 
 
 def test_photos_told_apart_after_the_first_dot_only_are_never_one_sample() -> None:
@@ -213,22 +267,31 @@ def test_of_members_of_one_name_the_first_counts_and_the_others_are_named() -> N
 
 def test_suffixes_are_read_in_any_case_and_keys_are_not() -> None:
     content = parsed(("a.JPG", b"1"), ("a.Cls", b"2"), ("A.PnG", b"3"), ("a.v1.JPEG", b"4"))
-    assert [(s.key, s.suffix, s.label) for s in content.samples] == [("a", "jpg", 2), ("A", "png", None)]
+    assert [(s.key, s.suffix, s.label) for s in content.samples] == [
+        ("a", "jpg", 2),
+        ("A", "png", None),
+    ]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"Z"])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"Z"]
+)
 def test_links_and_devices_are_named_and_not_read(kind: bytes) -> None:
     data = tar_of([("a.jpg", b"")], type=kind, linkname="/etc/passwd")
     assert odd(parse_tar(data, "x.tar")) == [("a.jpg", "not a regular file")]
 
 
 def test_folders_are_passed_over() -> None:
-    content = parse_tar(tar_of([("a.jpg", b""), ("a.jpg/b.jpg", b"")], type=tarfile.DIRTYPE), "x.tar")
+    content = parse_tar(
+        tar_of([("a.jpg", b""), ("a.jpg/b.jpg", b"")], type=tarfile.DIRTYPE), "x.tar"
+    )
     assert (content.samples, content.odd) == ([], [])
 
 
 @pytest.mark.parametrize("form", [["--format=gnu"], ["--format=pax", "--sparse-version=1.0"]])
-def test_sparse_members_are_named_and_those_after_them_found(tmp_path: Path, form: list[str]) -> None:
+def test_sparse_members_are_named_and_those_after_them_found(
+    tmp_path: Path, form: list[str]
+) -> None:
     with (tmp_path / "s.jpg").open("wb") as file:
         file.truncate(10**9)  # larger than the tar: its size is no place in it
     (tmp_path / "t.jpg").write_bytes(b"image")
@@ -238,7 +301,9 @@ def test_sparse_members_are_named_and_those_after_them_found(tmp_path: Path, for
     assert [(sample.key, sample.image) for sample in content.samples] == [("t", b"image")]
 
 
-@pytest.mark.parametrize("name", ["._a.jpg", ".jpg", "d/._a.jpg", "d/.hidden.jpg", "nodot", "d.e/nodot", "a\0b.jpg"])
+@pytest.mark.parametrize(
+    "name", ["._a.jpg", ".jpg", "d/._a.jpg", "d/.hidden.jpg", "nodot", "d.e/nodot", "a\0b.jpg"]
+)
 def test_names_without_a_key_are_named(name: str) -> None:
     data = tar_of([("placeholder.jpg", b"")], pax_headers={"path": name})
     assert odd(parse_tar(data, "x.tar")) == [(name, "a name without key and suffix")]
@@ -253,7 +318,9 @@ def test_a_number_is_a_label(content: bytes, label: int) -> None:
     assert (found.samples[0].label, found.table.labels.tolist(), found.odd) == (label, [label], [])
 
 
-@pytest.mark.parametrize("content", [b"cat", b"", b"-1", b"1.0", b"1_0", b"\x80\x04K\x01.", b"15075141", b"9" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"cat", b"", b"-1", b"1.0", b"1_0", b"\x80\x04K\x01.", b"15075141", b"9" * 5000]
+)
 def test_a_class_that_is_no_number_is_named_and_its_image_unlabelled(content: bytes) -> None:
     found = parsed(("a.jpg", b""), ("a.cls", content))
     assert (found.samples[0].label, found.table.labels.tolist()) == (None, [-1])
@@ -261,9 +328,21 @@ def test_a_class_that_is_no_number_is_named_and_its_image_unlabelled(content: by
 
 
 def test_laion_metadata_are_no_annotations() -> None:
-    metadata = {"url": "https://x", "caption": "a cat", "image_id": 3, "annotations": ["tag"], "width": 512}
-    content = parsed(("000.jpg", b""), ("000.txt", b"a cat"), ("000.json", json.dumps(metadata).encode()))
-    assert (content.samples[0].annotations, content.samples[0].image_id, content.odd) == (None, None, [])
+    metadata = {
+        "url": "https://x",
+        "caption": "a cat",
+        "image_id": 3,
+        "annotations": ["tag"],
+        "width": 512,
+    }
+    content = parsed(
+        ("000.jpg", b""), ("000.txt", b"a cat"), ("000.json", json.dumps(metadata).encode())
+    )
+    assert (content.samples[0].annotations, content.samples[0].image_id, content.odd) == (
+        None,
+        None,
+        [],
+    )
 
 
 def test_coco_annotations_are_read() -> None:
@@ -288,7 +367,10 @@ class _Canary:
 
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     canary = pickle.dumps(_Canary(tmp_path / "loaded"))
-    members = [(f"a.{suffix}", canary) for suffix in ("jpg", "pkl", "pickle", "pyd", "pth", "cls", "json", "npy")]
+    members = [
+        (f"a.{suffix}", canary)
+        for suffix in ("jpg", "pkl", "pickle", "pyd", "pth", "cls", "json", "npy")
+    ]
     assert keys(parsed(*members)) == ["a"]
     with pytest.raises(ValueError):
         decode_table(canary)
@@ -300,7 +382,8 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
 def test_a_table_comes_back_as_it_was() -> None:
     names = [f"k{'k' * i}/größe\udcff{i}" for i in range(50)]
     table = parse_tar(
-        tar_of([(f"{name}.png", name.encode("utf-8", "surrogateescape")) for name in names]), "x.tar"
+        tar_of([(f"{name}.png", name.encode("utf-8", "surrogateescape")) for name in names]),
+        "x.tar",
     ).table
     again = decode_table(encode_table(table))
     assert again.keys == table.keys == names
@@ -313,7 +396,9 @@ def test_a_damaged_table_is_a_value_error_or_has_columns_of_one_length() -> None
     table = parse_tar(tar_of(PHOTOS), "x.tar").table
     data, rng = encode_table(table), random.Random(0)
     for _ in range(3000):
-        damaged = spoil(data, rng.randrange(600), bytes([rng.randrange(256)]))[: rng.choice((None, 500))]
+        damaged = spoil(data, rng.randrange(600), bytes([rng.randrange(256)]))[
+            : rng.choice((None, 500))
+        ]
         try:
             found = decode_table(damaged)
         except ValueError:

@@ -32,7 +32,13 @@ def two_crops(image: Tensor, draws: views.CropDraws) -> Tensor:
 
 
 def images(count: int, size: int = 32) -> Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0,
+        256,
+        (count, 3, size, size),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.uint8,
+    )
 
 
 def colours(count: int, **changed: NDArray[Any]) -> views.AugmentDraws:
@@ -49,7 +55,9 @@ def colours(count: int, **changed: NDArray[Any]) -> views.AugmentDraws:
     return views.AugmentDraws(**(neutral | changed))
 
 
-@pytest.mark.parametrize("draw", [views.draw_crops, functools.partial(views.draw_augmentation, view=1)])
+@pytest.mark.parametrize(
+    "draw", [views.draw_crops, functools.partial(views.draw_augmentation, view=1)]
+)
 def test_slots_of_ranks_together_draw_what_the_whole_batch_draws(draw: Any) -> None:
     whole = draw(ViewsConfig(), **AT, slots=(0, 12))
     parts = [draw(ViewsConfig(), **AT, slots=slots) for slots in ((0, 5), (5, 6), (6, 12))]
@@ -69,15 +77,30 @@ def test_draws_differ_between_views_slots_steps_and_epochs() -> None:
     keys = [AT, AT | {"step": 6}, AT | {"epoch": 2}, AT | {"seed": 4}]
     drawn = [views.draw_crops(ViewsConfig(), **key, slots=(0, 50)).corners.ravel() for key in keys]
     assert len(np.unique(drawn)) == 4 * 50 * 2 * 2
-    sigmas = [views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 50), view=view).sigmas for view in range(2)]
+    sigmas = [
+        views.draw_augmentation(ViewsConfig(), **AT, slots=(0, 50), view=view).sigmas
+        for view in range(2)
+    ]
     assert len(np.unique(sigmas)) == 100
 
 
 def test_rates_and_ranges_are_those_of_the_config() -> None:
     config = ViewsConfig(blur=(0.5, 0.1), solarize=(0.0, 0.2))
-    draws, key_draws = (views.draw_augmentation(config, **AT, slots=(0, 10_000), view=view) for view in range(2))
-    rates = [(draws.jitter, 0.8), (draws.grayscale, 0.2), (draws.flips, 0.5), (key_draws.flips, 0.5)]
-    rates += [(draws.blur, 0.5), (key_draws.blur, 0.1), (draws.solarize, 0), (key_draws.solarize, 0.2)]
+    draws, key_draws = (
+        views.draw_augmentation(config, **AT, slots=(0, 10_000), view=view) for view in range(2)
+    )
+    rates = [
+        (draws.jitter, 0.8),
+        (draws.grayscale, 0.2),
+        (draws.flips, 0.5),
+        (key_draws.flips, 0.5),
+    ]
+    rates += [
+        (draws.blur, 0.5),
+        (key_draws.blur, 0.1),
+        (draws.solarize, 0),
+        (key_draws.solarize, 0.2),
+    ]
     for drawn, rate in rates:
         assert abs(drawn.mean() - rate) < 0.015  # three standard deviations
     assert np.allclose(draws.factors.min(0), [0.6, 0.6, 0.6, -0.1], atol=1e-3)
@@ -89,7 +112,9 @@ def test_rates_and_ranges_are_those_of_the_config() -> None:
 
 def test_crop_boxes_are_distributed_as_torchvision_draws_them() -> None:
     draws = views.draw_crops(ViewsConfig(), **AT, slots=(0, 1000))
-    ours = [views._crop_size(300, 500, draws.areas[row, 0], draws.ratios[row, 0]) for row in range(1000)]
+    ours = [
+        views._crop_size(300, 500, draws.areas[row, 0], draws.ratios[row, 0]) for row in range(1000)
+    ]
     torch.manual_seed(0)
     theirs = RandomResizedCrop(32, scale=(0.2, 1.0))
     image = torch.empty(3, 300, 500)
@@ -100,9 +125,12 @@ def test_crop_boxes_are_distributed_as_torchvision_draws_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((1, 2000), (1, 1)), ((2000, 1), (1, 1)), ((10, 100), (10, 13)), ((100, 10), (13, 10))]
+    ("size", "expected"),
+    [((1, 2000), (1, 1)), ((2000, 1), (1, 1)), ((10, 100), (10, 13)), ((100, 10), (13, 10))],
 )
-def test_images_too_narrow_for_any_try_get_the_central_crop(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_images_too_narrow_for_any_try_get_the_central_crop(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
     assert views._crop_size(*size, np.full(10, 1.0), np.full(10, 1.0)) == expected
 
 
@@ -128,9 +156,15 @@ def test_each_adjustment_equals_torchvision(number: int) -> None:
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
     batch = images(6).float() / 255
     batch[0] = 0.5  # grey: no hue
-    factors = torch.tensor([-0.1, -0.05, 0.0, 0.02, 0.1, 0.5]) if number == 3 else torch.linspace(0.6, 1.4, 6)
+    factors = (
+        torch.tensor([-0.1, -0.05, 0.0, 0.02, 0.1, 0.5])
+        if number == 3
+        else torch.linspace(0.6, 1.4, 6)
+    )
     ours = getattr(views, names[number])(batch, factors)
-    theirs = [getattr(functional, names[number])(x, float(f)) for x, f in zip(batch, factors, strict=True)]
+    theirs = [
+        getattr(functional, names[number])(x, float(f)) for x, f in zip(batch, factors, strict=True)
+    ]
     assert torch.allclose(ours, torch.stack(theirs), atol=2e-5)
 
 
@@ -150,10 +184,14 @@ def test_jitter_takes_each_sample_in_its_own_order() -> None:
 def test_blur_is_gaussian_with_each_sample_its_sigma() -> None:
     batch, sigmas = images(5, 48).float(), [0.1, 0.5, 1.0, 1.7, 2.0]
     ours = views.gaussian_blur(batch, torch.tensor(sigmas))
-    theirs = torch.stack([functional.gaussian_blur(x, [31, 31], [s, s]) for x, s in zip(batch, sigmas, strict=True)])
+    theirs = torch.stack(
+        [functional.gaussian_blur(x, [31, 31], [s, s]) for x, s in zip(batch, sigmas, strict=True)]
+    )
     inside = slice(12, -12)  # at the border the paddings differ
     assert torch.allclose(ours[..., inside, inside], theirs[..., inside, inside], atol=1e-2)
-    assert torch.allclose(views.gaussian_blur(torch.ones(1, 3, 16, 16), torch.tensor([2.0])), torch.ones(1, 3, 16, 16))
+    assert torch.allclose(
+        views.gaussian_blur(torch.ones(1, 3, 16, 16), torch.tensor([2.0])), torch.ones(1, 3, 16, 16)
+    )
 
 
 def test_blur_is_pillows_to_a_grey_level_and_a_half() -> None:
@@ -170,7 +208,9 @@ def test_real_images_come_out_about_standardised() -> None:
     out = views.augment(crops, draws, ViewsConfig(size=96))
     assert out.mean().abs() < 0.6 and 0.6 < out.std() < 1.4  # two photos are not ImageNet
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 8, 8)
-    plain = views.augment(red, colours(1), dataclasses.replace(PLAIN, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.5)))
+    plain = views.augment(
+        red, colours(1), dataclasses.replace(PLAIN, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.5))
+    )
     torch.testing.assert_close(plain[0, :, 0, 0], torch.tensor([5.0, -2.0, -0.6]))
 
 
@@ -189,7 +229,9 @@ def test_only_the_drawn_samples_are_changed() -> None:
 def test_grey_comes_before_or_after_the_jitter(first: bool) -> None:
     config = dataclasses.replace(PLAIN, jitter=1.0, grayscale_first=first)
     every, factors = np.ones(2, bool), np.tile([1.0, 1.0, 1.0, 0.3], (2, 1))
-    out = views.augment(images(2), colours(2, jitter=every, grayscale=every, factors=factors), config)
+    out = views.augment(
+        images(2), colours(2, jitter=every, grayscale=every, factors=factors), config
+    )
     plain = images(2).float() / 255
     turned = plain if first else functional.adjust_hue(plain, 0.3)  # grey has no hue to turn
     assert torch.allclose(out, functional.rgb_to_grayscale(turned, 3), atol=1e-4)

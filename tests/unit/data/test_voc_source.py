@@ -27,7 +27,9 @@ def voc(folder: Path, lists: dict[str, list[str]], annotations: dict[str, str]) 
         (folder / "JPEGImages" / f"{stem}.jpg").write_text(stem)
         (folder / "Annotations" / f"{stem}.xml").write_text(content)
     for split, stems in lists.items():
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(
+            "".join(f"{stem}\n" for stem in stems)
+        )
     return folder
 
 
@@ -62,7 +64,9 @@ def test_ids_begin_at_1_and_do_not_change(test_data: Path) -> None:
     annotations = [annotation for item in source.items for annotation in item.annotations or []]
     objects = count_objects(test_data / "bccd").total()
     assert [annotation["id"] for annotation in annotations] == list(range(1, objects + 1))
-    assert all(a["image_id"] == item.image_id for item in source.items for a in item.annotations or [])
+    assert all(
+        a["image_id"] == item.image_id for item in source.items for a in item.annotations or []
+    )
 
 
 def test_a_box_of_pixels_counted_from_1_becomes_one_from_0(tmp_path: Path) -> None:
@@ -95,7 +99,11 @@ def test_odd_boxes_are_kept_as_they_were(
 def test_parts_of_objects_are_no_objects_and_no_objects_are_an_annotation(tmp_path: Path) -> None:
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     source = opened(
-        voc(tmp_path, {}, {"a": described(DOG.replace("<bndbox>", f"{part}<bndbox>", 1)), "b": described()})
+        voc(
+            tmp_path,
+            {},
+            {"a": described(DOG.replace("<bndbox>", f"{part}<bndbox>", 1)), "b": described()},
+        )
     )
     assert [boxes(item) for item in source.items] == [[[47, 239, 148, 132]], []]
     assert [category["name"] for category in source.categories] == ["dog"]
@@ -120,7 +128,11 @@ def test_official_archives_are_one_set_with_one_numbering(tmp_path: Path) -> Non
         {"train": ["1"], "val": ["2"]},
         {"1": described(DOG), "2": described()},
     )
-    voc(tmp_path / "2" / "VOCdevkit" / "VOC2007", {"test": ["3"]}, {"3": described(OBJECT.format("cat", 1, 1, 2, 2))})
+    voc(
+        tmp_path / "2" / "VOCdevkit" / "VOC2007",
+        {"test": ["3"]},
+        {"3": described(OBJECT.format("cat", 1, 1, 2, 2))},
+    )
     for name in "12":
         with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
             archive.add(tmp_path / name, ".")
@@ -129,7 +141,11 @@ def test_official_archives_are_one_set_with_one_numbering(tmp_path: Path) -> Non
         ("VOC2007_1", "train", 1), ("VOC2007_2", "val", 2), ("VOC2007_3", "test", 3)
     ]  # fmt: skip
     assert source.categories == ({"id": 1, "name": "cat"}, {"id": 2, "name": "dog"})
-    assert [[a["category_id"] for a in item.annotations or []] for item in source.items] == [[2], [], [1]]
+    assert [[a["category_id"] for a in item.annotations or []] for item in source.items] == [
+        [2],
+        [],
+        [1],
+    ]
     assert read_items(source.items) == [b"1", b"2", b"3"]
 
 
@@ -170,7 +186,9 @@ def test_a_doctype_in_another_encoding_is_found(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("filename", ["a.jpg", "a", "C:\\photos\\a.png", "/home/pi/a.jpg", " a.jpg\n", ""])
+@pytest.mark.parametrize(
+    "filename", ["a.jpg", "a", "C:\\photos\\a.png", "/home/pi/a.jpg", " a.jpg\n", ""]
+)
 def test_a_filename_may_have_another_folder_or_suffix(tmp_path: Path, filename: str) -> None:
     assert len(opened(voc(tmp_path, {}, {"a": described(DOG, filename=filename)})).items) == 1
 
@@ -180,13 +198,31 @@ def test_a_filename_may_have_another_folder_or_suffix(tmp_path: Path, filename: 
     [
         ("JPEGImages/b.jpg", "b", r"JPEGImages/b\.jpg: no XML file in Annotations describes it"),
         ("Annotations/b.xml", described(), r"Annotations/b\.xml: its image is not in JPEGImages"),
-        ("JPEGImages/a.png", "a", r"JPEGImages/a\.(jpg|png): .*JPEGImages/a\.(png|jpg) differs in its suffix only"),
-        ("ImageSets/Main/train.txt", "a\nb\n", r"train\.txt: it lists 'b', which is not in JPEGImages"),
-        ("ImageSets/Main/train.txt", "a  1\n", r"train\.txt: it lists 'a  1', which is not in JPEGImages"),
-        ("ImageSets/Main/test.txt", "a\n", r"test\.txt: it lists 'a', which val\.txt has too; keep it in one"),
+        (
+            "JPEGImages/a.png",
+            "a",
+            r"JPEGImages/a\.(jpg|png): .*JPEGImages/a\.(png|jpg) differs in its suffix only",
+        ),
+        (
+            "ImageSets/Main/train.txt",
+            "a\nb\n",
+            r"train\.txt: it lists 'b', which is not in JPEGImages",
+        ),
+        (
+            "ImageSets/Main/train.txt",
+            "a  1\n",
+            r"train\.txt: it lists 'a  1', which is not in JPEGImages",
+        ),
+        (
+            "ImageSets/Main/test.txt",
+            "a\n",
+            r"test\.txt: it lists 'a', which val\.txt has too; keep it in one",
+        ),
     ],
 )
-def test_files_that_do_not_belong_together_are_named(tmp_path: Path, path: str, content: str, message: str) -> None:
+def test_files_that_do_not_belong_together_are_named(
+    tmp_path: Path, path: str, content: str, message: str
+) -> None:
     folder = voc(tmp_path, {"val": ["a"]}, {"a": described(DOG)})
     (folder / path).write_text(content)
     with pytest.raises(ShardError, match=message):

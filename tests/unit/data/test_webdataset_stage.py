@@ -24,13 +24,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def source(url: str, rank: int = 0, world_size: int = 1) -> SampleSource:
-    return SampleSource(url, "train", config=CONFIG, seed=5, global_batch_size=16, rank=rank, world_size=world_size)
+    return SampleSource(
+        url, "train", config=CONFIG, seed=5, global_batch_size=16, rank=rank, world_size=world_size
+    )
 
 
 def expected(epoch: int) -> list[int]:
-    order = EpochOrder(SIZES, seed=5, epoch=epoch, lanes=4, shards_per_block=2, global_batch_size=16)
+    order = EpochOrder(
+        SIZES, seed=5, epoch=epoch, lanes=4, shards_per_block=2, global_batch_size=16
+    )
     first = np.cumsum([0, *SIZES])
-    return [int(first[s] + n) for step in range(order.steps) for s, n in order.samples(step, 0, 16).tolist()]
+    return [
+        int(first[s] + n)
+        for step in range(order.steps)
+        for s, n in order.samples(step, 0, 16).tolist()
+    ]
 
 
 def test_it_is_the_source_of_a_webdataset_pipeline(shards: str) -> None:
@@ -40,9 +48,14 @@ def test_it_is_the_source_of_a_webdataset_pipeline(shards: str) -> None:
         webdataset.to_tuple("__key__", "png", "cls"),
         webdataset.batched(16),
     )
-    found = [(key, image, label) for batch in pipeline for key, image, label in zip(*batch, strict=True)]
+    found = [
+        (key, image, label) for batch in pipeline for key, image, label in zip(*batch, strict=True)
+    ]
     assert [int(key) for key, _, _ in found] == expected(0)
-    assert all(image.getpixel((0, 0)) == (int(key),) * 3 and label == int(key) % 3 for key, image, label in found)
+    assert all(
+        image.getpixel((0, 0)) == (int(key),) * 3 and label == int(key) % 3
+        for key, image, label in found
+    )
 
 
 def test_ranks_share_the_epoch_and_epochs_differ(shards: str) -> None:

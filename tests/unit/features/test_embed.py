@@ -16,13 +16,27 @@ from PIL import Image
 from hemoco import load_backbone
 from hemoco.backbones.file import export_backbone, random_backbone
 from hemoco.config import EncoderConfig
-from hemoco.data.shards.index import Shard, ShardIndex, read_index, read_table, write_index, write_table
+from hemoco.data.shards.index import (
+    Shard,
+    ShardIndex,
+    read_index,
+    read_table,
+    write_index,
+    write_table,
+)
 from hemoco.data.shards.tar import Sample, encode_shard, parse_tar
 from hemoco.data.stream.bad_samples import BadSample
 from hemoco.errors import CheckpointError, ConfigError, ShardError, TrainingError, UsageError
 from hemoco.features.embed import EmbeddedShard, embed_shards
 from hemoco.features.parquet import file_name
-from hemoco.features.plan import EmbedConfig, EmbedPlan, finished_files, fixed_url, plan_embedding, usual_size
+from hemoco.features.plan import (
+    EmbedConfig,
+    EmbedPlan,
+    finished_files,
+    fixed_url,
+    plan_embedding,
+    usual_size,
+)
 from hemoco.storage.objects import list_names, write_bytes
 from jobs.cli import main
 from tests.helpers.shard_folders import png, write_shards
@@ -40,11 +54,15 @@ def backbone(tmp_path: Path) -> str:
 
 def saved(path: Path, seed: int) -> str:
     tiny = EncoderConfig(architecture="resnet10t", stem="small")
-    export_backbone(random_backbone(tiny, seed, MEAN, STD), str(path), {"data_digest": "d", "run_id": "r"})
+    export_backbone(
+        random_backbone(tiny, seed, MEAN, STD), str(path), {"data_digest": "d", "run_id": "r"}
+    )
     return str(path)
 
 
-def planned(shards: str, backbone: str, dest: Path | str, config: EmbedConfig = CONFIG) -> EmbedPlan:
+def planned(
+    shards: str, backbone: str, dest: Path | str, config: EmbedConfig = CONFIG
+) -> EmbedPlan:
     return plan_embedding(shards, read_index(shards), fixed_url(backbone), str(dest), config)
 
 
@@ -61,8 +79,16 @@ def shards_of(url: str, images: dict[str, np.ndarray], **more: bytes) -> str:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "png")
         encoded[key] = buffer.getvalue()
-    data = encode_shard([Sample(key, image, None, suffix="png") for key, image in (encoded | more).items()])
-    shard = Shard("train-000000.tar", "train", len(encoded | more), len(data), hashlib.sha256(data).hexdigest())
+    data = encode_shard(
+        [Sample(key, image, None, suffix="png") for key, image in (encoded | more).items()]
+    )
+    shard = Shard(
+        "train-000000.tar",
+        "train",
+        len(encoded | more),
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+    )
     write_bytes(f"{url}/{shard.name}", data)
     write_table(url, shard, parse_tar(data, shard.name).table)
     write_index(url, ShardIndex((shard,), (), ()))
@@ -82,7 +108,9 @@ def by_hand(backbone: str, crops: np.ndarray) -> np.ndarray:
     """Features of crops (N, S, S, 3)."""
     inputs = ((crops / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
     with torch.no_grad():
-        found: np.ndarray = load_backbone(backbone)(torch.from_numpy(inputs.astype(np.float32))).numpy()
+        found: np.ndarray = load_backbone(backbone)(
+            torch.from_numpy(inputs.astype(np.float32))
+        ).numpy()
     return found
 
 
@@ -93,7 +121,9 @@ def test_features_are_the_backbone_of_the_normalised_centre(tmp_path: Path, back
     expected = by_hand(backbone, np.stack([wide[:, 3:13], high[2:12]]))
     found = features(tmp_path / "out")
     # batches of another size round differently
-    np.testing.assert_allclose(np.stack([found["wide"], found["high"]]), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.stack([found["wide"], found["high"]]), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_centre_is_cut_from_the_image_at_the_asked_scale(tmp_path: Path, backbone: str) -> None:
@@ -119,7 +149,11 @@ def test_pandas_alone_reads_keys_splits_labels_and_classes(tmp_path: Path, backb
 
 
 def test_what_has_no_label_has_null(tmp_path: Path, backbone: str) -> None:
-    embedded(planned(write_shards(str(tmp_path / "shards"), [2], labelled=False), backbone, tmp_path / "out"))
+    embedded(
+        planned(
+            write_shards(str(tmp_path / "shards"), [2], labelled=False), backbone, tmp_path / "out"
+        )
+    )
     table = pyarrow.parquet.read_table(tmp_path / "out" / "train-000000.parquet")
     assert table["label"].null_count == table["class_name"].null_count == 2
     assert str(table.schema.field("feature").type) == "fixed_size_list<element: float>[512]"
@@ -143,10 +177,14 @@ def test_the_schema_says_what_the_features_follow_from(tmp_path: Path, backbone:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_features_do_not_depend_on_the_batch(tmp_path: Path, backbone: str, batch_size: int) -> None:
+def test_features_do_not_depend_on_the_batch(
+    tmp_path: Path, backbone: str, batch_size: int
+) -> None:
     shards = write_shards(str(tmp_path / "shards"), [5, 0, 3])
     config = dataclasses.replace(CONFIG, batch_size=batch_size)
-    assert [one.images for one in embedded(planned(shards, backbone, tmp_path / "out", config))] == [5, 0, 3]
+    assert [
+        one.images for one in embedded(planned(shards, backbone, tmp_path / "out", config))
+    ] == [5, 0, 3]
     found = features(tmp_path / "out")
     crops = np.stack([np.full((10, 10, 3), number, np.uint8) for number in range(8)])
     np.testing.assert_allclose(
@@ -156,7 +194,10 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path, backbone: str, batc
 
 def test_lower_precision_is_near_and_stored_in_half(tmp_path: Path, backbone: str) -> None:
     shards = write_shards(str(tmp_path / "shards"), [4])
-    for name, config in (("full", CONFIG), ("half", dataclasses.replace(CONFIG, precision="bfloat16"))):
+    for name, config in (
+        ("full", CONFIG),
+        ("half", dataclasses.replace(CONFIG, precision="bfloat16")),
+    ):
         embedded(planned(shards, backbone, tmp_path / name, config))
     full, half = (np.stack([*features(tmp_path / name).values()]) for name in ("full", "half"))
     assert half.dtype == np.float16
@@ -170,7 +211,9 @@ def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path, backbone: str) 
     where = f"{plan.shards_url}/train-000000.tar"
     assert embedded(plan)[0] == (2, (BadSample(where, "1", "not an image"),))
     assert sorted(features(tmp_path / "out")) == ["0", "2", "3", "4", "5"]
-    assert finished_files(plan)["train-000000.parquet"].bad == (BadSample(where, "1", "not an image"),)
+    assert finished_files(plan)["train-000000.parquet"].bad == (
+        BadSample(where, "1", "not an image"),
+    )
 
 
 def test_of_a_damaged_shard_the_sound_samples_are_used(tmp_path: Path, backbone: str) -> None:
@@ -215,23 +258,31 @@ def other(plan: EmbedPlan, what: str, folder: Path) -> EmbedPlan:
         return planned(plan.shards_url, saved(folder / "other.safetensors", seed=1), plan.dest)
     if what == "data_digest":
         return planned(write_shards(str(folder / "more"), [2, 3]), plan.backbone_url, plan.dest)
-    changes: dict[str, Any] = {"precision": {"precision": "bfloat16"}, "resize": {"resize": 12}}[what]
+    changes: dict[str, Any] = {"precision": {"precision": "bfloat16"}, "resize": {"resize": 12}}[
+        what
+    ]
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **changes))
 
 
 @pytest.mark.parametrize("what", ["backbone_sha256", "data_digest", "precision", "resize"])
-def test_other_features_at_the_place_are_refused_with_the_difference(tmp_path: Path, backbone: str, what: str) -> None:
+def test_other_features_at_the_place_are_refused_with_the_difference(
+    tmp_path: Path, backbone: str, what: str
+) -> None:
     plan = planned(write_shards(str(tmp_path / "shards"), [2]), backbone, tmp_path / "out")
     embedded(plan)
     assert finished_files(plan).keys() == {"train-000000.parquet"}
     changed = other(plan, what, tmp_path)
     difference = f"{what}: {plan.identity[what]} -> {changed.identity[what]}"
-    with pytest.raises(UsageError, match=rf"out holds other features \(train-000000\.parquet: {difference}\)"):
+    with pytest.raises(
+        UsageError, match=rf"out holds other features \(train-000000\.parquet: {difference}\)"
+    ):
         finished_files(changed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
-def test_a_parquet_file_that_is_not_ours_is_refused(tmp_path: Path, backbone: str, damage: str) -> None:
+def test_a_parquet_file_that_is_not_ours_is_refused(
+    tmp_path: Path, backbone: str, damage: str
+) -> None:
     plan = planned(write_shards(str(tmp_path / "shards"), [2]), backbone, tmp_path / "out")
     embedded(plan)
     path = tmp_path / "out" / "train-000000.parquet"
@@ -240,7 +291,8 @@ def test_a_parquet_file_that_is_not_ours_is_refused(tmp_path: Path, backbone: st
     else:
         path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"")
     with pytest.raises(
-        UsageError, match=r"train-000000\.parquet: (is no whole Parquet file|holds no features of hemoco)"
+        UsageError,
+        match=r"train-000000\.parquet: (is no whole Parquet file|holds no features of hemoco)",
     ):
         finished_files(plan)
 
@@ -257,7 +309,11 @@ def test_the_size_is_that_of_the_pretraining_else_the_stems(tmp_path: Path, back
     large = random_backbone(EncoderConfig(architecture="resnet10t"), 0, MEAN, STD)
     export_backbone(large, str(tmp_path / "imported"), {})
     export_backbone(large, str(tmp_path / "pretrained"), {"size": "48"})
-    sizes = (usual_size(backbone), usual_size(str(tmp_path / "imported")), usual_size(str(tmp_path / "pretrained")))
+    sizes = (
+        usual_size(backbone),
+        usual_size(str(tmp_path / "imported")),
+        usual_size(str(tmp_path / "pretrained")),
+    )
     assert sizes == (32, 224, 48)
 
 
@@ -266,7 +322,9 @@ def test_a_crop_larger_than_its_image_is_wrong_usage() -> None:
         EmbedConfig(size=24, resize=20)
 
 
-def test_a_wrong_backbone_is_one_line_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_backbone_is_one_line_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = write_shards(str(tmp_path / "shards"), [2])
     (tmp_path / "image").write_bytes(png(0))
     assert main(["embed", shards, str(tmp_path / "image"), str(tmp_path / "out")]) == 1

@@ -13,7 +13,14 @@ from hemoco.data.labelled import load_images
 from hemoco.data.shards.index import read_index
 from hemoco.errors import CheckpointError, ShardError
 from hemoco.features.extract import extract_features
-from hemoco.features.map import all_alike, chosen_rows, draw_map, nearest, place_in_cells, same_label_share
+from hemoco.features.map import (
+    all_alike,
+    chosen_rows,
+    draw_map,
+    nearest,
+    place_in_cells,
+    same_label_share,
+)
 from hemoco.features.sample import decode_sample, encode_sample, sample_features
 from hemoco.models.resnet import Backbone, build_encoder
 from tests.helpers.feature_samples import sample_of
@@ -23,7 +30,9 @@ from tests.helpers.shard_folders import write_shards
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     config = EncoderConfig(architecture="resnet10t", stem="small")
-    return Backbone(build_encoder(config, seed=0), config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).eval()
+    return Backbone(
+        build_encoder(config, seed=0), config, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    ).eval()
 
 
 def test_a_sample_has_the_features_of_its_images(backbone: Backbone, tmp_path: Path) -> None:
@@ -36,7 +45,9 @@ def test_a_sample_has_the_features_of_its_images(backbone: Backbone, tmp_path: P
     assert torch.equal(sample.features, (features / features.norm(dim=1, keepdim=True)).half())
 
 
-def test_undecodable_images_are_left_out_and_labels_may_be_missing(backbone: Backbone, tmp_path: Path) -> None:
+def test_undecodable_images_are_left_out_and_labels_may_be_missing(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     write_shards(str(tmp_path), [5], bad={2}, labelled=False)
     sample = sample_features(backbone, str(tmp_path), read_index(str(tmp_path)), "train", 16)
     assert sample.keys == ("0", "1", "3", "4") and sample.labels.tolist() == [-1] * 4
@@ -45,7 +56,9 @@ def test_undecodable_images_are_left_out_and_labels_may_be_missing(backbone: Bac
 
 def test_a_split_without_a_good_image_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     write_shards(str(tmp_path), [2], bad={0, 1})
-    with pytest.raises(ShardError, match="no image of split 'train' can be decoded, of 2 that were looked at"):
+    with pytest.raises(
+        ShardError, match="no image of split 'train' can be decoded, of 2 that were looked at"
+    ):
         sample_features(backbone, str(tmp_path), read_index(str(tmp_path)), "train", 16)
 
 
@@ -59,7 +72,9 @@ def test_a_kept_sample_comes_back_and_a_damaged_one_is_refused() -> None:
 
 
 def test_a_sample_of_another_version_is_refused() -> None:
-    data = encode_sample(sample_of(6)).replace(b"hemoco-feature-sample-1", b"hemoco-feature-sample-9")
+    data = encode_sample(sample_of(6)).replace(
+        b"hemoco-feature-sample-1", b"hemoco-feature-sample-9"
+    )
     with pytest.raises(CheckpointError, match="is of format hemoco-feature-sample-9"):
         decode_sample(data)
 
@@ -75,10 +90,16 @@ def test_nearest_agrees_with_a_loop_over_pairs() -> None:
     sample = sample_of(12)
     features = sample.features.float()
     for row, near in enumerate(nearest(sample, 3)):
-        cosines = [float(torch.cosine_similarity(features[row], other, dim=0)) for other in features]
-        expected = sorted((place for place in range(12) if place != row), key=lambda place: -cosines[place])[:3]
+        cosines = [
+            float(torch.cosine_similarity(features[row], other, dim=0)) for other in features
+        ]
+        expected = sorted(
+            (place for place in range(12) if place != row), key=lambda place: -cosines[place]
+        )[:3]
         assert [other.row for other in near] == expected
-        assert [other.similarity for other in near] == pytest.approx([cosines[place] for place in expected], abs=1e-5)
+        assert [other.similarity for other in near] == pytest.approx(
+            [cosines[place] for place in expected], abs=1e-5
+        )
 
 
 def test_shown_images_take_turns_over_the_classes() -> None:

@@ -64,17 +64,23 @@ def test_calibration_gives_the_first_norm_the_statistics_of_the_images() -> None
     weights = [parameter.clone() for parameter in backbone.parameters()]
     calibrate_batch_norm(backbone, images)
     norm, convolution = backbone.encoder.bn1, backbone.encoder.conv1
-    outputs = [convolution(backbone.normalise(half)) for half in (images[::2], images[1::2])]  # 2 batches
+    outputs = [
+        convolution(backbone.normalise(half)) for half in (images[::2], images[1::2])
+    ]  # 2 batches
     torch.testing.assert_close(norm.running_mean, sum(o.mean((0, 2, 3)) for o in outputs) / 2)
     torch.testing.assert_close(norm.running_var, sum(o.var((0, 2, 3)) for o in outputs) / 2)
     assert (norm.momentum, norm.num_batches_tracked, backbone.training) == (0.1, 2, False)
     assert all(torch.equal(a, b) for a, b in zip(weights, backbone.parameters(), strict=True))
 
 
-def test_cached_features_are_the_live_ones_bit_for_bit_and_not_computed_again(tmp_path: Path) -> None:
+def test_cached_features_are_the_live_ones_bit_for_bit_and_not_computed_again(
+    tmp_path: Path,
+) -> None:
     backbone, split = tiny(), noise()
     live = split_features(backbone, split, None)
-    first, again = (split_features(backbone, split, FeatureCache(tmp_path / "new")) for _ in range(2))
+    first, again = (
+        split_features(backbone, split, FeatureCache(tmp_path / "new")) for _ in range(2)
+    )
     assert torch.equal(first, live)
     assert torch.equal(again, live)
     assert backbone.seen == 20
@@ -102,12 +108,16 @@ def test_other_backbones_images_and_transforms_have_other_features(tmp_path: Pat
         *((each, noise()) for each in backbones),
         *((tiny(), each) for each in (noise(size=9), noise(seed=1), relabelled)),
     ]:
-        assert torch.equal(split_features(backbone, split, cache), extract_features(backbone, images_of(split)))
+        assert torch.equal(
+            split_features(backbone, split, cache), extract_features(backbone, images_of(split))
+        )
     assert len(list(tmp_path.glob("*.safetensors"))) == 8
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "foreign"])
-def test_damaged_file_is_reported_and_replaced(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_file_is_reported_and_replaced(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     backbone, cache = tiny(), FeatureCache(tmp_path)
     live = split_features(backbone, noise(), cache)
     path = only_file(tmp_path)
@@ -115,7 +125,9 @@ def test_damaged_file_is_reported_and_replaced(tmp_path: Path, damage: str, capl
     split_features(backbone, noise(seed=1), cache)
     other = next(each for each in tmp_path.glob("*.safetensors") if each != path)
     flipped = data[:-2000] + bytes([data[-2000] ^ 1]) + data[-1999:]
-    path.write_bytes({"bit": flipped, "cut": data[:-5], "empty": b"", "foreign": other.read_bytes()}[damage])
+    path.write_bytes(
+        {"bit": flipped, "cut": data[:-5], "empty": b"", "foreign": other.read_bytes()}[damage]
+    )
     assert torch.equal(split_features(backbone, noise(), cache), live)
     assert f"event=damaged_features_file path={path}" in caplog.text
     assert torch.equal(split_features(backbone, noise(), cache), live)
@@ -127,7 +139,9 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     size = only_file(tmp_path).stat().st_size
     backbone, cache = tiny(), FeatureCache(tmp_path, max_bytes=2 * size + size // 2)
     split_features(backbone, noise(seed=1), cache)
-    for age, path in enumerate(sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)):
+    for age, path in enumerate(
+        sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    ):
         os.utime(path, (1000 + age, 1000 + age))
     split_features(backbone, noise(), cache)  # found, and so not the next to go
     split_features(backbone, noise(seed=2), cache)
@@ -137,7 +151,9 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     assert backbone.seen == 20
 
 
-def test_features_beyond_the_bound_are_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_features_beyond_the_bound_are_not_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = FeatureCache(tmp_path, max_bytes=1000)
     assert split_features(tiny(), noise(), cache).shape == (10, 512)
     assert not list(tmp_path.glob("*.*t*"))
@@ -152,9 +168,14 @@ def test_what_a_writer_left_that_died_is_removed(tmp_path: Path) -> None:
     assert only_file(tmp_path).exists()
 
 
-def test_folder_that_cannot_be_made_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_that_cannot_be_made_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
-    assert split_features(tiny(), noise(), FeatureCache(tmp_path / "file" / "features")).shape == (10, 512)
+    assert split_features(tiny(), noise(), FeatureCache(tmp_path / "file" / "features")).shape == (
+        10,
+        512,
+    )
     assert "event=features_not_cached" in caplog.text
 
 
@@ -163,8 +184,12 @@ def test_several_at_once_write_whole_files(tmp_path: Path) -> None:
     live = [split_features(backbone, noise(seed=seed), None) for seed in range(3)]
     with ThreadPoolExecutor(4) as threads:
         turns = [turn % 3 for turn in range(12)]
-        found = threads.map(lambda seed: split_features(backbone, noise(seed=seed), FeatureCache(tmp_path)), turns)
-        assert all(torch.equal(features, live[seed]) for seed, features in zip(turns, found, strict=True))
+        found = threads.map(
+            lambda seed: split_features(backbone, noise(seed=seed), FeatureCache(tmp_path)), turns
+        )
+        assert all(
+            torch.equal(features, live[seed]) for seed, features in zip(turns, found, strict=True)
+        )
     assert len(list(tmp_path.iterdir())) == 4  # with the lock
 
 

@@ -15,20 +15,30 @@ from hemoco.storage.objects import write_bytes
 from jobs.cli import main
 from tests.helpers.shard_folders import write_shards
 
-ABOUT = {"format": "hemoco-embedding-1", "backbone_sha256": "b", "layer": "pooled", "size": "8", "resize": "8"}
+ABOUT = {
+    "format": "hemoco-embedding-1",
+    "backbone_sha256": "b",
+    "layer": "pooled",
+    "size": "8",
+    "resize": "8",
+}
 
 
 def made(count: int, width: int = 16) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((count, width)).astype(np.float32)
 
 
-def write(url: str, features: np.ndarray, sizes: list[int], first_key: int = 0, **about: str) -> str:
+def write(
+    url: str, features: np.ndarray, sizes: list[int], first_key: int = 0, **about: str
+) -> str:
     """Files of so many rows each; the keys are numbers."""
     for number, part in enumerate(np.split(features, np.cumsum(sizes)[:-1])):
         start = first_key + sum(sizes[:number])
         keys = [str(key) for key in range(start, start + len(part))]
         rows = FeatureRows(keys, "train", np.arange(start, start + len(part)) % 3, part)
-        data = encode_file(rows, ("a", "b", "c"), ABOUT | {"shard": f"train-{number:06d}.tar"} | about, [])
+        data = encode_file(
+            rows, ("a", "b", "c"), ABOUT | {"shard": f"train-{number:06d}.tar"} | about, []
+        )
         write_bytes(f"{url}/train-{number:06d}.parquet", data)
     return url
 
@@ -57,14 +67,20 @@ def test_neighbours_of_a_vector_do_not_depend_on_its_length(tmp_path: Path) -> N
     for scale in (1, 1e-3, 100):
         found = known.of_feature(scale * query, 40)
         assert [one.key for one in found] == [str(row) for row in np.argsort(-cosines)]
-        np.testing.assert_allclose([one.similarity for one in found], np.sort(cosines)[::-1], atol=1e-6)
+        np.testing.assert_allclose(
+            [one.similarity for one in found], np.sort(cosines)[::-1], atol=1e-6
+        )
 
 
-def test_more_images_than_are_taken_at_a_time_are_all_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_than_are_taken_at_a_time_are_all_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hemoco.features.neighbours._IMAGES_AT_ONCE", 7)
     features = made(30)
     found = Neighbours.open(write(str(tmp_path), features, [16, 14])).of_feature(features[29], 30)
-    assert [one.key for one in found] == [str(row) for row in np.argsort(-brute_force(features, features[29]))]
+    assert [one.key for one in found] == [
+        str(row) for row in np.argsort(-brute_force(features, features[29]))
+    ]
 
 
 def test_a_neighbour_has_its_class_split_and_shard(tmp_path: Path) -> None:
@@ -88,7 +104,9 @@ def test_a_feature_of_zeros_is_like_none(tmp_path: Path) -> None:
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     known = Neighbours.open(write(str(tmp_path), made(3), [3]))
-    with pytest.raises(UsageError, match=r"no image '7' among the 3 here; keys look like \['0', '1'\]"):
+    with pytest.raises(
+        UsageError, match=r"no image '7' among the 3 here; keys look like \['0', '1'\]"
+    ):
         known.of("7")
 
 
@@ -119,7 +137,8 @@ def test_features_of_two_backbones_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "train-000000.parquet").rename(tmp_path / "other.parquet")
     write(str(tmp_path), made(2), [2])
     with pytest.raises(
-        UsageError, match=r"train-000000\.parquet: its backbone_sha256 is b, that of .*other\.parquet is c"
+        UsageError,
+        match=r"train-000000\.parquet: its backbone_sha256 is b, that of .*other\.parquet is c",
     ):
         Neighbours.open(str(tmp_path))
 
@@ -135,13 +154,22 @@ def test_parquet_of_others_is_refused(tmp_path: Path) -> None:
         Neighbours.open(str(tmp_path))
 
 
-def test_the_command_prints_neighbours_and_draws_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_neighbours_and_draws_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = write_shards((tmp_path / "shards").as_uri(), [3, 3])
-    features, digest = np.eye(6, dtype=np.float32) + np.arange(6, dtype=np.float32)[:, None], read_index(shards).digest
+    features, digest = (
+        np.eye(6, dtype=np.float32) + np.arange(6, dtype=np.float32)[:, None],
+        read_index(shards).digest,
+    )
     dest = write(str(tmp_path / "out"), features, [3, 3], data_url=shards, data_digest=digest)
     assert main(["neighbours", dest, "5", "--k", "2", "--sheet", str(tmp_path / "sheet.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1:] for line in lines[:2]] == [["4", "train", "b"], ["3", "train", "a"]]
     assert lines[2] == f"contact sheet: {tmp_path / 'sheet.png'}"
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert [sheet.getpixel((86 + 166 * i, 86)) for i in range(3)] == [(5, 5, 5), (4, 4, 4), (3, 3, 3)]
+        assert [sheet.getpixel((86 + 166 * i, 86)) for i in range(3)] == [
+            (5, 5, 5),
+            (4, 4, 4),
+            (3, 3, 3),
+        ]

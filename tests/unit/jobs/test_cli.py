@@ -13,7 +13,14 @@ from hemoco import config
 from hemoco.config import Recipe, config_digest
 from hemoco.errors import UsageError
 from jobs.cli import main
-from jobs.options import RunOptions, TransferOptions, load_recipe, parse_options, recipe_names, typed_options
+from jobs.options import (
+    RunOptions,
+    TransferOptions,
+    load_recipe,
+    parse_options,
+    recipe_names,
+    typed_options,
+)
 from pipeline.checks import check_urls
 from tests.helpers.shard_folders import write_shards
 
@@ -108,7 +115,9 @@ def test_setting_out_of_range_is_wrong_usage(capsys):
 
 
 def test_missing_shards_say_what_to_name(tmp_path):
-    done = run("run", "cifar10_resnet18_mocov2", "--storage", str(tmp_path))  # another process: this one may have a Ray
+    done = run(
+        "run", "cifar10_resnet18_mocov2", "--storage", str(tmp_path)
+    )  # another process: this one may have a Ray
     assert done.returncode == 2
     assert "error: --data.shards is missing" in done.stderr
     assert "Traceback" not in done.stderr
@@ -157,12 +166,23 @@ def test_help_of_a_recipe_verb_needs_no_recipe(capsys):
 
 
 def test_flags_are_the_names_of_the_config():
-    options = parse_options("run", ["cifar10_resnet18_mocov2", "--transfers.knn.neighbours", "7"], RunOptions)
+    options = parse_options(
+        "run", ["cifar10_resnet18_mocov2", "--transfers.knn.neighbours", "7"], RunOptions
+    )
     assert options.recipe.transfers["knn"].neighbours == 7
 
 
 def test_paths_become_urls_and_the_default_name_is_that_of_what_was_typed(tmp_path, monkeypatch):
-    words = ["demo", "--data.shards", "some/folder", "--storage", "runs", "--transfers.knn.inits", "pretrained", "a=x"]
+    words = [
+        "demo",
+        "--data.shards",
+        "some/folder",
+        "--storage",
+        "runs",
+        "--transfers.knn.inits",
+        "pretrained",
+        "a=x",
+    ]
     words += ["--backbone", "backbone.safetensors"]
     found = []
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -170,7 +190,10 @@ def test_paths_become_urls_and_the_default_name_is_that_of_what_was_typed(tmp_pa
         monkeypatch.chdir(folder)
         options = parse_options("transfer", words, TransferOptions)
         here = folder.as_uri()
-        assert (options.storage, options.backbone) == (f"{here}/runs", f"{here}/backbone.safetensors")
+        assert (options.storage, options.backbone) == (
+            f"{here}/runs",
+            f"{here}/backbone.safetensors",
+        )
         assert options.recipe.data.shards == f"{here}/some/folder"
         assert options.recipe.transfers["knn"].inits == ("pretrained", f"a={here}/x")
         found.append(options.run)
@@ -181,7 +204,15 @@ def test_paths_become_urls_and_the_default_name_is_that_of_what_was_typed(tmp_pa
 
 
 def test_urls_and_registered_backbones_stay_as_they_are():
-    words = ["demo", "--data.shards", "s3://b/x", "--storage", "s3://b/runs", "--backbone", "models:/mine@best"]
+    words = [
+        "demo",
+        "--data.shards",
+        "s3://b/x",
+        "--storage",
+        "s3://b/runs",
+        "--backbone",
+        "models:/mine@best",
+    ]
     options = parse_options("transfer", words, TransferOptions)
     assert (options.recipe.data.shards, options.storage) == ("s3://b/x", "s3://b/runs")
     assert options.backbone == "models:/mine@best"

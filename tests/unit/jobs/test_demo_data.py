@@ -43,11 +43,15 @@ def test_split_keeps_the_share_of_each_class() -> None:
 
 
 def test_another_seed_splits_otherwise() -> None:
-    first, second = ({digit.ink.tobytes() for digit in digits.split_digits(seed)["test"]} for seed in (0, 1))
+    first, second = (
+        {digit.ink.tobytes() for digit in digits.split_digits(seed)["test"]} for seed in (0, 1)
+    )
     assert first != second
 
 
-def test_digits_are_class_folders_of_32_pixel_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_are_class_folders_of_32_pixel_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digits, "_RENDERINGS", {"train": 1, "test": 1})
     digits.write_digits(tmp_path, 0)
     files = sorted(tmp_path.glob("*/*/*.png"))

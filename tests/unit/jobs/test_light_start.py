@@ -34,14 +34,18 @@ for words in [[], *([verb] for verb in _VERBS), *([verb, {RECIPE!r}] for verb in
 
 def last_lines(script: str, *words: str) -> list[str]:
     """The lines that the script itself prints."""
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return [line for line in done.stdout.splitlines() if line.startswith("status ")]
 
 
 def test_help_of_every_verb_imports_nothing_heavy() -> None:
     lines = last_lines(ALL_HELP)
     assert len(lines) == 1 + len(_VERBS) + 3
-    assert [line for line in lines if not line.startswith("status 0 ") or not line.endswith("heavy []")] == []
+    assert [
+        line for line in lines if not line.startswith("status 0 ") or not line.endswith("heavy []")
+    ] == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from hemoco.models.diagnostics import (
 
 
 def test_isotropic_embeddings_have_std_one() -> None:
-    embeddings = functional.normalize(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    embeddings = functional.normalize(
+        torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     assert embedding_std(embeddings).item() == pytest.approx(1, abs=0.02)
 
 

@@ -26,13 +26,17 @@ def views(seed: int = 0, count: int = 8) -> Tensor:
 
 
 def unit_rows(count: int, size: int, seed: int) -> Tensor:
-    return functional.normalize(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return functional.normalize(
+        torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
 
 
 def tiny_moco(queue_length: int, *, seed: int = 0) -> MoCo:
     """MoCo on identity encoders: an image (2, 1, 1) is its own embedding."""
     network = EmbeddingNetwork(nn.Flatten(), nn.Identity(), "float32")
-    return MoCo(network, MoCoConfig(embedding_size=2, queue_length=queue_length, bn_group_size=2), seed)
+    return MoCo(
+        network, MoCoConfig(embedding_size=2, queue_length=queue_length, bn_group_size=2), seed
+    )
 
 
 def with_moco(**changes: object) -> PretrainConfig:
@@ -58,7 +62,10 @@ def test_loss_is_info_nce_written_out() -> None:
     losses = []
     for query, key in zip(output.queries.tolist(), output.keys.tolist(), strict=True):
         others = [key, *moco.queue.T.tolist()]
-        terms = [math.exp(sum(a * b for a, b in zip(query, other, strict=True)) / 0.2) for other in others]
+        terms = [
+            math.exp(sum(a * b for a, b in zip(query, other, strict=True)) / 0.2)
+            for other in others
+        ]
         losses.append(-math.log(terms[0] / sum(terms)))
     assert output.contrast.loss.item() == pytest.approx(sum(losses) / 8, rel=1e-5)
 
@@ -80,7 +87,9 @@ def test_keys_come_back_in_the_order_of_their_images() -> None:
 def test_keys_are_normalised_with_other_images_than_their_queries() -> None:
     moco = build()
     output = run(moco, views(0), views(0))
-    assert (output.queries - output.keys).abs().max() > 1e-3  # same views, same weights: only BN groups differ
+    assert (
+        output.queries - output.keys
+    ).abs().max() > 1e-3  # same views, same weights: only BN groups differ
     assert all(not isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) for m in moco.modules())
     assert {m.group_size for m in moco.modules() if isinstance(m, SplitBatchNorm)} == {4}
 
@@ -90,14 +99,20 @@ def test_key_parameters_start_equal_and_get_no_gradient() -> None:
     pairs = list(zip(moco.key_encoder.parameters(), moco.query_encoder.parameters(), strict=True))
     assert all(torch.equal(key, query) for key, query in pairs)
     run(moco, views(0), views(1)).contrast.loss.backward()
-    assert all(key.grad is None and not key.requires_grad and query.grad is not None for key, query in pairs)
+    assert all(
+        key.grad is None and not key.requires_grad and query.grad is not None
+        for key, query in pairs
+    )
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [(1.0, 1.0), (0.0, 3.0), (0.75, 1.5)])
 def test_moving_average_of_parameters(momentum: float, expected: float) -> None:
     network = EmbeddingNetwork(nn.Flatten(), nn.Linear(2, 2), "float32")
     moco = MoCo(network, MoCoConfig(embedding_size=2, queue_length=4), seed=0)
-    for parameter, value in [(moco.key_encoder.head.weight, 1.0), (moco.query_encoder.head.weight, 3.0)]:
+    for parameter, value in [
+        (moco.key_encoder.head.weight, 1.0),
+        (moco.query_encoder.head.weight, 3.0),
+    ]:
         nn.init.constant_(parameter, value)
     moco.update_key_encoder(momentum)
     assert moco.key_encoder.head.weight.eq(expected).all()
@@ -120,7 +135,9 @@ def test_key_batch_norm_statistics_are_its_own() -> None:
     moco.update_key_encoder(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, moco.key_encoder.buffers(), strict=True))
     assert all(module.training for module in moco.key_encoder.modules())
-    key, query = (network.encoder.bn1.running_var for network in (moco.key_encoder, moco.query_encoder))
+    key, query = (
+        network.encoder.bn1.running_var for network in (moco.key_encoder, moco.query_encoder)
+    )
     assert not torch.equal(key, query)
 
 
@@ -158,7 +175,9 @@ def test_queue_starts_with_seeded_unit_columns() -> None:
 def test_bfloat16_keeps_head_and_logits_in_float32() -> None:
     low = build(dataclasses.replace(CONFIG, precision="bfloat16"))
     seen = []
-    low.query_encoder.encoder.layer1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    low.query_encoder.encoder.layer1.register_forward_hook(
+        lambda _, __, output: seen.append(output.dtype)
+    )
     low.query_encoder.head.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     output, exact = run(low, views(0), views(1)), run(build(), views(0), views(1))
     assert seen == [torch.bfloat16, torch.float32]
@@ -181,5 +200,7 @@ def test_heads_are_the_official_ones(head: str, shapes: dict[str, tuple[int, ...
 
 
 def test_one_bn_group_for_the_whole_batch_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"pretrain.moco.bn_group_size is 8: it must be smaller than .* \(8\)"):
+    with pytest.raises(
+        ConfigError, match=r"pretrain.moco.bn_group_size is 8: it must be smaller than .* \(8\)"
+    ):
         build(with_moco(bn_group_size=8))

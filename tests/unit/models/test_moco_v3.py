@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hemoco.config import EncoderConfig, MoCoV3Config, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.config import (
+    EncoderConfig,
+    MoCoV3Config,
+    OptimizerConfig,
+    PretrainConfig,
+    StreamConfig,
+    ViewsConfig,
+)
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.distributed import rank, world_size, wrap_for_gradients
@@ -26,7 +33,9 @@ CONFIG = PretrainConfig(
     views=ViewsConfig(size=32),
     encoder=EncoderConfig(architecture="resnet10t", stem="small", zero_init_last=True),
     moco=MoCoV3Config(embedding_size=16, hidden_size=32),
-    optimizer=OptimizerConfig(kind="lars", lr=1.0, weight_decay=1e-6, schedule="cosine_per_step", warmup_epochs=1),
+    optimizer=OptimizerConfig(
+        kind="lars", lr=1.0, weight_decay=1e-6, schedule="cosine_per_step", warmup_epochs=1
+    ),
     stream=StreamConfig(lanes=1),
 )
 
@@ -46,10 +55,14 @@ def my_part(values: Tensor) -> Tensor:
 
 
 def normalised_by_all() -> tuple[Tensor, ...]:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 6), nn.BatchNorm1d(6))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 6), nn.BatchNorm1d(6)
+    )
     for number, parameter in enumerate(network.parameters()):
         with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            )
     synchronise_batch_norms(network, CPU)
     assert sum(isinstance(module, AllReduceBatchNorm) for module in network) == 2
     images = torch.randn(12, 3, 3, 3, generator=torch.Generator().manual_seed(9)) * 3 + 5
@@ -59,7 +72,12 @@ def normalised_by_all() -> tuple[Tensor, ...]:
     output.pow(3).mul(torch.arange(6.0)).mean().backward()
     assert mine.grad is not None
     statistics = (network[1].running_mean, network[1].running_var, network[4].running_var)
-    return (output.detach(), mine.grad / world_size(), *statistics, *(p.grad for p in network.parameters()))
+    return (
+        output.detach(),
+        mine.grad / world_size(),
+        *statistics,
+        *(p.grad for p in network.parameters()),
+    )
 
 
 def test_all_reduce_bn_equals_one_process_on_the_whole_batch() -> None:
@@ -89,12 +107,24 @@ def test_every_batch_norm_is_over_all_ranks() -> None:
 
 
 def test_heads_have_the_papers_layers() -> None:
-    config = dataclasses.replace(CONFIG, encoder=EncoderConfig(architecture="resnet50"), moco=MoCoV3Config())
+    config = dataclasses.replace(
+        CONFIG, encoder=EncoderConfig(architecture="resnet50"), moco=MoCoV3Config()
+    )
     method = build_method(config, CPU)
     assert isinstance(method, MoCoV3)
     shapes = [tuple(p.shape) for p in method.query_encoder.head.parameters()]
-    assert shapes == [(4096, 2048), (4096,), (4096,), (256, 4096)]  # the last norm has neither scale nor shift
-    assert [tuple(p.shape) for p in method.predictor.parameters()] == [(4096, 256), (4096,), (4096,), (256, 4096)]
+    assert shapes == [
+        (4096, 2048),
+        (4096,),
+        (4096,),
+        (256, 4096),
+    ]  # the last norm has neither scale nor shift
+    assert [tuple(p.shape) for p in method.predictor.parameters()] == [
+        (4096, 256),
+        (4096,),
+        (4096,),
+        (256, 4096),
+    ]
     layers = [type(layer).__name__ for layer in method.query_encoder.head]
     assert layers == ["Linear", "AllReduceBatchNorm", "ReLU", "Linear", "AllReduceBatchNorm"]
     assert [type(layer).__name__ for layer in method.predictor] == layers[:4]
@@ -105,10 +135,14 @@ def test_losses_of_both_directions_add_up() -> None:
     keys = method.embed_keys(first, second, None)
     half_losses = []
     for query_views, key_views in ((first, second), (second, first)):
-        queries = nn.functional.normalize(method.predictor(method.query_encoder(query_views)), dim=1)
+        queries = nn.functional.normalize(
+            method.predictor(method.query_encoder(query_views)), dim=1
+        )
         logits = queries @ nn.functional.normalize(method.key_encoder(key_views), dim=1).T
         half_losses.append(2 * nn.functional.cross_entropy(logits, torch.arange(8)).item())
-    assert method(keys, first, second).contrast.loss.item() == pytest.approx(sum(half_losses), rel=1e-4)
+    assert method(keys, first, second).contrast.loss.item() == pytest.approx(
+        sum(half_losses), rel=1e-4
+    )
 
 
 def test_the_key_encoder_follows_the_query_encoder_without_the_predictor() -> None:
@@ -125,8 +159,13 @@ def test_the_key_encoder_follows_the_query_encoder_without_the_predictor() -> No
 def trained() -> list[tuple[float, float]]:
     """Loss and gradient norm of four steps."""
     state = build_state(CONFIG, CPU, data_digest="d")
-    crops = torch.randint(256, (4, 8, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    made = (Batch(my_part(crops[i]), ["k"] * (8 // world_size()), StreamPosition(*divmod(i, 2))) for i in range(4))
+    crops = torch.randint(
+        256, (4, 8, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    made = (
+        Batch(my_part(crops[i]), ["k"] * (8 // world_size()), StreamPosition(*divmod(i, 2)))
+        for i in range(4)
+    )
     return [(m.values["loss"], m.values["gradient_norm"]) for m in train_steps(state, made, 2)]
 
 
@@ -142,5 +181,7 @@ def test_two_ranks_train_as_one_process_does() -> None:
 def test_accumulation_and_compilation_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"pretrain\.compile is True"):
         dataclasses.replace(CONFIG, compile=True)
-    with pytest.raises(ConfigError, match=r"pretrain\.accumulation_steps is 2: it must be 1 for MoCo v3"):
+    with pytest.raises(
+        ConfigError, match=r"pretrain\.accumulation_steps is 2: it must be 1 for MoCo v3"
+    ):
         dataclasses.replace(CONFIG, accumulation_steps=2)

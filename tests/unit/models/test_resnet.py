@@ -42,7 +42,9 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> Non
     torch.manual_seed(7)
     first, again, other = (build_encoder(TINY, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(3), expected)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
 
 
@@ -57,10 +59,18 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize(("settings", "variance"), FORMULAS)
-def test_weights_have_the_variance_of_the_formula(settings: dict[str, str], variance: float) -> None:
-    weight = build_encoder(EncoderConfig(architecture="resnet18", **settings), seed=0).layer2[0].conv1.weight
+def test_weights_have_the_variance_of_the_formula(
+    settings: dict[str, str], variance: float
+) -> None:
+    weight = (
+        build_encoder(EncoderConfig(architecture="resnet18", **settings), seed=0)
+        .layer2[0]
+        .conv1.weight
+    )
     assert weight.shape == (128, 64, 3, 3)
-    assert weight.std().item() == pytest.approx(variance**0.5, rel=0.01)  # 73,728 draws: 4 standard errors
+    assert weight.std().item() == pytest.approx(
+        variance**0.5, rel=0.01
+    )  # 73,728 draws: 4 standard errors
     assert abs(weight.mean().item()) < 4 * (variance / weight.numel()) ** 0.5
 
 
@@ -95,13 +105,19 @@ def test_kaiming_keeps_the_variance_through_30_plain_layers_and_xavier_halves_it
 ) -> None:
     runs = [kept_variance(EncoderConfig(**settings), [512] * 31, seed) for seed in range(8)]
     # at width 512 a run's logarithm wanders by sqrt(29 * 5 / 512) = 0.53, the mean of 8 by some 20%
-    for kept in (statistics.mean(run.activations for run in runs), statistics.mean(run.gradients for run in runs)):
+    for kept in (
+        statistics.mean(run.activations for run in runs),
+        statistics.mean(run.gradients for run in runs),
+    ):
         assert 0.5 < kept / layer_gain**29 < 2
 
 
 def test_fan_in_and_fan_out_differ_by_the_widths_of_the_two_ends() -> None:
     widths = [32] * 16 + [128] * 15  # one layer has fan_out = 4 fan_in; the draws are the same
-    by_in, by_out = (kept_variance(EncoderConfig(fan_mode=mode), widths, seed=0) for mode in ("fan_in", "fan_out"))
+    by_in, by_out = (
+        kept_variance(EncoderConfig(fan_mode=mode), widths, seed=0)
+        for mode in ("fan_in", "fan_out")
+    )
     assert by_in.activations == pytest.approx(4 * by_out.activations, rel=1e-3)
     assert by_in.gradients == pytest.approx(4 * by_out.gradients, rel=1e-3)
 
@@ -120,12 +136,19 @@ def block_stds(config: EncoderConfig) -> list[BlockStd]:
         for block in layer:
             block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     features = encoder(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    stem, *gradients = torch.autograd.grad(features.square().sum(), [encoder.conv1.weight, *outputs])
+    stem, *gradients = torch.autograd.grad(
+        features.square().sum(), [encoder.conv1.weight, *outputs]
+    )
     assert features.isfinite().all() and stem.isfinite().all() and stem.any()
-    return [BlockStd(out.std().item(), grad.std().item()) for out, grad in zip(outputs, gradients, strict=True)]
+    return [
+        BlockStd(out.std().item(), grad.std().item())
+        for out, grad in zip(outputs, gradients, strict=True)
+    ]
 
 
-def test_resnet101_keeps_activations_and_gradients_in_bounds_where_its_plain_counterpart_does_not() -> None:
+def test_resnet101_keeps_activations_and_gradients_in_bounds_where_its_plain_counterpart_does_not() -> (
+    None
+):
     residual = block_stds(EncoderConfig(architecture="resnet101"))
     plain = block_stds(EncoderConfig(architecture="resnet101", shortcuts=False))
     # each of layer3's 23 blocks adds a branch of variance 1 to the sum, of which ReLU keeps a part
@@ -182,7 +205,12 @@ def test_other_architectures_are_refused_with_close_names(name: str) -> None:
 
 
 def test_feature_channels_are_those_of_the_four_layers() -> None:
-    assert feature_channels(build_encoder(EncoderConfig(architecture="resnet50"), 0)) == [256, 512, 1024, 2048]
+    assert feature_channels(build_encoder(EncoderConfig(architecture="resnet50"), 0)) == [
+        256,
+        512,
+        1024,
+        2048,
+    ]
     assert feature_channels(build_encoder(TINY, 0)) == [64, 128, 256, 512]
 
 

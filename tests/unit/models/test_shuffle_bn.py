@@ -21,7 +21,9 @@ def test_each_group_has_zero_mean_and_unit_variance(shape: tuple[int, ...]) -> N
     for group in output.split(4):
         flat = group.transpose(0, 1).flatten(1)
         torch.testing.assert_close(flat.mean(dim=1), torch.zeros(5), atol=1e-5, rtol=0)
-        torch.testing.assert_close(flat.var(dim=1, correction=0), torch.ones(5), atol=1e-4, rtol=0)  # eps is 1e-5
+        torch.testing.assert_close(
+            flat.var(dim=1, correction=0), torch.ones(5), atol=1e-4, rtol=0
+        )  # eps is 1e-5
 
 
 def test_running_statistics_follow_the_mean_over_groups() -> None:
@@ -51,13 +53,17 @@ def test_evaluation_ignores_groups() -> None:
 
 
 def test_conversion_keeps_the_state_and_leaves_no_other_norm() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), nn.Flatten(), nn.BatchNorm1d(4))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), nn.Flatten(), nn.BatchNorm1d(4)
+    )
     network(images(8, 3, 1, 1))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     split_batch_norms(network, group_size=2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert list(network.state_dict()) == list(before)
-    assert [m.group_size for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] == [2, 2]
+    assert [
+        m.group_size for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ] == [2, 2]
 
 
 def test_a_batch_that_does_not_fill_its_groups_is_refused() -> None:
@@ -66,7 +72,10 @@ def test_a_batch_that_does_not_fill_its_groups_is_refused() -> None:
 
 
 def test_order_is_a_permutation_that_depends_on_seed_and_step() -> None:
-    orders = [tuple(shuffle_order(seed, step, 64).tolist()) for seed, step in [(0, 0), (0, 1), (1, 0), (0, 0)]]
+    orders = [
+        tuple(shuffle_order(seed, step, 64).tolist())
+        for seed, step in [(0, 0), (0, 1), (1, 0), (0, 0)]
+    ]
     assert all(sorted(order) == list(range(64)) for order in orders)
     assert orders[0] == orders[3]
     assert len(set(orders)) == 3
@@ -90,7 +99,9 @@ def use_collectives() -> Seen:
     shuffled = permute_global(tags, order)
     restored = permute_global(shuffled, order.argsort())
     gathered, mean = all_gather_cat(tags), mean_over_ranks(tags)
-    return Seen(order, shuffled, restored, world_size(), gathered, mean, broadcast_object(f"from {rank()}"))
+    return Seen(
+        order, shuffled, restored, world_size(), gathered, mean, broadcast_object(f"from {rank()}")
+    )
 
 
 @functools.cache

@@ -23,10 +23,14 @@ from hemoco.results.cost import Activity, RateRecord, measure_activity
     ],
 )
 def test_activity_is_training_and_what_lies_between(
-    rates: list[tuple[float, int, float]], ended_s: float | None, expected: tuple[float, float, int, int]
+    rates: list[tuple[float, int, float]],
+    ended_s: float | None,
+    expected: tuple[float, float, int, int],
 ) -> None:
     records = [RateRecord(*rate) for rate in rates]
-    assert measure_activity(records, began_s=0, ended_s=ended_s, every=10, batch=32) == Activity(*expected)
+    assert measure_activity(records, began_s=0, ended_s=ended_s, every=10, batch=32) == Activity(
+        *expected
+    )
 
 
 def test_a_training_without_records_costs_nobody_knows_what() -> None:

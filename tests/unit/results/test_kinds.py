@@ -46,8 +46,12 @@ def test_kinds_are_named_after_the_classes() -> None:
     ]
 
 
-@pytest.mark.parametrize("config", [config() for config in get_args(AnyTransferConfig)], ids=transfer_kind)
-def test_the_kind_of_an_old_transfer_is_inferred_where_its_settings_show_it(config: TransferConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [config() for config in get_args(AnyTransferConfig)], ids=transfer_kind
+)
+def test_the_kind_of_an_old_transfer_is_inferred_where_its_settings_show_it(
+    config: TransferConfig,
+) -> None:
     kind = transfer_kind(config)
     shown = kind if kind in ("linear_probe", "low_shot", "linear_classifier") else ""
     assert kind_of(facts(flat_params({"transfers.t": config}), {Tag.TRANSFER: "t"})) == shown
@@ -55,9 +59,15 @@ def test_the_kind_of_an_old_transfer_is_inferred_where_its_settings_show_it(conf
 
 @pytest.mark.parametrize(
     ("moco", "name"),
-    [(MoCoConfig(head="linear"), "moco_v1"), (MoCoConfig(), "moco_v2"), (MoCoV3Config(), "moco_v3")],
+    [
+        (MoCoConfig(head="linear"), "moco_v1"),
+        (MoCoConfig(), "moco_v2"),
+        (MoCoV3Config(), "moco_v3"),
+    ],
 )
-def test_the_method_is_recorded_and_inferred_alike(moco: MoCoConfig | MoCoV3Config, name: str) -> None:
+def test_the_method_is_recorded_and_inferred_alike(
+    moco: MoCoConfig | MoCoV3Config, name: str
+) -> None:
     assert method_name(moco) == name
     assert kind_of(facts(flat_params({"pretrain": PretrainConfig(moco=moco)}), {})) == name
     assert kind_of(facts({}, {})) == ""

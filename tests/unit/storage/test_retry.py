@@ -29,14 +29,18 @@ def storage_error(cause: Exception | None) -> StorageError:
     return error
 
 
-@pytest.mark.parametrize(("faults", "longest"), [(1, 0.1), (2, 0.2), (5, 1.6), (8, 12.8), (9, 20.0), (5000, 20.0)])
+@pytest.mark.parametrize(
+    ("faults", "longest"), [(1, 0.1), (2, 0.2), (5, 1.6), (8, 12.8), (9, 20.0), (5000, 20.0)]
+)
 def test_waits_grow_to_a_bound(faults, longest):
     assert STORAGE_RETRIES.wait_s(faults, 0.0) == 0.0
     assert STORAGE_RETRIES.wait_s(faults, 1.0) == pytest.approx(longest)
 
 
 def test_transient_errors_are_tried_again_until_an_attempt_succeeds():
-    call = Flaky(ConnectionError("reset"), TimeoutError("slow"), storage_error(ConnectionError("reset")))
+    call = Flaky(
+        ConnectionError("reset"), TimeoutError("slow"), storage_error(ConnectionError("reset"))
+    )
     assert retrying(QUICK)(call) == 4
 
 
@@ -59,7 +63,9 @@ def test_another_error_is_raised_at_once(error):
 
 def test_an_interrupt_is_not_tried_again():
     with pytest.raises(KeyboardInterrupt):
-        retrying(RetryPolicy(is_transient=lambda error: isinstance(error, Exception)))(Flaky(KeyboardInterrupt()))
+        retrying(RetryPolicy(is_transient=lambda error: isinstance(error, Exception)))(
+            Flaky(KeyboardInterrupt())
+        )
 
 
 def test_the_error_at_the_end_is_that_of_the_last_attempt():
@@ -79,7 +85,9 @@ def test_without_a_budget_there_is_one_attempt():
 def test_progress_begins_the_waits_and_the_budget_anew():
     call = Flaky(*(ConnectionError(str(number)) for number in range(9)))
     attempts = retrying(replace(QUICK, max_attempts=3), progress=lambda: min(call.calls, 4))
-    with pytest.raises(ConnectionError, match="5"):  # two further attempts after that of the last progress
+    with pytest.raises(
+        ConnectionError, match="5"
+    ):  # two further attempts after that of the last progress
         attempts(call)
     assert call.calls == 6
 

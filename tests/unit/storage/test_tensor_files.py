@@ -35,10 +35,14 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("write", [saved, lambda content: saved(content, legacy=True), pickle.dumps])
+@pytest.mark.parametrize(
+    "write", [saved, lambda content: saved(content, legacy=True), pickle.dumps]
+)
 def test_code_in_a_file_is_not_run(write, tmp_path):
     data = write({"model": Trap(tmp_path / "run")})
-    with pytest.raises(CheckpointError, match=r"theirs: holds Python objects \(posix\.mkdir\), which can run code"):
+    with pytest.raises(
+        CheckpointError, match=r"theirs: holds Python objects \(posix\.mkdir\), which can run code"
+    ):
         parse_file("theirs", data)
     assert not (tmp_path / "run").exists()
     pickle.loads(pickle.dumps(Trap(tmp_path / "run")))
@@ -46,7 +50,9 @@ def test_code_in_a_file_is_not_run(write, tmp_path):
 
 
 def test_plain_python_objects_beside_tensors_are_refused_with_a_way_out():
-    with pytest.raises(CheckpointError, match=r"\(argparse\.Namespace\).*keep its tensors alone: torch\.save\("):
+    with pytest.raises(
+        CheckpointError, match=r"\(argparse\.Namespace\).*keep its tensors alone: torch\.save\("
+    ):
         parse_file("theirs", saved(CONTENT | {"args": argparse.Namespace(lr=1)}))
 
 
@@ -88,7 +94,9 @@ def test_the_metadata_of_safetensors_are_read_without_the_tensors(tmp_path, long
             read_safetensors_metadata(str(file))
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", pickle.dumps({"a": 1})[:-2], b"\x00" * 8 + b"{}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>not found</html>", pickle.dumps({"a": 1})[:-2], b"\x00" * 8 + b"{}"]
+)
 def test_other_bytes_are_no_checkpoint(data):
     with pytest.raises(CheckpointError, match="whole"):
         parse_file("theirs", data)
@@ -99,17 +107,23 @@ def test_other_bytes_are_no_checkpoint(data):
 @pytest.mark.parametrize("layout", [np.ascontiguousarray, np.asfortranarray])
 def test_pickled_arrays_are_read_whatever_protocol_order_and_kind(protocol, kind, layout):
     arrays = {"a": layout(np.arange(6).reshape(2, 3)).astype(kind), "b": np.array(7, kind)}
-    found = parse_file("theirs", pickle.dumps({"model": arrays, "__author__": "x"}, protocol=protocol))["model"]
+    found = parse_file(
+        "theirs", pickle.dumps({"model": arrays, "__author__": "x"}, protocol=protocol)
+    )["model"]
     assert found["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert (found["b"].shape, found["b"].item()) == ((), 7)
 
 
 def test_the_names_of_older_numpys_are_known():
-    data = pickle.dumps({"model": {"a": np.ones(2, "f4")}}, protocol=3).replace(b"numpy._core", b"numpy.core")
+    data = pickle.dumps({"model": {"a": np.ones(2, "f4")}}, protocol=3).replace(
+        b"numpy._core", b"numpy.core"
+    )
     assert parse_file("theirs", data)["model"]["a"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("value", [np.array([None]), np.array(["a"]), np.ones(2, "c8"), np.float32(1)])
+@pytest.mark.parametrize(
+    "value", [np.array([None]), np.array(["a"]), np.ones(2, "c8"), np.float32(1)]
+)
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_other_values_of_numpy_are_refused(value, protocol):
     with pytest.raises(CheckpointError, match=r"no whole file|holds Python objects \(numpy"):

@@ -25,9 +25,13 @@ def test_memory_and_network_are_those_of_the_kernel():
     memory = {name: int(kilobytes) * 1024 for name, kilobytes, *_ in fields}
     used = memory["MemTotal:"] - memory["MemAvailable:"]
     assert math.isclose(values["system_memory_usage_megabytes"] * 1e6, used, rel_tol=0.3)
-    assert math.isclose(values["system_memory_usage_percentage"], 100 * used / memory["MemTotal:"], rel_tol=0.3)
+    assert math.isclose(
+        values["system_memory_usage_percentage"], 100 * used / memory["MemTotal:"], rel_tol=0.3
+    )
     assert 0 <= values["cpu_utilization_percentage"] <= 100
-    assert 0 <= values["network_receive_megabytes"] < 1e4  # since the first call, not since the machine started
+    assert (
+        0 <= values["network_receive_megabytes"] < 1e4
+    )  # since the first call, not since the machine started
 
 
 @pytest.fixture
@@ -45,7 +49,9 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> None:
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetUtilizationRates": lambda card: given(card, SimpleNamespace(gpu=97)),
-        "nvmlDeviceGetMemoryInfo": lambda card, version: SimpleNamespace(used=40e9 / (card + 1), total=80e9),
+        "nvmlDeviceGetMemoryInfo": lambda card, version: SimpleNamespace(
+            used=40e9 / (card + 1), total=80e9
+        ),
         "nvmlDeviceGetPowerUsage": lambda card: given(card, 350_000),
         "nvmlDeviceGetPowerManagementLimit": lambda card: given(card, 700_000),
     }
@@ -87,7 +93,9 @@ def test_without_psutil_the_advice_for_memory_is_given_all_the_same():
         "    with memory_errors(lambda: 'step 7', 'buy more'): raise MemoryError\n"
         "except TrainingError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith(
         "out of memory at step 7: MemoryError; the memory in use is unknown (import of psutil"
     )

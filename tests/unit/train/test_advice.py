@@ -3,7 +3,14 @@ import io
 
 import torch
 
-from hemoco.config import EncoderConfig, MoCoConfig, MoCoV3Config, OptimizerConfig, PretrainConfig, StreamConfig
+from hemoco.config import (
+    EncoderConfig,
+    MoCoConfig,
+    MoCoV3Config,
+    OptimizerConfig,
+    PretrainConfig,
+    StreamConfig,
+)
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.train.advice import checkpoint_bytes, doubtful_settings
@@ -36,7 +43,9 @@ def test_a_warm_up_as_long_as_the_training_is_doubted() -> None:
 
 def test_a_queue_longer_than_a_quarter_of_the_data_is_doubted() -> None:
     (found,) = doubtful_settings(with_moco(queue_length=408), 200)  # 1600 images
-    assert found.startswith("pretrain.moco.queue_length is 408 for 1600 images") and "try 400" in found
+    assert (
+        found.startswith("pretrain.moco.queue_length is 408 for 1600 images") and "try 400" in found
+    )
 
 
 def test_a_moving_average_slower_than_a_tenth_of_the_training_is_doubted() -> None:

@@ -39,7 +39,9 @@ def state() -> TrainState:
     return state_of()
 
 
-def save(state: TrainState, url: str | Path, *steps: int, attempt: int = 0, keep_last: int = 9) -> list[str]:
+def save(
+    state: TrainState, url: str | Path, *steps: int, attempt: int = 0, keep_last: int = 9
+) -> list[str]:
     places = []
     for step in steps:
         state.step = step
@@ -61,7 +63,9 @@ def test_training_resumed_from_storage_goes_on_bit_for_bit(tmp_path: Path) -> No
     def train(state: TrainState, first: int, last: int) -> None:
         generator = torch.Generator().manual_seed(0)
         crops = torch.randint(256, (4, 4, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        steps = (Batch(crops[i], ["k"] * 4, StreamPosition(*divmod(i, 2))) for i in range(first, last))
+        steps = (
+            Batch(crops[i], ["k"] * 4, StreamPosition(*divmod(i, 2))) for i in range(first, last)
+        )
         list(train_steps(state, steps, 2))
 
     straight, first, second = (state_of() for _ in range(3))
@@ -74,7 +78,9 @@ def test_training_resumed_from_storage_goes_on_bit_for_bit(tmp_path: Path) -> No
     assert (second.step, second.position) == (2, StreamPosition(0, 1))
     train(second, 2, 4)
     expected = straight.model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items()
+    )
 
 
 def test_nothing_to_resume_where_nothing_was_saved(tmp_path: Path) -> None:
@@ -84,7 +90,9 @@ def test_nothing_to_resume_where_nothing_was_saved(tmp_path: Path) -> None:
     assert newest_checkpoint(str(tmp_path)) is None
 
 
-def test_newest_is_the_highest_step_then_the_highest_attempt(state: TrainState, tmp_path: Path) -> None:
+def test_newest_is_the_highest_step_then_the_highest_attempt(
+    state: TrainState, tmp_path: Path
+) -> None:
     save(state, tmp_path, 99_999_999)
     save(state, tmp_path, 100_000_000, attempt=2)
     place = save(state, tmp_path, 100_000_000, attempt=10)[0]
@@ -114,10 +122,14 @@ def test_interrupted_writes_are_no_checkpoints(state: TrainState, tmp_path: Path
     assert newest_checkpoint(str(tmp_path)) is None
 
 
-def test_refuses_to_restart_from_zero_when_all_are_damaged(state: TrainState, tmp_path: Path) -> None:
+def test_refuses_to_restart_from_zero_when_all_are_damaged(
+    state: TrainState, tmp_path: Path
+) -> None:
     for place in save(state, tmp_path, 1, 2):
         damage(place)
-    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints verifies.*step_00000002_a0"):
+    with pytest.raises(
+        CheckpointError, match=r"none of its 2 checkpoints verifies.*step_00000002_a0"
+    ):
         newest_checkpoint(str(tmp_path))
 
 
@@ -137,14 +149,18 @@ def test_old_checkpoints_are_pruned(state: TrainState, tmp_path: Path) -> None:
     assert folders(tmp_path) == ["step_00000002_a0", "step_00000003_a0"]
 
 
-def test_checkpoints_of_every_so_many_steps_are_kept_for_good(state: TrainState, tmp_path: Path) -> None:
+def test_checkpoints_of_every_so_many_steps_are_kept_for_good(
+    state: TrainState, tmp_path: Path
+) -> None:
     for step in (10, 20, 30, 40, 50):
         state.step = step
         save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1, keep_every_steps=20)
     assert folders(tmp_path) == ["step_00000020_a0", "step_00000040_a0", "step_00000050_a0"]
 
 
-def test_pruning_keeps_the_one_just_saved_and_drops_those_it_passed_over(state: TrainState, tmp_path: Path) -> None:
+def test_pruning_keeps_the_one_just_saved_and_drops_those_it_passed_over(
+    state: TrainState, tmp_path: Path
+) -> None:
     damage(save(state, tmp_path, 1, 2)[1])
     save(state, tmp_path, 1, attempt=1, keep_last=1)  # resumed before the damaged one
     assert folders(tmp_path) == ["step_00000001_a1"]
@@ -173,7 +189,9 @@ def test_another_config_is_refused_with_the_difference(state: TrainState, tmp_pa
 def test_resources_and_loader_workers_may_change(state: TrainState, tmp_path: Path) -> None:
     place = save(state, tmp_path, 1)[0]
     stream = StreamConfig(lanes=1, workers=0, memory_bytes=1)
-    moved = state_of(dataclasses.replace(CONFIG, resources=ResourcesConfig(workers=2), stream=stream))
+    moved = state_of(
+        dataclasses.replace(CONFIG, resources=ResourcesConfig(workers=2), stream=stream)
+    )
     load_checkpoint(place, moved)
     assert moved.step == 1
 
@@ -189,7 +207,9 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
-def test_code_in_a_checkpoint_is_not_run(state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_checkpoint_is_not_run(
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(state, "state_dict", lambda: {"model": Bomb()}, raising=True)
     place = save(state, tmp_path / "c", 1)[0]
@@ -198,12 +218,19 @@ def test_code_in_a_checkpoint_is_not_run(state: TrainState, tmp_path: Path, monk
     assert not Path("exploded").exists()
 
 
-def test_backbone_comes_back_with_all_that_is_needed_to_use_it(state: TrainState, tmp_path: Path) -> None:
+def test_backbone_comes_back_with_all_that_is_needed_to_use_it(
+    state: TrainState, tmp_path: Path
+) -> None:
     trained = Backbone(state.model.query_encoder.encoder, CONFIG.encoder, MEAN, STD)
     url = str(tmp_path / "b.safetensors")
     export_backbone(trained, url, FACTS)
     loaded = load_from_the_front(url)
-    assert (loaded.config, loaded.mean, loaded.std, loaded.training) == (CONFIG.encoder, MEAN, STD, False)
+    assert (loaded.config, loaded.mean, loaded.std, loaded.training) == (
+        CONFIG.encoder,
+        MEAN,
+        STD,
+        False,
+    )
     assert backbone_metadata(url).items() >= FACTS.items()
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     trained.eval()
@@ -217,7 +244,9 @@ def rewritten(path: Path, change: dict[str, str | None], drop: str = "", extra: 
     metadata = backbone_metadata(str(path)) | change
     tensors = {name: t for name, t in safetensors.torch.load_file(path).items() if name != drop}
     tensors |= {extra: torch.zeros(1)} if extra else {}
-    path.write_bytes(safetensors.torch.save(tensors, {k: v for k, v in metadata.items() if v is not None}))
+    path.write_bytes(
+        safetensors.torch.save(tensors, {k: v for k, v in metadata.items() if v is not None})
+    )
     return str(path)
 
 
@@ -233,13 +262,17 @@ def rewritten(path: Path, change: dict[str, str | None], drop: str = "", extra: 
         ({"change": {}, "extra": "fc.bias"}, "Unexpected key.*fc.bias"),
     ],
 )
-def test_backbones_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_backbones_that_do_not_fit_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     url = rewritten(tmp_path / "b.safetensors", **changes)
     with pytest.raises(CheckpointError, match=message):
         load_backbone(url)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04", pickle.dumps({"a": 1}), json.dumps({}).encode() * 99])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80\x04", pickle.dumps({"a": 1}), json.dumps({}).encode() * 99]
+)
 def test_files_of_other_kinds_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "b").write_bytes(data)
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):

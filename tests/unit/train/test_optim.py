@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from hemoco.config import MoCoConfig, MoCoV3Config, OptimizerConfig
-from hemoco.train.optim import build_optimizer, cosine_lr, key_momentum, learning_rate, step_lr, warmup_factor
+from hemoco.train.optim import (
+    build_optimizer,
+    cosine_lr,
+    key_momentum,
+    learning_rate,
+    step_lr,
+    warmup_factor,
+)
 
 
 @pytest.mark.parametrize(("epoch", "lr"), [(0, 0.03), (100, 0.015), (199, 1.85e-6)])
@@ -13,7 +20,9 @@ def test_cosine_is_mocov2s_table(epoch: int, lr: float) -> None:
     assert cosine_lr(epoch, 200, 0.03) == pytest.approx(lr, rel=1e-3)
 
 
-@pytest.mark.parametrize(("epoch", "lr"), [(0, 0.03), (119, 0.03), (120, 0.003), (159, 0.003), (160, 0.0003)])
+@pytest.mark.parametrize(
+    ("epoch", "lr"), [(0, 0.03), (119, 0.03), (120, 0.003), (159, 0.003), (160, 0.0003)]
+)
 def test_steps_are_mocov1s_table(epoch: int, lr: float) -> None:
     assert step_lr(epoch, 200, 0.03) == pytest.approx(lr)
 
@@ -43,7 +52,9 @@ def test_five_steps_equal_sgd_written_out() -> None:
     layer = nn.Conv2d(3, 4, 1).to(memory_format=torch.channels_last)
     expected = [p.detach().clone() for p in layer.parameters()]
     velocity = [torch.zeros_like(p) for p in expected]
-    optimizer = build_optimizer(list(layer.parameters()), OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=0.01))
+    optimizer = build_optimizer(
+        list(layer.parameters()), OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=0.01)
+    )
     for step in range(5):
         for p, mine, v in zip(layer.parameters(), expected, velocity, strict=True):
             p.grad = torch.cos(p.detach() * 7 + step)
@@ -56,7 +67,9 @@ def test_five_steps_equal_sgd_written_out() -> None:
 
 def test_weight_decay_is_on_all_parameters_in_one_group() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    (group,) = build_optimizer(list(network.parameters()), OptimizerConfig(weight_decay=1e-4)).param_groups
+    (group,) = build_optimizer(
+        list(network.parameters()), OptimizerConfig(weight_decay=1e-4)
+    ).param_groups
     assert len(group["params"]) == 4
     assert group["weight_decay"] == 1e-4
     assert not group["nesterov"]
@@ -64,18 +77,31 @@ def test_weight_decay_is_on_all_parameters_in_one_group() -> None:
 
 def test_v3_sets_its_cosine_per_step() -> None:
     config = OptimizerConfig(lr=9.6, warmup_epochs=10, schedule="cosine_per_step")
-    lrs = [learning_rate(config, step=step, steps_per_epoch=4, epochs=100) for step in (20, 40, 220, 221, 399)]
-    expected = [4.8, 9.6, 4.8, 4.8 * (1 + math.cos(math.pi * 45.25 / 90)), 4.8 * (1 + math.cos(math.pi * 89.75 / 90))]
+    lrs = [
+        learning_rate(config, step=step, steps_per_epoch=4, epochs=100)
+        for step in (20, 40, 220, 221, 399)
+    ]
+    expected = [
+        4.8,
+        9.6,
+        4.8,
+        4.8 * (1 + math.cos(math.pi * 45.25 / 90)),
+        4.8 * (1 + math.cos(math.pi * 89.75 / 90)),
+    ]
     assert lrs == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("epoch", "momentum"), [(0, 0.99), (50, 0.995), (100, 1.0)])
 def test_v3s_momentum_rises_to_one(epoch: int, momentum: float) -> None:
-    assert key_momentum(MoCoV3Config(momentum=0.99), step=epoch * 4, total_steps=400) == pytest.approx(momentum)
+    assert key_momentum(
+        MoCoV3Config(momentum=0.99), step=epoch * 4, total_steps=400
+    ) == pytest.approx(momentum)
     assert key_momentum(MoCoConfig(momentum=0.99), step=epoch * 4, total_steps=400) == 0.99
 
 
-def lars_written_out(p: list[float], g: list[float], v: list[float], *, adapt: bool) -> tuple[list[float], list[float]]:
+def lars_written_out(
+    p: list[float], g: list[float], v: list[float], *, adapt: bool
+) -> tuple[list[float], list[float]]:
     if adapt:
         g = [slope + 0.01 * x for slope, x in zip(g, p, strict=True)]
         length, slope_length = (math.sqrt(sum(x * x for x in values)) for values in (p, g))
@@ -86,7 +112,9 @@ def lars_written_out(p: list[float], g: list[float], v: list[float], *, adapt: b
 
 
 def test_five_steps_equal_lars_written_out() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(2, 3, bias=False)).double()
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(2, 3, bias=False)
+    ).double()
     nn.init.zeros_(network[2].weight)  # a length of zero is not scaled by it
     parameters = list(network.parameters())
     config = OptimizerConfig(kind="lars", lr=0.5, momentum=0.9, weight_decay=0.01, trust=0.001)
@@ -98,7 +126,10 @@ def test_five_steps_equal_lars_written_out() -> None:
             if step == 1 and number == 4:
                 p.grad = torch.zeros_like(p)
             expected[number] = lars_written_out(
-                *expected[number][:1], p.grad.flatten().tolist(), *expected[number][1:], adapt=p.ndim > 1
+                *expected[number][:1],
+                p.grad.flatten().tolist(),
+                *expected[number][1:],
+                adapt=p.ndim > 1,
             )
         optimizer.step()
     for p, (values, _) in zip(parameters, expected, strict=True):

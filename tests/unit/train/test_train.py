@@ -9,14 +9,28 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from hemoco.config import EncoderConfig, MoCoConfig, OptimizerConfig, PretrainConfig, StreamConfig, ViewsConfig
+from hemoco.config import (
+    EncoderConfig,
+    MoCoConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    StreamConfig,
+    ViewsConfig,
+)
 from hemoco.data.stream.bad_samples import BadSample, ReadCounts
 from hemoco.data.stream.batches import Batch
 from hemoco.data.stream.loader import StreamPosition
 from hemoco.distributed import rank, world_size
 from hemoco.errors import CheckpointError, TrainingError
 from hemoco.models.shuffle import shuffle_order
-from hemoco.train.pretrain import StepMetrics, Throughput, TrainState, build_state, make_views, train_steps
+from hemoco.train.pretrain import (
+    StepMetrics,
+    Throughput,
+    TrainState,
+    build_state,
+    make_views,
+    train_steps,
+)
 from tests.helpers.ranks import run_ranks
 
 CONFIG = PretrainConfig(
@@ -25,7 +39,13 @@ CONFIG = PretrainConfig(
     log_every_steps=1,
     encoder=EncoderConfig(architecture="resnet10t", stem="small"),
     views=ViewsConfig(
-        size=32, flip=0, jitter=0, grayscale=0, blur=(0, 0), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+        size=32,
+        flip=0,
+        jitter=0,
+        grayscale=0,
+        blur=(0, 0),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
     ),
     moco=MoCoConfig(embedding_size=16, queue_length=24, momentum=0.9, bn_group_size=4),
     optimizer=OptimizerConfig(lr=0.03),
@@ -53,7 +73,10 @@ def train(state: TrainState, first: int, last: int) -> list[StepMetrics]:
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    momenta = {f"momentum.{i}": s["momentum_buffer"] for i, s in state.optimizer.state_dict()["state"].items()}
+    momenta = {
+        f"momentum.{i}": s["momentum_buffer"]
+        for i, s in state.optimizer.state_dict()["state"].items()
+    }
     return {name: tensor.clone() for name, tensor in (state.model.state_dict() | momenta).items()}
 
 
@@ -95,7 +118,9 @@ def test_two_ranks_train_as_one_process_does() -> None:
             assert mine["loss"] == pytest.approx(expected["loss"], abs=1e-5)
             assert mine["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
             assert mine["lr"] == expected["lr"]
-        torch.testing.assert_close(state["queue"], alone["queue"], atol=1e-4, rtol=0)  # 4 steps of rounding
+        torch.testing.assert_close(
+            state["queue"], alone["queue"], atol=1e-4, rtol=0
+        )  # 4 steps of rounding
         assert state["queue_pointer"] == alone["queue_pointer"] == 8  # 32 keys into 24 places
     assert torch.equal(both[0][1]["queue"], both[1][1]["queue"])
     assert [v["loss"] for v in both[0][0]] == [v["loss"] for v in both[1][0]]
@@ -115,7 +140,10 @@ def written_out(state: TrainState) -> Iterator[float]:
             order = shuffle_order(CONFIG.seed, step, 8).tolist()
             shuffled = functional.normalize(key(key_views[order]), dim=1)
             keys = [shuffled[order.index(i)] for i in range(8)]
-        logits = [torch.stack([q @ k, *(q @ old for old in queue)]) / 0.2 for q, k in zip(queries, keys, strict=True)]
+        logits = [
+            torch.stack([q @ k, *(q @ old for old in queue)]) / 0.2
+            for q, k in zip(queries, keys, strict=True)
+        ]
         loss = sum(row.logsumexp(0) - row[0] for row in logits) / 8
         gradients = torch.autograd.grad(loss, list(query.parameters()))
         lr = 0.015 * (1 + math.cos(math.pi * (step // STEPS_PER_EPOCH) / 3))
@@ -153,16 +181,23 @@ def sent_for_keys() -> list[tuple[str, int]]:
 
 
 def test_each_keys_crop_travels_once_and_as_bytes() -> None:
-    assert run_ranks(sent_for_keys, 2) == [[("torch.uint8", 4 * 3 * 32 * 32)]] * 2  # gathering floats: 8 x as much
+    assert (
+        run_ranks(sent_for_keys, 2) == [[("torch.uint8", 4 * 3 * 32 * 32)]] * 2
+    )  # gathering floats: 8 x as much
 
 
 def test_key_views_come_in_the_order_asked_for() -> None:
     batch, order = next(random_batches()), shuffle_order(0, 7, 8)
     config = dataclasses.replace(CONFIG, views=ViewsConfig(size=32))
-    assert torch.equal(make_views(batch, config, order=order).keys, make_views(batch, config, order=None).keys[order])
+    assert torch.equal(
+        make_views(batch, config, order=order).keys,
+        make_views(batch, config, order=None).keys[order],
+    )
 
 
-def accumulated(parts: int, group: int = 4) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def accumulated(
+    parts: int, group: int = 4
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Two steps whose queries go through the encoder in parts."""
     state = fresh(dataclasses.replace(with_moco(bn_group_size=group), accumulation_steps=parts))
     return [m.values for m in train(state, 0, 2)], tensors(state)
@@ -173,7 +208,12 @@ def test_two_parts_train_as_the_whole_batch_does() -> None:
     for mine, theirs in zip(parts, whole, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
-    for name in ("key_encoder.head.2.weight", "query_encoder.head.2.weight", "queue", "queue_pointer"):
+    for name in (
+        "key_encoder.head.2.weight",
+        "query_encoder.head.2.weight",
+        "queue",
+        "queue_pointer",
+    ):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
@@ -196,7 +236,11 @@ def test_float16_skips_the_step_of_gradients_that_overflow() -> None:
     state.model.query_encoder.head[2].weight.register_hook(lambda gradient: gradient * math.inf)
     (first, second) = train(state, 0, 2)
     after = tensors(state)
-    kept = [name for name in before if name.startswith("momentum.") or name in dict(state.model.named_parameters())]
+    kept = [
+        name
+        for name in before
+        if name.startswith("momentum.") or name in dict(state.model.named_parameters())
+    ]
     assert all(torch.equal(after[name], before[name]) for name in kept)
     assert [first.values["loss_scale"], second.values["loss_scale"]] == [scale / 2, scale / 4]
     assert (state.step, state.model.queue_pointer) == (2, 16)  # the schedule and the queue go on
@@ -207,21 +251,27 @@ def test_float16_is_saved_with_its_scale() -> None:
     first.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     values = train(first, 0, 1)[0].values
     (exact,) = train(fresh(dataclasses.replace(first.config, precision="float32")), 0, 1)
-    assert values["gradient_norm"] == pytest.approx(exact.values["gradient_norm"], rel=0.05)  # not times the scale
+    assert values["gradient_norm"] == pytest.approx(
+        exact.values["gradient_norm"], rel=0.05
+    )  # not times the scale
     second.load_state_dict(first.state_dict())
     assert second.scaler.get_scale() == 512.0
 
 
 def test_losses_equal_the_algorithm_written_out() -> None:
     losses = [m.values["loss"] for m in train(fresh(), 0, 6)]
-    assert losses == pytest.approx(list(written_out(fresh())), rel=1e-4)  # rounding grows over the steps
+    assert losses == pytest.approx(
+        list(written_out(fresh())), rel=1e-4
+    )  # rounding grows over the steps
 
 
 def test_key_encoder_moves_only_by_its_momentum() -> None:
     state = fresh(with_moco(momentum=1.0))
     before = [p.clone() for p in state.model.key_encoder.parameters()]
     train(state, 0, 5)
-    assert all(torch.equal(a, b) for a, b in zip(before, state.model.key_encoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, state.model.key_encoder.parameters(), strict=True)
+    )
     optimised = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in state.model.query_encoder.parameters()}
 
@@ -231,7 +281,9 @@ def test_keys_are_embedded_after_exactly_one_moving_average() -> None:
     key, query = (n.head[2].weight for n in (state.model.key_encoder, state.model.query_encoder))
     seen: list[torch.Tensor] = []
     state.model.key_encoder.register_forward_pre_hook(lambda *_: seen.append(key.clone()))
-    queries = [query.detach().clone() for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH)]
+    queries = [
+        query.detach().clone() for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH)
+    ]
     expected = seen[0]
     for step in range(1, 6):
         expected = (expected + queries[step - 1]) / 2
@@ -252,7 +304,11 @@ def test_values_come_every_n_steps_and_at_the_end() -> None:
     config = dataclasses.replace(CONFIG, log_every_steps=4)
     metrics = list(train_steps(fresh(config), random_batches(), STEPS_PER_EPOCH))
     assert [bool(m.values) for m in metrics] == [False, False, False, True, False, True]
-    assert [(m.step, m.epoch, *m.position) for m in metrics][:3] == [(1, 0, 0, 0), (2, 0, 0, 1), (3, 1, 1, 0)]
+    assert [(m.step, m.epoch, *m.position) for m in metrics][:3] == [
+        (1, 0, 0, 0),
+        (2, 0, 0, 1),
+        (3, 1, 1, 0),
+    ]
     lrs = [0.5 * 0.03 * (1 + math.cos(math.pi * epoch / 3)) for epoch in (1, 2)]
     assert [m.values["lr"] for m in metrics if m.values] == pytest.approx(lrs)
 
@@ -262,7 +318,9 @@ def noisy_patterns(steps: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(128, 3, 2, 2, generator=generator).split(16)
     for step in range(steps):
-        images = functional.interpolate(patterns[step % 8], size=16)[:, None].expand(-1, 2, -1, -1, -1)
+        images = functional.interpolate(patterns[step % 8], size=16)[:, None].expand(
+            -1, 2, -1, -1, -1
+        )
         noisy = images + 0.3 * torch.randn(images.shape, generator=generator)
         yield Batch((noisy * 64 + 128).clamp(0, 255).byte(), ["key"] * 16, StreamPosition(0, step))
 
@@ -289,13 +347,20 @@ def test_non_finite_loss_stops_before_the_parameters_change() -> None:
     state = fresh()
     before = [p.clone() for p in state.model.query_encoder.parameters()]
     state.model.queue.fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1.*lower pretrain.optimizer.lr"):
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 1.*lower pretrain.optimizer.lr"
+    ):
         next(train_steps(state, random_batches(), STEPS_PER_EPOCH))
-    assert all(torch.equal(a, b) for a, b in zip(before, state.model.query_encoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, state.model.query_encoder.parameters(), strict=True)
+    )
     assert state.step == 0
 
 
-def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     state = fresh()
     state.model.query_encoder.head.register_forward_hook(lambda _, __, x: x * 0 + 1)
     with caplog.at_level(logging.WARNING):
@@ -307,6 +372,8 @@ def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(caplog: pytes
 def test_rates_are_over_the_time_since_the_last_record() -> None:
     throughput = Throughput(steps=4, total_s=2.0, reading=ReadCounts(wait_s=0.5))
     assert throughput.rates(8) == {"images_per_s": 16.0, "data_wait": 0.25}
-    throughput.reading = ReadCounts(samples=32, bytes=100, retries=3, bad=(BadSample("s", "k", "damaged"),))
+    throughput.reading = ReadCounts(
+        samples=32, bytes=100, retries=3, bad=(BadSample("s", "k", "damaged"),)
+    )
     assert throughput.amounts()["read_bytes_per_s"] == 50.0
     assert (throughput.amounts()["read_retries"], throughput.amounts()["bad_samples"]) == (3, 1)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hemoco.backbones.file import random_backbone
-from hemoco.config import ClassifierConfig, EncoderConfig, FineTuneConfig, LinearClassifierConfig, StreamConfig
+from hemoco.config import (
+    ClassifierConfig,
+    EncoderConfig,
+    FineTuneConfig,
+    LinearClassifierConfig,
+    StreamConfig,
+)
 from hemoco.data.labelled import load_images
 from hemoco.data.shards.index import read_index
 from hemoco.data.stream.bad_samples import BadSampleFile
@@ -86,11 +92,15 @@ def train(state: ClassifierState, url: str, steps: int | None = None) -> list[Lo
 
 def digest_of(module: nn.Module) -> str:
     named = sorted(module.state_dict().items())
-    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for _, tensor in named)).hexdigest()
+    return hashlib.sha256(
+        b"".join(tensor.contiguous().numpy().tobytes() for _, tensor in named)
+    ).hexdigest()
 
 
 def made_batch(step: int, labels: tuple[int, ...] = (0, 1, 2, 0, 1, 2, 0, 1)) -> Batch:
-    crops = torch.randint(256, (8, 1, 3, 16, 16), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
+    crops = torch.randint(
+        256, (8, 1, 3, 16, 16), generator=torch.Generator().manual_seed(step), dtype=torch.uint8
+    )
     return Batch(crops, [str(row) for row in range(8)], StreamPosition(0, step), labels=labels)
 
 
@@ -123,10 +133,17 @@ def test_the_warm_up_is_linear_and_the_cosine_begins_after_it() -> None:
 
 def test_the_linear_protocol_trains_two_tensors_as_the_official_code() -> None:
     state = fresh(LinearClassifierConfig(**SMALL))
-    trained = [name for name, parameter in state.model.named_parameters() if parameter.requires_grad]
+    trained = [
+        name for name, parameter in state.model.named_parameters() if parameter.requires_grad
+    ]
     assert trained == ["head.weight", "head.bias"]
     (group,) = state.optimizer.param_groups
-    assert (group["lr"], group["momentum"], group["weight_decay"], len(group["params"])) == (30.0, 0.9, 0.0, 2)
+    assert (group["lr"], group["momentum"], group["weight_decay"], len(group["params"])) == (
+        30.0,
+        0.9,
+        0.0,
+        2,
+    )
     assert state.model.head.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert not state.model.head.bias.any()
 
@@ -160,7 +177,9 @@ def test_the_linear_protocol_equals_sgd_on_the_backbones_features() -> None:
 
 def test_fine_tuning_moves_the_backbone_and_its_batch_statistics(shards: str) -> None:
     state = fresh(WHOLE)
-    before = {name: tensor.clone() for name, tensor in state.model.backbone.encoder.state_dict().items()}
+    before = {
+        name: tensor.clone() for name, tensor in state.model.backbone.encoder.state_dict().items()
+    }
     train(state, shards, steps=2)
     after = state.model.backbone.encoder.state_dict()
     unmoved = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
@@ -170,7 +189,14 @@ def test_fine_tuning_moves_the_backbone_and_its_batch_statistics(shards: str) ->
 def test_stages_learn_at_decaying_rates_and_every_parameter_is_in_one_group() -> None:
     state = fresh(WHOLE)
     groups = parameter_groups(state.model, WHOLE)
-    assert [group["base_lr"] for group in groups] == [0.1, 0.05 / 16, 0.05 / 8, 0.05 / 4, 0.05 / 2, 0.05]
+    assert [group["base_lr"] for group in groups] == [
+        0.1,
+        0.05 / 16,
+        0.05 / 8,
+        0.05 / 4,
+        0.05 / 2,
+        0.05,
+    ]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in state.model.parameters())
     layer4 = {id(parameter) for parameter in state.model.backbone.encoder.layer4.parameters()}  # type: ignore[union-attr]
@@ -200,12 +226,16 @@ def test_two_ranks_train_and_classify_as_one_process(shards: str) -> None:
     configs = [LINEAR, dataclasses.replace(WHOLE, lr=0.01, backbone_lr=0.005)]
     expected = outcomes(configs, shards)
     # rank 0 has the first and third shard
-    order = torch.cat([torch.arange(0, 9), torch.arange(17, 28), torch.arange(9, 17), torch.arange(28, 40)])
+    order = torch.cat(
+        [torch.arange(0, 9), torch.arange(17, 28), torch.arange(9, 17), torch.arange(28, 40)]
+    )
     for of_rank in run_ranks(outcomes, 2, configs, shards):
         for found, alone in zip(of_rank, expected, strict=True):
             assert found.losses == pytest.approx(alone.losses, rel=1e-4)
             for name, tensor in alone.tensors.items():
-                torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+                torch.testing.assert_close(
+                    found.tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name
+                )
             assert torch.equal(found.labels, alone.labels[order])
             torch.testing.assert_close(found.logits, alone.logits[order], rtol=1e-3, atol=1e-3)
 
@@ -240,7 +270,9 @@ def test_scores_are_of_the_centre_view(shards: str) -> None:
     scores = classify(state, shards, read_index(shards).split("train"), batch_size=7)
     images, labels, _ = load_images(shards, read_index(shards), "train", 20)
     with torch.no_grad():
-        expected = state.model(state.model.backbone.normalise(torch.stack([center_view(i, 16, 20) for i in images])))
+        expected = state.model(
+            state.model.backbone.normalise(torch.stack([center_view(i, 16, 20) for i in images]))
+        )
     assert torch.equal(scores.labels, labels)
     torch.testing.assert_close(scores.logits, expected)
 

@@ -20,7 +20,13 @@ from pycocotools.cocoeval import COCOeval
 
 from hemoco.data.sources.folders import open_source
 from hemoco.errors import ShardError
-from hemoco.transfer.detection.coco_metric import coco_metrics, decode_mask, encode_mask, ground_truth_of, metric_names
+from hemoco.transfer.detection.coco_metric import (
+    coco_metrics,
+    decode_mask,
+    encode_mask,
+    ground_truth_of,
+    metric_names,
+)
 from hemoco.transfer.detection.drawing import draw_scenes
 
 SETS = {
@@ -47,7 +53,9 @@ def as_predictions(truth: dict[str, Any]) -> list[dict[str, Any]]:
             "category_id": item["category_id"],
             "bbox": item["bbox"],
             "score": 0.9,
-            "segmentation": encode_mask(decode_mask(item["segmentation"], *sides[item["image_id"]]).astype(bool)),
+            "segmentation": encode_mask(
+                decode_mask(item["segmentation"], *sides[item["image_id"]]).astype(bool)
+            ),
         }
         for item in truth["annotations"]
         if not item["iscrowd"]
@@ -82,18 +90,32 @@ def random_scenes(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     images, predictions = [], []
     for image_id in range(8):
         sides = np.exp(rng.uniform(np.log(6), np.log(200), (12, 2)))
-        boxes = np.concatenate([rng.uniform(0, (WIDTH - sides[:, 0], HEIGHT - sides[:, 1])).T, sides], axis=1).round(1)
+        boxes = np.concatenate(
+            [rng.uniform(0, (WIDTH - sides[:, 0], HEIGHT - sides[:, 1])).T, sides], axis=1
+        ).round(1)
         labels, crowds = rng.choice([1, 4], 12), rng.random(12) < 0.2
         objects = [
-            {"category_id": int(label), "bbox": box.tolist(), "area": float(box[2] * box[3]), "iscrowd": int(crowd)}
+            {
+                "category_id": int(label),
+                "bbox": box.tolist(),
+                "area": float(box[2] * box[3]),
+                "iscrowd": int(crowd),
+            }
             | {"segmentation": three_forms(box, int(rng.integers(3)))}
             for box, label, crowd in zip(boxes, labels, crowds, strict=True)
         ]
         images.append((image_id, HEIGHT, WIDTH, objects))
         for place in rng.integers(0, 12, 40):
             box = boxes[place] + rng.normal(0, 0.06, 4) * boxes[place][[2, 3, 2, 3]]
-            found = {"image_id": image_id, "category_id": int(labels[place] if rng.random() < 0.8 else 9)}
-            found |= {"bbox": box.tolist(), "score": float(rng.integers(20)) / 20, "segmentation": three_forms(box, 1)}
+            found = {
+                "image_id": image_id,
+                "category_id": int(labels[place] if rng.random() < 0.8 else 9),
+            }
+            found |= {
+                "bbox": box.tolist(),
+                "score": float(rng.integers(20)) / 20,
+                "segmentation": three_forms(box, 1),
+            }
             predictions.append(found)
     return ground_truth_of(images, categories), predictions
 
@@ -107,7 +129,9 @@ def stock_evaluation(
         stock = COCO()
         stock.dataset = deepcopy(truth)
         stock.createIndex()
-        found = [{key: value for key, value in item.items() if key != other} for item in predictions]
+        found = [
+            {key: value for key, value in item.items() if key != other} for item in predictions
+        ]
         evaluation = COCOeval(stock, stock.loadRes(found), kind)
         evaluation.params.maxDets = max_detections
         evaluation.evaluate()
@@ -118,7 +142,12 @@ def stock_evaluation(
 def stock_metrics(evaluation: COCOeval, prefix: str) -> Iterator[tuple[str, float]]:
     """What occurs, from pycocotools' curves at its last maxDets."""
     precision, recall = evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
-    curves = {"ap": precision[..., 0], "ap50": precision[0, ..., 0], "ap75": precision[5, ..., 0], "ar": recall[..., 0]}
+    curves = {
+        "ap": precision[..., 0],
+        "ap50": precision[0, ..., 0],
+        "ap75": precision[5, ..., 0],
+        "ar": recall[..., 0],
+    }
     for place, name in enumerate(("small", "medium", "large"), 1):
         curves[f"ap_{name}"] = precision[..., place]
     for place, category_id in enumerate(evaluation.params.catIds):
@@ -154,7 +183,9 @@ def test_box_metrics_are_those_that_pycocotools_prints() -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_ground_truth_as_predictions_scores_one_in_all_metrics(name: str, coco_sets: dict[str, Path]) -> None:
+def test_ground_truth_as_predictions_scores_one_in_all_metrics(
+    name: str, coco_sets: dict[str, Path]
+) -> None:
     truth = truth_of(coco_sets, name)
     metrics = coco_metrics(truth, as_predictions(truth), masks=True, max_detections=400)
     assert {"box_ap", "mask_ap", "box_ar", "mask_ar"} < metrics.keys()
@@ -163,7 +194,9 @@ def test_ground_truth_as_predictions_scores_one_in_all_metrics(name: str, coco_s
 
 def test_boxes_of_voc_xml_as_predictions_score_one(test_data: Path) -> None:
     source = open_source([str(test_data / "bccd")], "train")
-    images = ((place, 480, 640, image.annotations or []) for place, image in enumerate(source.items))
+    images = (
+        (place, 480, 640, image.annotations or []) for place, image in enumerate(source.items)
+    )
     truth = ground_truth_of(images, source.categories)
     found = [item | {"score": 0.9} for item in truth["annotations"]]
     metrics = coco_metrics(truth, found, masks=False, max_detections=100)
@@ -174,8 +207,12 @@ def test_boxes_of_voc_xml_as_predictions_score_one(test_data: Path) -> None:
 def test_shuffled_labels_score_nearly_zero(coco_sets: dict[str, Path]) -> None:
     truth = truth_of(coco_sets, "sparse")
     predictions = as_predictions(truth)
-    labels = np.random.default_rng(0).permutation([item["category_id"] for item in predictions]).tolist()
-    shuffled = [item | {"category_id": label} for item, label in zip(predictions, labels, strict=True)]
+    labels = (
+        np.random.default_rng(0).permutation([item["category_id"] for item in predictions]).tolist()
+    )
+    shuffled = [
+        item | {"category_id": label} for item, label in zip(predictions, labels, strict=True)
+    ]
     metrics = coco_metrics(truth, shuffled, masks=True, max_detections=100)
     assert metrics["box_ap"] < 0.05 and metrics["mask_ap"] < 0.05
 
@@ -192,8 +229,14 @@ def test_more_objects_than_max_detections_cannot_all_be_found(coco_sets: dict[st
 
 def test_what_is_not_predicted_scores_zero(coco_sets: dict[str, Path]) -> None:
     truth = truth_of(coco_sets, "polygons")
-    names = [*(f"{kind}_{name}" for kind in ("box", "mask") for name in FAMILY if name != "ap_small")]
-    names += [f"{kind}_ap/{category['name']}" for kind in ("box", "mask") for category in truth["categories"]]
+    names = [
+        *(f"{kind}_{name}" for kind in ("box", "mask") for name in FAMILY if name != "ap_small")
+    ]
+    names += [
+        f"{kind}_ap/{category['name']}"
+        for kind in ("box", "mask")
+        for category in truth["categories"]
+    ]
     assert coco_metrics(truth, [], masks=True, max_detections=100) == dict.fromkeys(names, 0.0)
 
 
@@ -203,8 +246,20 @@ def square(side: int) -> dict[str, Any]:
     return encode_mask(mask)
 
 
-ITEM = {"category_id": 90, "bbox": [0, 0, 20, 20], "area": 400, "iscrowd": 0, "segmentation": square(20)}
-FOUND = {"image_id": 7, "category_id": 90, "bbox": [0, 0, 20, 20], "score": 0.3, "segmentation": square(16)}
+ITEM = {
+    "category_id": 90,
+    "bbox": [0, 0, 20, 20],
+    "area": 400,
+    "iscrowd": 0,
+    "segmentation": square(20),
+}
+FOUND = {
+    "image_id": 7,
+    "category_id": 90,
+    "bbox": [0, 0, 20, 20],
+    "score": 0.3,
+    "segmentation": square(16),
+}
 CATEGORIES = [{"id": 3, "name": "absent"}, {"id": 90, "name": "square"}]
 
 
@@ -214,7 +269,9 @@ def test_a_mask_of_iou_0_8_and_a_perfect_box_score_as_counted_by_hand() -> None:
     names = ("ap", "ap50", "ap75", "ap_small", "ar", "ap/square")
     # thresholds 0.50 to 0.80 are met, 0.85 to 0.95 are not
     masks = dict(zip(names, (0.7, 1.0, 1.0, 0.7, 0.7, 0.7), strict=True))
-    expected = {f"box_{name}": 1.0 for name in names} | {f"mask_{name}": value for name, value in masks.items()}
+    expected = {f"box_{name}": 1.0 for name in names} | {
+        f"mask_{name}": value for name, value in masks.items()
+    }
     assert scores == pytest.approx(expected)
 
 
@@ -222,10 +279,14 @@ def test_a_crowd_neither_counts_nor_hurts() -> None:
     crowd = ITEM | {"iscrowd": 1, "bbox": [20, 0, 20, 40]}
     truth = ground_truth_of([(7, 40, 40, [ITEM, crowd])], CATEGORIES)
     inside = FOUND | {"score": 0.9, "bbox": [25, 5, 5, 5]}
-    assert coco_metrics(truth, [FOUND, inside], masks=False, max_detections=10)["box_ap"] == pytest.approx(1.0)
+    assert coco_metrics(truth, [FOUND, inside], masks=False, max_detections=10)[
+        "box_ap"
+    ] == pytest.approx(1.0)
 
 
-def test_scoring_is_silent_and_leaves_its_arguments_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+def test_scoring_is_silent_and_leaves_its_arguments_as_they_were(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     truth, predictions = random_scenes(0)
     before = deepcopy([truth, predictions])
     coco_metrics(truth, predictions, masks=True, max_detections=100)
@@ -238,7 +299,12 @@ def test_garbage_is_collected_again_after_scoring_and_after_failing() -> None:
     coco_metrics(truth, [FOUND], masks=True, max_detections=10)
     assert gc.isenabled()
     with pytest.raises(KeyError, match="segmentation"):
-        coco_metrics(truth, [{key: FOUND[key] for key in FOUND if key != "segmentation"}], masks=True, max_detections=1)
+        coco_metrics(
+            truth,
+            [{key: FOUND[key] for key in FOUND if key != "segmentation"}],
+            masks=True,
+            max_detections=1,
+        )
     assert gc.isenabled()
 
 
@@ -253,14 +319,22 @@ def test_ids_of_annotations_play_no_part() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": [{"id": 7, "height": 40, "width": 40}] * 2}, r"images have the ids \[7\] more than once"),
-        ({"categories": [*CATEGORIES, CATEGORIES[0]]}, r"categories have the ids \[3\] more than once"),
+        (
+            {"images": [{"id": 7, "height": 40, "width": 40}] * 2},
+            r"images have the ids \[7\] more than once",
+        ),
+        (
+            {"categories": [*CATEGORIES, CATEGORIES[0]]},
+            r"categories have the ids \[3\] more than once",
+        ),
         ({"images": []}, r"annotations have image_id \[7\]"),
         ({"categories": CATEGORIES[:1]}, r"annotations have category_id \[90\]"),
         ({"annotations": []}, "none of the 1 images has an object"),
     ],
 )
-def test_ground_truth_that_evaluators_would_misread_is_refused(change: dict[str, Any], message: str) -> None:
+def test_ground_truth_that_evaluators_would_misread_is_refused(
+    change: dict[str, Any], message: str
+) -> None:
     truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES) | change
     with pytest.raises(ShardError, match=message):
         coco_metrics(truth, [], masks=False, max_detections=10)
@@ -292,7 +366,9 @@ def test_masks_of_all_three_forms_decode_alike() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
 @pytest.mark.parametrize("name", SETS)
-def test_masks_of_sets_decode_as_with_stock_pycocotools(name: str, coco_sets: dict[str, Path]) -> None:
+def test_masks_of_sets_decode_as_with_stock_pycocotools(
+    name: str, coco_sets: dict[str, Path]
+) -> None:
     truth = truth_of(coco_sets, name)
     stock = COCO()
     stock.dataset = deepcopy(truth)
@@ -303,7 +379,10 @@ def test_masks_of_sets_decode_as_with_stock_pycocotools(name: str, coco_sets: di
         mask = decode_mask(item["segmentation"], image["height"], image["width"])
         expected = stock_rle.decode(stock.annToRLE(item))
         assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
-        assert encode_mask(mask.astype(bool))["counts"].encode() == stock_rle.encode(expected)["counts"]
+        assert (
+            encode_mask(mask.astype(bool))["counts"].encode()
+            == stock_rle.encode(expected)["counts"]
+        )
 
 
 def test_a_polygon_of_two_points_is_refused() -> None:
@@ -311,7 +390,9 @@ def test_a_polygon_of_two_points_is_refused() -> None:
         decode_mask([[1.0, 2.0, 3.0, 4.0]], 40, 50)
 
 
-def drawn(*scenes: tuple[torch.Tensor, list[dict[str, Any]], int], predictions: list[dict[str, Any]]) -> Image.Image:
+def drawn(
+    *scenes: tuple[torch.Tensor, list[dict[str, Any]], int], predictions: list[dict[str, Any]]
+) -> Image.Image:
     return Image.open(io.BytesIO(draw_scenes(list(scenes), predictions, {90: "square"})))
 
 

@@ -60,7 +60,12 @@ def backbone() -> Backbone:
 def square(left: int, top: int, side: int, **changes: Any) -> dict[str, Any]:
     mask = np.zeros((64, 64), bool)
     mask[top : top + side, left : left + side] = True
-    item = {"category_id": 7, "bbox": [left, top, side, side], "iscrowd": 0, "segmentation": encode_mask(mask)}
+    item = {
+        "category_id": 7,
+        "bbox": [left, top, side, side],
+        "iscrowd": 0,
+        "segmentation": encode_mask(mask),
+    }
     return item | {"area": side * side} | changes
 
 
@@ -90,7 +95,9 @@ def build(config: DetectionConfig = MASKS) -> DetectionState:
 
 
 def batches(config: DetectionConfig = MASKS) -> Any:
-    return detection_batches(SAMPLES, config, [3, 7, 90], seed=0, start_step=0, rank=rank(), world_size=world_size())
+    return detection_batches(
+        SAMPLES, config, [3, 7, 90], seed=0, start_step=0, rank=rank(), world_size=world_size()
+    )
 
 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -102,12 +109,16 @@ def test_fine_tuning_moves_every_statistic_and_every_parameter() -> None:
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     take_step(state, *next(batches()))
     take_step(state, *next(batches()))
-    still = [name for name, value in state.model.state_dict().items() if torch.equal(value, before[name])]
+    still = [
+        name for name, value in state.model.state_dict().items() if torch.equal(value, before[name])
+    ]
     assert not still, still
 
 
 @pytest.mark.parametrize(
-    "config", [MASKS, dataclasses.replace(BOXES, architecture="c4", rois_per_image=4)], ids=["fpn", "c4"]
+    "config",
+    [MASKS, dataclasses.replace(BOXES, architecture="c4", rois_per_image=4)],
+    ids=["fpn", "c4"],
 )
 def test_a_resumed_training_goes_on_bit_for_bit(config: DetectionConfig) -> None:
     whole, half, other = build(config), build(config), build(config)
@@ -120,7 +131,9 @@ def test_a_resumed_training_goes_on_bit_for_bit(config: DetectionConfig) -> None
     torch.rand(5)  # the global generator plays no part
     assert [step.values for step in detection_steps(other, SAMPLES, [3, 7, 90])] == history[2:]
     expected = whole.model.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in other.model.state_dict().items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in other.model.state_dict().items()
+    )
 
 
 def test_values_are_logged_every_so_often_and_at_the_end() -> None:
@@ -147,7 +160,11 @@ def test_a_state_of_other_data_is_refused_and_its_config_is_flat() -> None:
 def test_averaged_statistics_are_the_plain_mean_over_batches() -> None:
     state = build()
     some = [next(made) for made in [batches()] for _ in range(3)]
-    norms = {name: module for name, module in state.model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {
+        name: module
+        for name, module in state.model.named_modules()
+        if isinstance(module, _BatchNorm)
+    }
     seen: dict[str, list[Tensor]] = {name: [] for name in norms}
     for name, norm in norms.items():
         norm.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
@@ -156,8 +173,12 @@ def test_averaged_statistics_are_the_plain_mean_over_batches() -> None:
     for name, norm in norms.items():
         assert norm.momentum == 0.1 and len(seen[name]) == 3
         # float32, summed in another order
-        torch.testing.assert_close(norm.running_mean, sum(x.mean((0, 2, 3)) for x in seen[name]) / 3, **CLOSE)
-        torch.testing.assert_close(norm.running_var, sum(x.var((0, 2, 3)) for x in seen[name]) / 3, **CLOSE)
+        torch.testing.assert_close(
+            norm.running_mean, sum(x.mean((0, 2, 3)) for x in seen[name]) / 3, **CLOSE
+        )
+        torch.testing.assert_close(
+            norm.running_var, sum(x.var((0, 2, 3)) for x in seen[name]) / 3, **CLOSE
+        )
     assert all(torch.equal(*pair) for pair in zip(weights, state.model.parameters(), strict=True))
 
 
@@ -209,7 +230,9 @@ def ranks() -> list[OnRank]:
 def test_two_ranks_have_the_statistics_of_one_process(alone: OnRank, ranks: list[OnRank]) -> None:
     for each in ranks:
         torch.testing.assert_close(each.statistics, alone.statistics, **CLOSE)
-        assert all(torch.equal(each.averaged[name], ranks[0].averaged[name]) for name in each.averaged)
+        assert all(
+            torch.equal(each.averaged[name], ranks[0].averaged[name]) for name in each.averaged
+        )
 
 
 def test_two_ranks_report_the_same_and_have_the_same_weights(ranks: list[OnRank]) -> None:
@@ -222,12 +245,18 @@ def test_ranks_share_the_images_that_are_predicted(alone: OnRank, ranks: list[On
     assert seen == [{1, 2, 3, 4}, {1, 3}, {2, 4}]
     assert ranks[0].file == ranks[1].file
     gathered = sorted(ranks[0].found + ranks[1].found, key=lambda item: int(item["image_id"]))
-    assert json.loads(ranks[0].file) == [item | {"image_id": 1000 + item["image_id"]} for item in gathered]
+    assert json.loads(ranks[0].file) == [
+        item | {"image_id": 1000 + item["image_id"]} for item in gathered
+    ]
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(alone: OnRank, ranks: list[OnRank]) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(
+    alone: OnRank, ranks: list[OnRank]
+) -> None:
     for each in (alone, *ranks):
-        assert each.error.startswith("the loss is nan at step 2 (lr 0.02): lower mask_rcnn.lr or add mask_rcnn.warmup")
+        assert each.error.startswith(
+            "the loss is nan at step 2 (lr 0.02): lower mask_rcnn.lr or add mask_rcnn.warmup"
+        )
 
 
 def run_detection(
@@ -257,22 +286,38 @@ def test_predictions_are_those_of_torchvisions_own_evaluation() -> None:
     found = predict(model, SAMPLES[:1], [3, 7, 90], MASKS)
     assert len(found) == 40 and {item["image_id"] for item in found} == {1}
     corners = expected["boxes"].tolist()
-    assert [item["bbox"] for item in found] == [pytest.approx([x, y, r - x, b - y], abs=1e-4) for x, y, r, b in corners]
-    assert [item["category_id"] for item in found] == [[0, 3, 7, 90][label] for label in expected["labels"].tolist()]
+    assert [item["bbox"] for item in found] == [
+        pytest.approx([x, y, r - x, b - y], abs=1e-4) for x, y, r, b in corners
+    ]
+    assert [item["category_id"] for item in found] == [
+        [0, 3, 7, 90][label] for label in expected["labels"].tolist()
+    ]
     for item, mask in zip(found, expected["masks"], strict=True):
         assert np.array_equal(decode_mask(item["segmentation"], 64, 64), (mask[0] > 0.5).numpy())
 
 
 def as_predictions(samples: list[DetectionSample]) -> list[dict[str, Any]]:
-    return [item | {"image_id": s.image_id, "score": 0.9} for s in samples for item in s.annotations]
+    return [
+        item | {"image_id": s.image_id, "score": 0.9} for s in samples for item in s.annotations
+    ]
 
 
 def test_ground_truth_as_predictions_scores_one_and_crowds_do_no_harm() -> None:
-    samples = [sample(1), sample(2, [square(5, 5, 9), square(30, 30, 20, iscrowd=1)]), sample(3, [])]
+    samples = [
+        sample(1),
+        sample(2, [square(5, 5, 9), square(30, 30, 20, iscrowd=1)]),
+        sample(3, []),
+    ]
     result = measure(MASKS, samples, as_predictions(samples), CATEGORIES)
-    assert (result.metric, result.value, result.metrics["box_ap"]) == ("mask_ap", pytest.approx(1), pytest.approx(1))
+    assert (result.metric, result.value, result.metrics["box_ap"]) == (
+        "mask_ap",
+        pytest.approx(1),
+        pytest.approx(1),
+    )
     assert measure(BOXES, samples, as_predictions(samples), CATEGORIES).metric == "box_ap"
-    voc = measure(dataclasses.replace(BOXES, metric="voc"), samples, as_predictions(samples), CATEGORIES)
+    voc = measure(
+        dataclasses.replace(BOXES, metric="voc"), samples, as_predictions(samples), CATEGORIES
+    )
     assert (voc.metric, voc.value) == ("box_ap50", pytest.approx(1))
 
 
@@ -283,16 +328,24 @@ def test_images_with_more_objects_than_detections_are_counted() -> None:
 
 
 def test_predictions_are_a_coco_file_with_the_images_own_ids() -> None:
-    found = json.loads(measure(MASKS, SAMPLES, as_predictions(SAMPLES), CATEGORIES).files["predictions.json"])
+    found = json.loads(
+        measure(MASKS, SAMPLES, as_predictions(SAMPLES), CATEGORIES).files["predictions.json"]
+    )
     assert [item["image_id"] for item in found] == [1001, 1002, 1003, 1004]
     assert {"image_id", "category_id", "bbox", "score", "segmentation"} <= found[0].keys()
     joined = [dataclasses.replace(each, source_id=5) for each in SAMPLES]
-    found = json.loads(measure(MASKS, joined, as_predictions(SAMPLES), CATEGORIES).files["predictions.json"])
+    found = json.loads(
+        measure(MASKS, joined, as_predictions(SAMPLES), CATEGORIES).files["predictions.json"]
+    )
     assert [item["image_id"] for item in found] == [1, 2, 3, 4]
 
 
 def test_boxes_without_masks_are_drawn() -> None:
-    plain = [dataclasses.replace(SAMPLES[0], annotations=[{"category_id": 7, "bbox": [1, 2, 9, 9], "iscrowd": 0}])]
+    plain = [
+        dataclasses.replace(
+            SAMPLES[0], annotations=[{"category_id": 7, "bbox": [1, 2, 9, 9], "iscrowd": 0}]
+        )
+    ]
     plain[0].annotations[0]["area"] = 81
     result = measure(BOXES, plain, as_predictions(plain), CATEGORIES)
     assert Image.open(io.BytesIO(result.images["detections"])).format == "PNG"

@@ -39,7 +39,12 @@ CATEGORIES = ({"id": 7, "name": "bright"}, {"id": 3, "name": "dark"})
 def square(left: int, top: int, side: int, **changes: Any) -> dict[str, Any]:
     mask = np.zeros((48, 64), bool)
     mask[top : top + side, left : left + side] = True
-    item = {"category_id": 7, "bbox": [left, top, side, side], "iscrowd": 0, "segmentation": encode_mask(mask)}
+    item = {
+        "category_id": 7,
+        "bbox": [left, top, side, side],
+        "iscrowd": 0,
+        "segmentation": encode_mask(mask),
+    }
     return item | changes
 
 
@@ -64,12 +69,17 @@ def sample(image_id: int = 1, annotations: list[dict[str, Any]] | None = None) -
     )
 
 
-def shards(folder: Path, annotations: list[list[dict[str, Any]] | None], image: bytes | None = None) -> str:
+def shards(
+    folder: Path, annotations: list[list[dict[str, Any]] | None], image: bytes | None = None
+) -> str:
     """A shard folder with an image for each list of annotations."""
     data = encode_shard(
-        Sample(f"k{i}", image or picture(i), None, items, 9, suffix="png") for i, items in enumerate(annotations)
+        Sample(f"k{i}", image or picture(i), None, items, 9, suffix="png")
+        for i, items in enumerate(annotations)
     )
-    shard = Shard("train-0.tar", "train", len(annotations), len(data), hashlib.sha256(data).hexdigest())
+    shard = Shard(
+        "train-0.tar", "train", len(annotations), len(data), hashlib.sha256(data).hexdigest()
+    )
     write_bytes(join_url(str(folder), shard.name), data)
     write_index(str(folder), ShardIndex((shard,), (), CATEGORIES))
     return str(folder)
@@ -101,18 +111,29 @@ def test_what_is_clipped_dropped_and_empty_is_counted(tmp_path: Path) -> None:
     assert [item["iscrowd"] for item in data.samples[2].annotations] == [1]
 
 
-def test_boxes_of_bccd_are_all_inside_by_vocs_convention_even_those_of_one_pixel(test_data: Path) -> None:
+def test_boxes_of_bccd_are_all_inside_by_vocs_convention_even_those_of_one_pixel(
+    test_data: Path,
+) -> None:
     single = 0
     for item in open_source([str(test_data / "bccd")], "train").items:
         found = clean_annotations(item.annotations or [], 480, 640, masks=False)
-        assert [kept["bbox"] for kept in found.kept] == [annotation["bbox"] for annotation in item.annotations or []]
+        assert [kept["bbox"] for kept in found.kept] == [
+            annotation["bbox"] for annotation in item.annotations or []
+        ]
         assert not found.counts.total()
         single += sum(kept["area"] == 1 for kept in found.kept)
     assert single == 2  # their XML has xmin = xmax and ymin = ymax
 
 
 @pytest.mark.parametrize(
-    "box", [[float("nan"), 0, 5, 5], [0, 0, float("nan"), 5], [5, 5, -3, 9], [5, 5, 0.004, 9], [1e9, 0, 5, 5]]
+    "box",
+    [
+        [float("nan"), 0, 5, 5],
+        [0, 0, float("nan"), 5],
+        [5, 5, -3, 9],
+        [5, 5, 0.004, 9],
+        [1e9, 0, 5, 5],
+    ],
 )
 def test_boxes_without_area_are_dropped(box: list[float]) -> None:
     found = clean_annotations([square(0, 0, 9, bbox=box)], 48, 64, masks=True)
@@ -123,7 +144,9 @@ def test_polygons_without_area_and_uncompressed_masks_of_the_wrong_length_are_dr
     line = square(0, 0, 9, segmentation=[[1, 1, 9, 9]])
     partly = square(0, 0, 9, segmentation=[[1, 1, 9, 9], [0, 0, 9, 0, 9, 9]])
     overlong = square(0, 0, 9, segmentation={"size": [48, 64], "counts": [0, 48 * 64 + 1]})
-    found = clean_annotations([line, partly, overlong, square(0, 0, 9, segmentation=[])], 48, 64, masks=True)
+    found = clean_annotations(
+        [line, partly, overlong, square(0, 0, 9, segmentation=[])], 48, 64, masks=True
+    )
     assert [item["segmentation"] for item in found.kept] == [[[0, 0, 9, 0, 9, 9]]]
     assert found.counts["annotations_dropped"] == 3 and found.counts["masks_of_another_size"] == 1
 
@@ -132,7 +155,10 @@ def test_boxes_alone_need_no_masks_and_keep_none() -> None:
     without = square(0, 0, 9)
     del without["segmentation"]
     found = clean_annotations([without, square(1, 1, 9)], 48, 64, masks=False)
-    assert all("segmentation" not in item and item["area"] == 81 for item in found.kept) and len(found.kept) == 2
+    assert (
+        all("segmentation" not in item and item["area"] == 81 for item in found.kept)
+        and len(found.kept) == 2
+    )
 
 
 def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
@@ -140,7 +166,9 @@ def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
     del without["segmentation"]
     url = shards(tmp_path, [[without], [without]])
     assert len(load_detection_samples(url, read_index(url), "train", masks=False).samples) == 2
-    with pytest.raises(ShardError, match=r"none of the 2 objects of split 'train' has a mask.* use Faster R-CNN"):
+    with pytest.raises(
+        ShardError, match=r"none of the 2 objects of split 'train' has a mask.* use Faster R-CNN"
+    ):
         load_detection_samples(url, read_index(url), "train", masks=True)
 
 
@@ -148,7 +176,10 @@ def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
     ("annotations", "message"),
     [
         (None, "k0 has no annotations; detection needs data packed from COCO or Pascal VOC"),
-        ([square(0, 0, 9, category_id=5)], "k0: annotation None is of category 5, which is none of the index's 2"),
+        (
+            [square(0, 0, 9, category_id=5)],
+            "k0: annotation None is of category 5, which is none of the index's 2",
+        ),
         ([square(0, 0, 9, bbox=[1, 2, 3])], "k0: an annotation without a sound bbox"),
         ([square(0, 0, 9, bbox=None)], "k0: an annotation without a sound bbox"),
         ([{"category_id": 7}], r"k0: an annotation without a sound bbox .*KeyError"),
@@ -189,12 +220,18 @@ def test_a_photo_held_sideways_has_the_size_it_is_seen_in(tmp_path: Path) -> Non
 
 
 def test_targets_have_corner_boxes_labels_of_sparse_ids_and_no_crowds() -> None:
-    objects = [square(0, 0, 9, iscrowd=1), square(20, 10, 20, category_id=90), square(1, 2, 5, category_id=13)]
+    objects = [
+        square(0, 0, 9, iscrowd=1),
+        square(20, 10, 20, category_id=90),
+        square(1, 2, 5, category_id=13),
+    ]
     target = build_target(objects, 48, 64, [7, 13, 90], masks=True)
     assert target["boxes"].tolist() == [[20, 10, 40, 30], [1, 2, 6, 7]]
     assert target["labels"].tolist() == [3, 2]
     expected = torch.zeros(2, 48, 64, dtype=torch.uint8)
-    for mask, (left, top, right, bottom) in zip(expected, [(20, 10, 40, 30), (1, 2, 6, 7)], strict=True):
+    for mask, (left, top, right, bottom) in zip(
+        expected, [(20, 10, 40, 30), (1, 2, 6, 7)], strict=True
+    ):
         for y in range(top, bottom):
             for x in range(left, right):
                 mask[y, x] = 1
@@ -209,18 +246,29 @@ def test_difficult_objects_are_trained_on_and_boxes_need_no_masks() -> None:
 
 def test_flipping_moves_image_box_and_mask_alike() -> None:
     one = sample()
-    image, flipped = flip_horizontally(one.decode(), build_target(one.annotations, 48, 64, [7], masks=True))
+    image, flipped = flip_horizontally(
+        one.decode(), build_target(one.annotations, 48, 64, [7], masks=True)
+    )
     left, top, right, bottom = flipped["boxes"][0].int().tolist()
     assert (left, top, right, bottom) == (24, 10, 44, 30)
     assert torch.equal(image[0] == 220, flipped["masks"][0].bool())
-    assert (flipped["masks"][0, top:bottom, left:right] == 1).all() and flipped["masks"].sum() == 400
+    assert (flipped["masks"][0, top:bottom, left:right] == 1).all() and flipped[
+        "masks"
+    ].sum() == 400
 
 
 @pytest.mark.parametrize(("shorter", "longest"), [(48, 999), (31, 999), (77, 999), (96, 90)])
-def test_training_images_are_scaled_as_torchvision_scales_test_images(shorter: int, longest: int) -> None:
+def test_training_images_are_scaled_as_torchvision_scales_test_images(
+    shorter: int, longest: int
+) -> None:
     one = sample()
-    image, target = one.decode().float() / 255, build_target(one.annotations, 48, 64, [7], masks=True)
-    transform = GeneralizedRCNNTransform(shorter, longest, [0, 0, 0], [1, 1, 1], size_divisible=1).eval()
+    image, target = (
+        one.decode().float() / 255,
+        build_target(one.annotations, 48, 64, [7], masks=True),
+    )
+    transform = GeneralizedRCNNTransform(
+        shorter, longest, [0, 0, 0], [1, 1, 1], size_divisible=1
+    ).eval()
     images, (expected,) = transform([image], [dict(target)])
     scaled, found = scale(image, target, shorter=shorter, longest=longest)
     torch.testing.assert_close(scaled, images.tensors[0])
@@ -234,14 +282,18 @@ def rows(batches: Any, count: int) -> list[tuple[float, tuple[int, ...], list[li
     for images, targets in (next(batches) for _ in range(count)):
         for image, target in zip(images, targets, strict=True):
             # a corner of the background has the image's number
-            found.append((round(float(image[0, -1, -1]) * 255), tuple(image.shape), target["boxes"].tolist()))
+            found.append(
+                (round(float(image[0, -1, -1]) * 255), tuple(image.shape), target["boxes"].tolist())
+            )
     batches.close()
     return found
 
 
 def some_batches(start_step: int = 0, rank: int = 0, world_size: int = 1, seed: int = 3) -> Any:
     samples = [sample(number, [] if number == 5 else None) for number in range(1, 8)]
-    return detection_batches(samples, BOXES, [7], seed=seed, start_step=start_step, rank=rank, world_size=world_size)
+    return detection_batches(
+        samples, BOXES, [7], seed=seed, start_step=start_step, rank=rank, world_size=world_size
+    )
 
 
 def test_every_image_with_objects_comes_once_an_epoch() -> None:
@@ -256,7 +308,12 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(world_size: int) ->
     alone = rows(some_batches(), 3)
     shares = [rows(some_batches(rank=rank, world_size=world_size), 3) for rank in range(world_size)]
     count = 4 // world_size
-    together = [row for step in range(3) for share in shares for row in share[step * count : (step + 1) * count]]
+    together = [
+        row
+        for step in range(3)
+        for share in shares
+        for row in share[step * count : (step + 1) * count]
+    ]
     assert together == alone
 
 
@@ -266,20 +323,29 @@ def test_batches_go_on_where_they_stopped() -> None:
 
 
 def test_flips_and_sizes_are_drawn_for_each_place_of_each_step() -> None:
-    drawn = [draw(BOXES, seed=0, step=step, place=place) for step in range(100) for place in range(10)]
+    drawn = [
+        draw(BOXES, seed=0, step=step, place=place) for step in range(100) for place in range(10)
+    ]
     assert 450 < sum(each.flip for each in drawn) < 550
     assert {each.size for each in drawn} == {32, 48, 64}
     assert all(290 < sum(each.size == size for each in drawn) < 380 for size in (32, 48, 64))
-    assert not any(draw(dataclasses.replace(BOXES, flip=0.0), seed=0, step=s, place=0).flip for s in range(50))
+    assert not any(
+        draw(dataclasses.replace(BOXES, flip=0.0), seed=0, step=s, place=0).flip for s in range(50)
+    )
 
 
 def test_orders_of_epochs_are_permutations_of_their_own() -> None:
     orders = [epoch_order(0, epoch, 9).tolist() for epoch in range(5)]
-    assert all(sorted(order) == list(range(9)) for order in orders) and len({*map(tuple, orders)}) == 5
+    assert (
+        all(sorted(order) == list(range(9)) for order in orders) and len({*map(tuple, orders)}) == 5
+    )
 
 
 def test_batches_that_do_not_divide_or_have_no_objects_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"transfers\.global_batch_size is 4: it must be a multiple of the ranks, 3"):
+    with pytest.raises(
+        ConfigError,
+        match=r"transfers\.global_batch_size is 4: it must be a multiple of the ranks, 3",
+    ):
         next(some_batches(world_size=3))
     empty = [sample(1, []), sample(2, [square(0, 0, 9, iscrowd=1)])]
     with pytest.raises(ShardError, match="none of the 2 training images has an object"):
@@ -296,7 +362,19 @@ def test_masks_become_targets_within_their_boxes(coco_sets: dict[str, Path], nam
     kept = clean_annotations(item.annotations or [], height, width, masks=True).kept
     ids = [category["id"] for category in source.categories]
     target = build_target(kept, height, width, ids, masks=True)
-    assert len(target["masks"]) == len(target["boxes"]) == sum(not item["iscrowd"] for item in kept) > 0
-    for mask, (left, top, right, bottom) in zip(target["masks"], target["boxes"].tolist(), strict=True):
+    assert (
+        len(target["masks"])
+        == len(target["boxes"])
+        == sum(not item["iscrowd"] for item in kept)
+        > 0
+    )
+    for mask, (left, top, right, bottom) in zip(
+        target["masks"], target["boxes"].tolist(), strict=True
+    ):
         y, x = torch.nonzero(mask, as_tuple=True)
-        assert left - 1 <= x.min() and x.max() <= right + 1 and top - 1 <= y.min() and y.max() <= bottom + 1
+        assert (
+            left - 1 <= x.min()
+            and x.max() <= right + 1
+            and top - 1 <= y.min()
+            and y.max() <= bottom + 1
+        )

@@ -24,7 +24,9 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.small_detector import SMALL
 
 C4 = dataclasses.replace(SMALL, architecture="c4")
-BOXES = FasterRcnnConfig(architecture="c4", test_size=64, max_size=64, rois_per_image=16, proposals=50)
+BOXES = FasterRcnnConfig(
+    architecture="c4", test_size=64, max_size=64, rois_per_image=16, proposals=50
+)
 BOTH = pytest.mark.parametrize("config", [SMALL, C4], ids=["fpn", "c4"])
 
 
@@ -36,8 +38,15 @@ def backbone(architecture: str = "resnet10t", stem: str = "imagenet") -> Backbon
 def batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
     masks[:, 10:40, 20:50] = 1
-    target = {"boxes": torch.tensor([[20.0, 10, 50, 40]]), "labels": torch.tensor([1]), "masks": masks}
-    return list(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))), [target, target]
+    target = {
+        "boxes": torch.tensor([[20.0, 10, 50, 40]]),
+        "labels": torch.tensor([1]),
+        "masks": masks,
+    }
+    return list(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))), [
+        target,
+        target,
+    ]
 
 
 @BOTH
@@ -46,7 +55,11 @@ def test_everything_is_trained_and_only_norms_do_not_decay(config: MaskRcnnConfi
     whole.requires_grad_(False)  # as a linear probe may have left it
     model = build_detector(whole, config, 3)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    decay = {id(p): g["weight_decay"] for g in detection_optimizer(model, config).param_groups for p in g["params"]}
+    decay = {
+        id(p): g["weight_decay"]
+        for g in detection_optimizer(model, config).param_groups
+        for p in g["params"]
+    }
     assert len(decay) == len(list(model.parameters()))
     for module in model.modules():
         norm = isinstance(module, nn.BatchNorm2d)
@@ -70,7 +83,15 @@ def test_lr_is_two_hundredths_for_16_images_and_steps_are_its_inverse(images: in
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, 2e-5), (500, 0.5005 * 0.02), (1000, 0.02), (59_999, 0.02), (60_000, 0.002), (79_999, 0.002), (80_000, 2e-4)],
+    [
+        (0, 2e-5),
+        (500, 0.5005 * 0.02),
+        (1000, 0.02),
+        (59_999, 0.02),
+        (60_000, 0.002),
+        (79_999, 0.002),
+        (80_000, 2e-4),
+    ],
 )
 def test_lr_follows_detectron2s_1x_schedule(step: int, expected: float) -> None:
     config = MaskRcnnConfig()
@@ -79,7 +100,9 @@ def test_lr_follows_detectron2s_1x_schedule(step: int, expected: float) -> None:
 
 def test_lr_follows_the_voc_schedule() -> None:
     schedule, milestones = Schedule(24_000, 0.02, 100), (18 / 24, 22 / 24)
-    lrs = [detection_lr(step, schedule, milestones) for step in (100, 17_999, 18_000, 21_999, 22_000)]
+    lrs = [
+        detection_lr(step, schedule, milestones) for step in (100, 17_999, 18_000, 21_999, 22_000)
+    ]
     assert lrs == pytest.approx([0.02, 0.02, 0.002, 0.002, 2e-4])
 
 
@@ -104,8 +127,15 @@ def test_c4_computes_layer4_on_regions_of_layer3_then_an_extra_norm() -> None:
     head = model.roi_heads.box_head
     torch.testing.assert_close(head.layer4(model.backbone(images)["0"]), expected)
     assert isinstance(head.norm, nn.BatchNorm2d) and head.norm.num_features == 512
-    names = [name for name, _ in model.named_parameters() if "layer4" in name or re.search(r"box_head\.norm", name)]
-    assert names and all(name.startswith(("roi_heads.box_head.layer4.", "roi_heads.box_head.norm.")) for name in names)
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if "layer4" in name or re.search(r"box_head\.norm", name)
+    ]
+    assert names and all(
+        name.startswith(("roi_heads.box_head.layer4.", "roi_heads.box_head.norm."))
+        for name in names
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,9 +171,13 @@ def test_rpn_of_c4_looks_at_6000_boxes_and_keeps_1000() -> None:
 
 @pytest.mark.parametrize("architecture", ["fpn", "c4"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_boxes_alone_and_boxes_with_masks_are_learnt_with_either_stem(architecture: str, stem: str) -> None:
+def test_boxes_alone_and_boxes_with_masks_are_learnt_with_either_stem(
+    architecture: str, stem: str
+) -> None:
     for kind, losses in ((BOXES, 4), (C4, 5)):
-        config: DetectionConfig = dataclasses.replace(kind, architecture=architecture, anchor_sizes=(8, 16, 24, 32, 64))
+        config: DetectionConfig = dataclasses.replace(
+            kind, architecture=architecture, anchor_sizes=(8, 16, 24, 32, 64)
+        )
         model = build_detector(backbone(stem=stem), config, 3).train()
         found = model(*batch())
         assert len(found) == losses and all(loss.isfinite() for loss in found.values())
@@ -176,7 +210,10 @@ def test_images_are_normalised_as_the_backbones_were() -> None:
 def test_a_network_that_is_no_resnet_is_refused() -> None:
     config = EncoderConfig(architecture="resnet18")
     other = Backbone(nn.Sequential(nn.Conv2d(3, 8, 3)), config, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    with pytest.raises(ConfigError, match="Sequential without layer1 to layer4: detection needs one of timm's ResNets"):
+    with pytest.raises(
+        ConfigError,
+        match="Sequential without layer1 to layer4: detection needs one of timm's ResNets",
+    ):
         build_detector(other, SMALL, 3)
 
 
@@ -191,7 +228,10 @@ class OnRank(NamedTuple):
 
 def uneven_images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 3, 4, 6, generator=generator) * 3 + 1, torch.randn(1, 3, 2, 2, generator=generator)]
+    return [
+        torch.randn(2, 3, 4, 6, generator=generator) * 3 + 1,
+        torch.randn(1, 3, 2, 2, generator=generator),
+    ]
 
 
 def as_pixels(images: Tensor) -> Tensor:
@@ -206,7 +246,9 @@ def on_rank() -> OnRank:
     output = norm(images)
     as_pixels(output).pow(3).sum().backward()
     assert images.grad is not None
-    return OnRank(output.detach(), (norm.running_mean, norm.running_var), images.grad, synchronised())
+    return OnRank(
+        output.detach(), (norm.running_mean, norm.running_var), images.grad, synchronised()
+    )
 
 
 def synchronised() -> list[str]:
@@ -215,8 +257,14 @@ def synchronised() -> list[str]:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     synchronise_batch_norms(model, torch.device("cpu"))
     after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
-    return [type(m).__name__ for m in model.modules() if isinstance(m, nn.BatchNorm2d | AllReduceBatchNorm)]
+    assert after.keys() == before.keys() and all(
+        torch.equal(value, before[name]) for name, value in after.items()
+    )
+    return [
+        type(m).__name__
+        for m in model.modules()
+        if isinstance(m, nn.BatchNorm2d | AllReduceBatchNorm)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -225,18 +273,24 @@ def ranks() -> list[OnRank]:
     return found
 
 
-def test_ranks_with_images_of_other_sizes_share_the_statistics_of_all_pixels(ranks: list[OnRank]) -> None:
+def test_ranks_with_images_of_other_sizes_share_the_statistics_of_all_pixels(
+    ranks: list[OnRank],
+) -> None:
     pixels = torch.cat([as_pixels(each) for each in uneven_images()]).requires_grad_()  # (52, 3)
     norm = nn.BatchNorm1d(3)
     expected = norm(pixels)
     expected.pow(3).sum().backward()
     assert pixels.grad is not None
-    for found, output, slope in zip(ranks, expected.detach().split([48, 4]), pixels.grad.split([48, 4]), strict=True):
+    for found, output, slope in zip(
+        ranks, expected.detach().split([48, 4]), pixels.grad.split([48, 4]), strict=True
+    ):
         torch.testing.assert_close(as_pixels(found.output), output)
         torch.testing.assert_close(found.statistics, (norm.running_mean, norm.running_var))
         torch.testing.assert_close(as_pixels(found.slope), slope, atol=1e-4, rtol=1e-4)
 
 
 def test_every_batch_norm_is_over_all_ranks(ranks: list[OnRank]) -> None:
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in build_detector(backbone(), C4, 3).modules())
+    norms = sum(
+        isinstance(module, nn.BatchNorm2d) for module in build_detector(backbone(), C4, 3).modules()
+    )
     assert ranks[0].kinds == ranks[1].kinds == ["AllReduceBatchNorm"] * norms

@@ -27,7 +27,9 @@ def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def noise_images(count: int) -> torch.Tensor:
-    return torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ def slow_votes(bank: list, labels: list, query: list, k: int, temperature: float
     def cosine(a: list[float], b: list[float]) -> float:
         return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
-    ranked = sorted(zip((cosine(query, image) for image in bank), labels, strict=True), reverse=True)
+    ranked = sorted(
+        zip((cosine(query, image) for image in bank), labels, strict=True), reverse=True
+    )
     votes: dict[int, float] = {}
     for similarity, label in ranked[:k]:
         votes[label] = votes.get(label, 0.0) + math.exp(similarity / temperature)
@@ -52,25 +56,35 @@ def slow_votes(bank: list, labels: list, query: list, k: int, temperature: float
 @pytest.mark.parametrize("k", [1, 7, 60])
 def test_votes_equal_a_slow_loop(k: int) -> None:
     bank, queries, labels = draw(60, 5), draw(300, 5, seed=1) * 7, torch.arange(60) % 4
-    ours = torch.cat(list(knn_votes(make_bank(bank, labels, 4), queries, neighbours=k, temperature=0.1)))
+    ours = torch.cat(
+        list(knn_votes(make_bank(bank, labels, 4), queries, neighbours=k, temperature=0.1))
+    )
     theirs = torch.zeros(300, 4)
     for row, query in enumerate(queries.tolist()):
         for label, vote in slow_votes(bank.tolist(), labels.tolist(), query, k, 0.1).items():
             theirs[row, label] = vote
-    torch.testing.assert_close(ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True))
+    torch.testing.assert_close(
+        ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True)
+    )
 
 
 @pytest.mark.parametrize("k", [3, 2000, 69_000])
 @pytest.mark.parametrize("images", [70_003, 131_072])
-def test_bank_that_is_searched_in_parts_gives_the_votes_of_a_whole_sort(images: int, k: int) -> None:
+def test_bank_that_is_searched_in_parts_gives_the_votes_of_a_whole_sort(
+    images: int, k: int
+) -> None:
     bank, queries, labels = draw(images, 6), draw(5, 6, seed=1), torch.arange(images) % 7
     (ours,) = knn_votes(make_bank(bank, labels, 7), queries, neighbours=k, temperature=0.3)
     wide, narrow = bank.double().numpy(), queries.double().numpy()
     norms = np.linalg.norm(narrow, axis=1)[:, None] * np.linalg.norm(wide, axis=1)
     similarities = narrow @ wide.T / norms
     for row, ranked in enumerate(np.argsort(-similarities, axis=1)[:, :k]):
-        votes = np.bincount(ranked % 7, np.exp((similarities[row, ranked] - similarities[row].max()) / 0.3), 7)
-        np.testing.assert_allclose(ours[row], votes, rtol=1e-4)  # two images may change places at the border
+        votes = np.bincount(
+            ranked % 7, np.exp((similarities[row, ranked] - similarities[row].max()) / 0.3), 7
+        )
+        np.testing.assert_allclose(
+            ours[row], votes, rtol=1e-4
+        )  # two images may change places at the border
 
 
 def test_bfloat16_moves_few_votes() -> None:
@@ -79,14 +93,18 @@ def test_bfloat16_moves_few_votes() -> None:
         torch.cat(
             [
                 part.argmax(1)
-                for part in knn_votes(make_bank(bank, labels, 10, dtype), queries, neighbours=100, temperature=0.1)
+                for part in knn_votes(
+                    make_bank(bank, labels, 10, dtype), queries, neighbours=100, temperature=0.1
+                )
             ]
         )
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert 0.7 < (exact == own).float().mean() < 0.99
     assert (exact == rounded).float().mean() > 0.985
-    assert (exact == own).float().mean().item() == pytest.approx((rounded == own).float().mean().item(), abs=0.003)
+    assert (exact == own).float().mean().item() == pytest.approx(
+        (rounded == own).float().mean().item(), abs=0.003
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,7 +112,11 @@ def test_length_of_features_does_not_count(dtype: torch.dtype) -> None:
     (bank, labels), (queries, _) = clusters(300, 0), clusters(20, 1)
     lengths = torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) + 1e-4
     first, second = (
-        next(knn_votes(make_bank(features, labels, 10, dtype), queries, neighbours=9, temperature=0.1))
+        next(
+            knn_votes(
+                make_bank(features, labels, 10, dtype), queries, neighbours=9, temperature=0.1
+            )
+        )
         for features in (bank, bank * lengths)
     )
     torch.testing.assert_close(first, second, atol=0.3 if dtype == torch.bfloat16 else 1e-3, rtol=0)
@@ -115,7 +137,9 @@ def test_low_temperature_does_not_overflow() -> None:
 @pytest.mark.parametrize("k", [0, 11])
 def test_neighbours_must_be_in_the_bank(k: int) -> None:
     bank = make_bank(draw(10, 3), torch.zeros(10, dtype=torch.int64), 1)
-    with pytest.raises(ConfigError, match=rf"knn.neighbours is {k}: it must be between 1 and the 10 images"):
+    with pytest.raises(
+        ConfigError, match=rf"knn.neighbours is {k}: it must be between 1 and the 10 images"
+    ):
         next(knn_votes(bank, draw(2, 3), neighbours=k, temperature=0.1))
 
 
@@ -126,16 +150,22 @@ def test_temperature_must_be_positive() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_images_find_themselves_and_the_backbone_stays_as_it_is(backbone: Backbone, precision: str) -> None:
+def test_images_find_themselves_and_the_backbone_stays_as_it_is(
+    backbone: Backbone, precision: str
+) -> None:
     def digest() -> str:
-        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in backbone.state_dict().values())).hexdigest()
+        return hashlib.sha256(
+            b"".join(t.numpy().tobytes() for t in backbone.state_dict().values())
+        ).hexdigest()
 
     before = digest()
     split = in_memory(noise_images(300), torch.arange(300) % 6, tuple("abcdef"))
     result = run_knn(KnnConfig(neighbours=1, precision=precision), backbone, split, split, 0)
     assert (result.metric, result.value) == ("top1", 1.0)
     assert result.metrics == {"top1": 1.0, "per_class_accuracy": 1.0, "top5": 1.0}
-    assert result.files["confusion.csv"].startswith(b"class / predicted,a,b,c,d,e,f\na,50,0,0,0,0,0\nb,0,50")
+    assert result.files["confusion.csv"].startswith(
+        b"class / predicted,a,b,c,d,e,f\na,50,0,0,0,0,0\nb,0,50"
+    )
     assert digest() == before
 
 
@@ -149,5 +179,8 @@ def test_classes_without_votes_are_not_among_the_five(backbone: Backbone) -> Non
 def test_test_classes_that_the_bank_lacks_are_refused(backbone: Backbone) -> None:
     train = in_memory(noise_images(6), torch.tensor([0, 1, 0, 1, 0, 1]))
     test = in_memory(images_of(train)[:4], torch.tensor([0, 1, 0, 2]), ("ant", "bee", "cat"))
-    with pytest.raises(ShardError, match=r"test_split has 1 images of classes that .*lacks: 2 \(cat\): 1 images; pack"):
+    with pytest.raises(
+        ShardError,
+        match=r"test_split has 1 images of classes that .*lacks: 2 \(cat\): 1 images; pack",
+    ):
         run_knn(KnnConfig(neighbours=1), backbone, train, test, 0)

@@ -41,12 +41,18 @@ def draw_features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained_by_torch(
-    weight: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, config: LinearProbeConfig, setting: Setting
+    weight: torch.Tensor,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    config: LinearProbeConfig,
+    setting: Setting,
 ) -> tuple[torch.nn.Linear, list[float]]:
     """One classifier, by autograd and torch's own SGD, in the order of seed 7; and the mean loss of each epoch."""
     linear = torch.nn.Linear(5, 3)
     linear.load_state_dict({"weight": weight, "bias": torch.zeros(3)})
-    optimizer = torch.optim.SGD(linear.parameters(), setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
+    optimizer = torch.optim.SGD(
+        linear.parameters(), setting.lr, momentum=0.9, weight_decay=setting.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     generator, means = torch.Generator().manual_seed(7), []
     for _ in range(config.epochs):
@@ -65,7 +71,9 @@ def trained_by_torch(
 def digits() -> tuple[LabelledSplit, LabelledSplit]:
     """scikit-learn's scans of 8x8 pixels, 1,200 to train on and 597 to test."""
     scans = load_digits()
-    images = torch.from_numpy(scans.images / 16 * 255).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    images = (
+        torch.from_numpy(scans.images / 16 * 255).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    )
     labels = torch.from_numpy(scans.target).long()
     return in_memory(images[:1200], labels[:1200]), in_memory(images[1200:], labels[1200:])
 
@@ -77,14 +85,18 @@ def backbone() -> Backbone:
 
 def test_grid_equals_separate_runs_of_torchs_sgd() -> None:
     features, labels = draw_features(50, 0)
-    config = LinearProbeConfig(epochs=3, batch_size=16, lrs=(0.1, 1e38, 2.0), weight_decays=(0.0, 0.01, 0.3))
+    config = LinearProbeConfig(
+        epochs=3, batch_size=16, lrs=(0.1, 1e38, 2.0), weight_decays=(0.0, 0.01, 0.3)
+    )
     settings = [Setting(lr, decay) for lr in config.lrs for decay in config.weight_decays]
     heads = new_heads(settings, 3, features, seed=5)
     start = heads.weight.clone()
     losses = [loss for _, loss in train_heads(heads, features, labels, config, seed=7)]
     assert heads.weight[:, 3:6].isfinite().logical_not().any()  # diverged, and alone
     for head in (0, 1, 2, 6, 7, 8):
-        linear, expected = trained_by_torch(start[:, head], features, labels, config, settings[head])
+        linear, expected = trained_by_torch(
+            start[:, head], features, labels, config, settings[head]
+        )
         torch.testing.assert_close(heads.weight[:, head], linear.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(heads.bias[:, head], linear.bias, rtol=1e-4, atol=1e-5)
         if head == 0:
@@ -101,7 +113,9 @@ def test_head_of_a_grid_is_the_head_alone() -> None:
 
 
 def test_classifier_starts_as_in_the_paper() -> None:
-    heads = Heads([Setting(1.0, 0.0), Setting(2.0, 0.1)], 100, 500, torch.Generator().manual_seed(0))
+    heads = Heads(
+        [Setting(1.0, 0.0), Setting(2.0, 0.1)], 100, 500, torch.Generator().manual_seed(0)
+    )
     assert heads.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert torch.equal(heads.weight[:, 0], heads.weight[:, 1])
     assert heads.bias.eq(0).all()
@@ -115,8 +129,12 @@ def test_evaluation_in_parts_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPa
     losses, accuracies = evaluate_heads(heads, features, labels)
     for head in range(2):
         logits = features @ heads.weight[:, head].T + heads.bias[:, head]
-        assert losses[head].item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
-        assert accuracies[head].item() == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+        assert losses[head].item() == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, labels).item()
+        )
+        assert accuracies[head].item() == pytest.approx(
+            (logits.argmax(1) == labels).double().mean().item()
+        )
 
 
 def test_long_training_reaches_scikit_learns_minimum() -> None:
@@ -126,12 +144,20 @@ def test_long_training_reaches_scikit_learns_minimum() -> None:
     train, test = coloured(240, 0), coloured(400, 1)
     config = dataclasses.replace(CONFIG, epochs=300, batch_size=240, lrs=(0.01, 0.5))
     result = run_linear_probe(config, backbone, train, test, seed=0)
-    features, test_features = (extract_features(backbone, images_of(split)).numpy() for split in (train, test))
+    features, test_features = (
+        extract_features(backbone, images_of(split)).numpy() for split in (train, test)
+    )
     peer = LogisticRegression(C=np.inf, max_iter=5000, tol=1e-8).fit(features, train.labels.numpy())
     final = result.history[-1][1]
-    assert final["train_loss"] == pytest.approx(log_loss(train.labels, peer.predict_proba(features)), rel=1e-3)
-    assert final["test_loss"] == pytest.approx(log_loss(test.labels, peer.predict_proba(test_features)), rel=5e-3)
-    assert result.value == pytest.approx(peer.score(test_features, test.labels.numpy()), abs=0.005)  # 2 images of 400
+    assert final["train_loss"] == pytest.approx(
+        log_loss(train.labels, peer.predict_proba(features)), rel=1e-3
+    )
+    assert final["test_loss"] == pytest.approx(
+        log_loss(test.labels, peer.predict_proba(test_features)), rel=5e-3
+    )
+    assert result.value == pytest.approx(
+        peer.score(test_features, test.labels.numpy()), abs=0.005
+    )  # 2 images of 400
     assert 0.5 < result.value < 1
 
 
@@ -139,11 +165,15 @@ def test_probe_agrees_with_scikit_learn_on_exported_features(tmp_path: Path) -> 
     backbone = random_backbone(TINY, 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     train, test = digits()
     calibrate_batch_norm(backbone, images_of(train))
-    config = LinearProbeConfig(epochs=60, batch_size=100, lrs=(0.3, 1.0), weight_decays=(1e-2,), lbfgs_check=True)
+    config = LinearProbeConfig(
+        epochs=60, batch_size=100, lrs=(0.3, 1.0), weight_decays=(1e-2,), lbfgs_check=True
+    )
     result = run_linear_probe(config, backbone, train, test, 0, FeatureCache(tmp_path))
     exported = [load_file(path) for path in tmp_path.glob("*.safetensors")]
     fit, held = sorted(exported, key=lambda file: -len(file["labels"]))
-    peer = LogisticRegression(C=1 / (1e-2 * 1200), max_iter=5000).fit(fit["features"], fit["labels"])
+    peer = LogisticRegression(C=1 / (1e-2 * 1200), max_iter=5000).fit(
+        fit["features"], fit["labels"]
+    )
     score = peer.score(held["features"], held["labels"])
     assert 0.8 < score < 0.99
     assert result.value == pytest.approx(score, abs=0.005)
@@ -153,9 +183,13 @@ def test_probe_agrees_with_scikit_learn_on_exported_features(tmp_path: Path) -> 
     assert result.metrics["lbfgs_top1"] == pytest.approx(score, abs=0.005)
 
 
-def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(backbone: Backbone) -> None:
+def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(
+    backbone: Backbone,
+) -> None:
     before = digest(backbone)
-    first, again, other = (run_linear_probe(CONFIG, backbone, coloured(40, 0), coloured(40, 1), s) for s in (3, 3, 4))
+    first, again, other = (
+        run_linear_probe(CONFIG, backbone, coloured(40, 0), coloured(40, 1), s) for s in (3, 3, 4)
+    )
     assert first == again
     assert first.history != other.history
     assert digest(backbone) == before
@@ -168,7 +202,10 @@ def test_history_has_every_epoch_and_the_result_is_the_last(backbone: Backbone) 
     assert result.value == result.metrics["top1"] == result.history[-1][1]["top1"]
     assert result.history[-1][1]["train_loss"] < result.history[0][1]["train_loss"]
     sweep = {f"held_out_top1/lr_{lr:g}_wd_0" for lr in CONFIG.lrs}
-    assert result.metrics.keys() == {"top1", "per_class_accuracy", "lr", "weight_decay", "held_out_top1"} | sweep
+    assert (
+        result.metrics.keys()
+        == {"top1", "per_class_accuracy", "lr", "weight_decay", "held_out_top1"} | sweep
+    )
     assert result.metrics["held_out_top1"] == max(result.metrics[name] for name in sweep)
     assert result.files.keys() == {"classes.csv", "confusion.csv"}
 
@@ -178,19 +215,26 @@ def test_learning_rate_that_diverges_is_not_chosen(backbone: Backbone) -> None:
     result = run_linear_probe(config, backbone, coloured(40, 0), coloured(40, 1), 0)
     assert result.metrics["lr"] == 0.3
     with pytest.raises(TrainingError, match="all diverge; add lower"):
-        run_linear_probe(dataclasses.replace(CONFIG, lrs=(1e38,)), backbone, coloured(40, 0), coloured(40, 1), 0)
+        run_linear_probe(
+            dataclasses.replace(CONFIG, lrs=(1e38,)), backbone, coloured(40, 0), coloured(40, 1), 0
+        )
 
 
 def test_learning_rate_is_chosen_without_the_test_split(backbone: Backbone) -> None:
     wrong = in_memory(images_of(coloured(40, 1)), (coloured(40, 1).labels + 1) % 4)
-    right, misled = (run_linear_probe(CONFIG, backbone, coloured(80, 0), test, 0) for test in (coloured(40, 1), wrong))
+    right, misled = (
+        run_linear_probe(CONFIG, backbone, coloured(80, 0), test, 0)
+        for test in (coloured(40, 1), wrong)
+    )
     assert right.metrics["lr"] == misled.metrics["lr"]
     assert right.metrics["held_out_top1"] == misled.metrics["held_out_top1"]
     assert misled.value < right.value
 
 
 def test_weight_decay_is_chosen_with_the_learning_rate(backbone: Backbone) -> None:
-    config = dataclasses.replace(CONFIG, lrs=(1e-9, 0.3), weight_decays=(100.0, 1e-3))  # one pair can learn
+    config = dataclasses.replace(
+        CONFIG, lrs=(1e-9, 0.3), weight_decays=(100.0, 1e-3)
+    )  # one pair can learn
     result = run_linear_probe(config, backbone, coloured(80, 0), coloured(40, 1), 0)
     assert (result.metrics["lr"], result.metrics["weight_decay"]) == (0.3, 1e-3)
 

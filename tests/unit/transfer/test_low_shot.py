@@ -39,10 +39,14 @@ def test_minimum_is_that_of_scikit_learn(classes: int) -> None:
     labels = torch.arange(40) % classes
     weight, bias = fit_logistic_regression(features, labels, classes, weight_decay=0.1)
     # its loss is C * sum of cross-entropies + |weight|^2 / 2
-    peer = LogisticRegression(C=1 / (0.1 * 40), tol=1e-10, max_iter=10_000).fit(features.numpy(), labels.numpy())
+    peer = LogisticRegression(C=1 / (0.1 * 40), tol=1e-10, max_iter=10_000).fit(
+        features.numpy(), labels.numpy()
+    )
     ours = (features @ weight.T + bias).softmax(dim=1)
     if classes > 2:  # for two classes it fits one vector, which is another penalty
-        torch.testing.assert_close(ours, torch.from_numpy(peer.predict_proba(features.numpy())), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            ours, torch.from_numpy(peer.predict_proba(features.numpy())), atol=1e-4, rtol=0
+        )
     gradient = (ours - torch.nn.functional.one_hot(labels)).T @ features / 40 + 0.1 * weight
     assert gradient.abs().max() < 1e-5
 
@@ -77,19 +81,27 @@ def test_shots_are_of_each_class_that_has_images() -> None:
 
 @pytest.mark.parametrize(("second", "others"), [(9, ""), (4, ", and 1 more classes have too few")])
 def test_class_with_too_few_images_is_named(second: int, others: str) -> None:
-    message = rf"low_shot.shots is 5: class 1 \(bee\) has 2 images in train_split{others}; .* at most 2"
+    message = (
+        rf"low_shot.shots is 5: class 1 \(bee\) has 2 images in train_split{others}; .* at most 2"
+    )
     with pytest.raises(ConfigError, match=message):
-        count_shots(labelled([9, 2, second])._replace(classes=("ant", "bee", "cow")), LowShotConfig(shots=5))
+        count_shots(
+            labelled([9, 2, second])._replace(classes=("ant", "bee", "cow")), LowShotConfig(shots=5)
+        )
 
 
 def test_class_that_only_the_test_split_has_is_named(backbone: Backbone) -> None:
     train, test = coloured(40, 0), coloured(8, 1)
     with pytest.raises(ShardError, match="lacks: 4: 2 images"):
-        run_low_shot(LowShotConfig(), backbone, train, in_memory(images_of(test), test.labels + 1), 0)
+        run_low_shot(
+            LowShotConfig(), backbone, train, in_memory(images_of(test), test.labels + 1), 0
+        )
 
 
 def test_standardisation_is_that_of_numpy() -> None:
-    features = torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100  # more than one part
+    features = (
+        torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100
+    )  # more than one part
     wide = features.double().numpy()
     expected = (wide[:9] - wide.mean(axis=0)) / wide.std(axis=0)
     np.testing.assert_allclose(Standardisation.of(features)(features[:9]), expected, rtol=1e-9)
@@ -97,8 +109,12 @@ def test_standardisation_is_that_of_numpy() -> None:
 
 def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) -> None:
     train, test = coloured(80, 0), coloured(200, 1)
-    result = run_low_shot(LowShotConfig(shots=5, draws=3, weight_decay=1e-2), backbone, train, test, seed=7)
-    features, test_features = (extract_features(backbone, images_of(s)).double().numpy() for s in (train, test))
+    result = run_low_shot(
+        LowShotConfig(shots=5, draws=3, weight_decay=1e-2), backbone, train, test, seed=7
+    )
+    features, test_features = (
+        extract_features(backbone, images_of(s)).double().numpy() for s in (train, test)
+    )
     mean, deviation = features.mean(axis=0), features.std(axis=0)
     deviation[deviation <= 1e-6] = 1
     generator, scores = torch.Generator().manual_seed(7), []
@@ -107,17 +123,28 @@ def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) 
         peer = LogisticRegression(C=1 / (1e-2 * 20), tol=1e-8, max_iter=10_000)
         peer.fit((features[rows] - mean) / deviation, train.labels.numpy()[rows])
         scores.append(peer.score((test_features - mean) / deviation, test.labels.numpy()))
-    assert result.value == pytest.approx(statistics.fmean(scores), abs=0.005)  # one image of 200 on a border
+    assert result.value == pytest.approx(
+        statistics.fmean(scores), abs=0.005
+    )  # one image of 200 on a border
     assert result.metrics["std"] == pytest.approx(statistics.stdev(scores), abs=0.005)
-    assert result.metrics["ci95"] == pytest.approx(4.303 * result.metrics["std"] / 3**0.5, rel=1e-4)  # t, 2 degrees
+    assert result.metrics["ci95"] == pytest.approx(
+        4.303 * result.metrics["std"] / 3**0.5, rel=1e-4
+    )  # t, 2 degrees
     assert result.metrics["labelled_images"] == 20
-    assert sum(int(line.split(b",")[2]) for line in result.files["classes.csv"].splitlines()[1:]) == 3 * 200
+    assert (
+        sum(int(line.split(b",")[2]) for line in result.files["classes.csv"].splitlines()[1:])
+        == 3 * 200
+    )
 
 
-def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(backbone: Backbone) -> None:
+def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(
+    backbone: Backbone,
+) -> None:
     before = digest(backbone)
     config = LowShotConfig(shots=1, draws=3)
-    first, again, other = (run_low_shot(config, backbone, coloured(40, 0), coloured(80, 1), s) for s in (3, 3, 4))
+    first, again, other = (
+        run_low_shot(config, backbone, coloured(40, 0), coloured(80, 1), s) for s in (3, 3, 4)
+    )
     assert first == again
     assert first != other
     assert digest(backbone) == before
@@ -125,13 +152,18 @@ def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(backbon
 
 def test_backbones_see_the_same_draws_of_a_fraction(backbone: Backbone) -> None:
     train, test = coloured(80, 0), coloured(40, 1)
-    first, again = (run_low_shot(LowShotConfig(fraction=0.1, draws=2), backbone, train, test, 3) for _ in range(2))
+    first, again = (
+        run_low_shot(LowShotConfig(fraction=0.1, draws=2), backbone, train, test, 3)
+        for _ in range(2)
+    )
     assert first == again
     assert first.metrics["labelled_images"] == 8
 
 
 def test_one_draw_has_no_deviation(backbone: Backbone) -> None:
-    result = run_low_shot(LowShotConfig(shots=2, draws=1), backbone, coloured(40, 0), coloured(40, 1), 0)
+    result = run_low_shot(
+        LowShotConfig(shots=2, draws=1), backbone, coloured(40, 0), coloured(40, 1), 0
+    )
     assert result.metrics.keys() == {"top1", "per_class_accuracy", "labelled_images"}
     assert (result.metric, result.history) == ("top1", [])
 

@@ -2,7 +2,12 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    top_k_accuracy_score,
+)
 
 from hemoco.data.labelled import LabelledSplit
 from hemoco.errors import ShardError
@@ -23,11 +28,15 @@ def scored(images: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores (M, C) that are right more often than by chance, and labels (M,)."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (images,), generator=generator)
-    return torch.randn(images, classes, generator=generator) + torch.nn.functional.one_hot(labels, classes), labels
+    return torch.randn(images, classes, generator=generator) + torch.nn.functional.one_hot(
+        labels, classes
+    ), labels
 
 
 def split(*labels: int, classes: tuple[str, ...] = ()) -> LabelledSplit:
-    return in_memory(torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8), torch.tensor(labels).long(), classes)
+    return in_memory(
+        torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8), torch.tensor(labels).long(), classes
+    )
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:
@@ -46,7 +55,9 @@ def test_metrics_are_those_of_scikit_learn() -> None:
 
 def test_counts_of_batches_add_up() -> None:
     scores, labels = scored(50, 6)
-    parts = [count_predictions(*part) for part in zip(scores.split(7), labels.split(7), strict=True)]
+    parts = [
+        count_predictions(*part) for part in zip(scores.split(7), labels.split(7), strict=True)
+    ]
     whole, added = count_predictions(scores, labels), sum_counts(parts)
     assert torch.equal(whole.confusion, added.confusion)
     assert whole.top5 == added.top5
@@ -54,7 +65,10 @@ def test_counts_of_batches_add_up() -> None:
 
 def test_classes_that_do_not_occur_are_in_no_mean() -> None:
     counts = count_predictions(torch.eye(4)[[0, 0, 1, 0]], torch.tensor([0, 0, 0, 2]))
-    assert class_metrics(counts) == {"top1": 0.5, "per_class_accuracy": pytest.approx((2 / 3 + 0) / 2)}
+    assert class_metrics(counts) == {
+        "top1": 0.5,
+        "per_class_accuracy": pytest.approx((2 / 3 + 0) / 2),
+    }
 
 
 @pytest.mark.parametrize("classes", [5, 6])
@@ -71,7 +85,9 @@ def test_equal_or_undefined_scores_are_no_hits_among_the_five(score: float) -> N
 
 def test_files_have_a_line_for_each_class() -> None:
     counts = ClassCounts(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), 6)
-    result = classification_result(counts, ("cat", "dog, wet"), also={"lr": 0.1}, history=[(1, {"top1": 0.5})])
+    result = classification_result(
+        counts, ("cat", "dog, wet"), also={"lr": 0.1}, history=[(1, {"top1": 0.5})]
+    )
     assert result.files["confusion.csv"].decode() == (
         'class / predicted,cat,"dog, wet",2\ncat,3,1,0\n"dog, wet",0,2,0\n2,0,0,0\n'
     )
@@ -79,7 +95,11 @@ def test_files_have_a_line_for_each_class() -> None:
         'class,name,images,right,accuracy\n0,cat,4,3,0.750000\n1,"dog, wet",2,2,1.000000\n2,2,0,0,\n'
     )
     assert result.images["confusion"].startswith(PNG)
-    assert (result.value, result.metrics["lr"], result.history) == (5 / 6, 0.1, [(1, {"top1": 0.5})])
+    assert (result.value, result.metrics["lr"], result.history) == (
+        5 / 6,
+        0.1,
+        [(1, {"top1": 0.5})],
+    )
 
 
 @pytest.mark.parametrize("names", [("$x^", "é" * 40, "long" * 40), ("鳥", "", "_")])
@@ -105,7 +125,9 @@ def test_classes_without_test_images_are_logged(caplog: pytest.LogCaptureFixture
 
 
 def test_test_classes_that_training_lacks_are_named_and_counted() -> None:
-    with pytest.raises(ShardError, match=r"has 3 images of classes .*lacks: 2 \(cow\): 2 images, 3: 1 images; pack"):
+    with pytest.raises(
+        ShardError, match=r"has 3 images of classes .*lacks: 2 \(cow\): 2 images, 3: 1 images; pack"
+    ):
         check_labels(split(0, 1), split(0, 2, 2, 3, classes=("ant", "bee", "cow")))
 
 
@@ -115,13 +137,18 @@ def test_of_many_lacking_classes_five_are_named() -> None:
 
 
 def test_one_class_is_nothing_to_tell_apart() -> None:
-    with pytest.raises(ShardError, match=r"all 3 images are of class 1 \(bee\): 3 images: there is nothing to tell"):
+    with pytest.raises(
+        ShardError, match=r"all 3 images are of class 1 \(bee\): 3 images: there is nothing to tell"
+    ):
         check_labels(split(1, 1, 1, classes=("ant", "bee")), split(1))
 
 
 @pytest.mark.parametrize("name", ["train_split", "test_split"])
 def test_empty_and_unlabelled_splits_are_refused(name: str) -> None:
     good = split(0, 1)
-    for bad, message in ((split(), "has no images"), (split(0, -1, -1), "2 of 3 images have no label")):
+    for bad, message in (
+        (split(), "has no images"),
+        (split(0, -1, -1), "2 of 3 images have no label"),
+    ):
         with pytest.raises(ShardError, match=rf"data.{name}:? {message}"):
             check_labels(*((bad, good) if name == "train_split" else (good, bad)))
