@@ -66,7 +66,10 @@ from pipeline.workers.tasks import Interrupted
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 20.0
-_LESS_MEMORY = "take more workers for this transfer or machines with more memory: the same words go on from the last checkpoint"
+_LESS_MEMORY = (
+    "take more workers for this transfer or machines with more memory; "
+    "the same command resumes it from the last checkpoint"
+)
 
 
 def train_as_rank(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:

@@ -278,8 +278,8 @@ def test_a_recipe_given_by_its_path_is_resumed_by_it(tracking, capsys, tmp_path)
     (tmp_path / "mine.py").write_text("raise SystemExit('status needs no recipe')")
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", "by-path"]) == 0
-    again = f"resume      python -m jobs run {tmp_path}/mine.py --data.shards s3://b/x --pretrain.epochs 7 --run by-path"
-    assert again in capsys.readouterr().out
+    again = f"python -m jobs run {tmp_path}/mine.py --data.shards s3://b/x --pretrain.epochs 7 --run by-path"
+    assert f"resume      {again}" in capsys.readouterr().out
 
 
 def test_transfers_are_resumed_with_their_backbone_and_those_that_were_named(tracking, capsys):
