@@ -15,7 +15,7 @@ from hemoco.data.shards.index import (
     read_table,
     shard_url,
 )
-from hemoco.data.shards.read import cut_out, damaged_places, is_another_shard
+from hemoco.data.shards.read import cut_out, damaged_rows, is_another_shard
 from hemoco.data.shards.tar import parse_tar
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import read_bytes
@@ -104,7 +104,7 @@ def _extent(url: str, shard: Shard, data: bytes) -> str:
     except HemocoError:  # named by itself
         return ""
     images = cut_out([(0, memoryview(data))], table, np.arange(shard.samples, dtype=np.int32))
-    damaged = len(damaged_places(images, table))
+    damaged = len(damaged_rows(images, table))
     if damaged == 0:
         return ""
     if is_another_shard(examined=shard.samples, damaged=damaged, samples=shard.samples):

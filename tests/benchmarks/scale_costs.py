@@ -28,10 +28,11 @@ from hemoco.data.shards.index import (
     read_index,
     write_index,
 )
+from hemoco.data.shards.read import plan_ranges
 from hemoco.data.shards.table import SampleTable, encode_table
 from hemoco.data.stream.batches import pretraining_plan
 from hemoco.data.stream.loader import CropSource
-from hemoco.data.stream.order import EpochOrder, Portion, plan_portions, plan_ranges
+from hemoco.data.stream.order import EpochOrder, Portion, plan_portions
 
 PROCESSES_PER_RANK = 8
 IMAGES_PER_RANK = 32  # in a step, as MoCo's 256 on 8 GPUs

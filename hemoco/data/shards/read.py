@@ -1,12 +1,12 @@
-"""Samples out of the bytes of a shard, and whether they are the ones that were packed.
+"""Samples cut out of the bytes of a shard, and the rule that tells damaged shards from replaced ones.
 
-A shard whose bytes are not the packed ones is either damaged, and its sound samples can be used, or another shard,
-which is an error. Here alone stands which of the two it is.
+Of a shard that was damaged in storage, the sound samples can still be used. A shard that was
+replaced by another is an error. `is_another_shard` is the only place that decides which it is.
 
 Shapes: M samples of a shard.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,37 +17,79 @@ from hemoco.data.shards.table import SampleTable, crc32c
 from hemoco.errors import ShardError, StorageError
 from hemoco.storage.fetch import ChecksumError, FetchCounts, ObjectCutError, fetch_range
 
-_FEW = 3  # damaged samples that say nothing about the rest of their shard
+_TOLERATED_DAMAGE = 3  # so few damaged samples never mean that the shard was replaced
+_REQUEST_BYTES = 1 << 20  # a request takes about as long as receiving this many bytes
+
+
+def plan_ranges(
+    offsets: Sequence[int], sizes: Sequence[int], shard_bytes: int
+) -> list[tuple[int, int]]:
+    """Byte ranges [start, stop), ascending, that hold some samples of a shard at the least cost.
+
+    A gap between two samples is read along with them where that is cheaper than a further request.
+
+    Args:
+        offsets: first byte of each sample, in any order.
+        sizes: bytes of each sample.
+        shard_bytes: bytes of the shard.
+
+    Returns:
+        The ranges; the whole shard as one range where that is cheaper.
+    """
+    ranges: list[tuple[int, int]] = []
+    for start, size in sorted(zip(offsets, sizes, strict=True)):
+        stop = start + size
+        if ranges and start - ranges[-1][1] <= _REQUEST_BYTES:
+            last_start, last_stop = ranges.pop()
+            ranges.append((last_start, max(last_stop, stop)))
+        else:
+            ranges.append((start, stop))
+    cost = sum(stop - start for start, stop in ranges) + (len(ranges) - 1) * _REQUEST_BYTES
+    # A whole shard is verified with one checksum, ranges with one for each sample. Reading ranges
+    # must save more than that costs: the bytes of one request at least.
+    if cost + _REQUEST_BYTES < shard_bytes:
+        return ranges
+    return [(0, shard_bytes)]
 
 
 def cut_out(
-    parts: list[tuple[int, memoryview]], table: SampleTable, wanted: NDArray[np.int32]
+    parts: list[tuple[int, memoryview]], table: SampleTable, rows: NDArray[np.int32]
 ) -> list[tuple[int, memoryview]]:
-    """The images at some places of a shard, out of parts of it that begin at ascending bytes."""
+    """Encoded images of some samples, cut out of parts of their shard without copying.
+
+    Args:
+        parts: first byte and bytes of each part, ascending; together they hold all the samples.
+        table: of the shard.
+        rows: rows of the table, one for each sample.
+
+    Returns:
+        Row and image of each sample, in the order of `rows`.
+    """
     images = []
-    for place in wanted.tolist():
-        offset, size = int(table.offsets[place]), int(table.sizes[place])
+    for row in rows.tolist():
+        offset, size = int(table.offsets[row]), int(table.sizes[row])
         start, data = next(part for part in reversed(parts) if part[0] <= offset)
-        images.append((place, data[offset - start : offset - start + size]))
+        images.append((row, data[offset - start : offset - start + size]))
     return images
 
 
-def damaged_places(images: Iterable[tuple[int, memoryview]], table: SampleTable) -> frozenset[int]:
-    """Places of those images that are not the packed ones, as their CRC32C shows."""
-    return frozenset(place for place, image in images if crc32c(image) != table.crcs[place])
+def damaged_rows(images: Iterable[tuple[int, memoryview]], table: SampleTable) -> frozenset[int]:
+    """Rows of those images whose CRC32C differs from the table's."""
+    return frozenset(row for row, image in images if crc32c(image) != table.crcs[row])
 
 
 def is_another_shard(*, examined: int, damaged: int, samples: int) -> bool:
-    """Whether so many samples are damaged that the shard was replaced and not damaged.
+    """Whether so many samples are damaged that the shard must have been replaced.
 
-    That is more than half of those examined, and more than three unless these are all that the shard has.
+    True where more than half of the examined samples are damaged, and more than three (in a shard
+    of three samples or fewer: all of them).
 
     Args:
         examined: samples whose bytes were compared.
-        damaged: those of them that are not the packed ones.
-        samples: of the shard.
+        damaged: examined samples whose bytes differ from the packed ones.
+        samples: in the shard.
     """
-    return damaged > max(examined // 2, min(_FEW, samples - 1))
+    return damaged > max(examined // 2, min(_TOLERATED_DAMAGE, samples - 1))
 
 
 class WholeShard(NamedTuple):
@@ -55,13 +97,13 @@ class WholeShard(NamedTuple):
 
     data: memoryview
     damaged: frozenset[int]
-    """Places of the samples that are not the packed ones."""
+    """Table rows of the damaged samples."""
     flaw: str
-    """How the checksum differs; empty where it holds."""
+    """How the shard's checksum differs; empty where it holds."""
 
 
 def whole_shard(
-    where: str,
+    url: str,
     shard: Shard,
     table: SampleTable,
     verified: Callable[[], memoryview],
@@ -69,33 +111,34 @@ def whole_shard(
     *,
     budget_s: float,
 ) -> WholeShard:
-    """A whole shard; of one that was damaged in storage the sound samples can be used.
+    """A whole shard with the rows of its damaged samples.
 
     Args:
-        where: URL of the shard.
-        shard: as the index has it.
+        url: of the shard.
+        shard: its entry in the index.
         table: of its samples.
-        verified: gets its bytes, or raises ChecksumError.
-        counts: what fetching takes is added to it.
+        verified: returns its bytes, or raises ChecksumError.
+        counts: receives what fetching takes.
         budget_s: seconds without a new byte after which fetching gives up.
 
     Raises:
-        ShardError: it is missing, or another one than was packed.
+        ShardError: the shard is missing, or was replaced by another.
         StorageError: the storage refuses, or nothing came for `budget_s`.
     """
     try:
         return WholeShard(verified(), frozenset(), "")
     except ChecksumError as error:
-        data = fetch_part(where, 0, shard.bytes, counts, budget_s=budget_s)
+        # `verified` keeps no bytes that fail the checksum, so they are fetched once more
+        data = fetch_part(url, 0, shard.bytes, counts, budget_s=budget_s)
         images = cut_out([(0, data)], table, np.arange(shard.samples, dtype=np.int32))
-        damaged = damaged_places(images, table)
+        damaged = damaged_rows(images, table)
         if is_another_shard(examined=shard.samples, damaged=len(damaged), samples=shard.samples):
             raise
         return WholeShard(data, damaged, str(error))
 
 
 def fetch_part(
-    where: str,
+    url: str,
     start: int,
     stop: int,
     counts: FetchCounts,
@@ -103,14 +146,14 @@ def fetch_part(
     budget_s: float,
     into: memoryview | None = None,
 ) -> memoryview:
-    """The bytes [start, stop) of the shard at a URL, as `fetch_range`.
+    """The bytes [start, stop) of the shard at a URL; see `fetch_range`.
 
     Raises:
-        ShardError: it is missing or cut.
+        ShardError: the shard is missing or cut.
         StorageError: the storage refuses, or nothing came for `budget_s`.
     """
     try:
-        return fetch_range(where, start, stop, counts, budget_s=budget_s, into=into)
+        return fetch_range(url, start, stop, counts, budget_s=budget_s, into=into)
     except StorageError as error:
         if isinstance(error, ObjectCutError) or isinstance(error.__cause__, FileNotFoundError):
             raise ShardError(

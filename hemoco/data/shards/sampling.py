@@ -1,10 +1,9 @@
-"""Some samples of a shard folder, evenly spaced, of which only their own bytes are read."""
+"""Evenly spaced samples of a shard folder, read by their own bytes only, and counts of labels."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, groupby
-from operator import itemgetter
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ _THREADS = 16
 
 
 class SpreadSample(NamedTuple):
-    """One of them."""
+    """A sample with its split."""
 
     image: bytes
     """Encoded, as it was packed."""
@@ -35,62 +34,67 @@ def spread_samples(url: str, shards: Sequence[Shard], count: int) -> list[Spread
     Args:
         url: of the shard folder.
         shards: some of its index.
-        count: how many.
+        count: samples to read.
 
     Raises:
-        ShardError: a table is missing or damaged, or the bytes of a sample are not those that were packed.
+        ShardError: a table is missing or damaged, or a sample's bytes are not the packed ones.
         StorageError: the storage refuses or does not answer.
     """
-    places = _spread([shard.samples for shard in shards], count)
-    chosen = {number: [row for _, row in rows] for number, rows in groupby(places, itemgetter(0))}
+    rows_by_shard = _evenly_spaced([shard.samples for shard in shards], count)
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(
-            lambda number: _read_samples(url, shards[number], chosen[number]), chosen
+        results = threads.map(
+            lambda number: _read_samples(url, shards[number], rows_by_shard[number]), rows_by_shard
         )
-        return [sample for samples in found for sample in samples]
+        return [sample for samples in results for sample in samples]
 
 
-def _spread(sizes: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
-    """(shard number, row) of `count` samples evenly spaced over shards of these sizes; of all where there are fewer."""
-    ends = list(accumulate(sizes, initial=0))
-    count = min(count, ends[-1])
-    for place in (number * ends[-1] // count for number in range(count)):
-        shard = bisect_right(ends, place) - 1
-        yield shard, place - ends[shard]
+def _evenly_spaced(sizes: Sequence[int], count: int) -> dict[int, list[int]]:
+    """Rows of `count` evenly spaced samples in each shard, by shard number; of all if fewer."""
+    starts = list(accumulate(sizes, initial=0))
+    total = starts[-1]
+    count = min(count, total)
+    rows_by_shard: dict[int, list[int]] = {}
+    for number in range(count):
+        position = number * total // count
+        shard = bisect_right(starts, position) - 1
+        rows_by_shard.setdefault(shard, []).append(position - starts[shard])
+    return rows_by_shard
 
 
 def _read_samples(url: str, shard: Shard, rows: Sequence[int]) -> list[SpreadSample]:
-    table, where = read_table(url, shard), shard_url(url, shard)
+    table = read_table(url, shard)
+    tar_url = shard_url(url, shard)
     samples = []
     for row in rows:
         offset, size = int(table.offsets[row]), int(table.sizes[row])
-        data = bytes(fetch_range(where, offset, offset + size, FetchCounts()))
+        data = bytes(fetch_range(tar_url, offset, offset + size, FetchCounts()))
         if crc32c(data) != table.crcs[row]:
             raise ShardError(
-                f"{where}: sample {table.keys[row]} at byte {offset} is damaged or was replaced"
+                f"{tar_url}: sample {table.keys[row]} at byte {offset} is damaged or was replaced"
             )
         samples.append(SpreadSample(data, table.keys[row], int(table.labels[row]), shard.split))
     return samples
 
 
 def count_labels(url: str, index: ShardIndex) -> dict[str, NDArray[np.int64]]:
-    """For each split the images of each class and, last, those without a label (C + 1,).
+    """Images of each class in each split.
+
+    Returns:
+        For each split counts (C + 1,) of the C classes and, last, of the images without a label.
 
     Raises:
         ShardError: a table is missing, damaged, or has labels beyond the classes.
         StorageError: the storage refuses or does not answer.
     """
-    counts = {split: np.zeros(len(index.classes) + 1, np.int64) for split in index.splits}
+    classes = len(index.classes)
+    counts = {split: np.zeros(classes + 1, np.int64) for split in index.splits}
     for shard, table in zip(index.shards, read_tables(url, index.shards), strict=True):
-        counts[shard.split] += _count(shard, table.labels, len(index.classes))
+        largest = table.labels.max(initial=-1)
+        if largest >= classes:
+            raise ShardError(
+                f"{shard.name}: label {largest}, the index has {classes} classes; "
+                "pack the data again"
+            )
+        columns = np.where(table.labels < 0, classes, table.labels)
+        counts[shard.split] += np.bincount(columns, minlength=classes + 1)
     return counts
-
-
-def _count(shard: Shard, labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    if labels.max(initial=-1) >= classes:
-        raise ShardError(
-            f"{shard.name}: label {labels.max()}, the index has {classes} classes; pack the data again"
-        )
-    return np.bincount(np.where(labels < 0, classes, labels), minlength=classes + 1).astype(
-        np.int64
-    )

@@ -1,11 +1,14 @@
-"""The samples of one loader process, read ahead in the order in which they are needed, each block once.
+"""The samples of one loader process, read ahead in the order in which the steps need them.
 
-A process takes a part of some lanes: of every block of these lanes, its portion. Threads fetch the coming portions
-while the present ones are decoded. A shard is read whole where that is cheaper or where a cache keeps it for others,
-and told by its SHA-256 when this process first does so. Samples of ranges, and of a shard that was proved before, are
-told by their CRC32C, at a seventh of the cost.
+A process owns a part of some lanes and reads, of each block of these lanes, its portion once.
+Threads fetch the coming portions while the images of the present ones are decoded.
 
-Shapes: R samples of a portion.
+A shard is read whole where that is cheaper than ranges, or where the disk cache keeps it for other
+processes. A shard is verified by its SHA-256 the first time this process reads it whole. Ranges,
+and shards that were verified before, are verified sample by sample: their CRC32C takes a seventh of
+the CPU time of a SHA-256.
+
+Shapes: R samples in a portion, H x W an image. A row is a sample's row in the table of its shard.
 """
 
 import logging
@@ -24,15 +27,16 @@ from hemoco.data.shards.index import Shard, ShardColumns, read_table, shard_url
 from hemoco.data.shards.read import (
     WholeShard,
     cut_out,
-    damaged_places,
+    damaged_rows,
     fetch_part,
     is_another_shard,
+    plan_ranges,
     whole_shard,
 )
 from hemoco.data.shards.table import SampleTable, crc32c
 from hemoco.data.shards.tar import IMAGE_SUFFIXES
 from hemoco.data.stream.bad_samples import DAMAGED, BadSample, ReadCounts
-from hemoco.data.stream.order import Portion, plan_ranges
+from hemoco.data.stream.order import LaneSlice, Portion
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError
 from hemoco.storage.fetch import FetchCounts, verified_shard
@@ -44,7 +48,7 @@ _THREADS = 4
 
 
 class ReadSample(NamedTuple):
-    """An encoded image."""
+    """An encoded image with its key and label."""
 
     shard: str
     """URL of the tar."""
@@ -57,33 +61,35 @@ class ReadSample(NamedTuple):
     """Whether the bytes are those that were packed."""
 
 
-Pieces = Iterable[tuple[int, int, int]]
 Decoded = TypeVar("Decoded")
-_Samples = dict[tuple[int, int], ReadSample]
+_SamplesByRow = dict[tuple[int, int], ReadSample]
+"""Samples by shard number and row."""
+_Buffer = NDArray[np.uint8]
 
 
-class _Read(NamedTuple):
-    samples: _Samples
-    memory: list[NDArray[np.uint8]]
-    """What the samples lie in, as far as it can be used again."""
+class _PortionSamples(NamedTuple):
+    samples: _SamplesByRow
+    buffers: list[_Buffer]
+    """Memory in which the samples lie; it can be used again when the portion is used up."""
 
 
-class _Open(NamedTuple):
+class _OpenPortion(NamedTuple):
     portion: Portion
     size: int
-    read: "AsyncResult[_Read]"
+    """Bytes that it holds, about."""
+    result: "AsyncResult[_PortionSamples]"
 
 
 class SampleReader:
-    """Reads portions ahead and gives the images of one step after the other.
+    """Reads portions ahead and yields the images of one step after the other.
 
-    Holds at most `config.memory_bytes` of shards, beside what the present step needs and, while it is received, one
-    shard for each of 4 threads.
+    Holds at most `config.memory_bytes` of shards in advance. What the present step needs is held in
+    any case, and one more shard for each of 4 threads while it is received.
 
     Args:
         url: of the shard folder.
         shards: of the split.
-        portions: as `plan_portions` gives them, of one epoch after the other.
+        portions: of one epoch after the other, as `plan_portions` yields them.
         config: of the stream.
         cache: of the node, or None.
     """
@@ -97,56 +103,62 @@ class SampleReader:
         config: StreamConfig,
         cache: ShardCache | None,
     ) -> None:
-        self._url, self._shards, self._config, self._cache = url, shards, config, cache
-        self._fetched = FetchCounts()  # of all threads
-        self._counted = ReadCounts()  # of it, what `take_counts` has given
-        self._coming = iter(portions)
-        self._next: Portion | None = next(self._coming, None)
-        self._open: dict[int, deque[_Open]] = {}  # by lane; the first is the present one
-        self._taken: dict[int, int] = {}  # rows of the present portion that are used up
-        self._held = 0
-        self._idle: list[
-            NDArray[np.uint8]
-        ] = []  # memory for shards; cleared pages cost a quarter of reading
-        self._done: list[_Open] = []  # used up in the present step
+        self._url = url
+        self._shards = shards
+        self._config = config
+        self._cache = cache
+        self._portions = iter(portions)
+        self._next_portion: Portion | None = next(self._portions, None)
+        # Portions that are being read, by lane. The first of each lane is the present one.
+        self._open: dict[int, deque[_OpenPortion]] = {}
+        self._used_rows: dict[int, int] = {}  # of the present portion of each lane
+        self._held_bytes = 0
+        self._used_up: list[_OpenPortion] = []  # in the present step, whose images are still in use
+        # Buffers to use again. The kernel clears each page of new memory, which takes a quarter of
+        # the time of reading.
+        self._idle_buffers: list[_Buffer] = []
         self._pool: ThreadPool | None = None
-        self._damaged: set[str] = set()
-        self._proved: set[int] = set()  # shards
-        self._read = 0
+        self._verified_shards: set[int] = set()
+        self._damage_logged: set[str] = set()
+        self._fetched = FetchCounts()  # by all threads
+        self._counted = ReadCounts()  # the part that `take_counts` has returned
+        self._samples_read = 0
         self._bad: list[BadSample] = []
 
     def close(self) -> None:
-        """Lets go of the threads; one that waits for the storage ends when its patience does."""
+        """Ends the threads. One that waits for the storage ends after `config.retry_s` at most."""
         if self._pool is not None:
             self._pool.terminate()
 
-    def images(self, epoch: int, step: int, pieces: Pieces) -> Iterator[tuple[ReadSample, Tensor]]:
-        """Sample and image (3, H, W) of each slot of a step; steps must be asked for in their order.
+    def images(
+        self, epoch: int, step: int, slices: Iterable[LaneSlice]
+    ) -> Iterator[tuple[ReadSample, Tensor]]:
+        """Sample and image (3, H, W) of each slot of a step; steps must be read in their order.
 
         Args:
             epoch: of the step.
             step: within the epoch.
-            pieces: lanes with their part [begin, end) of its slice, as `EpochOrder.slices` gives them.
+            slices: parts of lanes to read, as `EpochOrder.slices` yields them.
 
         Raises:
-            ShardError: a shard is not what the index says, or none of its images can be decoded.
+            ShardError: a shard is missing or was replaced, or none of its images can be decoded.
             StorageError: the storage refuses, or did not answer in time.
         """
-        yield from self._usable(epoch, step, pieces, lambda encoded: decode_image(bytes(encoded)))
+        yield from self._usable(epoch, step, slices, lambda encoded: decode_image(bytes(encoded)))
 
-    def encoded(self, epoch: int, step: int, pieces: Pieces) -> Iterator[ReadSample]:
-        """As `images`, but the samples as they were packed; only damaged ones are replaced.
+    def encoded(self, epoch: int, step: int, slices: Iterable[LaneSlice]) -> Iterator[ReadSample]:
+        """Samples of a step as they were packed; like `images`, but only damaged ones are replaced.
 
-        Their bytes are to be copied before the next step is asked for.
+        Their bytes must be copied before the next step is read, which uses their memory again.
         """
-        for read, _ in self._usable(epoch, step, pieces, lambda encoded: encoded):
-            yield read
+        for sample, _ in self._usable(epoch, step, slices, lambda encoded: encoded):
+            yield sample
 
     def take_counts(self) -> ReadCounts:
-        """What was read since this was asked last."""
+        """Counts of what was read since the last call."""
         fetched = self._fetched
         now = ReadCounts(
-            samples=self._read,
+            samples=self._samples_read,
             bytes=fetched.bytes,
             requests=fetched.requests,
             retries=fetched.retries,
@@ -157,122 +169,143 @@ class SampleReader:
         self._counted, self._bad = now, []
         return since
 
-    def _read_ahead(self, epoch: int, step: int) -> None:
-        """Begins to read what this step needs, and what comes after it as far as memory allows."""
-        while self._next is not None:
-            portion = self._next
-            due = (portion.epoch, portion.first_step) <= (epoch, step)
-            size = self._size(portion)
-            ahead = len(self._open.get(portion.block.lane, ()))
-            if not due and (ahead > 1 or self._held + size > self._config.memory_bytes):
-                return
-            # threads are made late: a forked process would inherit none
-            self._pool = self._pool or ThreadPool(_THREADS)
-            opened = _Open(portion, size, self._pool.apply_async(self._read_portion, (portion,)))
-            self._open.setdefault(portion.block.lane, deque()).append(opened)
-            self._held += size
-            self._next = next(self._coming, None)
-
     def _usable(
-        self, epoch: int, step: int, pieces: Pieces, decode: Callable[[memoryview], Decoded]
+        self,
+        epoch: int,
+        step: int,
+        slices: Iterable[LaneSlice],
+        decode: Callable[[memoryview], Decoded],
     ) -> Iterator[tuple[ReadSample, Decoded]]:
-        while self._done:
-            self._idle += self._done.pop().read.get().memory
+        while self._used_up:
+            self._idle_buffers += self._used_up.pop().result.get().buffers
         self._read_ahead(epoch, step)
-        for lane, begin, end in pieces:
-            for _ in range(end - begin):
+        for lane, start, stop in slices:
+            for _ in range(start, stop):
                 yield self._take(lane, decode)
+
+    def _read_ahead(self, epoch: int, step: int) -> None:
+        """Starts reading what this step needs, and what comes after it as far as memory allows."""
+        while self._next_portion is not None:
+            portion = self._next_portion
+            lane = portion.block.lane
+            size = self._portion_bytes(portion)
+            needed_now = (portion.epoch, portion.first_step) <= (epoch, step)
+            fits = self._held_bytes + size <= self._config.memory_bytes
+            if not needed_now and (len(self._open.get(lane, ())) > 1 or not fits):
+                return
+            # Threads are started only here: a process forked after __init__ would not have them.
+            self._pool = self._pool or ThreadPool(_THREADS)
+            result = self._pool.apply_async(self._read_portion, (portion,))
+            self._open.setdefault(lane, deque()).append(_OpenPortion(portion, size, result))
+            self._held_bytes += size
+            self._next_portion = next(self._portions, None)
+
+    def _portion_bytes(self, portion: Portion) -> int:
+        """Bytes that a portion holds once it is read, approximately and rather too many."""
+        numbers, wanted = np.unique(portion.rows[:, 0], return_counts=True)
+        share = wanted / self._shards.samples[numbers]
+        # of a shard of which less than half is wanted, `_read_shard` keeps copies of single samples
+        held_share = np.where(share < 0.5, share, 1)
+        return int((self._shards.bytes[numbers] * held_share).sum())
 
     def _take(
         self, lane: int, decode: Callable[[memoryview], Decoded]
     ) -> tuple[ReadSample, Decoded]:
-        waiting, used = self._open[lane], self._taken.get(lane, 0)
-        present = waiting[0]
-        self._taken[lane] = (used + 1) % len(present.portion.rows)
-        if self._taken[lane] == 0:
-            self._held -= waiting.popleft().size
-            self._done.append(present)
-        self._read += 1
-        shard, number = present.portion.rows[used].tolist()
-        return self._good(shard, number, present.read.get().samples, decode)
+        """The next sample of a lane."""
+        portions = self._open[lane]
+        present = portions[0]
+        used = self._used_rows.get(lane, 0)
+        self._used_rows[lane] = used + 1
+        if used + 1 == len(present.portion.rows):
+            self._used_rows[lane] = 0
+            portions.popleft()
+            self._held_bytes -= present.size
+            self._used_up.append(present)
+        self._samples_read += 1
+        shard_number, row = present.portion.rows[used].tolist()
+        return self._first_good(shard_number, row, present.result.get().samples, decode)
 
-    def _good(
-        self, shard: int, number: int, samples: _Samples, decode: Callable[[memoryview], Decoded]
+    def _first_good(
+        self,
+        shard_number: int,
+        row: int,
+        samples: _SamplesByRow,
+        decode: Callable[[memoryview], Decoded],
     ) -> tuple[ReadSample, Decoded]:
-        """A sample, or the next good one of its shard: its own content alone decides which."""
-        count = int(self._shards.samples[shard])
+        """A sample, or instead of a bad one the next good one of its shard.
+
+        The content of the shard alone decides which sample it is, so the order stays the same for
+        every number of ranks.
+        """
+        count = int(self._shards.samples[shard_number])
         for offset in range(count):
-            place = (number + offset) % count
-            read = samples.get((shard, place)) or self._read_single(shard, place)
+            candidate = (row + offset) % count
+            sample = samples.get((shard_number, candidate))
+            if sample is None:
+                sample = self._read_single(shard_number, candidate)
             flaw = DAMAGED
             try:
-                if read.sound:
-                    return read, decode(read.image)
+                if sample.sound:
+                    return sample, decode(sample.image)
             except UndecodableImage as error:
                 flaw = error.reason
-            if offset == 0:
-                self._bad.append(
-                    BadSample(shard_url(self._url, self._shards[shard]), read.key, flaw)
-                )
+            if offset == 0:  # those skipped after it are not of this step
+                self._bad.append(BadSample(sample.shard, sample.key, flaw))
         raise ShardError(
-            f"{shard_url(self._url, self._shards[shard])}: none of its images can be decoded; repack it"
+            f"{shard_url(self._url, self._shards[shard_number])}: "
+            "none of its images can be decoded; repack it"
         )
 
-    def _size(self, portion: Portion) -> int:
-        """Bytes that reading a portion will hold, at most about."""
-        numbers, wanted = np.unique(portion.rows[:, 0], return_counts=True)
-        share = wanted / self._shards.samples[numbers]
-        return int((self._shards.bytes[numbers] * np.where(share < 0.5, share, 1)).sum())
-
-    def _read_portion(self, portion: Portion) -> _Read:
-        """Runs in a thread."""
-        found = _Read({}, [])
+    def _read_portion(self, portion: Portion) -> _PortionSamples:
+        """Samples of a portion; runs in a thread of the pool."""
+        read = _PortionSamples({}, [])
         for number in np.unique(portion.rows[:, 0]).tolist():
             wanted = portion.rows[portion.rows[:, 0] == number, 1]
-            found.samples.update(
-                {
-                    (number, place): read
-                    for place, read in self._read_shard(number, wanted, found.memory)
-                }
-            )
-        return found
+            for row, sample in self._read_shard(number, wanted, read.buffers):
+                read.samples[number, row] = sample
+        return read
 
     def _read_shard(
-        self, number: int, wanted: NDArray[np.int32], memory: list[NDArray[np.uint8]]
+        self, number: int, wanted: NDArray[np.int32], buffers: list[_Buffer]
     ) -> Iterator[tuple[int, ReadSample]]:
-        """The wanted samples with their places; what they lie in is added to `memory` if it is to be kept."""
+        """The wanted rows of a shard; adds the buffer in which they lie, if any, to `buffers`."""
         shard = self._shards[number]
         table = self._table(shard)
-        ranges = plan_ranges(
-            table.offsets[wanted].tolist(), table.sizes[wanted].tolist(), shard.bytes
-        )
-        few, whole = 2 * len(wanted) < shard.samples, ranges == [(0, shard.bytes)]
-        piece = self._take_memory(shard.bytes) if whole and self._cache is None else None
-        if self._cache is not None or (whole and number not in self._proved):
-            read = self._read_whole(shard, table, piece)
-            images, doubtful = cut_out([(0, read.data)], table, wanted), read.damaged
+        offsets, sizes = table.offsets[wanted].tolist(), table.sizes[wanted].tolist()
+        ranges = plan_ranges(offsets, sizes, shard.bytes)
+        whole = ranges == [(0, shard.bytes)]
+        # the cache maps its files: they need no buffer
+        buffer = self._take_buffer(shard.bytes) if whole and self._cache is None else None
+        if self._cache is not None or (whole and number not in self._verified_shards):
+            read = self._read_whole(shard, table, buffer)
+            images = cut_out([(0, read.data)], table, wanted)
+            unverified = read.damaged
             if not read.flaw:
-                self._proved.add(number)
+                self._verified_shards.add(number)
         else:
             try:
-                images, doubtful = self._read_ranges(shard, table, wanted, ranges, piece)
-            except ShardError:  # once more: it may have been replaced while it was read
-                images, doubtful = self._read_ranges(shard, table, wanted, ranges, piece)
-        for place, image in images:
-            # a copy lets go of the rest of the shard, which others use
-            kept = memoryview(bytes(image)) if few else image
-            yield place, self._checked(shard, table, place, kept, proved=place not in doubtful)
-        if piece is not None:
-            (self._idle if few else memory).append(piece)
+                images, unverified = self._read_ranges(shard, table, wanted, ranges, buffer)
+            except ShardError:  # once more: the shard may have been replaced between two ranges
+                images, unverified = self._read_ranges(shard, table, wanted, ranges, buffer)
+        copied = 2 * len(wanted) < shard.samples
+        for row, image in images:
+            if copied:  # the few wanted samples would hold the memory of the whole shard
+                image = memoryview(bytes(image))
+            yield row, self._sample(shard, table, row, image, verified=row not in unverified)
+        if buffer is not None:
+            if copied:
+                self._idle_buffers.append(buffer)
+            else:
+                buffers.append(buffer)
 
     def _table(self, shard: Shard) -> SampleTable:
-        def ask() -> SampleTable:
+        def read() -> SampleTable:
             return read_table(self._url, shard)
 
         try:
-            return patiently(ask, self._config.retry_s)
-        except ShardError:  # once more: it may have been damaged on its way
-            return patiently(ask, self._config.retry_s)
+            return patiently(read, self._config.retry_s)
+        except ShardError:  # once more: it may have been damaged in transit
+            return patiently(read, self._config.retry_s)
 
     def _read_ranges(
         self,
@@ -280,46 +313,41 @@ class SampleReader:
         table: SampleTable,
         wanted: NDArray[np.int32],
         ranges: list[tuple[int, int]],
-        piece: NDArray[np.uint8] | None,
+        buffer: _Buffer | None,
     ) -> tuple[list[tuple[int, memoryview]], frozenset[int]]:
-        """Samples of a shard by ranges, and which of them are not what was packed.
+        """The wanted samples of a shard, read by ranges, and the rows of those that are damaged.
 
         Raises:
-            ShardError: it is missing, or another one than was packed.
+            ShardError: the shard is missing or was replaced.
         """
-        images = cut_out(
-            [(start, self._fetch(shard, start, stop, piece)) for start, stop in ranges],
-            table,
-            wanted,
-        )
-        damaged = damaged_places(images, table)
+        parts = [(start, self._fetch(shard, start, stop, buffer)) for start, stop in ranges]
+        images = cut_out(parts, table, wanted)
+        damaged = damaged_rows(images, table)
         if is_another_shard(examined=len(images), damaged=len(damaged), samples=shard.samples):
             raise ShardError(
-                f"{shard_url(self._url, shard)}: {len(damaged)} of {len(images)} samples are others than were packed: "
-                "it was replaced or damaged; restore it or pack the data again"
+                f"{shard_url(self._url, shard)}: {len(damaged)} of {len(images)} samples are not "
+                "the packed ones: it was replaced or damaged; restore it or pack the data again"
             )
         return images, damaged
 
-    def _read_whole(
-        self, shard: Shard, table: SampleTable, piece: NDArray[np.uint8] | None
-    ) -> WholeShard:
-        where, budget_s = shard_url(self._url, shard), self._config.retry_s
+    def _read_whole(self, shard: Shard, table: SampleTable, buffer: _Buffer | None) -> WholeShard:
+        url = shard_url(self._url, shard)
+        budget_s = self._config.retry_s
 
         def verified() -> memoryview:
             if self._cache is not None:
-                return memoryview(
-                    self._cache.open(
-                        where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s
-                    )
+                mapped = self._cache.open(
+                    url, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s
                 )
-            into = None if piece is None else piece[: shard.bytes].data
+                return memoryview(mapped)
+            into = None if buffer is None else buffer[: shard.bytes].data
             return verified_shard(
-                where, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s, into=into
+                url, shard.bytes, shard.sha256, self._fetched, budget_s=budget_s, into=into
             )
 
-        read = whole_shard(where, shard, table, verified, self._fetched, budget_s=budget_s)
-        if read.flaw and where not in self._damaged:
-            self._damaged.add(where)
+        read = whole_shard(url, shard, table, verified, self._fetched, budget_s=budget_s)
+        if read.flaw and url not in self._damage_logged:
+            self._damage_logged.add(url)
             logger.warning(
                 "event=damaged_shard samples=%d damaged=%d %s",
                 shard.samples,
@@ -328,48 +356,49 @@ class SampleReader:
             )
         return read
 
-    def _take_memory(self, size: int) -> NDArray[np.uint8]:
-        """At least so many bytes: an idle piece, else a new one in place of one that is too small."""
+    def _take_buffer(self, size: int) -> _Buffer:
+        """A buffer of at least `size` bytes: an idle one if it is large enough, else a new one."""
         try:
-            piece = self._idle.pop()
-        except IndexError:  # none, or another thread took it
+            buffer = self._idle_buffers.pop()
+        except IndexError:  # none there: looking first would race with the other threads
             return np.empty(size, np.uint8)
-        return piece if len(piece) >= size else np.empty(size, np.uint8)
+        return buffer if len(buffer) >= size else np.empty(size, np.uint8)
 
-    def _read_single(self, number: int, place: int) -> ReadSample:
-        """A sample by a request of its own."""
-        shard = self._shards[number]
+    def _read_single(self, shard_number: int, row: int) -> ReadSample:
+        shard = self._shards[shard_number]
         table = self._table(shard)
-        start = int(table.offsets[place])
-        image = self._fetch(shard, start, start + int(table.sizes[place]))
-        return self._checked(shard, table, place, image, proved=False)
+        image = self._fetch_sample(shard, table, row)
+        return self._sample(shard, table, row, image, verified=False)
 
-    def _checked(
-        self, shard: Shard, table: SampleTable, place: int, image: memoryview, *, proved: bool
+    def _sample(
+        self, shard: Shard, table: SampleTable, row: int, image: memoryview, *, verified: bool
     ) -> ReadSample:
-        crc = int(table.crcs[place])
-        sound = proved or crc32c(image) == crc
-        if not sound:  # once more: it may have been damaged on its way
-            start = int(table.offsets[place])
-            image = self._fetch(shard, start, start + int(table.sizes[place]))
+        crc = int(table.crcs[row])
+        sound = verified or crc32c(image) == crc
+        if not sound:  # once more: it may have been damaged in transit
+            image = self._fetch_sample(shard, table, row)
             sound = crc32c(image) == crc
         return ReadSample(
             shard=shard_url(self._url, shard),
-            key=table.keys[place],
+            key=table.keys[row],
             image=image,
-            suffix=IMAGE_SUFFIXES[table.suffixes[place]],
-            label=int(table.labels[place]),
+            suffix=IMAGE_SUFFIXES[table.suffixes[row]],
+            label=int(table.labels[row]),
             sound=sound,
         )
 
-    def _fetch(
-        self, shard: Shard, start: int, stop: int, piece: NDArray[np.uint8] | None = None
-    ) -> memoryview:
-        """The bytes [start, stop) of a shard, in the memory of a piece or in new memory."""
-        where, into = (
-            shard_url(self._url, shard),
-            None if piece is None else piece[: stop - start].data,
-        )
+    def _fetch_sample(self, shard: Shard, table: SampleTable, row: int) -> memoryview:
+        """The bytes of one sample, in memory of their own."""
+        start = int(table.offsets[row])
+        return self._fetch(shard, start, start + int(table.sizes[row]), None)
+
+    def _fetch(self, shard: Shard, start: int, stop: int, buffer: _Buffer | None) -> memoryview:
+        """The bytes [start, stop) of a shard, in a buffer or in new memory."""
         return fetch_part(
-            where, start, stop, self._fetched, budget_s=self._config.retry_s, into=into
+            shard_url(self._url, shard),
+            start,
+            stop,
+            self._fetched,
+            budget_s=self._config.retry_s,
+            into=None if buffer is None else buffer[: stop - start].data,
         )

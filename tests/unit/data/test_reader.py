@@ -9,7 +9,8 @@ import pytest
 
 from hemoco.config import StreamConfig
 from hemoco.data.shards.index import ShardColumns, read_index
-from hemoco.data.stream.order import EpochOrder, Portion, plan_portions, plan_ranges
+from hemoco.data.shards.read import plan_ranges
+from hemoco.data.stream.order import EpochOrder, Portion, plan_portions
 from hemoco.data.stream.reader import SampleReader
 from hemoco.data.stream.shard_cache import ShardCache
 from hemoco.errors import ShardError
@@ -116,7 +117,9 @@ def test_what_is_read_ahead_keeps_within_the_memory_allowed(shards: str) -> None
     for step in range(order().steps):
         list(made.images(0, step, list(order().slices(0, 24))))
         blocks = sum(opened.size for waiting in made._open.values() for opened in waiting)
-        assert made._held == blocks and all(len(waiting) <= 2 for waiting in made._open.values())
+        assert made._held_bytes == blocks and all(
+            len(waiting) <= 2 for waiting in made._open.values()
+        )
     made.close()
 
 
@@ -130,7 +133,7 @@ def test_memory_used_again_holds_the_right_samples(shards: str) -> None:
             assert found == [
                 png(int(key)) for key in expected((0, 24), range(step, step + 1), epoch)
             ]
-            memory |= {piece.ctypes.data for piece in made._idle}
+            memory |= {piece.ctypes.data for piece in made._idle_buffers}
     assert 0 < len(memory) < len(portions)  # one portion reads several shards
     made.close()
 
@@ -140,8 +143,8 @@ def test_a_shard_whose_samples_were_copied_is_not_held(shards: str) -> None:
         shards, list(plan_portions(order(), 0, (0, 1), 0))
     )  # less than half of every shard
     list(made.images(0, 0, list(order().slices(0, 1))))
-    kept = [opened.read.get().memory for waiting in made._open.values() for opened in waiting]
-    assert kept and not any(kept) and 0 < len(made._idle) <= 4  # threads
+    kept = [opened.result.get().buffers for waiting in made._open.values() for opened in waiting]
+    assert kept and not any(kept) and 0 < len(made._idle_buffers) <= 4  # threads
     made.close()
 
 
@@ -184,7 +187,7 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
 ) -> None:
     if way == "ranges":
         monkeypatch.setattr(
-            "hemoco.data.stream.order._REQUEST_BYTES", -(10**9)
+            "hemoco.data.shards.read._REQUEST_BYTES", -(10**9)
         )  # every sample by itself
     url = write_shards(tmp_path.as_uri(), SIZES)
     path = tmp_path / "train-000006.tar"
@@ -208,7 +211,7 @@ def test_a_damaged_range_is_caught_by_its_crc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hemoco.data.stream.order._REQUEST_BYTES", 0
+        "hemoco.data.shards.read._REQUEST_BYTES", 0
     )  # else these small shards are read whole
     url = write_shards(tmp_path.as_uri(), SIZES)
     shard = read_index(url).shards[6]

@@ -40,7 +40,7 @@ def test_small_shards_are_fetched_whole_by_each_process_that_meets_them(cluster:
         order = epoch_order(SMALL, cluster)
         met = set()
         for lane, begin, end in order.slices(*slots):
-            low = lane * order.width
+            low = lane * order.slots_per_lane
             rows = [order.samples(step, low + begin, low + end) for step in range(order.steps)]
             met |= {(lane, shard) for shard in np.concatenate(rows)[:, 0].tolist()}
         found = epoch_fetches(SMALL, cluster, slots, most=10**6)
@@ -80,12 +80,12 @@ def test_a_resume_needs_exactly_the_rest_of_the_open_blocks() -> None:
     slots, step = process_slots(SMALL, cluster, 1), order.steps // 2
     due = due_portions(SMALL, cluster, slots, step)
     for lane, begin, end in order.slices(*slots):
-        low = lane * order.width
+        low = lane * order.slots_per_lane
         rest = np.concatenate(
             [order.samples(s, low + begin, low + end) for s in range(step, order.steps)]
         )
         open_blocks = [portion for portion in due if portion.block.lane == lane]
-        last = open_blocks[-1].block.last - step * order.width
+        last = open_blocks[-1].block.stop - step * order.slots_per_lane
         assert np.array_equal(
             np.concatenate([portion.rows for portion in open_blocks]), rest[:last]
         )
