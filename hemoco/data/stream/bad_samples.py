@@ -1,4 +1,4 @@
-"""What reading took, counted; which samples were bad, and when there are too many of them."""
+"""Counts of what was read, the list of bad samples, and the limit above which a run stops."""
 
 import json
 import logging
@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 
 DAMAGED = "damaged since packed"
 BAD_REASONS = ("not an image", "damaged", "too large", "unsupported", DAMAGED)
-"""Why a sample is replaced: those of `UndecodableImage`, and bytes that are not the packed ones."""
+"""Why samples are replaced: the reasons of `UndecodableImage`, and bytes changed since packing."""
 _ALWAYS_ALLOWED = 10
-_MOST_LISTED = 10_000
+_MAX_LISTED = 10_000
 
 
 class BadSample(NamedTuple):
@@ -27,7 +27,7 @@ class BadSample(NamedTuple):
 
 
 class ReadCounts(NamedTuple):
-    """What was read for a batch, or since the batch before: reading runs ahead."""
+    """Counts of what was read since the batch before; reading runs ahead of the batches."""
 
     samples: int = 0
     bytes: int = 0
@@ -35,31 +35,32 @@ class ReadCounts(NamedTuple):
     requests: int = 0
     retries: int = 0
     cache_hits: int = 0
-    """Shards found in the disk cache."""
+    """Shards that the disk cache had."""
     cache_misses: int = 0
     wait_s: float = 0.0
-    """That the training process waited for it."""
+    """Seconds that the training process waited for the batch."""
     bad: tuple[BadSample, ...] = ()
-    """Replaced samples, those of the batch."""
+    """Samples of the batch that were replaced."""
 
     def since(self, before: "ReadCounts") -> "ReadCounts":
-        """The growth since an earlier count, without bad samples."""
+        """Difference from an earlier count, without bad samples."""
         numbers = (now - then for now, then in zip(self[:-1], before[:-1], strict=True))
         return ReadCounts._make([*numbers, ()])
 
 
 def sum_counts(counts: Iterable[ReadCounts]) -> ReadCounts:
-    """The counts of several processes or batches together."""
-    parts = [ReadCounts(), *counts]
-    numbers = (sum(column) for column in zip(*(part[:-1] for part in parts), strict=True))
-    return ReadCounts._make([*numbers, tuple(bad for part in parts for bad in part.bad)])
+    """The sum of the counts of several processes or batches."""
+    parts = [ReadCounts(), *counts]  # the first is the sum of none
+    numbers = [sum(column) for column in zip(*(part[:-1] for part in parts), strict=True)]
+    bad = tuple(sample for part in parts for sample in part.bad)
+    return ReadCounts._make([*numbers, bad])
 
 
 class BadSampleLimit:
-    """Stops a run whose data is not what it should be.
+    """Stops a run that meets too many bad samples.
 
     Args:
-        max_share: bad samples allowed as a share of those read; the first ten are always allowed.
+        max_share: bad samples allowed, as a share of the samples read; ten are always allowed.
     """
 
     def __init__(self, max_share: float) -> None:
@@ -68,45 +69,46 @@ class BadSampleLimit:
         self._bad = 0
 
     def add(self, counts: ReadCounts) -> None:
-        """Takes what was read for a batch.
+        """Adds what was read for a batch.
 
         Raises:
-            ShardError: too many samples were bad; names the last.
+            ShardError: too many samples were bad; the message names the last one.
         """
         self._read += counts.samples
         self._bad += len(counts.bad)
         if counts.bad and self._bad > max(_ALWAYS_ALLOWED, self._max_share * self._read):
             last = counts.bad[-1]
             raise ShardError(
-                f"{self._bad} of {self._read} samples are bad, the last is {last.key} in {last.shard}: {last.reason}; "
-                "repack them, or allow more with stream.max_bad_share"
+                f"{self._bad} of {self._read} samples are bad, the last is {last.key} in "
+                f"{last.shard}: {last.reason}; repack them, or allow more with stream.max_bad_share"
             )
 
 
 class BadSampleFile:
-    """The bad samples that one process met, one JSON object per line; an interrupted run goes on with its list.
+    """The bad samples that one process met, each once, as one JSON object per line.
+
+    A run that is resumed continues the list of its file.
 
     Args:
-        url: of the file, which appears with the first bad sample.
+        url: of the file, which is written with the first bad sample.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
         lines = read_bytes(url).decode().splitlines() if exists(url) else []
+        # a dict used as an ordered set
         self._listed = dict.fromkeys(BadSample(**json.loads(line)) for line in lines)
         self._written = len(self._listed)
 
-    def add(self, found: Iterable[BadSample]) -> None:
-        """Takes bad samples, each once; 10,000 say enough about what is wrong."""
-        for bad in found:
-            if bad not in self._listed and len(self._listed) < _MOST_LISTED:
-                self._listed[bad] = None
-                if len(self._listed).bit_count() == 1:  # the 1st, 2nd, 4th, ...
-                    logger.warning(
-                        "event=bad_sample total=%d shard=%s key=%s reason=%s",
-                        len(self._listed),
-                        *bad,
-                    )
+    def add(self, samples: Iterable[BadSample]) -> None:
+        """Adds bad samples that are not yet listed, up to 10,000 in all."""
+        for bad in samples:
+            if bad in self._listed or len(self._listed) >= _MAX_LISTED:
+                continue
+            self._listed[bad] = None
+            total = len(self._listed)
+            if total.bit_count() == 1:  # logs the 1st, 2nd, 4th, 8th, ...: many would flood the log
+                logger.warning("event=bad_sample total=%d shard=%s key=%s reason=%s", total, *bad)
 
     def write(self) -> None:
         """Writes the list if it has grown."""

@@ -1,6 +1,6 @@
-"""Batches of cropped views from shards, and labelled images for evaluation.
+"""The global batches of a training: one rank's part of each, on its device.
 
-Shapes: N images on this rank, V crops of each, S x S a crop, M images of a split.
+Shapes: N images on this rank, V crops of each, S x S pixels a crop.
 """
 
 import itertools
@@ -32,18 +32,18 @@ class Batch(NamedTuple):
     """One rank's part of a global batch, on the device."""
 
     crops: Tensor
-    """uint8 (N, V, 3, S, S), not yet augmented; for pretraining those of query and key."""
+    """uint8 (N, V, 3, S, S), not yet augmented; in pretraining V = 2, query and key."""
     keys: list[str]
-    """Of the images, in their order."""
+    """Key of each image."""
     position: StreamPosition
     reading: ReadCounts = ReadCounts()
-    """What was read since the batch before, on this rank."""
+    """What this rank read since the batch before."""
     labels: tuple[int, ...] = ()
-    """Of the images, -1 where there is none."""
+    """Label of each image, -1 where there is none."""
 
 
 def pretraining_plan(config: PretrainConfig) -> CropPlan:
-    """What a pretraining asks of the stream."""
+    """The batches of a pretraining run: two crops of each image."""
     return CropPlan(
         seed=config.seed,
         epochs=config.epochs,
@@ -76,11 +76,11 @@ def batches(
     device: torch.device,
     bad_samples: BadSampleFile,
 ) -> Generator[Batch, None, None]:
-    """This rank's batches after the position `start` to the end of the last epoch.
+    """This rank's batches from after the position `start` to the end of the last epoch.
 
-    A batch is a function of data, plan, position and rank; the global batch does not depend on the world size, nor on
-    the loader processes. Bad samples are replaced by the next good one of their shard and reported in `Batch.reading`.
-    Closing the generator ends the loader processes.
+    A batch is a function of data, plan, position and rank. The global batch depends neither on the
+    world size nor on the number of loader processes. A bad sample is replaced by the next good one
+    of its shard and reported in `Batch.reading`. Closing the generator ends the loader processes.
 
     Args:
         data_url: URL of the shard folder.
@@ -88,22 +88,25 @@ def batches(
         split: name of the split.
         plan: order and crops.
         rank: of this process.
-        world_size: number of processes.
+        world_size: number of ranks.
         start: position of the last batch consumed; None starts at the beginning.
         device: receives the crops.
-        bad_samples: receives those of this rank; the caller writes it.
+        bad_samples: receives the bad samples of this rank; the caller writes it.
 
     Raises:
-        ConfigError: the split is smaller than a global batch, or the shards in use exceed the memory allowed.
-        ShardError: a shard is missing or another than was packed, or too many images are bad.
+        ConfigError: the split is smaller than a global batch, or the open shards exceed the memory
+            allowed.
+        ShardError: a shard is missing or was replaced, or too many images are bad.
         StorageError: the storage refuses, or did not answer in time.
+        LostLoaderError: a loader process was killed.
+        TrainingError: memory or /dev/shm ran out.
     """
     size, stream = plan.global_batch_size, plan.stream
     slots = (size * rank // world_size, size * (rank + 1) // world_size)
     shards = ShardColumns(index.split(split))
     source = CropSource(data_url, shards, plan, slots=slots, start=start)
     limit = BadSampleLimit(stream.max_bad_share)
-    if world_size * source.parts > stream.lanes:
+    if world_size * source.parts > stream.lanes:  # then some processes share the shards of a lane
         processes = f"{world_size} x {source.parts}"
         logger.warning(
             "event=shards_read_twice loader_processes=%s lanes=%d", processes, stream.lanes
@@ -112,36 +115,39 @@ def batches(
     if rank == 0:
         logger.info(
             "event=stream split=%s samples=%d global_batch_size=%d left_out_per_epoch=%d",
-            *(split, shards.samples.sum(), size, left_out),
+            split,
+            shards.samples.sum(),
+            size,
+            left_out,
         )
     loaded = iter(source) if stream.workers == 0 else iter(start_loader(source, device))
     try:
         began = time.perf_counter()
-        for first in loaded:
-            parts = [
-                _raise_error(part) for part in [first, *itertools.islice(loaded, source.parts - 1)]
-            ]
+        while parts := list(itertools.islice(loaded, source.parts)):  # those of one step
             waited = ReadCounts(wait_s=time.perf_counter() - began)
-            batch = _batch(parts, waited, device)
+            batch = _join(parts, waited, device)
             bad_samples.add(batch.reading.bad)
             limit.add(batch.reading)
             yield batch
             began = time.perf_counter()
     finally:
-        del loaded  # ends the processes now: left to the garbage collector, each is waited for in vain for seconds
+        # Ends the loader processes now. If left to the garbage collector, torch waits for each of
+        # them for seconds, in vain.
+        del loaded
 
 
-def _batch(parts: list[CropBatch], waited: ReadCounts, device: torch.device) -> Batch:
-    crops = torch.cat(
-        [part.crops.to(device, non_blocking=True) for part in parts]
-    )  # (N, V, 3, S, S)
-    keys = [key for part in parts for key in part.keys]
-    labels = tuple(label for part in parts for label in part.labels)
-    reading = sum_counts([waited, *(part.reading for part in parts)])
-    return Batch(crops, keys, parts[0].position, reading, labels)
-
-
-def _raise_error(part: CropBatch | HemocoError) -> CropBatch:
-    if isinstance(part, HemocoError):
-        raise part
-    return part
+def _join(parts: list[CropBatch | HemocoError], waited: ReadCounts, device: torch.device) -> Batch:
+    """The rank's batch from the parts of its loader processes, in the order of the slots."""
+    sound: list[CropBatch] = []
+    for part in parts:
+        if isinstance(part, HemocoError):
+            raise part
+        sound.append(part)
+    crops = torch.cat([part.crops.to(device, non_blocking=True) for part in sound])
+    return Batch(
+        crops=crops,  # (N, V, 3, S, S)
+        keys=[key for part in sound for key in part.keys],
+        position=sound[0].position,
+        reading=sum_counts([waited, *(part.reading for part in sound)]),
+        labels=tuple(label for part in sound for label in part.labels),
+    )

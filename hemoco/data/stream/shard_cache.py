@@ -1,6 +1,7 @@
-"""Shards on the disk of a node, shared by its processes and jobs and never larger than a bound.
+"""Shards on the disk of a node, shared by its processes and jobs, within a bound on their size.
 
-A file's name is the SHA-256 of its bytes: equal names in two buckets, or a shard and its replacement, cannot meet.
+Files are named by the SHA-256 of their bytes, so shards of the same name in two buckets, or a shard
+and its replacement, are never confused.
 """
 
 import hashlib
@@ -18,37 +19,42 @@ logger = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Verified shards on a local disk; what the disk cannot serve comes through memory.
+    """Verified shards on a local disk; without a usable disk they are read into memory instead.
 
     Args:
-        folder: of the files; made when needed, closed to other users.
-        max_bytes: of all files together, those in the making included.
+        folder: of the files; made when needed, not accessible to other users.
+        max_bytes: of all files together, including those being written.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._disk = DiskCache(folder, max_bytes)
-        # by name, inode and time of change of the file whose checksum holds
-        self._proved: dict[str, tuple[int, int]] = {}
+        # Identity of the file whose checksum was verified, by SHA-256: each file is hashed once by
+        # each process, and again only if it has been replaced.
+        self._verified: dict[str, tuple[int, int]] = {}
         self._warned = False
 
     def open(
         self, url: str, size: int, sha256: str, counts: FetchCounts, *, budget_s: float
     ) -> mmap.mmap | memoryview:
-        """The bytes (size,) of a shard; of those that want one that is not here, one process fetches and others wait.
+        """The bytes (size,) of a shard, from the disk or else from the storage.
+
+        If several processes need a shard that is not on the disk, one fetches it and the others
+        wait for its file.
 
         Args:
             url: of the shard.
             size: bytes that it had when it was packed.
-            sha256: of these, hexadecimal.
-            counts: what this takes is added to it.
+            sha256: of these bytes, hexadecimal.
+            counts: receives what this takes.
             budget_s: seconds without a new byte after which fetching gives up.
 
         Raises:
-            ShardError: the shard in the storage is missing or another.
+            ShardError: the shard in the storage is missing or is another one.
             StorageError: the storage refuses, or nothing came for `budget_s`.
         """
         entry: mmap.mmap | Claim | None = None
         try:
+            # claim() returns None if another process has finished the file while this one waited
             while entry is None:
                 entry = self._find(sha256, size) or self._disk.claim(sha256, size)
         except OSError as error:
@@ -61,34 +67,34 @@ class ShardCache:
         with entry:
             data = verified_shard(url, size, sha256, counts, budget_s=budget_s)
             try:
-                return self._keep(entry, sha256, data)
+                return self._store(entry, sha256, data)
             except OSError as error:
                 self._warn(url, error)
                 return data
 
     def _find(self, sha256: str, size: int) -> mmap.mmap | None:
-        """The bytes of a finished file, if it is what it should be."""
+        """The bytes of a finished file; None if there is none, or if it was damaged and removed."""
         file = self._disk.find(sha256)
         if file is None:
             return None
         with file:
             stat = os.fstat(file.fileno())
-            if stat.st_size == size and (
-                self._proved.get(sha256) == _identity(stat) or _digest(file) == sha256
-            ):
-                self._proved[sha256] = _identity(stat)
+            known = self._verified.get(sha256) == _identity(stat)
+            if stat.st_size == size and (known or _sha256(file) == sha256):
+                self._verified[sha256] = _identity(stat)
                 return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         logger.warning("event=damaged_cache_file path=%s", self._disk.path(sha256))
         self._disk.remove(sha256)
         return None
 
-    def _keep(self, claim: Claim, sha256: str, data: memoryview) -> mmap.mmap:
-        """Makes a claimed file the finished one; its bytes, which others share."""
+    def _store(self, claim: Claim, sha256: str, data: memoryview) -> mmap.mmap:
+        """Writes a claimed file and returns it mapped, so that processes share its memory."""
         with claim.finish(data) as file:
-            self._proved[sha256] = _identity(os.fstat(file.fileno()))
+            self._verified[sha256] = _identity(os.fstat(file.fileno()))
             return mmap.mmap(file.fileno(), len(data), prot=mmap.PROT_READ)
 
     def _warn(self, url: str, error: OSError) -> None:
+        """Logs the first time that the disk cannot be used."""
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -103,5 +109,5 @@ def _identity(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_ino, stat.st_mtime_ns
 
 
-def _digest(file: io.BufferedReader) -> str:
+def _sha256(file: io.BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
