@@ -1,1 +1,1 @@
-"""Shards, their order, the stream of batches and the views made of them."""
+"""Shards, the order and stream of their samples, and the views made of the images."""

@@ -1,6 +1,6 @@
-"""Labelled splits of any size, that frozen backbones are measured on.
+"""Labelled splits of any size, on which frozen backbones are evaluated.
 
-Shapes: M images, B of them at a time, S x S pixels each.
+Shapes: M images of a split, B of them at a time, S x S pixels each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ _BATCH = 256
 
 
 class LabelledSplit(NamedTuple):
-    """Labels in memory, images read when they are needed."""
+    """A split with its labels in memory and its images read when they are needed."""
 
     labels: Tensor
     """int64 (M,), classes counted from 0, -1 where there is none."""
@@ -32,14 +32,13 @@ class LabelledSplit(NamedTuple):
     size: int
     """S."""
     identity: str
-    """Equal ones have equal images."""
+    """Splits of equal identity have equal images."""
     batches: Callable[[], Iterator[Tensor]]
-    """All images in their order, uint8 RGB (B, 3, S, S)."""
+    """Reads all images in their order, uint8 RGB (B, 3, S, S)."""
 
 
 def open_split(data_url: str, index: ShardIndex, split: str, size: int) -> LabelledSplit:
-    """A split of a shard folder; images are scaled so that their shorter side is S, and their centre is cut out.
-
+    """A split of a shard folder, its images scaled to a shorter side of S and centre-cropped.
     Args:
         data_url: URL of the shard folder.
         index: its index.
@@ -47,15 +46,14 @@ def open_split(data_url: str, index: ShardIndex, split: str, size: int) -> Label
         size: S.
 
     Raises:
-        ShardError: there is no such split, or a table is missing or damaged; iterating over the batches, an image has
-            no label or cannot be decoded.
+        ShardError: there is no such split, or a table is missing or damaged. While iterating over
+            the batches: an image has no label or cannot be decoded.
         StorageError: the storage refuses or does not answer.
     """
     shards = index.split(split)
+    labels = np.concatenate([table.labels for table in read_tables(data_url, shards)])
     return LabelledSplit(
-        labels=torch.from_numpy(
-            np.concatenate([table.labels for table in read_tables(data_url, shards)])
-        ),
+        labels=torch.from_numpy(labels),  # (M,)
         classes=index.classes,
         size=size,
         identity=f"{index.digest} {split}",
@@ -64,26 +62,30 @@ def open_split(data_url: str, index: ShardIndex, split: str, size: int) -> Label
 
 
 def some_images(data_url: str, index: ShardIndex, split: str, *, size: int, count: int) -> Tensor:
-    """About `count` images (M, 3, S, S) from all over a split, or all if there are not more; as in `open_split`.
+    """About `count` images from all over a split, or all if it has fewer; made as in `open_split`.
 
-    Only as many shards are read as are needed, evenly spaced: shards often lie sorted by class.
+    Reads only as many shards as it needs. They are evenly spaced, because shards are often sorted
+    by class.
+
+    Returns:
+        uint8 (M, 3, S, S).
     """
     shards = index.split(split)
     samples = sum(shard.samples for shard in shards)
     needed = min(len(shards), -(-count * len(shards) // max(samples, 1)))
-    chosen = [shards[place * len(shards) // needed] for place in range(needed)]
-    found = torch.cat(list(_image_batches(data_url, chosen, size)))
-    return found[:: max(1, len(found) // count)]
+    chosen = [shards[number * len(shards) // needed] for number in range(needed)]
+    images = torch.cat(list(_image_batches(data_url, chosen, size)))
+    return images[:: max(1, len(images) // count)]
 
 
 def _image_batches(data_url: str, shards: Sequence[Shard], size: int) -> Iterator[Tensor]:
     views = labelled_views(data_url, shards, size=size, shorter=size)
-    while some := [view.image for view in islice(views, _BATCH)]:
-        yield torch.stack(some)
+    while images := [view.image for view in islice(views, _BATCH)]:
+        yield torch.stack(images)  # (B, 3, S, S)
 
 
 class LabelledView(NamedTuple):
-    """The centre of an image."""
+    """The centre of an image, with its label."""
 
     image: Tensor
     """uint8 (3, S, S)."""
@@ -94,13 +96,18 @@ class LabelledView(NamedTuple):
 def load_images(
     data_url: str, index: ShardIndex, split: str, size: int
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """All centre views of a split that fits in memory: uint8 (M, 3, S, S), labels (M,) and keys.
+    """Loads the centre views of a split that fits in memory.
+
+    Returns:
+        Images uint8 (M, 3, S, S), labels (M,) and keys.
 
     Raises:
         ShardError: an image has no label or cannot be decoded.
+        StorageError: the storage refuses or does not answer.
     """
     shards = index.split(split)
-    images = torch.empty((sum(shard.samples for shard in shards), 3, size, size), dtype=torch.uint8)
+    count = sum(shard.samples for shard in shards)
+    images = torch.empty((count, 3, size, size), dtype=torch.uint8)
     labels, keys = [], []
     for row, view in enumerate(labelled_views(data_url, shards, size=size, shorter=size)):
         images[row] = view.image
@@ -115,28 +122,26 @@ def labelled_views(
     """The centre views of some shards, one after the other.
 
     Args:
-        data_url: of the shard folder.
+        data_url: URL of the shard folder.
         shards: some of its index.
         size: S.
-        shorter: side in pixels to which the shorter one is scaled before the centre is cut out.
+        shorter: pixels to which the shorter side is scaled before the centre is cut out.
 
     Raises:
         ShardError: an image has no label or cannot be decoded.
+        StorageError: the storage refuses or does not answer.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for shard in shards:
-            where = shard_url(data_url, shard)
-            yield from threads.map(
-                lambda sample, where=where: _labelled_view(sample, where, size, shorter),
-                read_shard(data_url, shard),
-            )
+            view = partial(_labelled_view, url=shard_url(data_url, shard), size=size, side=shorter)
+            yield from threads.map(view, read_shard(data_url, shard))
 
 
-def _labelled_view(sample: Sample, where: str, size: int, shorter: int) -> LabelledView:
+def _labelled_view(sample: Sample, *, url: str, size: int, side: int) -> LabelledView:
     if sample.label is None:
-        raise ShardError(f"{where}: sample {sample.key} has no label; evaluate on a labelled split")
+        raise ShardError(f"{url}: sample {sample.key} has no label; evaluate on a labelled split")
     try:
         image = decode_image(sample.image)
     except ShardError as error:
-        raise ShardError(f"{where}: sample {sample.key}: {error}") from error
-    return LabelledView(center_view(image, size, shorter), sample.label, sample.key)
+        raise ShardError(f"{url}: sample {sample.key}: {error}") from error
+    return LabelledView(center_view(image, size, side), sample.label, sample.key)

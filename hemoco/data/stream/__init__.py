@@ -1,1 +1,1 @@
-"""Exact elastic batches from shards in object storage."""
+"""Batches streamed from shards in object storage: exact, and the same at any number of ranks."""
