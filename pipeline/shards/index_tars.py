@@ -132,7 +132,7 @@ def _index_tar(tar: FoundTar, dest: str, new: bool, promised: Shard | None) -> _
     return _IndexedTar(
         shard=shard,
         last_label=int(content.table.labels.max(initial=-1)),
-        left_out=count_reasons((f"{name} in {where}", reason) for name, reason in content.odd),
+        left_out=count_reasons((f"{name} in {where}", reason) for name, reason in content.skipped),
         undecodable=count_reasons(
             (f"{key} in {where}", flaw.reason) for key, flaw in flaws if flaw is not None
         ),

@@ -31,7 +31,7 @@ DAMAGES = {
     "missing": r"not found",
     "table missing": r"the sample table of train-\d+\.tar is missing",
     "table cut": r"the sample table of train-\d+\.tar is damaged",
-    "table of another": r"the sample table of train-\d+\.tar does not fit its content",
+    "table of another": r"the sample table of train-\d+\.tar does not match its content",
 }
 
 

@@ -1,12 +1,20 @@
-"""Shards: tar files of samples, and the index that says what is in them.
+"""The index of a shard folder, and reading and writing what it names.
 
-A shard folder holds `<split>-000000.tar` and so on, for each of them a table `samples/<sha256>.safetensors` that says
-where its images lie, and `index.json`, which is written last: a folder without it is not a shard folder. A sample is
-the members `<key>.<image suffix>`, `<key>.cls` (a class index in ASCII, when labelled) and `<key>.json` (`{"image_id":
-..., "annotations": [...]}`, when it came from COCO), so any webdataset reader can read it. An index may also name tars
-that others wrote, by their absolute URLs.
+A shard folder holds:
 
-A shard is told by size and SHA-256, never by its ETag, which some servers give from another version.
+- `<split>-000000.tar` and so on: the shards. A sample is the members `<key>.<image suffix>`,
+  `<key>.cls` (a class index in ASCII, if labelled) and `<key>.json`
+  (`{"image_id": ..., "annotations": [...]}`, if it came from COCO), so any webdataset reader can
+  read it.
+- `samples/<sha256>.safetensors`: for each shard the table of its samples, with the bytes at which
+  its images lie.
+- `index.json`: the shards with their sizes and checksums. It is written last; a folder without it
+  is not a shard folder.
+
+An index may also name tars that others wrote, by their absolute URLs.
+
+A shard is identified by size and SHA-256, never by its ETag: some servers return the ETag of
+another version.
 """
 
 import hashlib
@@ -37,10 +45,10 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index says about one tar file."""
+    """One tar file, as the index describes it."""
 
     name: str
-    """Below the folder, or the absolute URL of somebody else's tar."""
+    """File name in the folder, or the absolute URL of a tar that others wrote."""
     split: str
     samples: int
     bytes: int
@@ -49,7 +57,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """All shards of a folder, and what their labels mean."""
+    """All shards of a folder, and the meaning of their labels."""
 
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
@@ -57,16 +65,15 @@ class ShardIndex:
     categories: tuple[dict[str, Any], ...]
     """COCO categories; empty when there are no annotations."""
     packed: bool = True
-    """Whether hemoco wrote the tars, and so may replace them; False where it only made the index of others' tars."""
+    """Whether hemoco wrote the tars and so may replace them; False if it only indexed them."""
 
     @property
     def digest(self) -> str:
-        """Identifies the data: SHA-256 of everything in the index, hexadecimal."""
-        # vars: asdict takes most of a second for 100,000 shards
+        """Identity of the data: SHA-256 of everything in the index, hexadecimal."""
+        # vars() and not asdict(), which takes most of a second for 100,000 shards
         fields = vars(self) | {"shards": [vars(shard) for shard in self.shards]}
-        return hashlib.sha256(
-            json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-        ).hexdigest()
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -80,17 +87,25 @@ class ShardIndex:
             ShardError: there is no such split.
         """
         names = name.split("+")
-        if missing := [each for each in names if each not in self.splits]:
+        missing = [each for each in names if each not in self.splits]
+        if missing:
             known = ", ".join(self.splits) or "no splits"
             raise ShardError(
-                f"no split {missing[0]!r} among the shards; they have {known}: name one as data.pretrain_split, "
-                "data.train_split or data.test_split"
+                f"no split {missing[0]!r} among the shards; they have {known}: name one as "
+                "data.pretrain_split, data.train_split or data.test_split"
             )
         return tuple(shard for shard in self.shards if shard.split in names)
 
 
 class ShardColumns:
-    """Shards as arrays: some 100 bytes each, so that every loader process can hold those of the largest data set."""
+    """Shards as arrays of some 100 bytes for each, indexed by shard number.
+
+    Every loader process holds all shards of a split; as objects they would take several times more.
+
+    Attributes:
+        samples: int64 (shards,).
+        bytes: int64 (shards,).
+    """
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._names = np.array([shard.name.encode() for shard in shards])
@@ -116,7 +131,7 @@ class ShardColumns:
 
 
 def write_index(url: str, index: ShardIndex) -> None:
-    """Writes `index.json` below the shard folder's URL, which makes the folder readable."""
+    """Writes `index.json` into the folder at a URL, which makes it a shard folder."""
     fields = {
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
@@ -131,8 +146,8 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
 
     Args:
         url: of the folder.
-        patience_s: seconds for which faults of the network are waited out; none at the start of a command, where the
-            likely fault is a wrong URL.
+        patience_s: seconds for which faults of the network are retried. None at the start of a
+            command, where a wrong URL is the likely cause.
 
     Raises:
         ShardError: it is missing, damaged, or of another format or version.
@@ -144,14 +159,15 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        if storage.list_names(
-            storage.join_url(url, UNFINISHED)
-        ):  # raises where it is the bucket that is missing
+        # list_names raises if it is the bucket that is missing: that message is the better one
+        if storage.list_names(storage.join_url(url, UNFINISHED)):
             raise ShardError(
-                f"{url}: an unfinished pack; the same `python -m jobs pack SOURCE DEST` again goes on"
+                f"{url}: an unfinished pack; run the same `python -m jobs pack SOURCE DEST` again "
+                "to finish it"
             ) from error
         raise ShardError(
-            f"{url}: no {INDEX_NAME}, so no shards here; make some with `python -m jobs pack SOURCE DEST`"
+            f"{url}: no {INDEX_NAME}, so no shards here; make some with "
+            "`python -m jobs pack SOURCE DEST`"
         ) from error
     try:
         fields = json.loads(data)
@@ -159,17 +175,28 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
         raise ShardError(f"{index_url}: not JSON ({error}); pack the data again") from error
     if not isinstance(fields, dict) or fields.get("format") != INDEX_FORMAT:
         raise ShardError(
-            f"{index_url}: not an index of format {INDEX_FORMAT!r}; is this a shard folder of hemoco?"
+            f"{index_url}: not an index of format {INDEX_FORMAT!r}; is this a shard folder of "
+            "hemoco?"
         )
     if fields.get("version") != INDEX_VERSION:
         version = fields.get("version")
         raise ShardError(
-            f"{index_url}: index version {version}, this hemoco reads {INDEX_VERSION}; pack the data again"
+            f"{index_url}: index version {version}, this hemoco reads {INDEX_VERSION}; "
+            "pack the data again"
         )
-    index = _parse_index(index_url, fields)
+    try:
+        index = ShardIndex(
+            shards=tuple(Shard(**shard) for shard in fields["shards"]),
+            classes=tuple(fields["classes"]),
+            categories=tuple(fields["categories"]),
+            packed=bool(fields["packed"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{index_url}: damaged index ({error}); pack the data again") from error
     if index.digest != fields.get("digest"):
         raise ShardError(
-            f"{index_url}: its digest does not fit its content: it was edited; pack the data again"
+            f"{index_url}: its digest does not match its content: it was edited; "
+            "pack the data again"
         )
     return index
 
@@ -177,8 +204,8 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
 class ShardIndexes:
     """Indexes of shard folders by URL, each read once, when it is first needed.
 
-    A command makes one and passes it on, so that its checks, its pretraining and its transfers see the same index and
-    its driver reads it once. Worker processes read the index themselves, once each.
+    A command creates one and passes it on: its checks, pretraining and transfers then see the same
+    index, and its driver reads it once. Worker processes read the index themselves, once each.
     """
 
     def __init__(self) -> None:
@@ -189,7 +216,7 @@ class ShardIndexes:
         """The index of the folder at a URL.
 
         Raises:
-            ShardError, StorageError: as `read_index`; the next call tries again.
+            ShardError, StorageError: see `read_index`; the next call tries again.
         """
         with self._lock:
             if url not in self._indexes:
@@ -198,100 +225,104 @@ class ShardIndexes:
 
 
 def shard_url(url: str, shard: Shard) -> str:
-    """Where a shard of the folder at a URL lies."""
+    """The URL of a shard of the folder at `url`."""
     return shard.name if "://" in shard.name else storage.join_url(url, shard.name)
 
 
 def read_shard(url: str, shard: Shard) -> list[Sample]:
-    """Fetches, verifies and parses one shard of the folder at a URL; its samples are in the order of its table.
+    """Fetches, verifies and parses a shard of the folder at a URL.
+
+    Returns:
+        Its samples in the order of its table.
 
     Raises:
         ShardError: size, checksum or number of samples differ from the index.
         StorageError: it is missing, or the storage refuses or does not answer.
     """
-    where = shard_url(url, shard)
-    data = bytes(verified_shard(where, shard.bytes, shard.sha256, FetchCounts()))
-    samples = parse_tar(data, where).samples
+    tar_url = shard_url(url, shard)
+    data = bytes(verified_shard(tar_url, shard.bytes, shard.sha256, FetchCounts()))
+    samples = parse_tar(data, tar_url).samples
     if len(samples) != shard.samples:
         raise ShardError(
-            f"{where}: {len(samples)} samples, the index says {shard.samples}; pack the data again"
+            f"{tar_url}: {len(samples)} samples, the index says {shard.samples}; "
+            "pack the data again"
         )
     return samples
 
 
-def check_shard(where: str, shard: Shard, data: bytes) -> None:
-    """Compares a shard's bytes with the index.
+def check_shard(url: str, shard: Shard, data: bytes) -> None:
+    """Compares the bytes of the shard at a URL with the index.
 
     Raises:
         ShardError: size or checksum differ.
     """
     if len(data) != shard.bytes:
         raise ShardError(
-            f"{where}: {len(data)} bytes, the index says {shard.bytes}; pack the data again"
+            f"{url}: {len(data)} bytes, the index says {shard.bytes}; pack the data again"
         )
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise ShardError(
-            f"{where}: checksum differs from the index: it is damaged or was replaced; pack it again"
+            f"{url}: checksum differs from the index: it is damaged or was replaced; pack it again"
         )
 
 
 def write_table(url: str, shard: Shard, table: SampleTable) -> None:
-    """Writes the table of a shard below the shard folder's URL."""
+    """Writes the table of a shard into the shard folder at a URL."""
     storage.write_bytes(_table_url(url, shard), encode_table(table))
 
 
 def read_table(url: str, shard: Shard) -> SampleTable:
-    """The table of a shard.
+    """The table of a shard of the folder at a URL.
 
     Raises:
         ShardError: it is missing, damaged, or of another number of samples.
         StorageError: the storage refuses or does not answer.
     """
-    where = _table_url(url, shard)
+    table_url = _table_url(url, shard)
     try:
-        table = decode_table(storage.read_bytes(where))
+        table = decode_table(storage.read_bytes(table_url))
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise ShardError(
-            f"{where}: the sample table of {shard.name} is missing; pack the data again"
+            f"{table_url}: the sample table of {shard.name} is missing; pack the data again"
         ) from error
     except ValueError as error:
         raise ShardError(
-            f"{where}: the sample table of {shard.name} is damaged ({error}); pack the data again"
+            f"{table_url}: the sample table of {shard.name} is damaged ({error}); "
+            "pack the data again"
         ) from error
     if len(table.keys) != shard.samples:
         raise ShardError(
-            f"{where}: {len(table.keys)} samples in the table of {shard.name}, the index says {shard.samples}; "
-            "pack the data again"
+            f"{table_url}: {len(table.keys)} samples in the table of {shard.name}, the index says "
+            f"{shard.samples}; pack the data again"
         )
     return table
 
 
 def read_tables(url: str, shards: Iterable[Shard]) -> Iterator[SampleTable]:
-    """The tables of several shards in their order, read side by side.
+    """The tables of several shards in their order, read in parallel.
 
     Raises:
-        ShardError, StorageError: as `read_table`.
+        ShardError, StorageError: see `read_table`.
     """
     with ThreadPoolExecutor(_TABLES_AT_ONCE) as threads:
         yield from threads.map(partial(read_table, url), shards)
 
 
 def check_table(url: str, shard: Shard, table: SampleTable) -> None:
-    """Compares the table of a shard, as it is stored, with the one that its content gives.
+    """Compares the stored table of a shard with the one made of the shard's content.
 
     Raises:
-        ShardError: it is missing, damaged, or another.
+        ShardError: the stored table is missing, damaged, or differs.
         StorageError: the storage refuses or does not answer.
     """
     stored, made = read_table(url, shard)._asdict(), table._asdict()
-    if stored.pop("keys") != made.pop("keys") or not all(
-        np.array_equal(stored[name], made[name]) for name in made
-    ):
-        where = _table_url(url, shard)
+    equal = stored.pop("keys") == made.pop("keys")
+    if not equal or not all(np.array_equal(stored[name], made[name]) for name in made):
         raise ShardError(
-            f"{where}: the sample table of {shard.name} does not fit its content; pack the data again"
+            f"{_table_url(url, shard)}: the sample table of {shard.name} does not match its "
+            "content; pack the data again"
         )
 
 
@@ -301,17 +332,5 @@ def remove_table(url: str, shard: Shard) -> None:
 
 
 def _table_url(url: str, shard: Shard) -> str:
-    # by content: the table of a replaced shard cannot be taken for its own
+    # named by the shard's content, so that no shard gets the table of the one that it replaced
     return storage.join_url(url, "samples", f"{shard.sha256}.safetensors")
-
-
-def _parse_index(index_url: str, fields: dict[str, Any]) -> ShardIndex:
-    try:
-        return ShardIndex(
-            shards=tuple(Shard(**shard) for shard in fields["shards"]),
-            classes=tuple(fields["classes"]),
-            categories=tuple(fields["categories"]),
-            packed=bool(fields["packed"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise ShardError(f"{index_url}: damaged index ({error}); pack the data again") from error

@@ -1,4 +1,4 @@
-"""Samples cut out of the bytes of a shard, and the rule that tells damaged shards from replaced ones.
+"""Samples from the bytes of a shard, and the rule that tells damaged shards from replaced ones.
 
 Of a shard that was damaged in storage, the sound samples can still be used. A shard that was
 replaced by another is an error. `is_another_shard` is the only place that decides which it is.

@@ -1,4 +1,6 @@
-"""Where the images of a shard lie: what makes range reads and the naming of single damaged samples possible.
+"""The table of a shard's samples: the bytes at which its images lie, and their checksums.
+
+With it a reader fetches single samples by range, and finds which samples of a shard are damaged.
 
 Shapes: M samples of a shard.
 """
@@ -10,11 +12,11 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-_DIGEST = "sha256"  # a column of its own
+_DIGEST = "sha256"  # column with the checksum of the other columns
 
 
 class SampleTable(NamedTuple):
-    """Where the images of a shard lie, so that single ones can be read and verified."""
+    """Position, checksum and label of each image in a shard."""
 
     keys: list[str]
     offsets: NDArray[np.int64]
@@ -30,15 +32,16 @@ class SampleTable(NamedTuple):
 
 
 def crc32c(data: bytes | memoryview) -> int:
-    """CRC32C of the bytes of a sample, by which its table tells whether they are the packed ones."""
+    """CRC32C of the bytes of a sample."""
     return int(google_crc32c.value(bytes(data)))
 
 
 def encode_table(table: SampleTable) -> bytes:
-    """A table as the bytes of a safetensors file."""
+    """The bytes of a table's safetensors file."""
     import safetensors.numpy
 
-    # one string, for an array of strings would be as wide as the longest; keys hold no NUL
+    # One string, separated by NUL, which no key contains: in an array of strings, each would take
+    # as much memory as the longest.
     keys = np.frombuffer("\0".join(table.keys).encode("utf-8", "surrogateescape"), np.uint8)
     columns = table._asdict() | {"keys": keys}
     data: bytes = safetensors.numpy.save(columns | {_DIGEST: _digest_of(columns)})
@@ -46,10 +49,10 @@ def encode_table(table: SampleTable) -> bytes:
 
 
 def decode_table(data: bytes) -> SampleTable:
-    """A table from the bytes of its file.
+    """Reads a table from the bytes of its file.
 
     Raises:
-        ValueError: damaged.
+        ValueError: the file is damaged.
     """
     import safetensors.numpy
 

@@ -129,8 +129,8 @@ def test_a_folder_without_index_tells_how_to_pack(tmp_path: Path) -> None:
     [
         ({"format": "other"}, "not an index of format 'hemoco-shards'"),
         ({"version": 1}, "index version 1, this hemoco reads 2; pack the data again"),
-        ({"classes": ["b"]}, "digest does not fit"),
-        ({"packed": False}, "digest does not fit"),
+        ({"classes": ["b"]}, "digest does not match"),
+        ({"packed": False}, "digest does not match"),
         ({"classes": None}, "damaged index"),
         ({"shards": [{"name": "x"}]}, "damaged index"),
     ],
@@ -209,7 +209,7 @@ def test_the_table_of_a_shard_is_told_by_its_content(folder: Path) -> None:
         ),
         (
             "other",
-            "the sample table of train-000000.tar does not fit its content; pack the data again",
+            "the sample table of train-000000.tar does not match its content; pack the data again",
         ),
     ],
 )

@@ -43,7 +43,7 @@ def parsed(*members: tuple[str, bytes]) -> TarContent:
 
 
 def odd(content: TarContent) -> list[tuple[str, str]]:
-    return [tuple(member) for member in content.odd]
+    return [tuple(member) for member in content.skipped]
 
 
 def keys(content: TarContent) -> list[str]:
@@ -229,7 +229,7 @@ def test_damage_of_any_kind_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
 
 def test_a_tar_without_members_has_no_samples() -> None:
     content = parse_tar(tar_of([]), "x.tar")
-    assert (content.samples, content.odd, len(content.table.offsets)) == ([], [], 0)
+    assert (content.samples, content.skipped, len(content.table.offsets)) == ([], [], 0)
     assert decode_table(encode_table(content.table)).keys == []
 
 
@@ -285,7 +285,7 @@ def test_folders_are_passed_over() -> None:
     content = parse_tar(
         tar_of([("a.jpg", b""), ("a.jpg/b.jpg", b"")], type=tarfile.DIRTYPE), "x.tar"
     )
-    assert (content.samples, content.odd) == ([], [])
+    assert (content.samples, content.skipped) == ([], [])
 
 
 @pytest.mark.parametrize("form", [["--format=gnu"], ["--format=pax", "--sparse-version=1.0"]])
@@ -315,7 +315,11 @@ CLASSES = [(b"7", 7), (b" 12\n", 12), (b"00000012", 12), (b"999999", 999999), (b
 @pytest.mark.parametrize(("content", "label"), CLASSES)
 def test_a_number_is_a_label(content: bytes, label: int) -> None:
     found = parsed(("a.jpg", b""), ("a.cls", content))
-    assert (found.samples[0].label, found.table.labels.tolist(), found.odd) == (label, [label], [])
+    assert (found.samples[0].label, found.table.labels.tolist(), found.skipped) == (
+        label,
+        [label],
+        [],
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,7 +342,7 @@ def test_laion_metadata_are_no_annotations() -> None:
     content = parsed(
         ("000.jpg", b""), ("000.txt", b"a cat"), ("000.json", json.dumps(metadata).encode())
     )
-    assert (content.samples[0].annotations, content.samples[0].image_id, content.odd) == (
+    assert (content.samples[0].annotations, content.samples[0].image_id, content.skipped) == (
         None,
         None,
         [],
