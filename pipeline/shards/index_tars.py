@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from hemoco.data.shards.index import Shard, ShardIndex, write_index, write_table
 from hemoco.data.shards.tar import parse_tar
-from hemoco.data.sources.tars import FoundTar, find_tars
+from hemoco.data.sources.tars import SourceTar, find_tars
 from hemoco.errors import HemocoError, ShardError
 from hemoco.storage.objects import (
     check_url,
@@ -111,7 +111,7 @@ def index_steps(
     return indexed
 
 
-def _index_tar(tar: FoundTar, dest: str, new: bool, promised: Shard | None) -> _IndexedTar:
+def _index_tar(tar: SourceTar, dest: str, new: bool, promised: Shard | None) -> _IndexedTar:
     """Runs on a Ray worker: reads one tar, and writes its table where it is new, restores it where it was promised."""
     data = read_bytes(tar.url)
     content = parse_tar(data, tar.url)
@@ -166,5 +166,5 @@ def _remove_new_tables(dest: str, before: Sequence[str]) -> None:
         remove(folder)
 
 
-def _name(tar: FoundTar, dest: str) -> str:
+def _name(tar: SourceTar, dest: str) -> str:
     return tar.url.removeprefix(f"{dest}/")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hemoco.data.sources.tars import FoundTar, find_tars, split_of
+from hemoco.data.sources.tars import SourceTar, find_tars, split_of
 from hemoco.errors import StorageError, UsageError
 from hemoco.storage.objects import join_url, write_bytes
 
@@ -55,7 +55,7 @@ def test_tars_of_a_folder_and_of_its_split_folders_are_found(tmp_path: Path) -> 
         ("val/0.tar", "val"),
     ]
     assert find_tars([str(tmp_path / "tars")], "given") == [
-        FoundTar(f"{url}/{name}", split) for name, split in found
+        SourceTar(f"{url}/{name}", split) for name, split in found
     ]
 
 

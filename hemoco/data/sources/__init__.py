@@ -1,1 +1,1 @@
-"""Images and annotations in the forms that people bring to `pack`."""
+"""Sources of `pack`: images and annotations in the layouts in which data sets are distributed."""

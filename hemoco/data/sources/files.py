@@ -1,6 +1,7 @@
-"""Files of a folder, zip or tar archive: listed and read where they are, never unpacked.
+"""Files of a folder, zip or tar archive, listed and read in place; archives are never unpacked.
 
-A name never leaves its folder or archive: links out of a folder are left out, an archive that holds `..` is refused.
+No name leads out of its folder or archive: links out of a folder are left out, and an archive with
+`..` in a name is refused.
 """
 
 import contextlib
@@ -21,31 +22,39 @@ from hemoco.errors import ShardError, UsageError, first_line
 
 logger = logging.getLogger(__name__)
 
-# NotImplementedError: a zip compression that Python lacks
-_DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error,
-           lzma.LZMAError)  # fmt: skip
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,  # a zip compression that Python lacks
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""Errors that reading a damaged file or archive raises."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where the bytes of one file are."""
+    """Location of the bytes of one file."""
 
     kind: Literal["file", "zip", "tar"]
     path: str
-    """Of the file or of its archive."""
+    """Path of the file or of its archive."""
     member: str = ""
-    """Name inside the archive."""
+    """Its name in the archive."""
     offset: int = 0
-    """First byte in the unpacked stream of a tar."""
+    """First byte in the decompressed stream of a tar."""
     size: int = 0
-    """Bytes in a tar."""
+    """Bytes; only set for files in a tar."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else self.path
 
 
 def list_files(path: str) -> dict[str, Location]:
-    """The regular files of a folder or archive by their names in it, sorted; hidden ones are left out.
+    """The regular files of a folder or archive, sorted by their names in it, without hidden files.
 
     Raises:
         UsageError: nothing is there, or it is neither a folder nor an archive.
@@ -56,48 +65,48 @@ def list_files(path: str) -> dict[str, Location]:
         raise UsageError(
             f"{path}: not found; SOURCE is a local folder of images or a zip or tar archive"
         )
-    with _damage_named(str(root)):
+    with _read_errors(str(root)):
         if root.is_dir():
-            found = _list_folder(root.resolve())
+            files = _list_folder(root.resolve())
         elif zipfile.is_zipfile(root):
-            found = _list_zip(root.resolve())
+            files = _list_zip(root.resolve())
         elif tarfile.is_tarfile(root):
-            found = _list_tar(root.resolve())
+            files = _list_tar(root.resolve())
         else:
             raise UsageError(
                 f"{path}: not a folder, and no zip or tar archive that can be read; is it damaged?"
             )
-    return {name: found[name] for name in sorted(found) if not _hidden(name)}
+    return {name: files[name] for name in sorted(files) if not _is_hidden(name)}
 
 
 def read_files(locations: Sequence[Location]) -> list[bytes]:
-    """The files' bytes, in the order asked for; each archive is opened once and read forwards.
+    """Reads files, in the order of their locations; each archive is opened once and read forwards.
 
     Raises:
-        ShardError: a file is gone or its archive is damaged; names it.
+        ShardError: a file is gone or its archive is damaged; the message names it.
     """
     contents: dict[int, bytes] = {}
+    # A compressed tar can only seek backwards by decompressing from the start again.
     order = sorted(range(len(locations)), key=lambda i: (locations[i].path, locations[i].offset))
     for path, group in groupby(order, key=lambda i: locations[i].path):
-        chosen = list(group)
-        with _damage_named(path):
-            contents.update(
-                zip(chosen, _read_from(path, [locations[i] for i in chosen]), strict=True)
-            )
-    return [contents[i] for i in range(len(locations))]
+        numbers = list(group)
+        with _read_errors(path):
+            data = _read_from(path, [locations[number] for number in numbers])
+            contents.update(zip(numbers, data, strict=True))
+    return [contents[number] for number in range(len(locations))]
 
 
 def _list_folder(root: Path) -> dict[str, Location]:
-    found = {}
+    files = {}
     links: Counter[str] = Counter()
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         links.update(name for name in subfolders if Path(folder, name).is_symlink())
         for name in names:
             path = Path(folder, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 links[name] += 1
             elif path.is_file():
-                found[path.relative_to(root).as_posix()] = Location("file", str(path))
+                files[path.relative_to(root).as_posix()] = Location("file", str(path))
     if links:
         logger.warning(
             "links not followed: folder=%s links=%d first=%s",
@@ -105,35 +114,35 @@ def _list_folder(root: Path) -> dict[str, Location]:
             links.total(),
             next(iter(links)),
         )
-    return found
+    return files
 
 
 def _list_zip(path: Path) -> dict[str, Location]:
-    found = {}
+    files = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.flag_bits & 1:
                 raise ShardError(
-                    f"{path}: its member {member.filename!r} is encrypted; decrypt the archive first"
+                    f"{path}: its member {member.filename!r} is encrypted; decrypt the archive "
+                    "first"
                 )
             if not member.is_dir():
-                found[_safe_name(path, member.filename)] = Location(
-                    "zip", str(path), member.filename
-                )
-    return found
+                name = _safe_name(path, member.filename)
+                files[name] = Location("zip", str(path), member.filename)
+    return files
 
 
 def _list_tar(path: Path) -> dict[str, Location]:
-    found = {}
+    files = {}
     with tarfile.open(path) as archive:
         for member in archive:
-            # sparse files have no one range of bytes; images never are
+            # the content of a sparse file is not one range of bytes; images are never sparse
             if member.isfile() and not member.issparse():
                 name = _safe_name(path, member.name)
-                found[name] = Location(
+                files[name] = Location(
                     "tar", str(path), member.name, member.offset_data, member.size
                 )
-    return found
+    return files
 
 
 def _read_from(path: str, locations: list[Location]) -> Iterator[bytes]:
@@ -146,7 +155,8 @@ def _read_from(path: str, locations: list[Location]) -> Iterator[bytes]:
             yield from (archive.read(location.member) for location in locations)
     else:
         with tarfile.open(path) as tar:
-            stream = cast(BinaryIO, tar.fileobj)  # unpacked, whatever the compression
+            # the decompressed stream, read directly: finding members by name would parse the tar
+            stream = cast(BinaryIO, tar.fileobj)
             for location in locations:
                 stream.seek(location.offset)
                 data = stream.read(location.size)
@@ -156,28 +166,29 @@ def _read_from(path: str, locations: list[Location]) -> Iterator[bytes]:
 
 
 def _safe_name(path: Path, name: str) -> str:
-    """The name with forward slashes and without a leading `./`."""
+    """A member's name with forward slashes and without a leading `./`."""
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or parts[0].endswith(":"):
         raise ShardError(f"{path}: its member {name!r} leads out of the archive; do not trust it")
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def _refuse(error: OSError) -> None:
-    """Raises what `os.walk` would pass over in silence."""
+def _raise(error: OSError) -> None:
+    """Raises the errors that `os.walk` ignores by default."""
     raise error
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 @contextlib.contextmanager
-def _damage_named(path: str) -> Iterator[None]:
+def _read_errors(path: str) -> Iterator[None]:
+    """Turns errors of reading into a ShardError that names the path."""
     try:
         yield
     except _DAMAGE as error:
         reason = first_line(error)
         raise ShardError(
-            f"{path}: cannot be read ({reason}); it is damaged or closed to this user"
+            f"{path}: cannot be read ({reason}); it is damaged, or this user may not read it"
         ) from error

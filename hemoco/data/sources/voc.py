@@ -1,8 +1,10 @@
-"""Pascal VOC folders (Everingham et al. 2010): `JPEGImages/`, `Annotations/*.xml` and `ImageSets/Main/*.txt`.
+"""Pascal VOC folders (Everingham et al. 2010).
 
-VOC counts pixels from 1 and its boxes include both corners; COCO, whose form the annotations get here, measures from
-the corner of the image. So x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1 and height = ymax - ymin + 1. Boxes that
-are empty or reach outside their image are kept as they were.
+A folder holds `JPEGImages/`, `Annotations/*.xml` and `ImageSets/Main/*.txt`.
+Annotations are converted to the form of COCO. VOC counts pixels from 1 and its boxes include both
+corners; COCO measures from the corner of the image. So x = xmin - 1, y = ymin - 1,
+width = xmax - xmin + 1 and height = ymax - ymin + 1. Boxes that are empty or reach outside their
+image are kept unchanged.
 """
 
 import itertools
@@ -14,120 +16,135 @@ from xml.etree import ElementTree
 
 from hemoco.data.shards.tar import IMAGE_SUFFIXES
 from hemoco.data.sources.files import Location, read_files
-from hemoco.data.sources.found import ANNOTATED, FoundImage, Scan, suffix_of
+from hemoco.data.sources.scan import ANNOTATED, Scan, SourceImage, suffix_of
 from hemoco.errors import ShardError
 
 _SPLITS = ("train", "val", "test")
-_UNLISTED = "unlisted"  # VOC2012 has images of VOC2007's test split beside its lists: they must not be trained on
+# Split of the images that no list names. VOC2012 contains images of VOC2007's test split, which its
+# lists leave out: nothing must train on them.
+_UNLISTED = "unlisted"
 
 
 class _Folder(NamedTuple):
     """One VOC folder."""
 
     root: str
-    """Where it is in the source: nothing, or a path that ends in a slash."""
+    """Path in the source: empty, or ending in a slash."""
     images: dict[str, Location]
-    """By their names without suffix, as the others."""
+    """By name without suffix."""
     annotations: dict[str, Location]
+    """By name without suffix, which is that of the image."""
     lists: dict[str, Location]
+    """By split."""
 
 
 class _Object(NamedTuple):
     name: str
     box: list[float]
-    """xmin, ymin, xmax, ymax as VOC gives them."""
+    """xmin, ymin, xmax, ymax, as in the XML file."""
     difficult: int
     truncated: int
 
 
 def is_voc(files: dict[str, Location]) -> bool:
-    """Whether there are folders JPEGImages and Annotations side by side."""
+    """Whether a source has folders JPEGImages and Annotations side by side."""
     return bool(_roots(files))
 
 
 def scan_voc(listings: Sequence[dict[str, Location]], default_split: str) -> Scan:
-    """The images of VOC folders with their objects as COCO annotations, numbered as one data set.
+    """The images of VOC folders with their objects as COCO annotations, as one data set.
 
-    Ids of images and annotations follow the order of the listings and of the names in them; categories are sorted by
-    name. All ids begin at 1. Beside COCO's fields an annotation has VOC's `difficult` and `truncated`.
+    Ids of images and annotations follow the order of the listings and of the names in them;
+    categories are sorted by name. All ids start at 1. Besides COCO's fields, an annotation has
+    VOC's `difficult` and `truncated`.
 
     Args:
         listings: files of each source by their names in it; each holds one or more VOC folders.
-        default_split: of the images of a folder without train.txt, val.txt and test.txt; in a folder that has some,
-            images that none of them lists get the split `unlisted`.
+        default_split: split of the images of a folder without train.txt, val.txt and test.txt. In a
+            folder that has any of these lists, images that none of them names get the split
+            `unlisted`.
 
     Raises:
-        ShardError: images and XML files do not belong together one by one, a list names an image that is not there or
-            that another list has, or an XML file is damaged.
+        ShardError: images and XML files do not correspond one to one, a list names an image that is
+            not there or that another list names, or an XML file is damaged.
     """
     folders = [_open(files, root) for files in listings for root in _roots(files)]
-    objects = [_read_objects(folder) for folder in folders]
-    names = sorted(
-        {
-            found.name
-            for of_folder in objects
-            for of_image in of_folder.values()
-            for found in of_image
-        }
-    )
-    category_ids = {name: number for number, name in enumerate(names, 1)}
+    objects_of = [_read_objects(folder) for folder in folders]
+    names: set[str] = set()
+    for by_stem in objects_of:
+        for objects in by_stem.values():
+            names.update(each.name for each in objects)
+    category_ids = {name: number for number, name in enumerate(sorted(names), 1)}
     annotation_ids = itertools.count(1)
-    images: list[FoundImage] = []
-    for folder, of_folder in zip(folders, objects, strict=True):
+    images: list[SourceImage] = []
+    for folder, by_stem in zip(folders, objects_of, strict=True):
         splits = _splits(folder)
         for stem, location in sorted(folder.images.items()):
             image_id = len(images) + 1
-            annotations = [
-                {
+            annotations = []
+            for each in by_stem[stem]:
+                ids = {
                     "id": next(annotation_ids),
                     "image_id": image_id,
-                    "category_id": category_ids[found.name],
+                    "category_id": category_ids[each.name],
                 }
-                | _coco(found)
-                for found in of_folder[stem]
-            ]
-            name = f"{folder.root}{stem}.{suffix_of(str(location))}"
-            split = splits.get(stem, _UNLISTED if splits else default_split)
-            images.append(FoundImage(name, split, ANNOTATED, location, None, annotations, image_id))
+                annotations.append(ids | _coco(each))
+            image = SourceImage(
+                name=f"{folder.root}{stem}.{suffix_of(str(location))}",
+                split=splits.get(stem, _UNLISTED if splits else default_split),
+                kind=ANNOTATED,
+                location=location,
+                annotations=annotations,
+                image_id=image_id,
+            )
+            images.append(image)
     return Scan(images, [{"id": number, "name": name} for name, number in category_ids.items()])
 
 
 def _roots(files: dict[str, Location]) -> list[str]:
-    return sorted(
-        _parents(files, "JPEGImages", IMAGE_SUFFIXES) & _parents(files, "Annotations", ("xml",))
-    )
+    """Paths of the VOC folders in a source, each empty or ending in a slash."""
+    with_images = _parents(files, "JPEGImages", IMAGE_SUFFIXES)
+    with_annotations = _parents(files, "Annotations", ("xml",))
+    return sorted(with_images & with_annotations)
 
 
 def _parents(files: dict[str, Location], folder: str, suffixes: Sequence[str]) -> set[str]:
-    """Where there is a folder of that name that holds such files."""
+    """Paths that contain a folder of this name with files of these suffixes."""
     heads = {name.rpartition("/")[0] for name in files if suffix_of(name) in suffixes}
     return {head.removesuffix(folder) for head in heads if f"/{head}".endswith(f"/{folder}")}
 
 
 def _open(files: dict[str, Location], root: str) -> _Folder:
-    def by_stem(folder: str, suffixes: Sequence[str]) -> dict[str, Location]:
-        found: dict[str, Location] = {}
-        for name, location in files.items():
-            head, _, last = name.rpartition("/")
-            if head == root + folder and suffix_of(last) in suffixes:
-                stem = last.rpartition(".")[0]
-                if stem in found:
-                    raise ShardError(
-                        f"{location}: {found[stem]} differs in its suffix only; keep one of them"
-                    )
-                found[stem] = location
-        return found
-
-    images, annotations = by_stem("JPEGImages", IMAGE_SUFFIXES), by_stem("Annotations", ("xml",))
+    images = _by_stem(files, f"{root}JPEGImages", IMAGE_SUFFIXES)
+    annotations = _by_stem(files, f"{root}Annotations", ("xml",))
     for stem in sorted(images.keys() ^ annotations.keys()):
         if stem in images:
             raise ShardError(
-                f"{images[stem]}: no XML file in Annotations describes it; add one, or remove the image"
+                f"{images[stem]}: no XML file in Annotations describes it; add one, or remove the "
+                "image"
             )
         raise ShardError(
             f"{annotations[stem]}: its image is not in JPEGImages; add it, or remove the XML file"
         )
-    return _Folder(root, images, annotations, by_stem("ImageSets/Main", ("txt",)))
+    lists = _by_stem(files, f"{root}ImageSets/Main", ("txt",))
+    return _Folder(root, images, annotations, lists)
+
+
+def _by_stem(
+    files: dict[str, Location], folder: str, suffixes: Sequence[str]
+) -> dict[str, Location]:
+    """The files in a folder with one of these suffixes, by their names without it."""
+    by_stem: dict[str, Location] = {}
+    for name, location in files.items():
+        head, _, last = name.rpartition("/")
+        if head == folder and suffix_of(last) in suffixes:
+            stem = last.rpartition(".")[0]
+            if stem in by_stem:
+                raise ShardError(
+                    f"{location}: {by_stem[stem]} differs in its suffix only; keep one of them"
+                )
+            by_stem[stem] = location
+    return by_stem
 
 
 def _splits(folder: _Folder) -> dict[str, str]:
@@ -137,41 +154,45 @@ def _splits(folder: _Folder) -> dict[str, str]:
         if split not in folder.lists:
             continue
         location = folder.lists[split]
-        for stem in filter(
-            None, map(str.strip, read_files([location])[0].decode(errors="replace").splitlines())
-        ):
+        lines = read_files([location])[0].decode(errors="replace").splitlines()
+        for stem in [line.strip() for line in lines]:
+            if not stem:
+                continue
             if stem not in folder.images:
                 raise ShardError(
                     f"{location}: it lists {stem!r}, which is not in JPEGImages; correct the list"
                 )
             if splits.setdefault(stem, split) != split:
                 raise ShardError(
-                    f"{location}: it lists {stem!r}, which {splits[stem]}.txt has too; keep it in one"
+                    f"{location}: it lists {stem!r}, which {splits[stem]}.txt has too; "
+                    "keep it in one"
                 )
     return splits
 
 
 def _read_objects(folder: _Folder) -> dict[str, list[_Object]]:
+    """The objects of each image, by its name without suffix."""
     stems = sorted(folder.annotations)
     locations = [folder.annotations[stem] for stem in stems]
-    found = {}
+    objects = {}
     for stem, location, data in zip(stems, locations, read_files(locations), strict=True):
         try:
-            found[stem] = _parse(data, stem)
+            objects[stem] = _parse(data, stem)
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise ShardError(
                 f"{location}: not an annotation of VOC ({error}); correct or remove it"
             ) from error
-    return found
+    return objects
 
 
 def _parse(data: bytes, stem: str) -> list[_Object]:
-    """The objects of an XML file; parts of objects (heads, hands, feet) are left out.
+    """The objects in an XML file, without their parts (heads, hands, feet).
 
     Raises:
-        ElementTree.ParseError, ValueError or LookupError: it is damaged, or of another image.
+        ElementTree.ParseError, ValueError, LookupError: it is damaged, or of another image.
     """
-    # it could define entities that grow without end; without the NULs of UTF-16
+    # A DOCTYPE can define entities that expand without end ("billion laughs"). UTF-16 has a NUL
+    # in each of these letters.
     if b"<!DOCTYPE" in data.replace(b"\0", b""):
         raise ValueError("it has a DOCTYPE, which annotations have no use for")
     root = ElementTree.fromstring(data)
@@ -185,10 +206,10 @@ def _parse(data: bytes, stem: str) -> list[_Object]:
 
 def _object(element: ElementTree.Element) -> _Object:
     def text(name: str, default: str | None = None) -> str:
-        found = (element.findtext(name) or "").strip() or default
-        if found is None:
+        value = (element.findtext(name) or "").strip() or default
+        if value is None:
             raise ValueError(f"an object has no {name}")
-        return found
+        return value
 
     box = [float(text(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
     if not all(map(math.isfinite, box)):
@@ -196,14 +217,15 @@ def _object(element: ElementTree.Element) -> _Object:
     return _Object(text("name"), box, int(text("difficult", "0")), int(text("truncated", "0")))
 
 
-def _coco(found: _Object) -> dict[str, Any]:
-    left, top, right, bottom = found.box
+def _coco(each: _Object) -> dict[str, Any]:
+    """An object in the form of COCO, without ids."""
+    left, top, right, bottom = each.box
     width, height = right - left + 1, bottom - top + 1
     bbox = [left - 1, top - 1, width, height]
     return {
         "bbox": [int(side) if side.is_integer() else side for side in bbox],
         "area": max(width, 0) * max(height, 0),
         "iscrowd": 0,
-        "difficult": found.difficult,
-        "truncated": found.truncated,
+        "difficult": each.difficult,
+        "truncated": each.truncated,
     }
