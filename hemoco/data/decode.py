@@ -134,7 +134,7 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
 
 
 def _may_have_exif(jpeg: bytes) -> bool:
-    """Whether a JPEG has an APP1 segment, which holds EXIF or XMP; True where that is unclear.
+    """True if a JPEG has an APP1 segment, which holds EXIF or XMP, or if that is unclear.
 
     Opening the file with Pillow takes longer than this walk over its segments.
     """

@@ -50,21 +50,21 @@ class AugmentDraws:
     """Random choices for one view of N images, after it is cropped."""
 
     flips: NDArray[np.bool_]
-    """Whether the image is mirrored (N,)."""
+    """True to mirror the image (N,)."""
     jitter: NDArray[np.bool_]
-    """Whether the colours are jittered (N,)."""
+    """True to jitter the colours (N,)."""
     order: NDArray[np.int64]
     """Order of brightness (0), contrast (1), saturation (2) and hue (3), first to last (N, 4)."""
     factors: NDArray[np.float64]
     """Factors of brightness, contrast and saturation, and hue shift in whole turns (N, 4)."""
     grayscale: NDArray[np.bool_]
-    """Whether the image turns grey (N,)."""
+    """True to turn the image grey (N,)."""
     blur: NDArray[np.bool_]
-    """Whether the image is blurred (N,)."""
+    """True to blur the image (N,)."""
     sigmas: NDArray[np.float64]
     """Standard deviation of the blur in pixels (N,)."""
     solarize: NDArray[np.bool_]
-    """Whether the image is solarised (N,)."""
+    """True to solarise the image (N,)."""
 
     def take(self, rows: NDArray[np.int64]) -> "AugmentDraws":
         """The choices for some of the images, in the order of `rows` (n,)."""

@@ -1,7 +1,7 @@
-"""Bytes of objects, fetched so that faults of the network cost time and never data.
+"""Fetches bytes of objects. Faults of the network cost time, never data.
 
-Objects on S3 and the web are received by the standard library's HTTP client straight into one buffer: 0.4 CPU seconds
-per GB where s3fs takes 0.9. Everything else goes through fsspec.
+Objects on S3 and the web are received with the standard library's HTTP client straight into one
+buffer, which takes 0.4 CPU seconds per GB; s3fs takes 0.9. Everything else is read through fsspec.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from hemoco.storage.retry import BUSY, STORAGE_RETRIES, http_status, is_transien
 logger = logging.getLogger(__name__)
 
 _SILENCE_S = 30.0
-_LAST_CHANCE_S = 1.0  # silence that an attempt is allowed even when the budget is spent
-_WINDOW_BYTES = 256 * 1024  # received and hashed while still in the CPU's cache
-_PART_BYTES = 16 * 1024**2  # what a fault may cost with a client that gives all or nothing
+_MIN_SILENCE_S = 1.0  # silence that an attempt is allowed even when the budget is spent
+_WINDOW_BYTES = 256 * 1024  # received and then hashed while still in the CPU's cache
+_PART_BYTES = 16 * 1024**2  # most bytes that a fault costs when fsspec reads all or nothing
 
 
 @dataclass
 class FetchCounts:
-    """What fetching took, added up by all threads of a process."""
+    """Counts of what was fetched, by all threads of a process."""
 
     bytes: int = 0
-    """Received, also those received again."""
+    """Bytes received, including those received again."""
     requests: int = 0
     retries: int = 0
     seconds: float = 0.0
-    """Time that callers spent in fetching; several threads spend it at once."""
+    """Time that callers spent fetching, summed over threads."""
     cache_hits: int = 0
     """Shards that the disk cache had."""
     cache_misses: int = 0
@@ -52,7 +52,7 @@ class FetchCounts:
     def add(
         self, *, bytes: int = 0, requests: int = 0, retries: int = 0, seconds: float = 0.0
     ) -> None:
-        """Adds what a request took."""
+        """Adds the counts of a request."""
         with self._lock:
             self.bytes += bytes
             self.requests += requests
@@ -60,7 +60,7 @@ class FetchCounts:
             self.seconds += seconds
 
     def add_cached(self, hit: bool) -> None:
-        """Adds a shard that the disk cache was asked for."""
+        """Counts a shard that was looked up in the disk cache."""
         with self._lock:
             self.cache_hits += hit
             self.cache_misses += not hit
@@ -75,15 +75,15 @@ def fetch_range(
     budget_s: float = 600.0,
     into: memoryview | None = None,
 ) -> memoryview:
-    """The bytes [start, stop) of an object; after a fault of the network it goes on at the byte where it broke.
+    """Fetches the bytes [start, stop) of an object; a retry continues at the first missing byte.
 
     Args:
-        url: of the object, any that `hemoco.storage` takes.
+        url: of the object, any that `hemoco.storage` supports.
         start: first byte.
         stop: byte after the last.
-        counts: what this takes is added to it.
+        counts: receives what this takes.
         budget_s: seconds without a new byte after which it gives up.
-        into: memory for them (stop - start,), else new.
+        into: memory for the bytes (stop - start,); None allocates it.
 
     Returns:
         Writable bytes (stop - start,).
@@ -96,9 +96,9 @@ def fetch_range(
     try:
         _fetch(url, wanted, counts, budget_s)
     except _WrongSizeError as error:
-        asked = f"bytes {start} to {stop} were asked for"
         raise ObjectCutError(
-            f"{url}: it has {error.size} bytes, {asked}: it was replaced or cut"
+            f"{url}: it has {error.size} bytes, bytes {start} to {stop} were asked for: "
+            "it was replaced or cut"
         ) from None
     return wanted.view
 
@@ -112,60 +112,62 @@ def verified_shard(
     budget_s: float = 600.0,
     into: memoryview | None = None,
 ) -> memoryview:
-    """A whole shard, proved to be the one that was packed.
+    """Fetches a whole shard and verifies that it is the one that was packed.
 
     Args:
         url: of the shard.
         size: bytes that it had when it was packed.
-        sha256: of these, hexadecimal.
-        counts: what this takes is added to it.
+        sha256: of these bytes, hexadecimal.
+        counts: receives what this takes.
         budget_s: seconds without a new byte after which it gives up.
-        into: memory for it (size,), else new.
+        into: memory for the bytes (size,); None allocates it.
 
     Returns:
         Writable bytes (size,).
 
     Raises:
-        ChecksumError: its bytes are others.
+        ChecksumError: it has the right size and other bytes.
         ShardError: it is missing, longer or shorter.
         StorageError: the storage refuses, or nothing came for `budget_s`.
     """
-    flaw, kind, view = "", ShardError, _new_memory(size) if into is None else into
+    view = _new_memory(size) if into is None else into
+    flaw = ""
+    error_type = ShardError
     for _ in range(2):  # once more from the start: it may have been replaced while it was read
         wanted = _Range(view, 0, size, whole=True)
         try:
             _fetch(url, wanted, counts, budget_s)
         except _WrongSizeError as error:
-            flaw, kind = f"it has {error.size} bytes, the index says {size}", ShardError
+            flaw = f"it has {error.size} bytes, the index says {size}"
+            error_type = ShardError
+            continue
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError(
                     f"{error}: a shard is missing; restore it or pack the data again"
                 ) from error
             raise
-        else:
-            found = wanted.sha256.hexdigest()
-            if found == sha256:
-                return wanted.view
-            flaw, kind = (
-                f"its SHA-256 is {found[:12]}..., the index says {sha256[:12]}...",
-                ChecksumError,
-            )
-    raise kind(
-        f"{url}: {flaw}: replaced, cut or damaged since it was packed; restore it or pack the data again"
+        digest = wanted.sha256.hexdigest()
+        if digest == sha256:
+            return wanted.view
+        flaw = f"its SHA-256 is {digest[:12]}..., the index says {sha256[:12]}..."
+        error_type = ChecksumError
+    raise error_type(
+        f"{url}: {flaw}: replaced, cut or damaged since it was packed; "
+        "restore it or pack the data again"
     )
 
 
 class ChecksumError(ShardError):
-    """A shard has the right size and other bytes than it was packed with."""
+    """A shard has the right size, but its bytes are not the packed ones."""
 
 
 class ObjectCutError(StorageError):
-    """An object ends before the bytes that were asked for."""
+    """An object ends before the requested bytes."""
 
 
 class _WrongSizeError(Exception):
-    """The object has another size than it must have."""
+    """An object does not have the required size."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"{size} bytes")
@@ -173,36 +175,55 @@ class _WrongSizeError(Exception):
 
 
 class _NotPlainError(Exception):
-    """An answer that a client library can deal with: a redirection, another region, a login."""
+    """An answer that needs a client library: a redirection, another region, a login."""
 
 
 class _Range:
-    """A range [start, stop) of an object and how much of it is there; `whole` if the object must end with it."""
+    """A range of an object, and how much of it has been received.
+
+    Args:
+        view: memory for the range (stop - start,).
+        start: first byte.
+        stop: byte after the last.
+        whole: whether the range is the whole object, which then must end at `stop`.
+
+    Attributes:
+        next: first byte that is missing.
+        sha256: of the bytes so far, if the range is the whole object.
+        plain: whether the plain HTTP client can read the object, as far as is known.
+    """
 
     def __init__(self, view: memoryview, start: int, stop: int, *, whole: bool) -> None:
         self.view = view
+        self.start = start
+        self.stop = stop
+        self.whole = whole
+        self.next = start
         self.sha256 = hashlib.sha256()
-        self.start, self.stop, self.next, self.whole = start, stop, start, whole
-        self.plain = True  # until an answer comes that only a client library can deal with
+        self.plain = True
 
     def window(self) -> memoryview:
-        """Where the next bytes belong."""
+        """Memory for the next bytes, up to 256 KB."""
         return self.view[self.next - self.start :][:_WINDOW_BYTES]
 
     def advance(self, count: int) -> None:
-        """Takes note of bytes that were put into the window."""
+        """Records that `count` bytes were put into the window."""
         if self.whole:
             self.sha256.update(self.window()[:count])
         self.next += count
 
     def check(self, size: int) -> None:
-        """Refuses an object that cannot be the right one, before its bytes come."""
+        """Refuses an object of the wrong size, before its bytes are received.
+
+        Raises:
+            _WrongSizeError: the size is wrong.
+        """
         if size < self.stop or (self.whole and size > self.stop):
             raise _WrongSizeError(size)
 
 
 def _new_memory(size: int) -> memoryview:
-    # unlike bytearray's, this memory is neither cleared nor made of small pages
+    # a bytearray would be cleared first, and made of small pages
     return np.empty(size, np.uint8).data
 
 
@@ -232,44 +253,44 @@ def _read_local(path: str, wanted: _Range) -> None:
 
 
 def _receive_all(url: str, wanted: _Range, counts: FetchCounts, budget_s: float) -> None:
-    """Asks again, from the first missing byte on, until all is there or nothing new has come for too long."""
+    """Receives a range; retries at the first missing byte, until `budget_s` without progress."""
     faults = 0
 
-    def note(fault: BaseException) -> None:
+    def note_fault(fault: BaseException) -> None:
         nonlocal faults
         faults += 1
-        if faults.bit_count() == 1:  # the 1st, 2nd, 4th, ...
-            reason = first_line(fault)
+        if faults.bit_count() == 1:  # logs the 1st, 2nd, 4th, 8th, ...: many would flood the log
             logger.warning(
                 "event=fetch_fault url=%s byte=%d faults=%d reason=%s",
                 url,
                 wanted.next,
                 faults,
-                reason,
+                first_line(fault),
             )
 
+    policy = replace(STORAGE_RETRIES, budget_s=budget_s)
     try:
-        policy = replace(STORAGE_RETRIES, budget_s=budget_s)
-        for attempt in retrying(policy, progress=lambda: wanted.next, on_fault=note):
+        for attempt in retrying(policy, progress=lambda: wanted.next, on_fault=note_fault):
             with attempt:
                 counts.add(retries=int(faults > 0))
                 left_s = budget_s - (time.monotonic() - attempt.retry_state.start_time)
-                _receive_rest(
-                    url, wanted, counts, silence_s=min(_SILENCE_S, max(left_s, _LAST_CHANCE_S))
-                )
+                silence_s = min(_SILENCE_S, max(left_s, _MIN_SILENCE_S))
+                _receive_rest(url, wanted, counts, silence_s=silence_s)
     except Exception as fault:
         if not is_transient(fault):
             raise
+        received, size = wanted.next - wanted.start, wanted.stop - wanted.start
         raise StorageError(
-            f"{url}: {wanted.next - wanted.start} of {wanted.stop - wanted.start} bytes came in {faults} attempts and "
-            f"nothing new for {budget_s:g} s, at last: {first_line(fault)}; {storage_hint(url, fault)}; "
+            f"{url}: {received} of {size} bytes came in {faults} attempts and nothing new for "
+            f"{budget_s:g} s, at last: {first_line(fault)}; {storage_hint(url, fault)}; "
             "run the same command again: it resumes"
         ) from fault
 
 
 def _receive_rest(url: str, wanted: _Range, counts: FetchCounts, *, silence_s: float) -> None:
-    """Receives the missing bytes; a fault ends it, and what came before the fault stays."""
-    while (first := wanted.next) < wanted.stop:
+    """Receives the missing bytes; after a fault, those received before it are kept."""
+    while wanted.next < wanted.stop:
+        first = wanted.next
         direct = direct_url(url) if wanted.plain else None
         counts.add(requests=1)
         try:
@@ -284,13 +305,13 @@ def _receive_rest(url: str, wanted: _Range, counts: FetchCounts, *, silence_s: f
 
 
 def _receive_by_library(url: str, wanted: _Range) -> None:
-    """Lets fsspec read the next part, which comes whole or not at all."""
+    """Reads the next part through fsspec, which returns all of it or nothing."""
     if wanted.whole and wanted.next == wanted.start:
         wanted.check(_size(url))
-    made, path = filesystem(url)
+    files, path = filesystem(url)
     stop = min(wanted.next + _PART_BYTES, wanted.stop)
     try:
-        data = memoryview(made.cat_file(path, start=wanted.next, end=stop))
+        data = memoryview(files.cat_file(path, start=wanted.next, end=stop))
     except Exception as error:
         if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             wanted.check(_size(url))
@@ -306,7 +327,7 @@ def _receive_by_library(url: str, wanted: _Range) -> None:
 
 
 def _receive_plain(url: str, direct: str, wanted: _Range, silence_s: float) -> None:
-    """Receives what one HTTP answer holds of the missing bytes."""
+    """Receives the missing bytes from one HTTP answer, as far as it has them."""
     with get_range(direct, wanted.next, wanted.stop, silence_s=silence_s) as answer:
         if answer.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
             _refuse(url, answer, wanted)
@@ -319,9 +340,8 @@ def _receive_plain(url: str, direct: str, wanted: _Range, silence_s: float) -> N
             raise ConnectionError(
                 f"asked for byte {wanted.next}, the answer begins at byte {answer.first}"
             )
-        unwanted = memoryview(
-            bytearray(min(skip, _WINDOW_BYTES))
-        )  # a server without ranges sends all
+        # a server without ranges sends the whole object: what comes before the range is dropped
+        unwanted = memoryview(bytearray(min(skip, _WINDOW_BYTES)))
         while answer.left and wanted.next < wanted.stop:
             count = answer.read_into(unwanted[:skip] if skip else wanted.window())
             if not count:
@@ -333,7 +353,7 @@ def _receive_plain(url: str, direct: str, wanted: _Range, silence_s: float) -> N
 
 
 def _refuse(url: str, answer: RangeAnswer, wanted: _Range) -> None:
-    """Raises what says best why an answer holds no bytes of the object."""
+    """Raises the error that describes an answer without bytes of the object."""
     reason = answer.reason()
     if answer.status == HTTPStatus.NOT_FOUND:
         raise FileNotFoundError(reason)
@@ -349,5 +369,5 @@ def _refuse(url: str, answer: RangeAnswer, wanted: _Range) -> None:
 
 
 def _size(url: str) -> int:
-    made, path = filesystem(url)
-    return int(made.size(path))
+    files, path = filesystem(url)
+    return int(files.size(path))

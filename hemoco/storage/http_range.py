@@ -1,4 +1,8 @@
-"""One HTTP GET of a byte range by the standard library: nothing is copied, and what came before a fault is kept."""
+"""One HTTP GET of a byte range, with the standard library.
+
+Bytes go from the socket straight into the caller's memory, without a copy. What arrived before a
+fault is kept.
+"""
 
 import contextlib
 import http.client
@@ -14,63 +18,67 @@ from hemoco.storage.objects import tls_context
 _CONNECT_S = 5.0
 _ERROR_BYTES = 4096
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-# idle connections by process, scheme and host: a forked child must not speak on its parent's
+# Idle connections by process, scheme and host. By process, because a forked child must not use the
+# connections of its parent (test_a_forked_child_fetches_after_its_parent_did).
 _idle: dict[tuple[int, str, str], deque[http.client.HTTPConnection]] = {}
 
 
 class RangeAnswer:
-    """The head of an answer, and its body as far as it was not read."""
+    """The head of an HTTP answer, and the part of its body that is not yet read.
+
+    Attributes:
+        status: HTTP status.
+        ranged: whether the body is a range of the object; otherwise it is the whole object.
+        first: position in the object of the first byte of the body.
+        left: bytes of the body that are still to come; None if the server does not say.
+        size: bytes of the whole object; None if the server does not say.
+    """
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self._response = response
         self.status = response.status
         self.first = 0
-        """Where in the object the body begins."""
         self.left: int | None = response.length
-        """Bytes of the body that are still to come, None when the server does not say."""
         self.size: int | None = response.length
-        """Of the whole object, None when the server does not say."""
         header = response.headers.get("Content-Range")
-        self.ranged = header is not None  # rclone does it with status 200
-        """Whether the body is a range of the object, else the whole."""
-        if header is not None:
-            self._take_range(header)
+        # the header counts and not status 206: rclone sends ranges with status 200
+        self.ranged = header is not None
+        if header is None:
+            return
+        parsed = _CONTENT_RANGE.fullmatch(header)
+        if parsed is None or self.left != int(parsed[2]) + 1 - int(parsed[1]):
+            self.left = self.size = None
+        else:
+            self.first = int(parsed[1])
+            self.size = None if parsed[3] == "*" else int(parsed[3])
 
     def read_into(self, view: memoryview) -> int:
-        """Receives what has come by now, at least a byte; 0 at the end of the stream."""
+        """Receives the bytes that have arrived, at least one; 0 means that the body has ended."""
         assert self.left is not None
-        # straight from the socket: HTTPResponse's own way loses what came before a fault
+        # Reads from the socket's buffer: HTTPResponse.readinto loses what came before a fault.
         count = self._response.fp.readinto1(view[: self.left])
         self.left -= count
         return count
 
     def reason(self) -> str:
-        """Status and what S3 or the server calls it; reads the body of an error."""
-        found = re.search(rb"<Code>(\w+)</Code>", self._response.read(_ERROR_BYTES))
-        return f"{self.status} {found[1].decode() if found else self._response.reason}"
-
-    def _take_range(self, header: str) -> None:
-        found = _CONTENT_RANGE.fullmatch(header)
-        if found is None or self.left != int(found[2]) + 1 - int(found[1]):
-            self.left = self.size = None
-        else:
-            self.first = int(found[1])
-            self.size = None if found[3] == "*" else int(found[3])
+        """Status and reason of an error; reads the body, in which S3 names the reason."""
+        code = re.search(rb"<Code>(\w+)</Code>", self._response.read(_ERROR_BYTES))
+        return f"{self.status} {code[1].decode() if code else self._response.reason}"
 
 
 @contextlib.contextmanager
 def get_range(url: str, start: int, stop: int, *, silence_s: float) -> Iterator[RangeAnswer]:
-    """Asks for the bytes [start, stop) of the object at an http(s) URL.
+    """Requests the bytes [start, stop) of the object at an http(s) URL.
 
     Args:
-        url: held secret, also by the errors: it may be signed.
+        url: may be signed, so no error contains it.
         start: first byte.
         stop: byte after the last.
         silence_s: longest time without a byte.
 
     Raises:
-        OSError: the connection fails or stalls, also inside the block.
-        http.client.HTTPException: the answer is no HTTP.
+        OSError: the connection fails or stalls, here or inside the block.
+        http.client.HTTPException: the answer is not HTTP.
     """
     parts = urlsplit(url)
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -79,7 +87,7 @@ def get_range(url: str, start: int, stop: int, *, silence_s: float) -> Iterator[
         with connection.getresponse() as response:
             answer = RangeAnswer(response)
             yield answer
-            if answer.left != 0:  # must not be taken for the next answer
+            if answer.left != 0:  # the rest would be taken for the next answer
                 connection.close()
 
 
@@ -99,23 +107,28 @@ def _connection(parts: SplitResult, silence_s: float) -> Iterator[http.client.HT
 
 
 def _take_alive(idle: "deque[http.client.HTTPConnection]") -> http.client.HTTPConnection | None:
-    """An idle connection that the server has not closed."""
-    with contextlib.suppress(IndexError):  # none left: other threads take some too
-        while connection := idle.pop():
-            events = select.poll()
-            events.register(connection.sock, select.POLLIN)
-            if not events.poll(0):
-                return connection
-            connection.close()
-    return None
+    """An idle connection that the server has not closed; None if there is none."""
+    while True:
+        try:
+            connection = idle.pop()
+        except IndexError:  # none there: looking first would race with the other threads
+            return None
+        # An idle connection has nothing to read, unless the server has closed it.
+        events = select.poll()
+        events.register(connection.sock, select.POLLIN)
+        if not events.poll(0):
+            return connection
+        connection.close()
 
 
 def _connect(parts: SplitResult, timeout_s: float) -> http.client.HTTPConnection:
     host, port = parts.hostname or "", parts.port
-    connection = (
-        http.client.HTTPSConnection(host, port, timeout=timeout_s, context=tls_context())
-        if parts.scheme == "https"
-        else http.client.HTTPConnection(host, port, timeout=timeout_s)
-    )
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(
+            host, port, timeout=timeout_s, context=tls_context()
+        )
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     connection.connect()
     return connection

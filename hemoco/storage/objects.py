@@ -1,7 +1,8 @@
-"""The only door to files and object storage (fsspec): s3://, gs://, az://, https://, file:// and plain paths.
+"""Files and objects by URL, through fsspec: s3://, gs://, az://, https://, file:// and plain paths.
 
-Filesystem objects are looked up at each call: fsspec caches them per process and thread, and a forked child gets its
-own (s3fs's event loop thread does not survive a fork).
+No other package uses fsspec. Filesystems are looked up again for each call instead of being kept by
+the caller: fsspec caches them for each process and thread, and a forked child gets its own (the
+thread of s3fs's event loop does not survive a fork).
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import string
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
 
@@ -26,33 +26,35 @@ from hemoco.storage.retry import loaded_classes
 from hemoco.storage.s3_errors import S3Answer, s3_advice, s3_answer
 
 _S3, _GOOGLE, _AZURE, _WEB = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs"), ("http", "https")
-# scheme -> the package that fsspec needs for it
 _PACKAGES = {
     **dict.fromkeys(_S3, "s3fs"),
     **dict.fromkeys(_GOOGLE, "gcsfs"),
     **dict.fromkeys(_AZURE, "adlfs"),
     **dict.fromkeys(_WEB, "aiohttp"),
 }
+"""The package that fsspec needs for a scheme."""
 _LOCAL = ("file", "memory")
-# no URL goes through a shell here; one that looks as if it should is not the name of data
+# No URL is passed to a shell here. A URL that looks like a command was meant for another tool.
 _SHELL = re.compile(r"[\x00-\x1f`|]|\$\(")
-# rclone answers ranges with the whole object's checksum, which botocore then refuses, and refuses signatures of version
-# 2, which botocore still puts into URLs
 _S3_CONFIG = {
+    # rclone answers a range with the checksum of the whole object, which botocore would refuse
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
+    # botocore still signs URLs with version 2, which rclone refuses
     "signature_version": "s3v4",
     "connect_timeout": 5,
     "read_timeout": 30,
     "retries": {"max_attempts": 3, "mode": "standard"},
 }
 _SIGNED_S = 900
-# kept for ever: a forked child that let go of its parent's would close their connections, and the parent would hang
-_made: dict[int, AbstractFileSystem] = {}
+# Filesystems are kept for the life of the process. A forked child that dropped its parent's would
+# close their connections, and the parent would hang
+# (test_a_forked_child_leaves_the_connections_of_its_parent_alone).
+_filesystems: dict[int, AbstractFileSystem] = {}
 
 
 def home() -> Path:
-    """`$HEMOCO_HOME`, default ~/.cache/hemoco: what hemoco keeps on this machine."""
+    """The folder for caches on this machine: `$HEMOCO_HOME`, by default ~/.cache/hemoco."""
     return Path(os.environ.get("HEMOCO_HOME") or "~/.cache/hemoco").expanduser().resolve()
 
 
@@ -60,7 +62,8 @@ def absolute_url(url: str) -> str:
     """The URL itself, or a plain path as an absolute file:// URL.
 
     Raises:
-        StorageError: the scheme is none of ours, or the URL names no bucket or host, or looks like a shell command.
+        StorageError: the scheme is not supported, or the URL names no bucket or host, or looks like
+            a shell command.
     """
     scheme, host = urlsplit(url).scheme, urlsplit(url).netloc
     if scheme == "":
@@ -68,27 +71,35 @@ def absolute_url(url: str) -> str:
     if scheme not in (*_PACKAGES, *_LOCAL):
         allowed = "s3://, gs://, az://, https://, file:// or a path"
         raise StorageError(f"{url}: scheme {scheme}:// is not supported; use {allowed}")
-    if found := _SHELL.search(url):
-        raise StorageError(f"{url!r}: {found.group()!r} is not allowed in a URL; rename the object")
+    command = _SHELL.search(url)
+    if command:
+        raise StorageError(
+            f"{url!r}: {command.group()!r} is not allowed in a URL; rename the object"
+        )
     if scheme in _PACKAGES and not host:
-        place = "host" if scheme in _WEB else "bucket"
-        raise StorageError(f"{url}: no {place} is named; use {scheme}://{place}/folder")
+        missing = "host" if scheme in _WEB else "bucket"
+        raise StorageError(f"{url}: no {missing} is named; use {scheme}://{missing}/folder")
     if scheme == "file" and host not in ("", "localhost"):
         raise StorageError(
-            f"{url}: {host!r} stands where a host would; use file:///folder or a plain path"
+            f"{url}: {host!r} is in the place of a host; use file:///folder or a plain path"
         )
     return url.rstrip("/")
 
 
 def check_url(name: str, url: str) -> None:
-    """Refuses a path where a URL is wanted: on another machine, or in another folder, it means something else.
+    """Refuses a path, which on another machine or in another folder would be another file.
+
+    Args:
+        name: of the setting, for the message.
+        url: its value.
 
     Raises:
-        UsageError: it is a path; `name` says of what.
+        UsageError: it is a path.
     """
     if "://" not in url:
         raise UsageError(
-            f"{name} is {url}: give a URL; that of a path is hemoco.storage.objects.absolute_url(path)"
+            f"{name} is {url}: give a URL; that of a path is "
+            "hemoco.storage.objects.absolute_url(path)"
         )
 
 
@@ -101,97 +112,100 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL, made in this process, and the path of the URL in it."""
     url = absolute_url(url)
     scheme = urlsplit(url).scheme
-    options: dict[str, Any] = {}
-    if scheme in _S3:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        options = {
-            "endpoint_url": endpoint,
-            "config_kwargs": _S3_CONFIG,
-            "use_listings_cache": False,
-        }
-    if (
-        scheme in _AZURE
-    ):  # the account may stand where a host would, and only this function looks there
-        made, _ = fsspec.core.url_to_fs(f"{scheme}://{urlsplit(url).netloc}")
+    if scheme in _AZURE:
+        # only url_to_fs finds an account that is part of the URL (az://container@account/...)
+        files, _ = fsspec.core.url_to_fs(f"{scheme}://{urlsplit(url).netloc}")
+    elif scheme in _S3:
+        files = fsspec.filesystem(
+            scheme,
+            endpoint_url=os.environ.get("AWS_ENDPOINT_URL"),
+            config_kwargs=_S3_CONFIG,
+            use_listings_cache=False,  # other processes write, too
+        )
     else:
-        made = fsspec.filesystem(scheme, **options)
-    _made[id(made)] = made
-    # fsspec leaves the %20 of a file:// URL as it is
-    return made, url2pathname(
-        urlsplit(url).path
-    ) if scheme == "file" else fsspec.core.strip_protocol(url)
+        files = fsspec.filesystem(scheme)
+    _filesystems[id(files)] = files
+    if scheme == "file":
+        return files, url2pathname(urlsplit(url).path)  # fsspec would leave %20 as it is
+    return files, fsspec.core.strip_protocol(url)
 
 
 def direct_url(url: str) -> str | None:
-    """Where a plain HTTP GET reads the object within the next minutes; None if only fsspec can.
+    """A URL at which a plain HTTP GET reads the object within the next minutes.
 
-    Hold it secret: a signature in it opens the object to whoever has it.
+    Keep it secret: its signature gives access to the object.
+
+    Returns:
+        None if only fsspec can read the object, or if a proxy must be used.
     """
     url = absolute_url(url)
     scheme = urlsplit(url).scheme
-    found = None
     if scheme in _S3:
-        made, path = filesystem(url)
-        found = str(made.sign(path, expiration=_SIGNED_S))
+        files, path = filesystem(url)
+        direct = str(files.sign(path, expiration=_SIGNED_S))
     elif scheme in _WEB:
-        found = quote(url, safe=string.punctuation)
-    return None if found is None or _goes_by_proxy(found) else found
+        direct = quote(url, safe=string.punctuation)
+    else:
+        return None
+    return None if _goes_by_proxy(direct) else direct
 
 
 def forkable_client(url: str) -> str | None:
-    """The module that reads a URL, if a process that has imported it may fork: importing it takes half a second."""
-    return (
-        "s3fs" if urlsplit(absolute_url(url)).scheme in _S3 else None
-    )  # gRPC, which gcsfs may import, may not
+    """The module that reads a URL, if a process that has imported it may fork.
+
+    Importing it takes half a second, which forked loader processes save.
+    """
+    # not gcsfs: it may import gRPC, whose threads do not survive a fork
+    return "s3fs" if urlsplit(absolute_url(url)).scheme in _S3 else None
 
 
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
-    """Whom to trust: the certificates in AWS_CA_BUNDLE, else those of the system and of certifi."""
+    """Trusted certificates: those in AWS_CA_BUNDLE, or else those of the system and of certifi."""
     bundle = os.environ.get("AWS_CA_BUNDLE")
     context = ssl.create_default_context(cafile=bundle)
     with contextlib.suppress(ImportError):
         import certifi
 
-        if not bundle:  # small images have no certificates of the system
+        if not bundle:  # small container images have no system certificates
             context.load_verify_locations(certifi.where())
     return context
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole object.
+    """Reads a whole object.
 
     Raises:
         StorageError: it is missing, or the storage refuses or does not answer.
     """
     with storage_errors(url):
-        made, path = filesystem(url)
-        return bytes(made.cat_file(path))
+        files, path = filesystem(url)
+        return bytes(files.cat_file(path))
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Creates or replaces an object in one step: readers see the old one or the new one.
+    """Creates or replaces an object atomically: readers see the old one or the new one.
 
     Raises:
         StorageError: the bucket is missing, or the storage refuses or does not answer.
     """
     _refuse_web(url)
     with storage_errors(url):
-        made, path = filesystem(url)
-        if isinstance(made, LocalFileSystem):
+        files, path = filesystem(url)
+        if isinstance(files, LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             partial = Path(f"{path}.{os.getpid()}.partial")
             partial.write_bytes(data)
             partial.replace(path)
         else:
-            made.pipe_file(path, data)
+            files.pipe_file(path, data)
 
 
 def exists(url: str) -> bool:
-    """Whether there is an object, or anything below the URL as a folder."""
+    """Returns True if there is an object at the URL, or anything below it as a folder."""
     with storage_errors(url):
-        made, path = filesystem(url)
-        return bool(made.exists(path))
+        files, path = filesystem(url)
+        return bool(files.exists(path))
 
 
 def list_names(url: str) -> list[str]:
@@ -201,44 +215,41 @@ def list_names(url: str) -> list[str]:
         StorageError: the bucket is missing, or the storage refuses or does not answer.
     """
     with storage_errors(url):
-        made, path = filesystem(url)
+        files, path = filesystem(url)
         try:
-            found = made.ls(path, detail=False)
+            paths = files.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if (
-                s3_answer(error) is not None
-            ):  # a server lists an empty folder; it said that there is no bucket
+            # a server lists an empty folder without an error: an answer means a missing bucket
+            if s3_answer(error) is not None:
                 raise
             return []
-        return sorted(
-            name.rstrip("/").rsplit("/", 1)[-1]
-            for name in found
-            if name.rstrip("/") != path.rstrip("/")
-        )
+        # some filesystems list the folder itself, too
+        below = [each.rstrip("/") for each in paths if each.rstrip("/") != path.rstrip("/")]
+        return sorted(each.rsplit("/", 1)[-1] for each in below)
 
 
 def remove(url: str) -> None:
-    """Removes an object, or everything below the URL; nothing to do where there is nothing.
+    """Removes an object, or everything below the URL, if there is anything.
 
     Raises:
         StorageError: the storage refuses or does not answer.
     """
     _refuse_web(url)
     with storage_errors(url):
-        made, path = filesystem(url)
-        if made.exists(path):
-            made.rm(path, recursive=True)
-            if made.exists(path):  # s3fs does not say which deletions a server refused
+        files, path = filesystem(url)
+        if files.exists(path):
+            files.rm(path, recursive=True)
+            if files.exists(path):  # s3fs does not report the deletions that a server refused
                 raise StorageError(
                     f"{url}: cannot be removed; ask for s3:DeleteObject: the key may not do this"
                 )
 
 
 def check_writable(url: str) -> None:
-    """Writes and removes a small object below the URL, so that a wrong one fails now and not after hours.
+    """Writes and removes a small object below the URL, so that a wrong URL fails at the start.
 
     Raises:
-        StorageError: as `write_bytes`.
+        StorageError: see `write_bytes` and `remove`.
     """
     probe = join_url(absolute_url(url), f".hemoco_probe_{os.getpid()}")
     write_bytes(probe, b"probe")
@@ -247,10 +258,10 @@ def check_writable(url: str) -> None:
 
 @contextlib.contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Turns what fsspec, its packages and HTTP raise into one line that says what to do.
+    """Turns errors of fsspec, its packages and HTTP into one line with what to do.
 
     Raises:
-        StorageError: anything of theirs was raised in the block.
+        StorageError: the block raised one of these errors, which is its cause.
     """
     try:
         yield
@@ -259,7 +270,7 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 def storage_hint(url: str, error: Exception) -> str:
-    """What to do about an error that is neither of a missing object nor of a refusal."""
+    """Advice for an error other than a missing object or a refusal."""
     scheme, host = urlsplit(url).scheme, urlsplit(url).netloc
     if isinstance(error, ImportError) and scheme in _PACKAGES:
         return f"pip install {_PACKAGES[scheme]}"
@@ -271,9 +282,15 @@ def storage_hint(url: str, error: Exception) -> str:
             "ResponseParserError": f"{_endpoint()} is no S3 server; correct AWS_ENDPOINT_URL",
         }
         if "WRONG_VERSION_NUMBER" in str(error):
-            return f"{_endpoint()} does not speak TLS: correct AWS_ENDPOINT_URL (http:// instead of https://?)"
+            return (
+                f"{_endpoint()} does not speak TLS: correct AWS_ENDPOINT_URL "
+                "(http:// instead of https://?)"
+            )
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            return f"the certificate of {_endpoint()} is not trusted: name its authority's file in AWS_CA_BUNDLE"
+            return (
+                f"the certificate of {_endpoint()} is not trusted: "
+                "name its authority's file in AWS_CA_BUNDLE"
+            )
         return hints.get(type(error).__name__, f"check that {_endpoint()} can be reached")
     if scheme in _PACKAGES:
         return f"check that {host if scheme in _WEB else 'its service'} can be reached"
@@ -281,32 +298,35 @@ def storage_hint(url: str, error: Exception) -> str:
 
 
 def _explanation(url: str, error: Exception) -> str:
-    """What is wrong and what to do about it."""
-    if urlsplit(url).scheme in _S3 and (answer := _reason(url, error)) is not None:
+    """The cause of an error, and advice."""
+    on_s3 = urlsplit(url).scheme in _S3
+    answer = _s3_reason(url, error) if on_s3 else None
+    if answer is not None:
         region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-        if (advice := s3_advice(answer, urlsplit(url).netloc, _endpoint(), region)) is not None:
+        advice = s3_advice(answer, urlsplit(url).netloc, _endpoint(), region)
+        if advice is not None:
             return advice
     if isinstance(error, FileNotFoundError):
         return "not found; check the URL"
     if isinstance(error, PermissionError):
-        keys = (
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            if urlsplit(url).scheme in _S3
-            else "its permissions"
-        )
+        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if on_s3 else "its permissions"
         return f"access refused ({first_line(error)}); check {keys}"
     return f"{first_line(error)}; {storage_hint(url, error)}"
 
 
-def _reason(url: str, error: Exception) -> S3Answer | None:
-    """What the server said; of a refusal to HEAD, whose answer has no room for a reason, what it says to GET."""
+def _s3_reason(url: str, error: Exception) -> S3Answer | None:
+    """The answer of an S3 server that refused a request, with its reason; None for other errors.
+
+    The answer to a HEAD request has no body and so no reason. Then the object is requested with
+    GET, whose answer has one.
+    """
     answer = s3_answer(error)
     if answer is None or not answer.nameless or answer.status == http.HTTPStatus.NOT_FOUND:
         return answer
-    made, path = filesystem(url)
-    bucket, key, _ = made.split_path(path)
+    files, path = filesystem(url)
+    bucket, key, _ = files.split_path(path)
     try:
-        made.call_s3("get_object", Bucket=bucket, Key=key, Range="bytes=0-0")
+        files.call_s3("get_object", Bucket=bucket, Key=key, Range="bytes=0-0")
     except _foreign_errors() as refusal:
         return s3_answer(refusal) or answer
     return answer
@@ -317,6 +337,7 @@ def _endpoint() -> str:
 
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
+    """Errors of fsspec and the clients behind it, as far as these are imported."""
     own = loaded_classes(
         "botocore.exceptions:BotoCoreError",
         "botocore.parsers:ResponseParserError",
@@ -329,7 +350,7 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
 
 
 def _goes_by_proxy(url: str) -> bool:
-    """Whether the user's environment sends requests for this URL through a proxy."""
+    """True if the proxy variables of the environment (`https_proxy`, ...) apply to a URL."""
     parts = urlsplit(url)
     return parts.scheme in getproxies() and not proxy_bypass(parts.hostname or "")
 

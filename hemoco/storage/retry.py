@@ -1,6 +1,7 @@
-"""The one policy for trying again: which errors are transient, how long to wait, when to give up.
+"""Retries: which errors are transient, how long to wait, and when to give up.
 
-Every caller names its settings as a `RetryPolicy`. The loop itself is tenacity's.
+All retries of hemoco use this module. A caller states its settings as a `RetryPolicy`; tenacity
+runs the loop.
 """
 
 import http.client
@@ -19,37 +20,38 @@ from tenacity import (
     stop_after_attempt,
     stop_after_delay,
 )
+from tenacity.stop import stop_base
 
 from hemoco.errors import StorageError
 
 Answer = TypeVar("Answer")
 
 EVALUATION_PATIENCE_S = 600.0
-"""For which reading labelled splits waits out faults; a training's stream has a setting of its own."""
+"""Seconds for which reads of labelled splits are retried; for a training see `stream.retry_s`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """When an attempt is repeated, and after what wait."""
+    """Conditions and waits of retries."""
 
     is_transient: Callable[[BaseException], bool]
-    """Whether another attempt may succeed; any other error is raised at once."""
+    """True for errors after which another attempt may succeed; others are raised at once."""
     first_wait_s: float = 0.1
-    """Longest wait after the first fault in a row; it doubles with each further one."""
+    """Longest wait after the first of several faults in a row; it doubles with each further one."""
     longest_wait_s: float = 20.0
-    """What the longest wait grows to."""
+    """Bound to which the longest wait grows."""
     budget_s: float = math.inf
     """Seconds without progress after which the last error is raised."""
     max_attempts: int | None = None
-    """Attempts after which the last error is raised; None where time alone counts."""
+    """Attempts after which the last error is raised; None for no such bound."""
 
     def wait_s(self, faults: int, draw: float) -> float:
-        """Seconds to wait after so many faults in a row: exponential, with full jitter.
+        """Seconds to wait before the next attempt: exponential backoff with full jitter.
 
-        Full jitter keeps the many processes that one outage has met from coming back all at once.
+        Full jitter spreads the retries of the many processes that one outage has met.
 
         Args:
-            faults: at least 1.
+            faults: faults in a row, at least 1.
             draw: uniform in [0, 1).
         """
         return draw * min(self.longest_wait_s, self.first_wait_s * 2.0 ** min(faults - 1, 30))
@@ -61,12 +63,15 @@ def retrying(
     progress: Callable[[], int] = lambda: 0,
     on_fault: Callable[[BaseException], None] = lambda fault: None,
 ) -> Retrying:
-    """Attempts under a policy, to call a function with or to loop over; at the end the last error is raised.
+    """Attempts under a policy: call it with a function, or loop over it as with tenacity.
+
+    When the policy gives up, the last error is raised.
 
     Args:
-        policy: of the attempts.
-        progress: how much is done; a fault after more was done begins the budget and the waits anew.
-        on_fault: gets each transient error.
+        policy: when to retry, and after what wait.
+        progress: returns how much is done. A fault after progress restarts the budget and the
+            waits.
+        on_fault: called with each transient error.
     """
     done = progress()
 
@@ -81,35 +86,35 @@ def retrying(
             state.attempt_number, state.start_time = 1, state.outcome_timestamp
 
     def wait_s(state: RetryCallState) -> float:
-        # the last attempt begins when the budget ends, not a wait later
+        # the last attempt starts no later than the end of the budget
         left_s = policy.budget_s - (state.seconds_since_start or 0.0)
         return max(0.0, min(policy.wait_s(state.attempt_number, random.random()), left_s))
 
-    spent = stop_after_delay(policy.budget_s)
+    stop: stop_base = stop_after_delay(policy.budget_s)
+    if policy.max_attempts is not None:
+        stop = stop | stop_after_attempt(policy.max_attempts)
     return Retrying(
         retry=retry_if_exception(policy.is_transient),
         after=note_fault,
         wait=wait_s,
-        stop=spent
-        if policy.max_attempts is None
-        else spent | stop_after_attempt(policy.max_attempts),
+        stop=stop,
         sleep=time.sleep,
-        reraise=True,
+        reraise=True,  # the last error itself instead of tenacity's RetryError
     )
 
 
 def patiently(call: Callable[[], Answer], budget_s: float) -> Answer:
-    """Calls a function of the storage, again after transient faults until it returns or `budget_s` has passed.
+    """Calls a function that uses the storage, and retries it after transient faults.
 
     Raises:
-        StorageError: as the last call raised it, or the first that another attempt cannot help.
+        StorageError: the error of the last call within `budget_s`, or the first that is not
+            transient.
     """
     return retrying(replace(STORAGE_RETRIES, budget_s=budget_s))(call)
 
 
 BUSY = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
-"""HTTP statuses below 500 that pass."""
-
+"""HTTP statuses below 500 that are transient."""
 
 _PERMANENT = (
     FileNotFoundError,
@@ -122,7 +127,7 @@ _PERMANENT = (
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the network or the server is at fault and not the request, so that another attempt may succeed."""
+    """True for an error of the network or the server, after which another attempt may succeed."""
     if isinstance(error, StorageError):
         return error.__cause__ is not None and is_transient(error.__cause__)
     status = http_status(error)
@@ -136,32 +141,37 @@ def is_transient(error: BaseException) -> bool:
         "azure.core.exceptions:ServiceResponseError",
         "google.auth.exceptions:TransportError",
     )
-    # the certificate's is an OSError, too
-    permanent: tuple[type[Exception], ...] = (
-        *_PERMANENT,
-        *loaded_classes("botocore.exceptions:SSLError"),
-    )
-    return isinstance(error, (OSError, http.client.HTTPException, *network)) and not isinstance(
-        error, permanent
-    )
+    # botocore's error of an untrusted certificate is an OSError
+    permanent = (*_PERMANENT, *loaded_classes("botocore.exceptions:SSLError"))
+    if isinstance(error, permanent):
+        return False
+    return isinstance(error, (OSError, http.client.HTTPException, *network))
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status that an error of fsspec's packages carries, if any."""
-    for carrier in (error, error.__cause__):  # s3fs gives botocore's as the cause
-        if isinstance(response := getattr(carrier, "response", None), dict):
+    """The HTTP status of an error of fsspec's packages, if it has one."""
+    for carrier in (error, error.__cause__):  # s3fs raises its own errors from botocore's
+        response = getattr(carrier, "response", None)
+        if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-    # aiohttp; azure; gcsfs
-    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    return next((status for status in found if isinstance(status, int)), None)
+    for name in ("status", "status_code", "code"):  # aiohttp; azure; gcsfs
+        status = getattr(error, name, None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 def loaded_classes(*names: str) -> Iterator[type[Exception]]:
-    """Those of the classes `module:name` that something has imported: local files need no client installed."""
-    for module, _, name in (path.partition(":") for path in names):
-        if found := sys.modules.get(module):
-            yield getattr(found, name)
+    """The classes `module:name` whose module is imported.
+
+    A module that is not imported has raised nothing, and is perhaps not installed.
+    """
+    for full_name in names:
+        module_name, _, name = full_name.partition(":")
+        module = sys.modules.get(module_name)
+        if module:
+            yield getattr(module, name)
 
 
 STORAGE_RETRIES = RetryPolicy(is_transient=is_transient)
-"""Of reading and writing objects; the budget is the caller's."""
+"""Retries of reading and writing objects; the caller sets the budget."""

@@ -201,7 +201,7 @@ def test_what_a_living_process_makes_counts_and_is_left_alone(source, folder, ca
         assert read(ShardCache(folder, 2 * SIZE), source, 0) == SHARDS[0]
         assert kept(folder) == {0}
         assert partial.stat().st_size == SIZE
-    assert "files in the making fill" in caplog.text
+    assert "files being written fill" in caplog.text
 
 
 def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, reason: str) -> None:

@@ -65,7 +65,7 @@ class ShardIndex:
     categories: tuple[dict[str, Any], ...]
     """COCO categories; empty when there are no annotations."""
     packed: bool = True
-    """Whether hemoco wrote the tars and so may replace them; False if it only indexed them."""
+    """True if hemoco wrote the tars and so may replace them; False if it only indexed them."""
 
     @property
     def digest(self) -> str:

@@ -79,10 +79,10 @@ def damaged_rows(images: Iterable[tuple[int, memoryview]], table: SampleTable) -
 
 
 def is_another_shard(*, examined: int, damaged: int, samples: int) -> bool:
-    """Whether so many samples are damaged that the shard must have been replaced.
+    """Returns True if so many samples are damaged that the shard must have been replaced.
 
-    True where more than half of the examined samples are damaged, and more than three (in a shard
-    of three samples or fewer: all of them).
+    That is more than half of the examined samples, and more than three (in a shard of three samples
+    or fewer: all of them).
 
     Args:
         examined: samples whose bytes were compared.
@@ -99,7 +99,7 @@ class WholeShard(NamedTuple):
     damaged: frozenset[int]
     """Table rows of the damaged samples."""
     flaw: str
-    """How the shard's checksum differs; empty where it holds."""
+    """The difference of the shard's checksum; empty if it matches."""
 
 
 def whole_shard(

@@ -31,11 +31,11 @@ class _Folder(NamedTuple):
     root: str
     """Path in the source: empty, or ending in a slash."""
     images: dict[str, Location]
-    """By name without suffix."""
+    """Images by name without suffix."""
     annotations: dict[str, Location]
-    """By name without suffix, which is that of the image."""
+    """XML files by name without suffix, which is the name of the image."""
     lists: dict[str, Location]
-    """By split."""
+    """Lists by split."""
 
 
 class _Object(NamedTuple):
@@ -47,7 +47,7 @@ class _Object(NamedTuple):
 
 
 def is_voc(files: dict[str, Location]) -> bool:
-    """Whether a source has folders JPEGImages and Annotations side by side."""
+    """Returns True if a source has folders JPEGImages and Annotations side by side."""
     return bool(_roots(files))
 
 

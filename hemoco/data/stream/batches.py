@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """Key of each image."""
     position: StreamPosition
     reading: ReadCounts = ReadCounts()
-    """What this rank read since the batch before."""
+    """Counts of what this rank read since the batch before."""
     labels: tuple[int, ...] = ()
     """Label of each image, -1 where there is none."""
 

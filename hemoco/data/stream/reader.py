@@ -58,7 +58,7 @@ class ReadSample(NamedTuple):
     label: int
     """-1 where there is none."""
     sound: bool
-    """Whether the bytes are those that were packed."""
+    """True if the bytes are those that were packed."""
 
 
 Decoded = TypeVar("Decoded")

@@ -62,7 +62,7 @@ def test_both_formats_of_torch_are_read_and_a_cut_one_is_no_file(legacy):
     found = parse_file("theirs", data)
     assert found["epoch"] == 3
     assert torch.equal(found["state_dict"]["a"], TENSORS["a"])
-    with pytest.raises(CheckpointError, match=r"no whole file of safetensors, of torch\.save"):
+    with pytest.raises(CheckpointError, match=r"not a whole file of safetensors, of torch\.save"):
         parse_file("theirs", data[:-10])
 
 
@@ -126,5 +126,5 @@ def test_the_names_of_older_numpys_are_known():
 )
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_other_values_of_numpy_are_refused(value, protocol):
-    with pytest.raises(CheckpointError, match=r"no whole file|holds Python objects \(numpy"):
+    with pytest.raises(CheckpointError, match=r"not a whole file|holds Python objects \(numpy"):
         parse_file("theirs", pickle.dumps({"model": {"a": value}}, protocol=protocol))
