@@ -5,7 +5,9 @@ Let G be the size of the global batch and L the number of lanes, which divides G
 in four steps:
 
 1. Permute the shards. Laid end to end, they form the epoch's sequence of samples.
-2. Cut the sequence into L lanes of equal length.
+2. Cut L lanes of equal length out of the sequence, one after the other from a random start. Their
+   length is the largest multiple of G / L that fits; fewer than G samples are left out, at both
+   ends of the sequence.
 3. In each lane, join every few consecutive shards (`shards_per_block`) into a block, and permute
    the samples of each block.
 4. Global batch t takes the samples [t G / L, (t + 1) G / L) of each lane. Lane l fills the slots
@@ -55,6 +57,8 @@ permutation for each open block.
 The price is that shard sizes must be known in advance (hence the index that `pack` writes), and
 that the open blocks of its lanes must fit in the memory of a loader process
 (`StreamConfig.memory_bytes`).
+
+`plan_portions` turns the order into what one loader process reads, block by block.
 
 Shapes: R samples, each a row (shard number, sample number within the shard). Ranges are half open:
 [start, stop).
@@ -138,7 +142,7 @@ class EpochOrder:
             )
         self.steps, self.left_out = divmod(samples, global_batch_size)
         self.slots_per_lane = global_batch_size // lanes
-        self._lane_length = self.steps * self.slots_per_lane
+        self._lane_length = self.steps * self.slots_per_lane  # samples
         self._shards_per_block = shards_per_block
         self._key = (seed, epoch)
 
