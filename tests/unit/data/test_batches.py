@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import multiprocessing
 from pathlib import Path
@@ -73,19 +74,17 @@ def test_every_epoch_delivers_its_steps_and_no_image_twice(shards: str) -> None:
     batches = run(shards, config())
     steps = stream.steps_per_epoch(read_index(shards), "train", stream.pretraining_plan(config()))
     assert steps == sum(SIZES) // 16
-    assert [batch.position for batch in batches] == [
-        (epoch, step) for epoch in range(2) for step in range(steps)
-    ]
-    for epoch in range(2):
-        keys = [key for batch in batches if batch.position.epoch == epoch for key in batch.keys]
+    positions = [batch.position for batch in batches]
+    assert positions == list(itertools.product(range(2), range(steps)))
+    for epoch in (batches[:steps], batches[steps:]):
+        keys = [key for batch in epoch for key in batch.keys]
         assert len(set(keys)) == len(keys) == 16 * steps
 
 
 def test_views_show_the_image_of_their_key(shards: str) -> None:
     for batch in run(shards, config()):
-        expected = torch.tensor([int(key) for key in batch.keys])[:, None, None, None, None].expand(
-            -1, 2, 3, 8, 8
-        )
+        values = torch.tensor([int(key) for key in batch.keys])
+        expected = values[:, None, None, None, None].expand(-1, 2, 3, 8, 8)
         assert torch.equal(batch.crops.long(), expected)
 
 
@@ -99,14 +98,11 @@ def test_resuming_gives_the_batches_that_were_left_bit_for_bit(shards: str, cons
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_have_the_batches_of_one(shards: str, world_size: int) -> None:
     ranks = [run(shards, config(), rank=rank, world_size=world_size) for rank in range(world_size)]
-    joined = [
-        Batch(
-            torch.cat([part.crops for part in parts]),
-            [key for part in parts for key in part.keys],
-            parts[0].position,
-        )
-        for parts in zip(*ranks, strict=True)
-    ]
+    joined = []
+    for parts in zip(*ranks, strict=True):
+        crops = torch.cat([part.crops for part in parts])
+        keys = [key for part in parts for key in part.keys]
+        joined.append(Batch(crops, keys, parts[0].position))
     assert_equal(joined, run(shards, config()))
 
 
@@ -145,14 +141,13 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_listed(
     tmp_path: Path, shards: str
 ) -> None:
     listed = BadSampleFile((tmp_path / "bad.jsonl").as_uri())
-    damaged = run(
-        write_shards(f"file://{tmp_path}/s", SIZES, bad=(30, 31, 51)), config(), bad_samples=listed
-    )
+    url = write_shards(f"file://{tmp_path}/s", SIZES, bad=(30, 31, 51))
+    damaged = run(url, config(), bad_samples=listed)
     whole = run(shards, config())
-    replaced = {"30": "32", "31": "32", "51": "22"}  # the shard of 22 to 51 goes round
-    assert [[replaced.get(key, key) for key in batch.keys] for batch in whole] == [
-        batch.keys for batch in damaged
-    ]
+    # the shard has the samples 22 to 51; after its last sample comes its first
+    replaced = {"30": "32", "31": "32", "51": "22"}
+    for with_bad, without_bad in zip(damaged, whole, strict=True):
+        assert with_bad.keys == [replaced.get(key, key) for key in without_bad.keys]
     listed.close()
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == {"30", "31", "51"}
@@ -163,11 +158,9 @@ def test_bad_samples_are_replaced_by_the_next_good_one_and_listed(
 
 def test_the_replacement_does_not_depend_on_who_reads(tmp_path: Path) -> None:
     url = write_shards(tmp_path.as_uri(), SIZES, bad=(30, 31, 51))
-    expected = [batch.keys for batch in run(url, config())]
     ranks = [run(url, config(), rank=rank, world_size=4) for rank in range(4)]
-    assert [
-        [key for part in parts for key in part.keys] for parts in zip(*ranks, strict=True)
-    ] == expected
+    for batch, *parts in zip(run(url, config()), *ranks, strict=True):
+        assert [key for part in parts for key in part.keys] == batch.keys
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -179,10 +172,7 @@ def test_too_many_bad_samples_are_an_error_in_one_line(tmp_path: Path, workers: 
         run(url, config(workers=workers))
     assert "\n" not in str(raised.value)
     assert multiprocessing.active_children() == []
-    allowed = dataclasses.replace(
-        config(), stream=dataclasses.replace(config().stream, max_bad_share=1.0)
-    )
-    assert len(run(url, allowed)) == 8
+    assert len(run(url, config(max_bad_share=1.0))) == 8
 
 
 def test_a_shard_without_any_good_image_is_an_error(tmp_path: Path) -> None:
@@ -210,9 +200,8 @@ def test_a_disk_cache_spares_the_storage_later_epochs(
 def test_batches_say_what_was_read(shards: str) -> None:
     reading = [batch.reading for batch in run(shards, config())]
     assert [counts.samples for counts in reading] == [16] * 8
-    assert sum(counts.bytes for counts in reading) >= 2 * sum(
-        shard.bytes for shard in read_index(shards).shards
-    )
+    stored = sum(shard.bytes for shard in read_index(shards).shards)
+    assert sum(counts.bytes for counts in reading) >= 2 * stored  # two epochs
 
 
 def test_labelled_images_come_whole_and_in_storage_order(shards: str) -> None:

@@ -90,7 +90,7 @@ def encoded(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
 
 
 def as_seen(data: bytes) -> NDArray[np.uint8]:
-    """What a person sees (H, W, 3), by Pillow alone."""
+    """The image as a viewer shows it (H, W, 3), decoded with Pillow alone."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):
         return np.stack([(np.asarray(image) // 256).astype(np.uint8)] * 3, axis=2)
@@ -118,7 +118,7 @@ def segment(marker: int, *content: int) -> bytes:
 def grey_jpeg(
     frame: int, *, bits: int = 8, tables: bytes = b"", scan: bytes = b"", selection: int = 0
 ) -> bytes:
-    """A grey JPEG of 8 x 8 pixels by a process of coding that Pillow does not write."""
+    """A grey JPEG of 8 x 8 pixels in a coding process that Pillow does not write."""
     quantisation = segment(0xDB, 0, *[1] * 64)
     header = segment(frame, bits, 0, 8, 0, 8, 1, 1, 0x11, 0)
     start = segment(0xDA, 1, 1, 0, selection, 0 if selection else 63, 0)
@@ -143,10 +143,10 @@ def test_odd_files_look_as_pillow_shows_them_or_are_refused(name: str) -> None:
 
 def test_bombs_and_fuzzed_files_are_refused_within_little_memory() -> None:
     arguments = json.dumps([str(ODD), FUZZED, BOMBS])
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", LIMITED, arguments], capture_output=True, check=True, text=True
     )
-    assert json.loads(found.stdout) == {name: REFUSED[name] for name in BOMBS + FUZZED}
+    assert json.loads(done.stdout) == {name: REFUSED[name] for name in BOMBS + FUZZED}
 
 
 @pytest.mark.parametrize("number", range(2, 9))
@@ -237,8 +237,8 @@ def test_damaged_jpegs_are_refused_or_look_as_pillow_shows_them() -> None:
     whole = encoded(picture(), "jpeg", restart_marker_rows=1)
     decoded = 0
     for _ in range(400):
-        data, place = bytearray(whole), rng.integers(len(whole))
-        data[place : place + rng.integers(1, 4)] = rng.bytes(rng.integers(0, 4))
+        data, offset = bytearray(whole), rng.integers(len(whole))
+        data[offset : offset + rng.integers(1, 4)] = rng.bytes(rng.integers(0, 4))
         try:
             image = decode_image(bytes(data))
         except UndecodableImage:
@@ -249,21 +249,12 @@ def test_damaged_jpegs_are_refused_or_look_as_pillow_shows_them() -> None:
 
 
 def test_a_size_hidden_in_an_icon_counts() -> None:
-    sizes, header = (
-        (10_000, 9_000),
-        struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, 57, 22),
-    )
-    content = b"IHDR" + struct.pack(">IIBBBBB", *sizes, 1, 0, 0, 0, 0)
-    inner = (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + content
-        + struct.pack(">I", zlib.crc32(content))
-    )
-    assert (
-        refusal(header + inner + struct.pack(">I", 0) + b"IDAT" + bytes(4) + b"IEND\xaeB`\x82")
-        == "too large"
-    )
+    icon_header = struct.pack("<HHHBBBBHHII", 0, 1, 1, 64, 64, 0, 0, 1, 32, 57, 22)
+    png_header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 9_000, 1, 0, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(png_header))
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + png_header + checksum
+    end = struct.pack(">I", 0) + b"IDAT" + bytes(4) + b"IEND\xaeB`\x82"
+    assert refusal(icon_header + png + end) == "too large"
 
 
 def test_a_refusal_says_the_size_given_and_the_size_allowed() -> None:

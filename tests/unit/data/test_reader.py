@@ -1,4 +1,7 @@
-"""What a loader process reads: the right samples, each block once, within its memory, and nothing damaged unseen."""
+"""The reader of a loader process: the right samples, each block once, within its memory.
+
+Nothing that is damaged is used.
+"""
 
 import itertools
 from pathlib import Path
@@ -33,8 +36,8 @@ def reader(url: str, portions: list[Portion], **settings: Any) -> SampleReader:
 
 
 def keys(made: SampleReader, slots: tuple[int, int], steps: range, epoch: int = 0) -> list[str]:
-    pieces = list(order().slices(*slots))
-    return [read.key for step in steps for read, _ in made.images(epoch, step, pieces)]
+    slices = list(order().slices(*slots))
+    return [read.key for step in steps for read, _ in made.images(epoch, step, slices)]
 
 
 def expected(slots: tuple[int, int], steps: range, epoch: int = 0) -> list[str]:
@@ -56,12 +59,11 @@ def test_portions_hold_the_samples_of_all_steps_in_their_order(
     made = order()
     portions = list(plan_portions(made, 0, slots, first_step))
     assert [p.first_step for p in portions] == sorted(p.first_step for p in portions)
-    for lane, begin, end in made.slices(*slots):
+    for lane, start, stop in made.slices(*slots):
         rows = np.concatenate([p.rows for p in portions if p.block.lane == lane])
-        whole = [
-            made.samples(s, lane * 6 + begin, lane * 6 + end) for s in range(first_step, made.steps)
-        ]
-        assert np.array_equal(rows, np.concatenate(whole))
+        lane_slots = lane * made.slots_per_lane + start, lane * made.slots_per_lane + stop
+        expected_rows = [made.samples(s, *lane_slots) for s in range(first_step, made.steps)]
+        assert np.array_equal(rows, np.concatenate(expected_rows))
 
 
 @pytest.mark.parametrize("slots", [(0, 24), (7, 17)])
@@ -124,27 +126,27 @@ def test_what_is_read_ahead_keeps_within_the_memory_allowed(shards: str) -> None
 
 
 def test_memory_used_again_holds_the_right_samples(shards: str) -> None:
-    epochs, pieces = range(6), list(order().slices(0, 24))
+    epochs, slices = range(6), list(order().slices(0, 24))
     portions = [p for epoch in epochs for p in plan_portions(order(epoch), epoch, (0, 24), 0)]
     made, memory = reader(shards, portions, memory_bytes=1), set()
     for epoch in epochs:
         for step in range(order().steps):
-            found = [bytes(read.image) for read in made.encoded(epoch, step, pieces)]
-            assert found == [
-                png(int(key)) for key in expected((0, 24), range(step, step + 1), epoch)
-            ]
-            memory |= {piece.ctypes.data for piece in made._idle_buffers}
+            images = [bytes(read.image) for read in made.encoded(epoch, step, slices)]
+            expected_keys = expected((0, 24), range(step, step + 1), epoch)
+            assert images == [png(int(key)) for key in expected_keys]
+            memory |= {buffer.ctypes.data for buffer in made._idle_buffers}
     assert 0 < len(memory) < len(portions)  # one portion reads several shards
     made.close()
 
 
 def test_a_shard_whose_samples_were_copied_is_not_held(shards: str) -> None:
-    made = reader(
-        shards, list(plan_portions(order(), 0, (0, 1), 0))
-    )  # less than half of every shard
+    # one slot of 24 takes less than half of every shard
+    made = reader(shards, list(plan_portions(order(), 0, (0, 1), 0)))
     list(made.images(0, 0, list(order().slices(0, 1))))
-    kept = [opened.result.get().buffers for waiting in made._open.values() for opened in waiting]
-    assert kept and not any(kept) and 0 < len(made._idle_buffers) <= 4  # threads
+    (waiting,) = made._open.values()
+    buffers = [opened.result.get().buffers for opened in waiting]
+    assert buffers and not any(buffers)
+    assert 0 < len(made._idle_buffers) <= 4  # one for each thread
     made.close()
 
 
@@ -167,7 +169,7 @@ def test_flipped_bytes_cost_their_samples_and_no_others(tmp_path: Path, epoch: i
     data[data.index(png(80)) + 40] ^= 1
     portions = [p for number in (0, 1) for p in plan_portions(order(number), number, (0, 24), 0)]
     made = reader(url, portions, memory_bytes=1)  # what is not needed yet is not read
-    if epoch:  # its shard was proved before
+    if epoch:  # its shard was verified before
         assert keys(made, (0, 24), steps) == expected((0, 24), steps)
     path.write_bytes(data)
     wanted = expected((0, 24), steps, epoch)
@@ -186,9 +188,8 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
     tmp_path: Path, damage: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "ranges":
-        monkeypatch.setattr(
-            "hemoco.data.shards.read._REQUEST_BYTES", -(10**9)
-        )  # every sample by itself
+        # every sample by a range of its own
+        monkeypatch.setattr("hemoco.data.shards.read._REQUEST_BYTES", -(10**9))
     url = write_shards(tmp_path.as_uri(), SIZES)
     path = tmp_path / "train-000006.tar"
     data = path.read_bytes()
@@ -210,9 +211,8 @@ def test_a_shard_that_is_not_the_packed_one_is_named(
 def test_a_damaged_range_is_caught_by_its_crc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "hemoco.data.shards.read._REQUEST_BYTES", 0
-    )  # else these small shards are read whole
+    # these shards are so small that they would be read whole
+    monkeypatch.setattr("hemoco.data.shards.read._REQUEST_BYTES", 0)
     url = write_shards(tmp_path.as_uri(), SIZES)
     shard = read_index(url).shards[6]
     path = tmp_path / shard.name

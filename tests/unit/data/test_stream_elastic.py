@@ -1,4 +1,7 @@
-"""Any world size, any number of loader processes, any kill: the same global batches, each sample at most once."""
+"""Any world size, number of loader processes and kills give the same global batches.
+
+Each sample of an epoch comes at most once.
+"""
 
 import itertools
 import uuid
@@ -26,10 +29,10 @@ shard_sizes = st.lists(st.integers(0, 25), min_size=1, max_size=9).filter(
 
 
 @st.composite
-def lives(draw: st.DrawFn) -> list[tuple[int, int, int]]:
-    """World size, loader processes and steps until the kill of one life of a training after the other."""
-    life = st.tuples(st.integers(1, 8), st.integers(0, 4), st.integers(1, 5))
-    return draw(st.lists(life, min_size=1, max_size=4))
+def attempts(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """World size, loader processes, and steps until the kill, of each attempt of a training."""
+    attempt = st.tuples(st.integers(1, 8), st.integers(0, 4), st.integers(1, 5))
+    return draw(st.lists(attempt, min_size=1, max_size=4))
 
 
 def config(batch: int, lanes: int, block: int, workers: int, seed: int) -> PretrainConfig:
@@ -42,12 +45,12 @@ def config(batch: int, lanes: int, block: int, workers: int, seed: int) -> Pretr
     )
 
 
-def live(
+def run_attempt(
     url: str, made: PretrainConfig, world_size: int, start: StreamPosition | None, steps: int | None
 ) -> Keys:
-    """The keys of the global batches that all loader processes of all ranks make together, until the kill."""
+    """Keys of the global batches until the kill, from all loader processes of all ranks."""
     shards, size = ShardColumns(read_index(url).shards), made.global_batch_size
-    found: Keys = {}
+    keys: Keys = {}
     for rank in range(world_size):
         slots = (size * rank // world_size, size * (rank + 1) // world_size)
         plan = replace(pretraining_plan(made), epochs=EPOCHS)
@@ -55,14 +58,14 @@ def live(
         for part in source._slots:
             for crops in itertools.islice(source._crop_batches(part), steps):
                 assert crops.slots == part
-                found.setdefault(crops.position, []).extend(crops.keys)
-    return found
+                keys.setdefault(crops.position, []).extend(crops.keys)
+    return keys
 
 
 def reference(sizes: Sequence[int], made: PretrainConfig) -> Keys:
-    """Straight from the order, without any reading."""
+    """Keys of all global batches by the order alone, without reading."""
     first = [0, *itertools.accumulate(sizes)]
-    found = {}
+    keys = {}
     for epoch in range(EPOCHS):
         order = EpochOrder(
             sizes,
@@ -74,10 +77,9 @@ def reference(sizes: Sequence[int], made: PretrainConfig) -> Keys:
         )
         for step in range(order.steps):
             rows = order.samples(step, 0, made.global_batch_size).tolist()
-            found[StreamPosition(epoch, step)] = [
-                str(first[shard] + number) for shard, number in rows
-            ]
-    return found
+            position = StreamPosition(epoch, step)
+            keys[position] = [str(first[shard] + number) for shard, number in rows]
+    return keys
 
 
 @settings(
@@ -87,7 +89,7 @@ def reference(sizes: Sequence[int], made: PretrainConfig) -> Keys:
     sizes=shard_sizes,
     shape=batch_shapes,
     block=st.integers(1, 4),
-    history=lives(),
+    history=attempts(),
     seed=st.integers(0, 99),
 )
 def test_order_and_exactly_once_hold_over_kills_and_changes_of_the_world_size(
@@ -102,11 +104,12 @@ def test_order_and_exactly_once_hold_over_kills_and_changes_of_the_world_size(
     seen: Keys = {}
     position: StreamPosition | None = None
     for world_size, workers, steps in [*history, (1, 0, 10**6)]:
-        part = live(url, config(*shape, block, workers, seed), world_size, position, steps)
+        part = run_attempt(url, config(*shape, block, workers, seed), world_size, position, steps)
         assert not seen.keys() & part.keys()
         seen |= part
         position = max(part, default=position)
     assert seen == expected
     for epoch in range(EPOCHS):
-        keys = [key for place, batch in seen.items() if place.epoch == epoch for key in batch]
+        batches = [batch for position, batch in seen.items() if position.epoch == epoch]
+        keys = [key for batch in batches for key in batch]
         assert len(set(keys)) == len(keys) > sum(sizes) - sum(shape)

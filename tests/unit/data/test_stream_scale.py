@@ -1,4 +1,4 @@
-"""The figures of tests/benchmarks/stream_scale.py, each by another way on small numbers."""
+"""The functions behind tests/benchmarks/stream_scale.py, each checked another way on small data."""
 
 import itertools
 import random
@@ -39,12 +39,12 @@ def test_small_shards_are_fetched_whole_by_each_process_that_meets_them(cluster:
         slots = process_slots(SMALL, cluster, process)
         order = epoch_order(SMALL, cluster)
         met = set()
-        for lane, begin, end in order.slices(*slots):
+        for lane, start, stop in order.slices(*slots):
             low = lane * order.slots_per_lane
-            rows = [order.samples(step, low + begin, low + end) for step in range(order.steps)]
+            rows = [order.samples(step, low + start, low + stop) for step in range(order.steps)]
             met |= {(lane, shard) for shard in np.concatenate(rows)[:, 0].tolist()}
-        found = epoch_fetches(SMALL, cluster, slots, most=10**6)
-        assert (found.ranges, found.shards, found.bytes) == (len(met), len(met), 1000 * len(met))
+        cost = epoch_fetches(SMALL, cluster, slots, most=10**6)
+        assert (cost.ranges, cost.shards, cost.bytes) == (len(met), len(met), 1000 * len(met))
 
 
 def test_the_slots_of_all_processes_are_the_batch() -> None:
@@ -71,19 +71,18 @@ def test_bytes_and_ranges_of_large_shards_are_those_of_a_map_of_bytes(count: int
     whole = int(wanted.sum()) + ranges * GAP >= data.shard_bytes
     expected = (1, data.shard_bytes) if whole else (ranges, int(wanted.sum()))
     portion = Portion(0, 0, Block(0, 0, 0, 40), np.array([(0, number) for number in numbers]))
-    found = fetch(portion, data)
-    assert ((found.ranges, found.bytes), found.wanted, found.held) == (expected, needed, needed)
+    cost = fetch(portion, data)
+    assert ((cost.ranges, cost.bytes), cost.wanted, cost.held) == (expected, needed, needed)
 
 
 def test_a_resume_needs_exactly_the_rest_of_the_open_blocks() -> None:
     cluster, order = Cluster(4, 16), epoch_order(SMALL, Cluster(4, 16))
     slots, step = process_slots(SMALL, cluster, 1), order.steps // 2
     due = due_portions(SMALL, cluster, slots, step)
-    for lane, begin, end in order.slices(*slots):
+    for lane, start, stop in order.slices(*slots):
         low = lane * order.slots_per_lane
-        rest = np.concatenate(
-            [order.samples(s, low + begin, low + end) for s in range(step, order.steps)]
-        )
+        rows = [order.samples(s, low + start, low + stop) for s in range(step, order.steps)]
+        rest = np.concatenate(rows)
         open_blocks = [portion for portion in due if portion.block.lane == lane]
         last = open_blocks[-1].block.stop - step * order.slots_per_lane
         assert np.array_equal(
@@ -100,18 +99,17 @@ def test_effective_shards_of_known_shares() -> None:
 
 def test_a_full_permutation_is_as_mixed_as_chance_says() -> None:
     sizes = np.full(100, 1000)
-    found = quality(sizes, permutation_batches(100_000, batch=500, steps=200))
-    assert found.effective_shards == pytest.approx(
-        1 / (1 / 500 + 499 / 500 / 100), rel=0.02
-    )  # E[share^2], pairs
-    assert found.classes == pytest.approx(1000 * (1 - 0.999**500), rel=0.02)
+    mixed = quality(sizes, permutation_batches(100_000, batch=500, steps=200))
+    # a pair of samples is the same one with probability 1 / 500, else of one shard with 1 / 100
+    same_shard = 1 / 500 + 499 / 500 / 100
+    assert mixed.effective_shards == pytest.approx(1 / same_shard, rel=0.02)
+    assert mixed.classes == pytest.approx(1000 * (1 - 0.999**500), rel=0.02)
 
 
 def test_one_shard_per_lane_gives_as_many_shards_as_lanes() -> None:
-    found = quality(
-        np.full(64, 400), lane_batches(np.full(64, 400), lanes=16, block=1, batch=64, steps=20)
-    )
-    assert 16 <= found.effective_shards <= 17  # a slice may lie across two shards
+    sizes = np.full(64, 400)
+    mixed = quality(sizes, lane_batches(sizes, lanes=16, block=1, batch=64, steps=20))
+    assert 16 <= mixed.effective_shards <= 17  # a slice may lie across two shards
 
 
 def test_other_loaders_give_each_sample_once() -> None:

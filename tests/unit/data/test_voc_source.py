@@ -1,4 +1,4 @@
-"""Pascal VOC: a real set against an independent walk of its XML, every layout it comes in, and what must be refused."""
+"""Pascal VOC folders: a real set against an independent walk of its XML, layouts, and refusals."""
 
 import tarfile
 from collections import Counter
@@ -11,7 +11,10 @@ from hemoco.data.sources.folders import Item, Source, open_source, read_items
 from hemoco.errors import ShardError, UsageError
 from tests.helpers.voc_xml import count_objects, listed_splits
 
-OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+OBJECT = (
+    "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
+    "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
 DOG = OBJECT.format("dog", 48, 240, 195, 371)
 
 
@@ -20,16 +23,15 @@ def described(*objects: str, filename: str = "") -> str:
 
 
 def voc(folder: Path, lists: dict[str, list[str]], annotations: dict[str, str]) -> Path:
-    """A VOC folder whose images are their names."""
+    """Makes a VOC folder; the content of each image is its name."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for stem, content in annotations.items():
         (folder / "JPEGImages" / f"{stem}.jpg").write_text(stem)
         (folder / "Annotations" / f"{stem}.xml").write_text(content)
     for split, stems in lists.items():
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(
-            "".join(f"{stem}\n" for stem in stems)
-        )
+        lines = "".join(f"{stem}\n" for stem in stems)
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
     return folder
 
 
@@ -46,14 +48,14 @@ def test_bccd_has_every_object_of_its_xml(test_data: Path) -> None:
     assert Counter(item.split for item in source.items) == listed_splits(test_data / "bccd")
     names = {category["id"]: category["name"] for category in source.categories}
     assert names == {1: "Platelets", 2: "RBC", 3: "WBC"}
-    found = Counter[Any]()
+    objects = Counter[Any]()
     for item in source.items:
         for annotation in item.annotations or []:
             left, top, width, high = annotation["bbox"]
             corners = (left + 1, top + 1, left + width, top + high)
-            found[item.key, names[annotation["category_id"]], corners] += 1
-    assert found == count_objects(test_data / "bccd")
-    assert found.total() > 500
+            objects[item.key, names[annotation["category_id"]], corners] += 1
+    assert objects == count_objects(test_data / "bccd")
+    assert objects.total() > 500
 
 
 def test_ids_begin_at_1_and_do_not_change(test_data: Path) -> None:
@@ -61,21 +63,30 @@ def test_ids_begin_at_1_and_do_not_change(test_data: Path) -> None:
     assert source == opened(test_data / "bccd")
     images = sum(listed_splits(test_data / "bccd").values())
     assert [item.image_id for item in source.items] == list(range(1, images + 1))
-    annotations = [annotation for item in source.items for annotation in item.annotations or []]
+    annotation_ids = []
+    for item in source.items:
+        for annotation in item.annotations or []:
+            annotation_ids.append(annotation["id"])
+            assert annotation["image_id"] == item.image_id
     objects = count_objects(test_data / "bccd").total()
-    assert [annotation["id"] for annotation in annotations] == list(range(1, objects + 1))
-    assert all(
-        a["image_id"] == item.image_id for item in source.items for a in item.annotations or []
-    )
+    assert annotation_ids == list(range(1, objects + 1))
 
 
 def test_a_box_of_pixels_counted_from_1_becomes_one_from_0(tmp_path: Path) -> None:
     flags = DOG.replace("<bndbox>", "<truncated>1</truncated><difficult>1</difficult><bndbox>")
     first, second = opened(voc(tmp_path, {}, {"a": described(flags), "b": described(DOG)})).items
     assert first.annotations == [
-        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [47, 239, 148, 132], "area": 148 * 132, "iscrowd": 0,
-         "difficult": 1, "truncated": 1}
-    ]  # fmt: skip
+        {
+            "id": 1,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [47, 239, 148, 132],
+            "area": 148 * 132,
+            "iscrowd": 0,
+            "difficult": 1,
+            "truncated": 1,
+        }
+    ]
     assert [(a["difficult"], a["truncated"]) for a in second.annotations or []] == [(0, 0)]
 
 
@@ -98,13 +109,8 @@ def test_odd_boxes_are_kept_as_they_were(
 
 def test_parts_of_objects_are_no_objects_and_no_objects_are_an_annotation(tmp_path: Path) -> None:
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
-    source = opened(
-        voc(
-            tmp_path,
-            {},
-            {"a": described(DOG.replace("<bndbox>", f"{part}<bndbox>", 1)), "b": described()},
-        )
-    )
+    dog_with_part = DOG.replace("<bndbox>", f"{part}<bndbox>", 1)
+    source = opened(voc(tmp_path, {}, {"a": described(dog_with_part), "b": described()}))
     assert [boxes(item) for item in source.items] == [[[47, 239, 148, 132]], []]
     assert [category["name"] for category in source.categories] == ["dog"]
 
@@ -113,8 +119,11 @@ def test_images_beside_the_lists_are_kept_apart_from_what_is_trained_on(tmp_path
     stems = {name: described() for name in ("a", "b", "c.d", "e")}
     folder = voc(tmp_path, {"train": ["a"], "test": ["c.d"], "trainval": ["a", "b", "e"]}, stems)
     assert {item.key: item.split for item in opened(folder).items} == {
-        "a": "train", "b": "unlisted", "c_d": "test", "e": "unlisted"
-    }  # fmt: skip
+        "a": "train",
+        "b": "unlisted",
+        "c_d": "test",
+        "e": "unlisted",
+    }
 
 
 def test_a_folder_without_lists_is_of_the_given_split(tmp_path: Path) -> None:
@@ -138,14 +147,13 @@ def test_official_archives_are_one_set_with_one_numbering(tmp_path: Path) -> Non
             archive.add(tmp_path / name, ".")
     source = opened(tmp_path / "1.tar", tmp_path / "2.tar")
     assert [(item.key, item.split, item.image_id) for item in source.items] == [
-        ("VOC2007_1", "train", 1), ("VOC2007_2", "val", 2), ("VOC2007_3", "test", 3)
-    ]  # fmt: skip
-    assert source.categories == ({"id": 1, "name": "cat"}, {"id": 2, "name": "dog"})
-    assert [[a["category_id"] for a in item.annotations or []] for item in source.items] == [
-        [2],
-        [],
-        [1],
+        ("VOC2007_1", "train", 1),
+        ("VOC2007_2", "val", 2),
+        ("VOC2007_3", "test", 3),
     ]
+    assert source.categories == ({"id": 1, "name": "cat"}, {"id": 2, "name": "dog"})
+    first, second, third = [item.annotations or [] for item in source.items]
+    assert (first[0]["category_id"], second, third[0]["category_id"]) == (2, [], 1)
     assert read_items(source.items) == [b"1", b"2", b"3"]
 
 

@@ -34,11 +34,8 @@ def expected(epoch: int) -> list[int]:
         SIZES, seed=5, epoch=epoch, lanes=4, shards_per_block=2, global_batch_size=16
     )
     first = np.cumsum([0, *SIZES])
-    return [
-        int(first[s] + n)
-        for step in range(order.steps)
-        for s, n in order.samples(step, 0, 16).tolist()
-    ]
+    rows = np.concatenate([order.samples(step, 0, 16) for step in range(order.steps)])
+    return (first[rows[:, 0]] + rows[:, 1]).tolist()
 
 
 def test_it_is_the_source_of_a_webdataset_pipeline(shards: str) -> None:
@@ -48,14 +45,14 @@ def test_it_is_the_source_of_a_webdataset_pipeline(shards: str) -> None:
         webdataset.to_tuple("__key__", "png", "cls"),
         webdataset.batched(16),
     )
-    found = [
-        (key, image, label) for batch in pipeline for key, image, label in zip(*batch, strict=True)
-    ]
-    assert [int(key) for key, _, _ in found] == expected(0)
-    assert all(
-        image.getpixel((0, 0)) == (int(key),) * 3 and label == int(key) % 3
-        for key, image, label in found
-    )
+    numbers = []
+    for keys, images, labels in pipeline:
+        for key, image, label in zip(keys, images, labels, strict=True):
+            number = int(key)
+            numbers.append(number)
+            assert image.getpixel((0, 0)) == (number, number, number)
+            assert label == number % 3
+    assert numbers == expected(0)
 
 
 def test_ranks_share_the_epoch_and_epochs_differ(shards: str) -> None:

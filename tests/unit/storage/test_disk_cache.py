@@ -1,4 +1,4 @@
-"""The cache on disk by itself: who may fill a file, and what others see meanwhile."""
+"""The disk cache alone: claims of several processes, and files that are not finished."""
 
 import multiprocessing
 import os
@@ -84,7 +84,7 @@ def test_a_lock_is_free_although_a_child_was_forked_meanwhile(tmp_path):
         child = context.Process(target=there.recv)
         child.start()
         FileLock(tmp_path / f"{KEYS[0]}.lock", blocking=False).acquire()
-    put(cache, KEYS[0], b"abc")  # it would wait for ever
+    put(cache, KEYS[0], b"abc")  # waits without end if the lock is not free
     here.send("end")
     child.join()
     assert child.exitcode == 0

@@ -1,4 +1,4 @@
-"""The one retry policy: which errors are tried again, for how long, and which error is raised at the end."""
+"""Retries: which errors are retried, for how long, and which error is raised at the end."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ QUICK = replace(STORAGE_RETRIES, first_wait_s=0.0)
 
 
 class Flaky:
-    """A call that raises its errors in their order, and then returns how often it was called."""
+    """A function that raises the given errors, one per call, and then returns its calls so far."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors, self.calls = list(errors), 0
@@ -62,10 +62,9 @@ def test_another_error_is_raised_at_once(error):
 
 
 def test_an_interrupt_is_not_tried_again():
+    policy = RetryPolicy(is_transient=lambda error: isinstance(error, Exception))
     with pytest.raises(KeyboardInterrupt):
-        retrying(RetryPolicy(is_transient=lambda error: isinstance(error, Exception)))(
-            Flaky(KeyboardInterrupt())
-        )
+        retrying(policy)(Flaky(KeyboardInterrupt()))
 
 
 def test_the_error_at_the_end_is_that_of_the_last_attempt():
@@ -85,9 +84,7 @@ def test_without_a_budget_there_is_one_attempt():
 def test_progress_begins_the_waits_and_the_budget_anew():
     call = Flaky(*(ConnectionError(str(number)) for number in range(9)))
     attempts = retrying(replace(QUICK, max_attempts=3), progress=lambda: min(call.calls, 4))
-    with pytest.raises(
-        ConnectionError, match="5"
-    ):  # two further attempts after that of the last progress
+    with pytest.raises(ConnectionError, match="5"):  # two attempts after the last progress
         attempts(call)
     assert call.calls == 6
 

@@ -1,4 +1,4 @@
-"""Files are read without running what is in them."""
+"""Files of tensors are read without running code in them."""
 
 import argparse
 import io
@@ -26,7 +26,7 @@ def saved(content: object, legacy: bool = False) -> bytes:
 
 
 class Trap:
-    """Pickled, it is a call that makes a folder."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ def test_code_in_a_file_is_not_run(write, tmp_path):
         parse_file("theirs", data)
     assert not (tmp_path / "run").exists()
     pickle.loads(pickle.dumps(Trap(tmp_path / "run")))
-    assert (tmp_path / "run").exists()  # it would have been
+    assert (tmp_path / "run").exists()  # the trap works
 
 
 def test_plain_python_objects_beside_tensors_are_refused_with_a_way_out():
@@ -59,18 +59,18 @@ def test_plain_python_objects_beside_tensors_are_refused_with_a_way_out():
 @pytest.mark.parametrize("legacy", [False, True])
 def test_both_formats_of_torch_are_read_and_a_cut_one_is_no_file(legacy):
     data = saved(CONTENT, legacy)
-    found = parse_file("theirs", data)
-    assert found["epoch"] == 3
-    assert torch.equal(found["state_dict"]["a"], TENSORS["a"])
+    content = parse_file("theirs", data)
+    assert content["epoch"] == 3
+    assert torch.equal(content["state_dict"]["a"], TENSORS["a"])
     with pytest.raises(CheckpointError, match=r"not a whole file of safetensors, of torch\.save"):
         parse_file("theirs", data[:-10])
 
 
 def test_safetensors_come_with_their_metadata():
     data = safetensors.torch.save(TENSORS, {"format": "pt"})
-    found = parse_file("theirs", data)
-    assert found["format"] == "pt"
-    assert torch.equal(found["state_dict"]["a"], TENSORS["a"])
+    content = parse_file("theirs", data)
+    assert content["format"] == "pt"
+    assert torch.equal(content["state_dict"]["a"], TENSORS["a"])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         parse_file("theirs", data[:-1])
 
@@ -107,17 +107,15 @@ def test_other_bytes_are_no_checkpoint(data):
 @pytest.mark.parametrize("layout", [np.ascontiguousarray, np.asfortranarray])
 def test_pickled_arrays_are_read_whatever_protocol_order_and_kind(protocol, kind, layout):
     arrays = {"a": layout(np.arange(6).reshape(2, 3)).astype(kind), "b": np.array(7, kind)}
-    found = parse_file(
-        "theirs", pickle.dumps({"model": arrays, "__author__": "x"}, protocol=protocol)
-    )["model"]
-    assert found["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert (found["b"].shape, found["b"].item()) == ((), 7)
+    data = pickle.dumps({"model": arrays, "__author__": "x"}, protocol=protocol)
+    model = parse_file("theirs", data)["model"]
+    assert model["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (model["b"].shape, model["b"].item()) == ((), 7)
 
 
 def test_the_names_of_older_numpys_are_known():
-    data = pickle.dumps({"model": {"a": np.ones(2, "f4")}}, protocol=3).replace(
-        b"numpy._core", b"numpy.core"
-    )
+    data = pickle.dumps({"model": {"a": np.ones(2, "f4")}}, protocol=3)
+    data = data.replace(b"numpy._core", b"numpy.core")
     assert parse_file("theirs", data)["model"]["a"].tolist() == [1, 1]
 
 
