@@ -44,16 +44,30 @@ class ReadCounts(NamedTuple):
 
     def since(self, before: "ReadCounts") -> "ReadCounts":
         """Difference from an earlier count, without bad samples."""
-        numbers = (now - then for now, then in zip(self[:-1], before[:-1], strict=True))
-        return ReadCounts._make([*numbers, ()])
+        return ReadCounts(
+            samples=self.samples - before.samples,
+            bytes=self.bytes - before.bytes,
+            requests=self.requests - before.requests,
+            retries=self.retries - before.retries,
+            cache_hits=self.cache_hits - before.cache_hits,
+            cache_misses=self.cache_misses - before.cache_misses,
+            wait_s=self.wait_s - before.wait_s,
+        )
 
 
 def sum_counts(counts: Iterable[ReadCounts]) -> ReadCounts:
     """The sum of the counts of several processes or batches."""
-    parts = [ReadCounts(), *counts]  # the first is the sum of none
-    numbers = [sum(column) for column in zip(*(part[:-1] for part in parts), strict=True)]
-    bad = tuple(sample for part in parts for sample in part.bad)
-    return ReadCounts._make([*numbers, bad])
+    parts = list(counts)
+    return ReadCounts(
+        samples=sum(part.samples for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        requests=sum(part.requests for part in parts),
+        retries=sum(part.retries for part in parts),
+        cache_hits=sum(part.cache_hits for part in parts),
+        cache_misses=sum(part.cache_misses for part in parts),
+        wait_s=sum((part.wait_s for part in parts), 0.0),
+        bad=tuple(sample for part in parts for sample in part.bad),
+    )
 
 
 class BadSampleLimit:

@@ -56,7 +56,8 @@ permutation for each open block.
 
 The price is that shard sizes must be known in advance (hence the index that `pack` writes), and
 that the open blocks of its lanes must fit in the memory of a loader process
-(`StreamConfig.memory_bytes`).
+(`StreamConfig.memory_bytes`). With more loader processes than lanes, several of them read the same
+shards.
 
 `plan_portions` turns the order into what one loader process reads, block by block.
 
@@ -73,7 +74,8 @@ from numpy.typing import NDArray
 
 from hemoco.errors import ConfigError
 
-# The purpose of a draw is part of its key, so that no two draws use the same random numbers.
+# The purpose of a draw is part of its key, so that no two draws use the same random numbers. The
+# views of data/transforms.py have 2.
 _DRAW_SHARDS, _DRAW_BLOCK = 0, 1
 
 
