@@ -129,7 +129,9 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
             raise UndecodableImage("damaged", f"damaged image ({error})") from error
         return None
     if _may_have_exif(data):
-        pixels = _upright(pixels, _pillow_orientation(data))
+        with _pillow_warnings(), Image.open(io.BytesIO(data)) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        pixels = _upright(pixels, orientation)
     return pixels
 
 
@@ -145,11 +147,6 @@ def _may_have_exif(jpeg: bytes) -> bool:
             return marker == _APP1
         position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
     return True
-
-
-def _pillow_orientation(data: bytes) -> object:
-    with _pillow_warnings(), Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _pillow_pixels(data: bytes) -> Tensor:

@@ -5,7 +5,6 @@ and its replacement, are never confused.
 """
 
 import hashlib
-import io
 import logging
 import mmap
 import os
@@ -79,8 +78,10 @@ class ShardCache:
             return None
         with file:
             stat = os.fstat(file.fileno())
-            known = self._verified.get(sha256) == _identity(stat)
-            if stat.st_size == size and (known or _sha256(file) == sha256):
+            sound = stat.st_size == size
+            if sound and self._verified.get(sha256) != _identity(stat):
+                sound = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+            if sound:
                 self._verified[sha256] = _identity(stat)
                 return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         logger.warning("event=damaged_cache_file path=%s", self._disk.path(sha256))
@@ -107,7 +108,3 @@ class ShardCache:
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_ino, stat.st_mtime_ns
-
-
-def _sha256(file: io.BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()

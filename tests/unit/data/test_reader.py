@@ -98,9 +98,8 @@ def test_every_range_holds_its_samples_and_none_is_read_twice() -> None:
         chosen = rng.permutation(30)[: rng.integers(1, 30)]
         ranges = plan_ranges(offsets[chosen].tolist(), sizes[chosen].tolist(), 82 * MIB)
         assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
-        assert all(
-            any(a <= offsets[i] and offsets[i] + sizes[i] <= b for a, b in ranges) for i in chosen
-        )
+        for start, size in zip(offsets[chosen], sizes[chosen], strict=True):
+            assert any(a <= start and start + size <= b for a, b in ranges)
 
 
 def test_a_block_is_fetched_once_and_not_all_at_once(shards: str) -> None:

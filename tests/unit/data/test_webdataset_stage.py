@@ -58,11 +58,12 @@ def test_it_is_the_source_of_a_webdataset_pipeline(shards: str) -> None:
 def test_ranks_share_the_epoch_and_epochs_differ(shards: str) -> None:
     parts = [source(shards, rank, 4) for rank in range(4)]
     for epoch in range(2):
+        keys = []
         for part in parts:
             part.epoch = epoch
-        columns = [[int(sample["__key__"]) for sample in part] for part in parts]
-        assert len({len(column) for column in columns}) == 1
-        assert sorted(itertools.chain(*columns)) == sorted(expected(epoch))
+            keys.append([int(sample["__key__"]) for sample in part])
+        assert len({len(of_rank) for of_rank in keys}) == 1
+        assert sorted(itertools.chain(*keys)) == sorted(expected(epoch))
     assert expected(0) != expected(1)
 
 
