@@ -142,7 +142,8 @@ def is_transient(error: BaseException) -> bool:
         "google.auth.exceptions:TransportError",
     )
     # botocore's error of an untrusted certificate is an OSError
-    permanent = (*_PERMANENT, *loaded_classes("botocore.exceptions:SSLError"))
+    certificate = loaded_classes("botocore.exceptions:SSLError")
+    permanent: tuple[type[Exception], ...] = (*_PERMANENT, *certificate)
     if isinstance(error, permanent):
         return False
     return isinstance(error, (OSError, http.client.HTTPException, *network))
