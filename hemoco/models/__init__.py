@@ -1,1 +1,1 @@
-"""MoCo v1, v2 and v3: encoders, heads, losses."""
+"""Encoders, heads, methods (MoCo v1, v2, v3) and losses, close to the notation of the papers."""

@@ -1,4 +1,7 @@
-"""The method of a config with its initial weights.
+"""Builds the method of a config, with its initial weights.
+
+Both methods have the interface that the training loop uses: `key_order`, `embed_keys`, `forward`,
+`finish_step`, `update_key_encoder`, `symmetric`. A new method is one more class in the union.
 
 Shapes: F backbone features.
 """
@@ -18,20 +21,22 @@ Method = MoCo | MoCoV3
 
 
 def build_method(config: PretrainConfig, device: torch.device) -> Method:
-    """The method on a device, a function of the config alone: on every rank the same.
+    """The method on a device; a function of the config alone, hence the same on every rank.
 
     Raises:
-        ConfigError: unknown architecture, or all images share their batch statistics though keys are shuffled.
+        ConfigError: the architecture is unknown, or one BN group holds the whole global batch, so
+            that shuffling the keys would have no effect.
     """
-    encoder, moco = build_encoder(config.encoder, config.seed), config.moco
+    encoder = build_encoder(config.encoder, config.seed)
     features = int(encoder.num_features)  # type: ignore[arg-type]
+    moco = config.moco
     method: Method
     if isinstance(moco, MoCoConfig):
         if moco.bn_group_size == config.global_batch_size:
             raise ConfigError(
                 f"pretrain.moco.bn_group_size is {moco.bn_group_size}: it must be smaller than "
-                f"pretrain.global_batch_size ({config.global_batch_size}), else shuffling cannot part a key from its "
-                "query"
+                f"pretrain.global_batch_size ({config.global_batch_size}), otherwise shuffling "
+                "cannot separate a key from its query"
             )
         with seeded(config.seed + 1):
             head = build_head(moco.head, features, moco.embedding_size)
@@ -46,12 +51,13 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
         method = MoCoV3(network, predictor, moco)
         synchronise_batch_norms(method, device)
     if config.compile:
-        for each in (method.query_encoder, method.key_encoder):
-            each.encoder.compile()
+        # in place: the wrapper that torch.compile returns would rename all tensors of a checkpoint
+        method.query_encoder.encoder.compile()
+        method.key_encoder.encoder.compile()
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return method
 
 
 def trained_parameters(method: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the optimiser moves."""
+    """The parameters that the optimiser updates: all but the key encoder's."""
     return [parameter for parameter in method.parameters() if parameter.requires_grad]

@@ -1,6 +1,8 @@
-"""What tells a healthy contrastive training from a broken one, at the steps that are logged.
+"""Diagnostics that distinguish healthy contrastive training from a broken one.
 
-Shapes: N images, C embedding size, K queue length.
+They are measured at the steps that are logged. docs/is-my-loss-normal.md shows their curves.
+
+Shapes: N images, C embedding size.
 """
 
 import math
@@ -12,62 +14,80 @@ from torch import Tensor
 from hemoco.models.info_nce import Contrast
 
 COLLAPSED_STD = 0.1
-"""Embedding std below which nearly all images have the same embedding; 1 is isotropic."""
+"""Embedding std below which nearly all images have the same embedding; isotropic ones have 1."""
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
-    """Std of unit vectors (N, C) over the images, mean over C, times sqrt(C): 1 if isotropic, 0 if all are equal."""
-    spread = embeddings.float().std(dim=0, correction=0)  # (C,)
-    return spread.mean() * math.sqrt(embeddings.shape[1])
+    """Standard deviation over the images, mean over the components, times sqrt(C).
 
+    Args:
+        embeddings: unit vectors (N, C).
 
-def pretext_accuracy(ahead: Tensor, top: int) -> Tensor:
-    """Fraction of queries whose positive is among the `top` most similar; `ahead` (N,) counts the negatives before it.
-
-    Ties count against the positive, so that constant embeddings score 0.
+    Returns:
+        A scalar: 1 if the embeddings are isotropic, 0 if they are all equal.
     """
-    return (ahead < top).float().mean()
+    stds = embeddings.float().std(dim=0, correction=0)  # (C,)
+    return stds.mean() * math.sqrt(embeddings.shape[1])
+
+
+def pretext_accuracy(negatives_ahead: Tensor, top: int) -> Tensor:
+    """Share of queries whose positive key is among the `top` most similar keys.
+
+    Ties count against the positive, so that constant embeddings have an accuracy of 0.
+
+    Args:
+        negatives_ahead: (N,), number of negatives at least as similar as the positive.
+        top: number of keys, > 0.
+    """
+    return (negatives_ahead < top).float().mean()
 
 
 def alignment(queries: Tensor, keys: Tensor) -> Tensor:
-    """Mean squared distance of unit vectors (N, C) to their positives (Wang and Isola 2020, section 4.1): 0 is best."""
+    """Mean squared distance of queries to their positives, unit vectors (N, C) each; 0 is best.
+
+    Wang and Isola 2020 (arXiv:2005.10242), section 4.1.
+    """
     return (queries - keys).square().sum(dim=1).mean()
 
 
 def uniformity(embeddings: Tensor) -> Tensor:
-    """Log of the mean Gaussian potential of pairs of unit vectors (N, C) (Wang and Isola 2020, section 4.2).
+    """Logarithm of the mean Gaussian potential exp(-2 d^2) over pairs of unit vectors (N, C).
 
-    0 if all are equal, towards -4 on a sphere that they fill evenly.
+    0 if all are equal, near -4 if they fill the sphere evenly. Wang and Isola 2020
+    (arXiv:2005.10242), section 4.2.
     """
     distances: Tensor = torch.pdist(embeddings.float())  # (N (N - 1) / 2,)
     return distances.square().mul(-2).exp().mean().log()
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """Exponential of the entropy of the singular values of (N, C) (Roy and Vetterli 2007): 1 to min(N, C)."""
+    """Exponential of the entropy of the singular values of (N, C); between 1 and min(N, C).
+
+    Roy and Vetterli 2007, "The effective rank".
+    """
     values = torch.linalg.svdvals(embeddings.float())  # (min(N, C),)
     shares = values / values.sum()
     return torch.xlogy(shares, shares).sum().neg().exp()
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients together."""
+    """L2 norm of all gradients taken together; parameters without gradient are left out."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @torch.no_grad()
 def contrast_values(contrast: Contrast, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
-    """The diagnostics of one step by their MLflow names, scalars on the device.
+    """Diagnostics of one forward pass by their names in MLflow; scalars on the device.
 
     Args:
-        contrast: of the queries.
+        contrast: of these queries.
         queries: unit vectors (N, C).
-        keys: unit vectors (N, C), the positives.
+        keys: unit vectors (N, C); row i is the positive of query i.
     """
     return {
         "loss": contrast.loss.detach(),
-        "pretext_top1": pretext_accuracy(contrast.ahead, 1),
-        "pretext_top5": pretext_accuracy(contrast.ahead, 5),
+        "pretext_top1": pretext_accuracy(contrast.negatives_ahead, 1),
+        "pretext_top5": pretext_accuracy(contrast.negatives_ahead, 5),
         "positive_similarity": contrast.positives.mean(),
         "negative_similarity": contrast.negative_similarity,
         "embedding_std": embedding_std(queries),

@@ -71,7 +71,7 @@ def test_logits_equal_a_loop_over_pairs() -> None:
             a * b for a, b in zip(queries[row].tolist(), keys[row].tolist(), strict=True)
         )
         assert found.positives[row].item() == pytest.approx(positive, abs=1e-6)
-        assert found.ahead[row].item() == sum(s >= positive for s in similarities)
+        assert found.negatives_ahead[row].item() == sum(s >= positive for s in similarities)
     assert found.negative_similarity.item() == pytest.approx(
         (queries @ queue).mean().item(), abs=1e-6
     )
@@ -98,7 +98,7 @@ def test_v3s_positives_begin_at_the_ranks_first_key() -> None:
         terms = [math.exp(s / 0.5) for s in similarities]
         losses.append(-math.log(terms[4 + row] / sum(terms)))
         assert found.positives[row].item() == pytest.approx(similarities[4 + row], abs=1e-6)
-        assert found.ahead[row].item() == sum(s > similarities[4 + row] for s in similarities)
+        assert found.negatives_ahead[row].item() == sum(s > similarities[4 + row] for s in similarities)
     assert found.loss.item() == pytest.approx(2 * 0.5 * sum(losses) / 2, rel=1e-5)
     others = [
         (queries[row] @ keys[column]).item()
