@@ -1,1 +1,1 @@
-"""The pretraining loop with its state, optimiser and checkpoints."""
+"""Training: the pretraining loop, its state, optimisers and checkpoints."""

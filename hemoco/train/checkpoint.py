@@ -1,7 +1,13 @@
-"""Checkpoints of a training: written, found, verified, loaded and pruned.
+"""Checkpoints of a training run: writing, finding, verifying, loading and pruning them.
 
-A checkpoint is a folder `step_00000100_a1` (optimiser steps done, attempt) with `state.pt` and `manifest.json`. The
-manifest is written last and holds the state's SHA-256: without it, or where they disagree, there is no checkpoint.
+A checkpoint is a folder `step_00000100_a1` (optimiser steps done, attempt) with two files:
+
+- `state.pt`: what `TrainingState.state_dict` returns, written by `torch.save`.
+- `manifest.json`: format, step, attempt, size and SHA-256 of `state.pt`, digest of the shards, and
+  the settings as flat names.
+
+The manifest is written last. A folder without it is an interrupted write and is ignored; where the
+SHA-256 disagrees, the checkpoint is damaged and is skipped with a warning.
 """
 
 import hashlib
@@ -28,17 +34,18 @@ _FOLDER = re.compile(r"step_(\d{8,})_a(\d+)")
 
 
 class SavedMethod(NamedTuple):
-    """What a checkpoint holds of a method, without optimiser and stream."""
+    """The method's part of a checkpoint, without optimiser and stream."""
 
     encoder: EncoderConfig
-    """Of its initialisation only the defaults."""
+    """Config of the encoder; the settings of its initialisation are the defaults."""
     epoch: int
     """Epochs begun."""
     tensors: dict[str, torch.Tensor]
+    """State of the method, by name."""
 
 
-class _Place(NamedTuple):
-    """Orders checkpoints: the last is the newest."""
+class _CheckpointId(NamedTuple):
+    """Step and attempt of a checkpoint; the highest in tuple order is the newest."""
 
     step: int
     attempt: int
@@ -47,21 +54,27 @@ class _Place(NamedTuple):
 def save_checkpoint(
     state: TrainingState, url: str, *, attempt: int, keep_last: int, keep_every_steps: int = 0
 ) -> str:
-    """Writes a checkpoint, then removes what it makes superfluous. On rank 0 only.
+    """Writes a checkpoint and removes older ones; to be called on rank 0 only.
 
-    Kept are the newest `keep_last` up to this step and those of every `keep_every_steps`. Removed with the others are
-    those of later steps: this training went on from before them, because they did not verify or a stale attempt wrote
-    them. What a later attempt wrote is never touched.
+    The newest `keep_last` checkpoints up to this step are kept, and those of every
+    `keep_every_steps` steps. Checkpoints of later steps are removed too: training resumed before
+    them, because they did not verify or were written by an attempt that was thought dead.
+    Checkpoints of later attempts are never touched.
 
     Args:
         state: read, not changed.
-        url: folder of all checkpoints of this training.
-        attempt: number of this start of the training; 0, then one more than that of the checkpoint it resumed from.
-        keep_last: newest checkpoints kept, this one included, > 0.
-        keep_every_steps: checkpoints of steps that are multiples of it are kept, too; 0: none.
+        url: folder of all checkpoints of this run.
+        attempt: number of this start of the training: 0 at first, then one more than that of the
+            checkpoint it resumed from.
+        keep_last: newest checkpoints to keep, this one included; > 0.
+        keep_every_steps: checkpoints of steps that are multiples of this are kept for good; 0
+            keeps none.
 
     Returns:
-        The checkpoint's URL.
+        The URL of the checkpoint.
+
+    Raises:
+        StorageError: the storage refuses or does not answer.
     """
     file = io.BytesIO()
     torch.save(state.state_dict(), file)
@@ -75,26 +88,27 @@ def save_checkpoint(
         "data_digest": state.data_digest,
         "config": state.params,
     }
-    place = _Place(state.step, attempt)
-    checkpoint = join_url(url, _folder_name(place))
+    saved = _CheckpointId(state.step, attempt)
+    checkpoint = join_url(url, _folder_name(saved))
     write_bytes(join_url(checkpoint, _STATE), data)
+    # last: a process that is killed before this line leaves no checkpoint, instead of a damaged one
     write_bytes(join_url(checkpoint, _MANIFEST), json.dumps(manifest, indent=1).encode())
-    _prune(url, place, keep_last, keep_every_steps)
+    _prune(url, saved, keep_last, keep_every_steps)
     return checkpoint
 
 
 def newest_checkpoint(url: str) -> str | None:
-    """The URL of the newest checkpoint that verifies; None where none was ever completed.
+    """The URL of the newest checkpoint that verifies, or None if none was ever completed.
 
-    Those that do not verify are skipped with a warning.
+    Checkpoints that do not verify are skipped with a warning.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
-        StorageError: the storage does not answer, which is no reason to skip a checkpoint.
+        StorageError: the storage does not answer; no checkpoint is skipped for that.
     """
     skipped: list[str] = []
-    for place in sorted(_places(url), reverse=True):
-        checkpoint = join_url(url, _folder_name(place))
+    for candidate in sorted(_checkpoints(url), reverse=True):
+        checkpoint = join_url(url, _folder_name(candidate))
         if _MANIFEST not in list_names(checkpoint):
             logger.warning("event=checkpoint_incomplete url=%s", checkpoint)
             continue
@@ -114,42 +128,51 @@ def newest_checkpoint(url: str) -> str | None:
 
 
 def attempt_of(url: str) -> int:
-    """The attempt that wrote the checkpoint."""
-    found = _FOLDER.fullmatch(url.rstrip("/").rsplit("/", 1)[-1])
-    if found is None:
+    """The number of the attempt that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: the URL is not named like a checkpoint.
+    """
+    match = _FOLDER.fullmatch(url.rstrip("/").rsplit("/", 1)[-1])
+    if match is None:
         raise CheckpointError(
             f"{url}: not a checkpoint; its folder would be named like step_00000100_a0"
         )
-    return int(found[2])
+    return int(match[2])
 
 
 def resume_newest(url: str, state: TrainingState) -> int:
-    """Loads the newest checkpoint below a URL on all ranks, the same one, and returns this attempt's number.
+    """Loads the newest checkpoint below a URL, the same one on all ranks; every rank must call it.
 
-    Without one the state stays as it is, and the attempt is 0. Every rank must call it.
+    Returns:
+        The number of this attempt: 0 if there is no checkpoint; the state is then unchanged.
 
     Raises:
-        CheckpointError: there are checkpoints, but none verifies, or it is of another config or other data.
+        CheckpointError: there are checkpoints, but none verifies, or the newest that does is of
+            another config or other data.
     """
-    found = broadcast_object(newest_checkpoint(url) if rank() == 0 else None)
-    if found is None:
+    # rank 0 chooses: ranks that list the folder by themselves may see different checkpoints
+    newest = broadcast_object(newest_checkpoint(url) if rank() == 0 else None)
+    if newest is None:
         return 0
-    load_checkpoint(found, state)
-    logger.info("resumed from step %d (%s)", state.step, found)
-    return attempt_of(found) + 1
+    load_checkpoint(newest, state)
+    logger.info("resumed from step %d (%s)", state.step, newest)
+    return attempt_of(newest) + 1
 
 
 def load_checkpoint(url: str, state: TrainingState) -> None:
-    """Takes a checkpoint over into a state built from the same config, on its device.
+    """Loads a checkpoint into a state built from the same config, on the state's device.
 
     Raises:
-        CheckpointError: it does not verify, or is of another config or other data; the state is then unchanged.
+        CheckpointError: it does not verify, or is of another config or other data; the state is
+            then unchanged.
     """
     manifest = _read_manifest(url)
     difference = config_difference(manifest["config"], state.params)
     if difference:
         raise CheckpointError(
-            f"{url}: is of another config ({'; '.join(difference)}); go back to its settings or start a fresh run"
+            f"{url}: is of another config ({'; '.join(difference)}); "
+            "go back to its settings or start a fresh run"
         )
     state.load_state_dict(_load_state(url, manifest))
 
@@ -160,41 +183,46 @@ def is_checkpoint(url: str) -> bool:
 
 
 def load_method(url: str) -> SavedMethod:
-    """The method's part of a checkpoint, on the CPU.
+    """Reads the method's part of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: it does not verify.
+        CheckpointError: the checkpoint does not verify.
     """
     manifest = _read_manifest(url)
     saved = _load_state(url, manifest)
-    named = manifest["config"]
+    params = manifest["config"]
     encoder = EncoderConfig(
-        architecture=named["pretrain.encoder.architecture"],
-        stem=named["pretrain.encoder.stem"],
-        shortcuts=named.get("pretrain.encoder.shortcuts") != "False",
+        architecture=params["pretrain.encoder.architecture"],
+        stem=params["pretrain.encoder.stem"],
+        shortcuts=params.get("pretrain.encoder.shortcuts") != "False",
     )
     epoch = 0 if saved["position"] is None else saved["position"][0] + 1
     return SavedMethod(encoder, epoch, saved["model"])
 
 
-def _folder_name(place: _Place) -> str:
-    return f"step_{place.step:08d}_a{place.attempt}"
+def _folder_name(checkpoint: _CheckpointId) -> str:
+    return f"step_{checkpoint.step:08d}_a{checkpoint.attempt}"
 
 
-def _places(url: str) -> list[_Place]:
-    found = (_FOLDER.fullmatch(name) for name in list_names(url))
-    return [_Place(int(match[1]), int(match[2])) for match in found if match]
+def _checkpoints(url: str) -> list[_CheckpointId]:
+    """All checkpoint folders below a URL, whether complete or not, in no order."""
+    matches = [_FOLDER.fullmatch(name) for name in list_names(url)]
+    return [_CheckpointId(int(match[1]), int(match[2])) for match in matches if match]
 
 
-def _prune(url: str, saved: _Place, keep_last: int, keep_every_steps: int) -> None:
-    mine = [place for place in _places(url) if place.attempt <= saved.attempt]
-    complete = [
-        p for p in mine if p <= saved and _MANIFEST in list_names(join_url(url, _folder_name(p)))
-    ]
-    for_good = {p for p in complete if keep_every_steps and p.step % keep_every_steps == 0}
-    for place in set(mine) - set(sorted(complete)[-keep_last:]) - for_good:
-        checkpoint = join_url(url, _folder_name(place))
-        # the manifest first: half removed, it must not look damaged but incomplete
+def _prune(url: str, saved: _CheckpointId, keep_last: int, keep_every_steps: int) -> None:
+    """Removes what `save_checkpoint` does not keep, given the checkpoint just saved."""
+    removable = {found for found in _checkpoints(url) if found.attempt <= saved.attempt}
+    complete = []
+    for found in sorted(removable):
+        if found <= saved and _MANIFEST in list_names(join_url(url, _folder_name(found))):
+            complete.append(found)
+    keep = set(complete[-keep_last:])
+    if keep_every_steps:
+        keep |= {found for found in complete if found.step % keep_every_steps == 0}
+    for superfluous in removable - keep:
+        checkpoint = join_url(url, _folder_name(superfluous))
+        # the manifest first: a folder that is half removed must look incomplete, not damaged
         remove(join_url(checkpoint, _MANIFEST))
         remove(checkpoint)
 
@@ -219,7 +247,8 @@ def _read_state(url: str, manifest: dict[str, Any]) -> bytes:
     data = read_bytes(join_url(url, _STATE))
     if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
         raise CheckpointError(
-            f"{url}: {_STATE} is damaged: its {len(data)} bytes are not the {manifest.get('bytes')} written"
+            f"{url}: {_STATE} is damaged: its {len(data)} bytes are not the "
+            f"{manifest.get('bytes')} written"
         )
     return data
 
@@ -227,7 +256,8 @@ def _read_state(url: str, manifest: dict[str, Any]) -> bytes:
 def _load_state(url: str, manifest: dict[str, Any]) -> dict[str, Any]:
     data = _read_state(url, manifest)
     try:
-        # weights_only: a checkpoint may hold tensors and plain values, never code
+        # weights_only: torch.load would otherwise run code that a file contains
+        # (tests/unit/train/test_checkpoint.py, test_code_in_a_checkpoint_is_not_run)
         saved: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(

@@ -1,4 +1,10 @@
-"""Optimisers, and schedules as pure functions (He et al. 2020, section 4; Chen et al. 2020; Chen, Xie, He 2021)."""
+"""Optimisers, and the schedules of learning rate and momentum as pure functions of the step.
+
+Constants and schedules are those of the official recipes: docs/official-recipes.md lists them, and
+tests/unit/config/test_recipes.py compares them recipe by recipe. v1: He et al. 2020
+(arXiv:1911.05722), section 4. v2: Chen et al. 2020 (arXiv:2003.04297), section 3. v3: Chen, Xie,
+He 2021 (arXiv:2104.02057), section 3 and appendix.
+"""
 
 import math
 from collections.abc import Iterable
@@ -12,18 +18,19 @@ from hemoco.config import MoCoConfig, MoCoV3Config, OptimizerConfig
 
 
 def cosine_lr(epoch: float, epochs: float, base_lr: float) -> float:
-    """Half a cosine from `base_lr` at epoch 0 towards 0 at `epochs`."""
+    """Half a cosine, from `base_lr` at epoch 0 to 0 at `epochs`."""
     return base_lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def step_lr(epoch: int, epochs: int, base_lr: float) -> float:
     """`base_lr`, times 0.1 from 60% and 0.01 from 80% of the epochs (120 and 160 of 200)."""
+    # in integers: 0.6 * epochs is not exact
     drops = sum(10 * epoch >= tenths * epochs for tenths in (6, 8))
     return base_lr * 0.1**drops
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
-    """Share of the learning rate at an optimiser step: linear from 0 to 1 over the warm-up, then 1."""
+    """Factor of the learning rate: linear from 0 at step 0 to 1 at `warmup_steps`, then 1."""
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
@@ -32,10 +39,17 @@ def learning_rate(
 ) -> float:
     """The learning rate of an optimiser step.
 
-    The schedule is set once per epoch, as in the official code of v1 and v2, or per step, as in v3; the warm-up always
-    per step. A cosine begins where the warm-up ends.
+    It changes once per epoch (`step`, `cosine`: the official code of v1 and v2) or at every step
+    (`cosine_per_step`: v3). Warm-up is always per step. A cosine begins where the warm-up ends.
+
+    Args:
+        config: schedule, warm-up and base learning rate.
+        step: optimiser steps done before this one.
+        steps_per_epoch: optimiser steps in an epoch.
+        epochs: of the whole training.
     """
-    epoch, warmup = step // steps_per_epoch, config.warmup_epochs
+    epoch = step // steps_per_epoch
+    warmup = config.warmup_epochs
     if config.schedule == "step":
         scheduled = step_lr(epoch, epochs, config.lr)
     else:
@@ -45,24 +59,32 @@ def learning_rate(
 
 
 def key_momentum(config: MoCoConfig | MoCoV3Config, *, step: int, total_steps: int) -> float:
-    """m of the key encoder's moving average at an optimiser step: constant, or in v3 half a cosine to 1."""
+    """m of the key encoder's moving average at a step: constant, or in v3 half a cosine to 1."""
     if isinstance(config, MoCoConfig):
         return config.momentum
     return 1 - cosine_lr(step, total_steps, 1 - config.momentum)
 
 
 class LARS(Optimizer):
-    """SGD whose steps are scaled to the length of each parameter (You, Gitman, Ginsburg 2017, algorithm 1).
+    """SGD with momentum whose gradients are scaled to the norm of each parameter tensor.
 
-    With gradient g, parameter p and velocity v: g += weight_decay p; g *= trust |p| / |g|, unless either is 0;
-    v = momentum v + g; p -= lr v. Groups with `adapt` False take neither weight decay nor scaling.
+    You, Gitman, Ginsburg 2017 (arXiv:1708.03888), algorithm 1, as MoCo v3 uses it: without epsilon
+    and clipping. For gradient g, parameter p and velocity v a step is
+
+        g += weight_decay * p
+        g *= trust * |p| / |g|      unless a norm is 0
+        v = momentum * v + g
+        p -= lr * v
+
+    The first two lines are left out for parameters of one dimension or none (biases, normalisation
+    layers).
 
     Args:
-        parameters: to train; those with one dimension or none (biases, normalisation) are not adapted.
+        parameters: to train.
         lr: learning rate.
-        momentum: of the velocity.
+        momentum: factor of the velocity, in [0, 1).
         weight_decay: L2 penalty.
-        trust: length of a step at lr 1 relative to the parameter's.
+        trust: norm of a gradient after scaling, relative to that of its parameter.
     """
 
     def __init__(
@@ -74,19 +96,18 @@ class LARS(Optimizer):
         weight_decay: float,
         trust: float,
     ) -> None:
-        every = list(parameters)
+        parameters = list(parameters)
         groups = [
-            {"params": [p for p in every if p.ndim > 1], "adapt": True},
-            {"params": [p for p in every if p.ndim <= 1], "adapt": False},
+            {"params": [p for p in parameters if p.ndim > 1], "adapt": True},
+            {"params": [p for p in parameters if p.ndim <= 1], "adapt": False},
         ]
-        super().__init__(
-            groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(groups, defaults)
         _start_velocities(self)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; parameters without gradient stay."""
+        """Takes one step; parameters without gradient are not changed."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -101,7 +122,10 @@ class LARS(Optimizer):
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """LARS, or SGD in one group: weight decay on BN and biases too, as the official recipes of v1 and v2."""
+    """The optimiser of a config, with velocities of 0.
+
+    SGD has all parameters in one group: the official recipes of v1 and v2 decay biases and BN too.
+    """
     if config.kind == "lars":
         return LARS(
             parameters,
@@ -122,7 +146,9 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 
 
 def _start_velocities(optimizer: Optimizer) -> None:
-    # fused SGD makes them itself at the first step, but uninitialised where float16's gradients overflow just then
+    # Fused SGD makes the buffers at its first step. If the float16 scaler skips that step, they
+    # are made but never written, and training continues from uninitialised memory:
+    # tests/unit/train/test_train.py, test_float16_skips_the_step_of_gradients_that_overflow.
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -131,11 +157,14 @@ def _start_velocities(optimizer: Optimizer) -> None:
 def _adapted(
     parameters: list[nn.Parameter], gradients: list[Tensor], weight_decay: float, trust: float
 ) -> list[Tensor]:
-    gradients = list(foreach.add(gradients, list[Tensor](parameters), alpha=weight_decay))
-    lengths = torch.stack(foreach.norm(list[Tensor](parameters)))
-    slopes = torch.stack(foreach.norm(gradients))
-    ratios = torch.where(
-        (lengths > 0) & (slopes > 0), trust * lengths / slopes, torch.ones_like(lengths)
+    """Gradients with weight decay, scaled to the norms of their parameters; new tensors."""
+    decayed = list(foreach.add(gradients, list[Tensor](parameters), alpha=weight_decay))
+    parameter_norms = torch.stack(foreach.norm(list[Tensor](parameters)))
+    gradient_norms = torch.stack(foreach.norm(decayed))
+    scales = torch.where(
+        (parameter_norms > 0) & (gradient_norms > 0),
+        trust * parameter_norms / gradient_norms,
+        torch.ones_like(parameter_norms),
     )
-    foreach.mul_(gradients, list(ratios.unbind()))
-    return gradients
+    foreach.mul_(decayed, list(scales.unbind()))
+    return decayed

@@ -1,4 +1,4 @@
-"""What every training has in common: the state that a checkpoint saves, and what one step tells."""
+"""Parts common to pretraining and trained transfers: the state in a checkpoint, a step's result."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,24 +11,31 @@ from hemoco.errors import CheckpointError
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingState:
-    """All that the next step of a training depends on; a subclass adds its own and says its settings by `params`."""
+    """All that the next step of a training run depends on; what a checkpoint saves.
+
+    A subclass for each kind of training adds fields and implements `params`.
+    """
 
     model: nn.Module
     forward: nn.Module
-    """The model, or its DistributedDataParallel wrapper, which averages gradients over the ranks."""
+    """The module to call: the model, or its DistributedDataParallel wrapper, which averages
+    gradients over the ranks."""
     optimizer: torch.optim.Optimizer
     data_digest: str
-    """Of the shard index trained on."""
+    """Digest of the shard index that is trained on."""
     step: int = 0
     """Optimiser steps done."""
 
     @property
     def params(self) -> dict[str, str]:
-        """Its settings, flat: a checkpoint of others is not taken over."""
+        """Settings as flat dotted names; a checkpoint with other settings is refused."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, as `torch.load(weights_only=True)` accepts them; tensors are not copied."""
+        """Plain values and tensors, which `torch.load(weights_only=True)` accepts.
+
+        Tensors are not copied.
+        """
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -37,15 +44,15 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Restores what `state_dict` returned.
 
         Raises:
-            CheckpointError: it was trained on other shards.
+            CheckpointError: the saved training was on other shards; nothing is changed.
         """
         if saved["data_digest"] != self.data_digest:
             raise CheckpointError(
-                f"the training was begun on shards with digest {saved['data_digest']}, these have {self.data_digest}: "
-                "give the old shards or start anew with --fresh"
+                f"the training was begun on shards with digest {saved['data_digest']}, these have "
+                f"{self.data_digest}: give the old shards or start anew with --fresh"
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -53,9 +60,9 @@ class TrainingState:
 
 
 class LoggedStep(NamedTuple):
-    """One optimiser step of a transfer."""
+    """Result of one optimiser step of a transfer."""
 
     step: int
     """Optimiser steps done, this one included."""
     values: dict[str, float]
-    """By name, equal on all ranks; empty between the steps that are logged."""
+    """Metrics by name, equal on all ranks; empty at steps that are not logged."""
