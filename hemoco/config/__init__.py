@@ -1,4 +1,8 @@
-"""The settings of a run: `from hemoco.config import Recipe, PretrainConfig, ...` is all a recipe needs."""
+"""Settings of a run, as frozen dataclasses; a recipe imports all it needs from here.
+
+The docstring under a field is its help text on the command line and its entry in docs/reference.
+In the help each of its lines starts a new line, so lines end where sentences do.
+"""
 
 from hemoco.config.data import DataConfig, StreamConfig
 from hemoco.config.detection import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig

@@ -8,45 +8,45 @@ from hemoco.errors import ConfigError
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises ConfigError unless a condition on the settings holds."""
+    """Raises ConfigError with the message unless the condition holds."""
     if not holds:
         raise ConfigError(message)
 
 
 def require_positive(config: object, component: str, *names: str) -> None:
-    """Raises ConfigError unless these settings of a component are above 0."""
+    """Raises ConfigError unless all the named settings of a component are above 0."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{component}.{name} is {value}: it must be positive")
 
 
 def require_not_negative(config: object, component: str, *names: str) -> None:
-    """Raises ConfigError unless these settings of a component are 0 or more."""
+    """Raises ConfigError unless all the named settings of a component are 0 or more."""
     for name in names:
         value = getattr(config, name)
         require(value >= 0, f"{component}.{name} is {value}: it must not be negative")
 
 
 def require_choices(config: Any, name: str = "") -> None:
-    """Raises ConfigError unless every setting with a closed list of values, here and in the configs below, has one.
+    """Raises ConfigError unless each setting with a closed list of values has one of them.
 
-    A dataclass takes any value: without this, a misspelt word in a recipe file would be computed as something else.
+    Checks nested configs too. A dataclass itself accepts any value: a misspelt word in a recipe
+    file would silently select another branch.
 
     Args:
         config: a dataclass, or a dictionary of them.
-        name: its dotted name.
+        name: dotted name of `config` for the message; empty at the root.
     """
+    prefix = f"{name}." if name else ""
     if isinstance(config, dict):
         for key, value in config.items():
-            require_choices(value, f"{name}.{key}" if name else key)
+            require_choices(value, f"{prefix}{key}")
     if not dataclasses.is_dataclass(config):
         return
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, full_name = (
-            getattr(config, field.name),
-            f"{name}.{field.name}" if name else field.name,
-        )
+        value = getattr(config, field.name)
+        full_name = f"{prefix}{field.name}"
         hint = hints[field.name]
         if typing.get_origin(hint) is Literal:
             allowed = typing.get_args(hint)

@@ -1,4 +1,4 @@
-"""What a detection transfer is: its config classes, re-exported by `hemoco.config`."""
+"""Config classes of the detection transfers; `hemoco.config` re-exports them."""
 
 import dataclasses
 from typing import Literal
@@ -9,66 +9,77 @@ from hemoco.config.transfer import TrainedConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectionConfig(TrainedConfig):
-    """A ResNet detector of torchvision, fine-tuned whole; BN is trained and synchronised, nothing is frozen.
+    """A ResNet detector of torchvision, fine-tuned as a whole, with synchronised BN.
 
-    The defaults are the 1x schedule of COCO with a feature pyramid. `steps`, `lr` and `warmup_steps` are meant for
-    `reference_batch_size` images; another `global_batch_size` scales them by the linear rule (Goyal et al. 2017).
-    Anchors and proposals are drawn on each rank, so another number of `workers` gives another result within the noise.
+    Nothing is frozen. The defaults are the 1x schedule of COCO with a feature pyramid. `steps`,
+    `lr` and `warmup_steps` are meant for `reference_batch_size` images; another
+    `global_batch_size` scales them by the linear rule (Goyal et al. 2017, arXiv:1706.02677). Each
+    rank samples anchors and proposals by itself, so results with different numbers of `workers`
+    differ as those of different seeds do.
     """
 
     architecture: Literal["fpn", "c4"] = "fpn"
-    """Feature pyramid, or the last stage as the head of the regions, with the extra BN after it that MoCo's protocol
-    has (He et al. 2020, appendix)."""
+    """`fpn`: feature pyramid. `c4`: the network's last stage is the head of the regions.
+    With `c4` an extra BN follows that stage (He et al. 2020, arXiv:1911.05722, appendix)."""
     global_batch_size: int = 16
+    """Images in an optimiser step, over all workers."""
     reference_batch_size: int = 16
-    """Images per step that `steps`, `lr` and `warmup_steps` are meant for."""
+    """Images in an optimiser step that `steps`, `lr` and `warmup_steps` are meant for."""
     steps: int = 90_000
-    """Optimiser steps."""
+    """Optimiser steps at the reference batch size."""
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
-    """Shares of the steps after which the learning rate falls to a tenth."""
+    """Shares of the steps after which the learning rate falls to a tenth, in (0, 1)."""
     lr: float = 0.02
-    """Learning rate."""
+    """Learning rate at the reference batch size."""
     warmup_steps: int = 1000
-    """Steps of linear warm-up."""
+    """Optimiser steps of linear warm-up at the reference batch size."""
     weight_decay: float = 1e-4
-    """Not on normalisation layers."""
+    """L2 penalty on all parameters but those of normalisation layers."""
     flip: float = 0.5
-    """Probability of a horizontal flip in training; 0 where mirrored objects are others, as digits."""
+    """Probability of a horizontal flip in training.
+    Set 0 if a mirrored object is of another class, as with digits."""
     train_sizes: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    """Shorter sides, in pixels, one of which each training image is scaled to."""
+    """Shorter sides, in pixels; each training image is scaled to one of them, drawn at random."""
     test_size: int = 800
     """Shorter side of test images, pixels."""
     max_size: int = 1333
-    """Longer side at most, pixels."""
+    """Longest side of any image, pixels; a longer one is scaled down further."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Anchor sides, pixels; of the pyramid one per level, the last the pooled one."""
+    """Sides of the five anchors, pixels; with `fpn` one for each level of the pyramid."""
     fpn_channels: int = 256
-    """Channels of the pyramid; C4 has none."""
+    """Channels of the pyramid; not used with `c4`."""
     box_features: int = 1024
-    """Hidden size of the pyramid's box head; that of C4 is the network's last stage."""
+    """Hidden size of the box head; not used with `c4`."""
     rois_per_image: int = 512
-    """Proposals sampled per training image."""
+    """Proposals sampled from each training image for the loss of the heads."""
     proposals: int = 1000
-    """Proposals kept per image after RPN's NMS, in training twice as many."""
+    """Proposals of an image kept after the non-maximum suppression of the region proposal network.
+    In training twice as many are kept."""
     max_detections: int = 100
-    """Detections kept per image; VOC's metric counts all that are kept."""
+    """Detections kept for an image; the metric of VOC counts all of them."""
     precise_bn_steps: int = 200
-    """Training batches over which BN statistics are averaged before the evaluation; 0: running averages."""
+    """Training batches over which BN statistics are averaged before the evaluation.
+    0 evaluates with the running statistics."""
     metric: Literal["coco", "voc", "voc07"] = "coco"
-    """COCO's average precision (headline: over IoU 0.50 to 0.95), or VOC's at IoU 0.50: area (2010 and later) or eleven
-    points (2007)."""
+    """`coco`: average precision of COCO; the headline value is over IoU 0.50 to 0.95.
+    `voc`: that of VOC at IoU 0.50, by area (2010 and later); `voc07`: by eleven points (2007)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            len(self.anchor_sizes) == 5,
+            len(self.anchor_sizes) == 5,  # the pyramid has five levels
             f"detection.anchor_sizes is {self.anchor_sizes}: five sizes are needed",
         )
         require(
             bool(self.train_sizes) and min(self.train_sizes) > 0,
             f"detection.train_sizes is {self.train_sizes}: name at least one, all positive",
         )
-        sizes = (
+        require_positive(
+            self,
+            "detection",
+            "reference_batch_size",
+            "steps",
+            "lr",
             "test_size",
             "max_size",
             "fpn_channels",
@@ -77,7 +88,6 @@ class DetectionConfig(TrainedConfig):
             "proposals",
             "max_detections",
         )
-        require_positive(self, "detection", "reference_batch_size", "steps", "lr", *sizes)
         require_not_negative(self, "detection", "warmup_steps", "weight_decay", "precise_bn_steps")
         require(0 <= self.flip <= 1, f"detection.flip is {self.flip}: it must be in [0, 1]")
         require(
@@ -88,12 +98,12 @@ class DetectionConfig(TrainedConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FasterRcnnConfig(DetectionConfig):
-    """Faster R-CNN (Ren et al. 2015): boxes."""
+    """Faster R-CNN (Ren et al. 2015, arXiv:1506.01497): boxes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskRcnnConfig(DetectionConfig):
-    """Mask R-CNN (He et al. 2017): boxes and masks."""
+    """Mask R-CNN (He et al. 2017, arXiv:1703.06870): boxes and masks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

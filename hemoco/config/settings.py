@@ -1,4 +1,8 @@
-"""Settings as flat dotted names, as on the command line; their digest and difference."""
+"""Settings as flat dotted names, as on the command line, with their digest and difference.
+
+A setting is free if it decides where and how fast something is computed, but not the result. Free
+settings may change when a run is resumed; they are in neither digest nor difference.
+"""
 
 import dataclasses
 import hashlib
@@ -18,19 +22,22 @@ _FREE_SETTINGS = (
     *(f"pretrain.stream.{name}" for name in _FREE_OF_STREAM),
     "max_parallel_transfers",
     "curve",
-    "sweep",  # a run is one point of it
+    "sweep",  # a run is one point of its space
 )
 _FREE_OF_TRANSFERS = (
-    *("workers", "cpus", "gpus", "log_every_steps", "checkpoint_every_steps"),
+    "workers",
+    "cpus",
+    "gpus",
+    "log_every_steps",
+    "checkpoint_every_steps",
     *(f"stream.{name}" for name in _FREE_OF_STREAM),
 )
-_OF_TRANSFER = re.compile(
-    r"(transfer|transfers\.[^.]+)\."
-)  # in a checkpoint, and in a recipe by its name
+_OF_TRANSFER = re.compile(r"(transfer|transfers\.[^.]+)\.")
+"""Prefix of a transfer's settings: `transfer.` in a checkpoint, `transfers.NAME.` in a recipe."""
 
 
 def flat_params(config: Any) -> dict[str, str]:
-    """A config as dotted names and their values, exactly the names one types on the command line."""
+    """The settings of a config by their dotted names, as on the command line; values as text."""
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -47,23 +54,23 @@ def flat_params(config: Any) -> dict[str, str]:
 
 
 def config_digest(config: Any) -> str:
-    """Eight hexadecimal digits that differ when any setting differs that changes a result."""
+    """Eight hexadecimal digits, equal for two configs if all settings but the free ones are."""
     settings = {name: value for name, value in flat_params(config).items() if not is_free(name)}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def config_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """Lines `name: old -> new` for every setting that differs between two flat configs and changes a result."""
-    names = sorted(name for name in old.keys() | new.keys() if not is_free(name))
-    return [
-        f"{n}: {old.get(n, '(unset)')} -> {new.get(n, '(unset)')}"
-        for n in names
-        if old.get(n) != new.get(n)
-    ]
+    """Lines `name: old -> new` for all settings that differ, without the free ones."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        if not is_free(name) and old.get(name) != new.get(name):
+            lines.append(f"{name}: {old.get(name, '(unset)')} -> {new.get(name, '(unset)')}")
+    return lines
 
 
 def is_free(name: str) -> bool:
-    """Whether a setting says where and how fast something is computed, not what: a run may go on with another."""
+    """Whether a setting may change when a run is resumed, because it does not affect the result."""
     name = name.removeprefix("recipe.")
     transfer = _OF_TRANSFER.match(name)
     if transfer:

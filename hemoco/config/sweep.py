@@ -1,4 +1,4 @@
-"""A search over settings of the pretraining: its config classes, re-exported by `hemoco.config`."""
+"""Config classes of a search over pretraining settings; `hemoco.config` re-exports them."""
 
 import dataclasses
 import difflib
@@ -7,32 +7,38 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from hemoco.config.checks import require, require_positive
+from hemoco.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 KNN = "knn_top1"
-"""What is watched unless a sweep names a transfer: the kNN accuracy that a pretraining measures on its way."""
+"""Metric that decides about early stops by default: the kNN accuracy measured while pretraining."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of some values, each as likely."""
+    """One of several values, each with the same probability."""
 
     values: tuple[Any, ...]
+    """The values, all different."""
 
     def __post_init__(self) -> None:
+        # compared by repr: values may be of types that cannot be hashed
         require(
             isinstance(self.values, tuple)
             and len(set(map(repr, self.values))) == len(self.values) > 0,
-            f"Choice has {self.values!r}: give a tuple of different values, for example Choice((0.1, 0.2))",
+            f"Choice has {self.values!r}: give a tuple of different values, for example "
+            "Choice((0.1, 0.2))",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """A number between two, each as likely; rounded to four digits."""
+    """A number from a uniform distribution, rounded to four digits."""
 
     low: float
+    """Lower bound."""
     high: float
+    """Upper bound."""
 
     def __post_init__(self) -> None:
         require(
@@ -43,10 +49,12 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class LogUniform:
-    """A number between two whose logarithm is uniform, as suits learning rates; rounded to four digits."""
+    """A number whose logarithm is uniform, as for learning rates; rounded to four digits."""
 
     low: float
+    """Lower bound, > 0."""
     high: float
+    """Upper bound."""
 
     def __post_init__(self) -> None:
         require(
@@ -60,29 +68,35 @@ Range = Choice | Uniform | LogUniform
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A search: trials that differ in settings of the pretraining, the bad ones stopped early by ASHA.
+    """A search: trials with different pretraining settings; bad ones are stopped early by ASHA.
 
-    ASHA: Li et al. 2020, arXiv:1810.05934. At `grace_epochs`, and at this times `reduction`, its square, ..., a trial
-    goes on if its watched value is among the best 1/`reduction` of those that came there before it.
+    ASHA is from Li et al. 2020 (arXiv:1810.05934). After `grace_epochs` epochs, and again after
+    this times `reduction`, times its square, ..., a trial continues if its watched value is among
+    the best 1/`reduction` of all trials that have reached this epoch.
     """
 
     space: dict[str, Range]
-    """Settings of the pretraining by the names one types (`pretrain.optimizer.lr`), each with what it may be."""
+    """Pretraining settings to vary, by their dotted names (`pretrain.optimizer.lr`).
+    Each has a `Choice`, `Uniform` or `LogUniform`."""
     objective: str
-    """The transfer whose headline metric is to be high: mean over its seeds, from the pretrained backbone."""
+    """Name of the transfer whose headline metric is maximised.
+    The value is the mean over its seeds, from the pretrained backbone."""
     trials: int = 8
-    """Pretrainings; the same sweep goes on when there are more of them."""
+    """Number of trials; a sweep that is run again with more continues with the new ones."""
     seed: int = 0
-    """Of what is drawn from the space."""
+    """Seed of the draws from the space."""
     max_concurrent: int = 2
-    """Trials at the same time, at most; each takes the resources of the recipe's pretraining."""
+    """Trials that run at the same time, at most.
+    Each needs the resources of the recipe's pretraining."""
     watch: str = KNN
-    """What decides about an early stop: `knn_top1`, measured every `pretrain.knn_every_epochs`, or a transfer of the
-    recipe's `curve`, which needs cores or GPUs that no trial wants; empty: no trial is stopped."""
+    """Metric that decides about early stops; empty: no trial is stopped.
+    `knn_top1` is measured every `pretrain.knn_every_epochs` epochs.
+    A transfer of the recipe's `curve` needs cores or GPUs that the trials leave free."""
     grace_epochs: int = 1
     """Epochs before which no trial is stopped."""
     reduction: int = 4
-    """The higher, the fewer go on."""
+    """Inverse of the share of trials that continue after each check, at least 2.
+    A higher value stops more of them."""
 
     def __post_init__(self) -> None:
         require(
@@ -95,98 +109,120 @@ class SweepConfig:
         for name, values in self.space.items():
             require(
                 isinstance(values, Range),
-                f"sweep.space has {values!r} for {name}: it must be a Choice, Uniform or LogUniform",
+                f"sweep.space has {values!r} for {name}: it must be a Choice, Uniform or "
+                "LogUniform",
             )
         choices = [
             len(values.values) for values in self.space.values() if isinstance(values, Choice)
         ]
+        finite = len(choices) == len(self.space)
+        points = math.prod(choices)
         require(
-            len(choices) < len(self.space) or self.trials <= math.prod(choices),
-            f"sweep.trials is {self.trials}: the space has {math.prod(choices)} points, and each is tried once",
+            not finite or self.trials <= points,
+            f"sweep.trials is {self.trials}: the space has {points} points, and each is tried once",
         )
 
 
 def with_settings(config: ConfigT, settings: Mapping[str, object]) -> ConfigT:
-    """The config with other values, by dotted names; all are changed at once, as they are checked together.
+    """A copy of a config with other values, given by dotted names.
+
+    All values are changed at once: changed one by one, they could contradict each other on the way.
 
     Raises:
-        ConfigError: the values do not make a config.
+        ConfigError: the values are not allowed, or contradict each other.
     """
-    parts: dict[str, dict[str, object]] = {}
+    changes: dict[str, Any] = {}
+    nested: dict[str, dict[str, object]] = {}
     for name, value in settings.items():
-        head, _, rest = name.partition(".")
-        parts.setdefault(head, {})[rest] = value
-    changed = {
-        name: below[""] if "" in below else with_settings(getattr(config, name), below)
-        for name, below in parts.items()
-    }
-    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+        field, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(field, {})[rest] = value
+        else:
+            changes[field] = value
+    for field, inner in nested.items():
+        changes[field] = with_settings(getattr(config, field), inner)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def check_space(space: Mapping[str, Range], config: object, allowed: set[str]) -> None:
-    """Refuses names that are no settings and values of another kind; whether values fit together, a trial finds out.
+    """Checks the names and the types of the values in a sweep's space.
+
+    Whether values fit together is checked when a trial's config is built.
 
     Args:
         space: of a sweep.
-        config: what the names are settings of.
-        allowed: the names that may vary.
+        config: the config whose settings vary.
+        allowed: dotted names of the settings that may vary.
 
     Raises:
-        ConfigError: naming the setting, and the one that was probably meant.
+        ConfigError: a name is not allowed, or a value has another type than its setting; names the
+            setting that was probably meant.
     """
-    kinds = dict(_kinds("", config))
+    types = dict(_setting_types("", config))
     for name, values in space.items():
         if name not in allowed:
-            require(False, f"sweep.space names {name!r}{_objection(name, allowed, kinds)}")
-        kind = kinds[name]
+            raise ConfigError(f"sweep.space names {name!r}{_why_refused(name, allowed, types)}")
+        expected = types[name]
         if isinstance(values, Choice):
-            wrong = [value for value in values.values if not _is_of(kind, value)]
-            require(not wrong, f"sweep.space has {wrong} for {name}: {_shown(kind)} is allowed")
+            wrong = [value for value in values.values if not _has_type(value, expected)]
+            require(
+                not wrong,
+                f"sweep.space has {wrong} for {name}: {_type_text(expected)} is allowed",
+            )
         else:
             require(
-                kind is float,
-                f"sweep.space has {values} for {name}, which is {_shown(kind)}: give a Choice",
+                expected is float,
+                f"sweep.space has {values} for {name}, which is {_type_text(expected)}: "
+                "give a Choice",
             )
 
 
-def _objection(name: str, allowed: set[str], known: Mapping[str, Any]) -> str:
-    """Why a setting cannot vary, and what may have been meant."""
+def _why_refused(name: str, allowed: set[str], known: Mapping[str, Any]) -> str:
+    """The rest of a message about a setting that cannot vary, with what was probably meant."""
     if name in known:
-        return ": a sweep varies what changes the result of the pretraining, not how that is computed or measured"
+        return (
+            ": a sweep varies what changes the result of the pretraining, not how that is computed "
+            "or measured"
+        )
     group = sorted(other for other in allowed if other.startswith(f"{name}."))
     if group:
         return f", which is a group: name one of {', '.join(group)}"
-    ending = sorted(other for other in allowed if other.endswith(f".{name}"))
-    close = ending or difflib.get_close_matches(name, sorted(allowed), n=1)
-    return (
-        f": did you mean {' or '.join(close)}?"
-        if close
-        else f": the pretraining has {', '.join(sorted(allowed))}"
-    )
+    # a name without its prefix, else a misspelt one
+    close = sorted(other for other in allowed if other.endswith(f".{name}"))
+    if not close:
+        close = difflib.get_close_matches(name, sorted(allowed), n=1)
+    if not close:
+        return f": the pretraining has {', '.join(sorted(allowed))}"
+    return f": did you mean {' or '.join(close)}?"
 
 
-def _kinds(prefix: str, config: Any) -> Iterator[tuple[str, Any]]:
-    """Every setting below a config, with its annotation."""
-    for name, kind in get_type_hints(type(config)).items():
+def _setting_types(prefix: str, config: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted names of all settings below a config, each with its type annotation."""
+    for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
-            yield from _kinds(f"{prefix}{name}.", value)
+            yield from _setting_types(f"{prefix}{name}.", value)
         else:
-            yield prefix + name, kind
+            yield prefix + name, hint
 
 
-def _is_of(kind: Any, value: object) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        return (
-            isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of, kinds, value))
-        )
-    return type(value) in ((int, float) if kind is float else (kind,))
+def _has_type(value: object, expected: Any) -> bool:
+    """Whether a value has an annotated type: Literal, tuple of fixed length, or plain type."""
+    if get_origin(expected) is Literal:
+        return value in get_args(expected)
+    if get_origin(expected) is tuple:
+        parts = get_args(expected)
+        if not isinstance(value, tuple) or len(value) != len(parts):
+            return False
+        return all(_has_type(part, kind) for part, kind in zip(value, parts, strict=True))
+    if expected is float:
+        return type(value) in (int, float)
+    return type(value) is expected  # not isinstance: a bool is no int here
 
 
-def _shown(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(repr, get_args(kind)))}"
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+def _type_text(expected: Any) -> str:
+    if get_origin(expected) is Literal:
+        return f"one of {', '.join(map(repr, get_args(expected)))}"
+    if isinstance(expected, type) and not get_args(expected):
+        return expected.__name__
+    return str(expected)

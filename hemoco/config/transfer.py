@@ -1,4 +1,4 @@
-"""What a transfer is: its config classes, re-exported by `hemoco.config`."""
+"""Config classes of the transfers but for detection; `hemoco.config` re-exports them."""
 
 import dataclasses
 import re
@@ -13,72 +13,79 @@ _OWN_INITS = ("pretrained", "random", "supervised")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferConfig:
-    """What all transfers share. A transfer covers every init and seed it names."""
+    """Settings of every transfer; it runs once for each pair of an init and a seed."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Its data; an empty `shards` means the recipe's."""
+    """Data of this transfer; without `shards`, those of the recipe."""
     inits: tuple[str, ...] = ("pretrained", "random")
-    """Backbones compared: `pretrained`, `random` (Kaiming), `supervised` (timm's weights of the architecture), or
-    `NAME=URL` of any other backbone, for example one that `python -m jobs import` wrote."""
+    """Backbones to compare: `pretrained`, `random` (Kaiming), `supervised` (timm's weights).
+    `NAME=URL` is any other backbone, for example one that `python -m jobs import` wrote."""
     seeds: tuple[int, ...] = (0,)
-    """One repetition each; the inits of a seed are compared in pairs."""
+    """Seeds, one repetition for each; differences between inits are paired by seed."""
     cpus: int = 1
-    """CPU cores reserved, per process."""
+    """CPU cores reserved for each process."""
     gpus: int = 0
-    """GPUs reserved, per process."""
+    """GPUs reserved for each process, 0 or 1."""
 
     def __post_init__(self) -> None:
         require(
             bool(self.inits), "transfers.inits is empty: name at least one of pretrained, random"
         )
         for init in self.inits:
-            found = _INIT.fullmatch(init)
+            match = _INIT.fullmatch(init)
+            # our own inits have no URL, all others must have one
             require(
-                found is not None and (found["source"] is None) == (found["label"] in _OWN_INITS),
-                f"transfers.inits has {init!r}: allowed are {', '.join(_OWN_INITS)} and NAME=URL of a backbone "
-                "(letters, digits, dot, dash and underscore in NAME)",
+                match is not None and (match["source"] is None) == (match["label"] in _OWN_INITS),
+                f"transfers.inits has {init!r}: allowed are {', '.join(_OWN_INITS)} and NAME=URL "
+                "of a backbone (letters, digits, dot, dash and underscore in NAME)",
             )
         labels = [init_label(init) for init in self.inits]
         require(
-            len(set(labels)) == len(labels), f"transfers.inits is {self.inits}: a name comes twice"
+            len(set(labels)) == len(labels),
+            f"transfers.inits is {self.inits}: a name is given twice",
         )
         require(bool(self.seeds), "transfers.seeds is empty: name at least one")
         require(
             len(set(self.seeds)) == len(self.seeds),
-            f"transfers.seeds is {self.seeds}: a seed comes twice",
+            f"transfers.seeds is {self.seeds}: a seed is given twice",
         )
         require(
             min(self.seeds) >= 0, f"transfers.seeds is {self.seeds}: a seed must not be negative"
         )
         require(
             bool(self.data.shards) or self.data == DataConfig(),
-            f"transfers.data is {self.data} without shards: a transfer's own data need --transfers.NAME.data.shards, "
-            "splits of the recipe's data are set by --data",
+            f"transfers.data is {self.data} without shards: a transfer's own data need "
+            "--transfers.NAME.data.shards, splits of the recipe's data are set by --data",
         )
         require_positive(self, "transfers", "cpus")
         require(self.gpus in (0, 1), f"transfers.gpus is {self.gpus}: 0 or 1")
 
 
 def init_label(init: str) -> str:
-    """The name of an init in tables: all of it, or what stands before `=`."""
+    """The name of an init in tables: the part before `=`, or all of it if there is none."""
     return init.partition("=")[0]
 
 
 def init_url(init: str) -> str:
-    """The URL of an init `NAME=URL`; empty for the others."""
+    """The URL of an init `NAME=URL`; empty for other inits."""
     return init.partition("=")[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KnnConfig(TransferConfig):
-    """Weighted nearest-neighbour vote on frozen features (Wu et al. 2018, section 3.4)."""
+    """Weighted vote of the nearest neighbours, on frozen features.
+
+    Wu et al. 2018 (arXiv:1805.01978), section 3.4, with the k and T of MoCo's CIFAR-10 notebook.
+    Published figures use several k and T: compare only equal ones (docs/official-recipes.md).
+    """
 
     neighbours: int = 200
-    """k."""
+    """k, number of neighbours that vote."""
     temperature: float = 0.1
-    """T of the vote's weight exp(similarity / T)."""
+    """T; a neighbour's vote has the weight exp(cosine similarity / T)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the similarities; bfloat16 is faster and moves the accuracy by up to 0.1 point."""
+    """Precision of the similarities.
+    bfloat16 is faster and changes the accuracy by up to 0.1 percentage points."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,22 +94,24 @@ class KnnConfig(TransferConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearProbeConfig(TransferConfig):
-    """Linear classifiers on frozen, cached centre-crop features, a grid of settings trained at once.
+    """Linear classifiers on frozen, cached features of centre crops; a grid of them at once.
 
-    Fast, and not the papers' protocol, which augments: that is `LinearClassifierConfig`.
+    Fast, but not the protocol of the papers, which augments images: that is
+    `LinearClassifierConfig`.
     """
 
     epochs: int = 100
     """Passes over the cached features."""
     batch_size: int = 256
-    """Features per step."""
+    """Features in an optimiser step."""
     lrs: tuple[float, ...] = (0.3, 3.0, 30.0)
-    """Learning rates tried, each with every weight decay; the best pair on a held-out fifth of the training split is
-    refitted on all of it."""
+    """Learning rates to try, each with every weight decay.
+    The best pair on a held-out fifth of the training split is trained again on the whole split."""
     weight_decays: tuple[float, ...] = (0.0,)
-    """Weight decays tried."""
+    """Weight decays to try."""
     lbfgs_check: bool = False
-    """Fit a logistic regression by L-BFGS too, whose optimum no learning rate moves, and record its accuracy beside."""
+    """Fit a logistic regression by L-BFGS too and record its accuracy.
+    Its optimum depends on no learning rate: a large difference shows that the grid is narrow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,16 +128,16 @@ class LinearProbeConfig(TransferConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowShotConfig(TransferConfig):
-    """Linear classifier on frozen features of few labelled images, mean over several draws."""
+    """Logistic regression on frozen features of few labelled images; mean over several draws."""
 
     shots: int = 5
-    """Labelled images per class; not used where `fraction` is set."""
+    """Labelled images of each class; ignored if `fraction` is set."""
     fraction: float = 0.0
-    """Share of the labelled images of each class, for example 0.01; 0: `shots` counts."""
+    """Share of the labelled images of each class, in [0, 1), for example 0.01; 0: use `shots`."""
     draws: int = 10
-    """Random draws per seed."""
+    """Random draws of the images for each seed."""
     weight_decay: float = 1e-3
-    """L2 penalty of the logistic regression on standardised features."""
+    """L2 penalty of the logistic regression, on standardised features."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,18 +149,18 @@ class LowShotConfig(TransferConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedConfig(TransferConfig):
-    """Transfers trained by SGD over many steps, in one process or several, that go on from a checkpoint."""
+    """Transfers trained by SGD, in one process or several; they resume from checkpoints."""
 
     workers: int = 1
-    """Training processes; the global batch is split over them."""
+    """Training processes (ranks); the global batch is split over them."""
     global_batch_size: int = 256
-    """Images per optimiser step over all workers."""
+    """Images in an optimiser step, over all workers."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network; losses and optimiser are always float32."""
+    """Precision of the network; losses and optimiser are always float32."""
     log_every_steps: int = 20
-    """Steps between two records in MLflow."""
+    """Optimiser steps between two records in MLflow."""
     checkpoint_every_steps: int = 1000
-    """Steps between two checkpoints."""
+    """Optimiser steps between two checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,35 +174,36 @@ class TrainedConfig(TransferConfig):
         )
         require(
             self.global_batch_size % self.workers == 0,
-            f"transfers.global_batch_size is {self.global_batch_size}: it must be a multiple of transfers.workers "
-            f"({self.workers})",
+            f"transfers.global_batch_size is {self.global_batch_size}: it must be a multiple of "
+            f"transfers.workers ({self.workers})",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(TrainedConfig):
-    """A classifier trained on augmented images (random resized crop, flip)."""
+    """A classifier trained on augmented images (random resized crop and flip)."""
 
     epochs: int = 100
     """Passes over the training split."""
     lr: float = 30.0
-    """Of the classifier, at this global batch size."""
+    """Learning rate of the classifier at this global batch size; it is not scaled."""
     schedule: Literal["step", "cosine"] = "step"
-    """x0.1 at 60% and again at 80% of the epochs, or half a cosine; both change once per epoch."""
+    """`step`: x0.1 at 60% and again at 80% of the epochs; `cosine`: half a cosine to 0.
+    Both change once per epoch."""
     warmup_epochs: int = 0
-    """Epochs in which the learning rate grows linearly."""
+    """Epochs in which the learning rate grows linearly from 0."""
     weight_decay: float = 0.0
-    """Of all that is trained."""
+    """L2 penalty on all trained parameters."""
     size: int = 224
-    """Side of an image in pixels."""
+    """Side of an image given to the network, pixels."""
     resize: int = 256
-    """Shorter side to which a test image is scaled before its centre is cut out."""
+    """Shorter side of a test image before its centre is cut out, pixels; at least `size`."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a training crop as a share of the image."""
+    """Smallest and largest area of a training crop, as a share of the image."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
-    """Of the training split."""
+    """Reading of the training split."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,32 +221,39 @@ class ClassifierConfig(TrainedConfig):
         )
         require(
             self.global_batch_size % self.stream.lanes == 0,
-            f"transfers.stream.lanes is {self.stream.lanes}: it must divide transfers.global_batch_size "
-            f"({self.global_batch_size})",
+            f"transfers.stream.lanes is {self.stream.lanes}: it must divide "
+            f"transfers.global_batch_size ({self.global_batch_size})",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearClassifierConfig(ClassifierConfig):
-    """The papers' linear protocol: the classifier is trained on augmented images, the backbone stays bit for bit.
+    """The papers' linear protocol: a classifier on a frozen backbone, trained on augmented images.
 
-    The defaults are those of MoCo v1 and v2 (He et al. 2020, section 4.1); those of v3 are lr 0.4 and cosine at batch
-    1024, 90 epochs.
+    The backbone does not change by a single bit, BN statistics included. The defaults are those of
+    MoCo v1 and v2 (He et al. 2020, arXiv:1911.05722, section 4.1). v3 has 90 epochs with `cosine`
+    and lr 0.4 at a batch of 1024.
     """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(ClassifierConfig):
-    """The whole network is trained."""
+    """Fine-tuning: the whole network is trained, with BN synchronised over the workers."""
 
     epochs: int = 30
+    """Passes over the training split."""
     lr: float = 0.1
+    """Learning rate of the classifier at this global batch size; it is not scaled."""
     schedule: Literal["step", "cosine"] = "cosine"
+    """`step`: x0.1 at 60% and again at 80% of the epochs; `cosine`: half a cosine to 0.
+    Both change once per epoch."""
     weight_decay: float = 1e-4
+    """L2 penalty on all trained parameters."""
     backbone_lr: float = 0.01
-    """Of the backbone's last stage, at this global batch size."""
+    """Learning rate of the backbone's last stage at this global batch size."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from each stage of the backbone to the one before it; 1: all learn alike."""
+    """Factor of the learning rate from each stage of the backbone to the one before it, in (0, 1].
+    1 trains all stages alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
