@@ -1,1 +1,1 @@
-"""The only package that talks to MLflow."""
+"""The only package that talks to MLflow: runs, metrics, models, tags, and the machine's load."""

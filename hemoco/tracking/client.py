@@ -1,4 +1,7 @@
-"""The connection to MLflow: its URI, its client, and how its errors are told apart."""
+"""The connection to MLflow: its URI, its client, retries, and what its errors mean.
+
+mlflow is imported inside functions, since that takes seconds (see also `client_type`).
+"""
 
 import contextlib
 import dataclasses
@@ -15,25 +18,22 @@ from hemoco.storage.retry import RetryPolicy, retrying
 
 Answer = TypeVar("Answer")
 
-
 EXPERIMENT = "hemoco"
+"""Name of the experiment of all runs."""
 
+# without this tag MLflow's page of the experiment opens on evaluations of agents
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 
-_KIND = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # else MLflow's pages open on evaluations of agents
-
-
-_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 with back-off block for minutes
+_ENVIRONMENT = {
+    # MLflow itself retries 7 times with back-off, which blocks for minutes; `ask` retries instead
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
-
-# asking again would give the same answer
+# MLflow would give the same answer again
 _FINAL_ERRORS = (
     "RESOURCE_DOES_NOT_EXIST",
     "RESOURCE_ALREADY_EXISTS",
@@ -43,9 +43,14 @@ _FINAL_ERRORS = (
     "UNAUTHENTICATED",
 )
 
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+
 
 def tracking_uri() -> str:
-    """`$MLFLOW_TRACKING_URI`, default SQLite below `home()`; absolute, because workers run in other folders."""
+    """`$MLFLOW_TRACKING_URI`; by default, SQLite below `home()`.
+
+    The path of a SQLite file is made absolute, because Ray's workers run in other folders.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
     return f"sqlite:///{database(uri).resolve()}" if uri.startswith("sqlite:///") else uri
 
@@ -54,56 +59,60 @@ def connect(uri: str) -> str:
     """Checks that MLflow answers, and finds or creates the experiment `hemoco`.
 
     Returns:
-        The experiment's id.
+        The id of the experiment.
 
     Raises:
-        TrackingError: the URI is of a wrong kind, nothing answers there, or the experiment was deleted.
+        TrackingError: the URI is not of a supported kind, MLflow does not answer, or the experiment
+            was deleted.
     """
     check_uri(uri)
     local = uri.startswith("sqlite:")
-    patience_s = (
-        30.0 if local else 0.0
-    )  # a file may be locked for a moment; a server that is not there stays away
-    found = ask(
+    # a file may be locked for a moment; a server that does not answer now is probably not running
+    patience_s = 30.0 if local else 0.0
+    experiment = ask(
         uri, lambda client: client.get_experiment_by_name(EXPERIMENT), patience_s=patience_s
     )
-    if found is None:
+    if experiment is None:
         folder = (database(uri).parent / "mlartifacts").as_uri() if local else None
         try:
-            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, folder, _KIND)))
+            tags = {_KIND_TAG: _KIND}
+            return str(ask(uri, lambda client: client.create_experiment(EXPERIMENT, folder, tags)))
         except TrackingError:
-            # another process may have created it in between
-            found = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT))
-            if found is None:
+            # another process may have created it in the meantime
+            experiment = ask(uri, lambda client: client.get_experiment_by_name(EXPERIMENT))
+            if experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    experiment_id = str(experiment.experiment_id)
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"experiment {EXPERIMENT!r} was deleted in MLflow at {shown(uri)}: restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+            f"`mlflow experiments restore --experiment-id {experiment_id}`"
         )
-    if "mlflow.experimentKind" not in found.tags:  # made by an older version
-        with contextlib.suppress(TrackingError):  # who may only read sees it as it was
-            tags = _KIND.items()
+    if _KIND_TAG not in experiment.tags:  # created by an older version
+        # suppressed: a user who may only read gets MLflow's other page
+        with contextlib.suppress(TrackingError):
             ask(
                 uri,
-                lambda client: [
-                    client.set_experiment_tag(found.experiment_id, *tag) for tag in tags
-                ],
+                lambda client: client.set_experiment_tag(experiment_id, _KIND_TAG, _KIND),
                 patience_s=0,
             )
-    return str(found.experiment_id)
+    return experiment_id
 
 
 def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0) -> Answer:
-    """Asks MLflow, again and again for a while where that can help: server restarting, database locked.
+    """Calls a function with an MLflow client, again after transient faults; returns its result.
+
+    Transient are a restarting server or a locked database, for example. The function may be called
+    several times, so it must be idempotent.
 
     Args:
         uri: of MLflow.
         question: gets an MlflowClient.
-        patience_s: after that time no new attempt begins.
+        patience_s: seconds after which no new attempt begins.
 
     Raises:
-        TrackingError: no answer in time, or a refusal (RefusedError).
+        RefusedError: MLflow answered, and would give the same answer again.
+        TrackingError: MLflow did not answer in time.
     """
     client = client_type()
     from mlflow.exceptions import MlflowException
@@ -112,7 +121,7 @@ def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0
     try:
         return retrying(policy)(lambda: question(client(tracking_uri=uri)))
     except MlflowException as error:
-        raise _refusal(uri, error) from error
+        raise _tracking_error(uri, error) from error
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -125,15 +134,20 @@ _RETRIES = RetryPolicy(is_transient=_is_transient, first_wait_s=0.4, longest_wai
 
 
 def client_type() -> Any:
-    """MlflowClient, imported with our defaults in the environment; the user's own values win."""
-    for name, value in _DEFAULTS.items():
+    """The class MlflowClient.
+
+    mlflow reads its environment variables when it is imported and when it is used, so the defaults
+    of `_ENVIRONMENT` are set before; values that the user has set are not changed.
+    """
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     return MlflowClient
 
 
-def _refusal(uri: str, error: Exception) -> TrackingError:
+def _tracking_error(uri: str, error: Exception) -> TrackingError:
+    """MLflow's exception as an error of ours, with what to do about it."""
     reason = first_line(error)
     if "Max retries exceeded" in str(error) or "timed out" in str(error):
         reason = "it does not answer"
@@ -149,19 +163,17 @@ def _refusal(uri: str, error: Exception) -> TrackingError:
     return kind(f"MLflow at {shown(uri)}: {reason}; {advice}")
 
 
-_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
-
-
 def check_uri(uri: str) -> None:
-    """Refuses what MLflow would take for something else, or try for minutes to open.
+    """Refuses a URI that MLflow would misread, or would try for minutes to open.
 
     Raises:
-        TrackingError: the scheme is none of MLflow's servers and databases, or the SQLite file cannot be opened.
+        TrackingError: the scheme is none of MLflow's servers and databases, or the SQLite file
+            cannot be opened.
     """
     if urlsplit(uri).scheme.partition("+")[0] not in _SCHEMES:
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI is {shown(uri)}: use http(s)://HOST:PORT of an MLflow server, sqlite:////ABSOLUTE/"
-            "PATH.db, or unset it for SQLite in $HEMOCO_HOME"
+            f"MLFLOW_TRACKING_URI is {shown(uri)}: use http(s)://HOST:PORT of an MLflow server, "
+            "sqlite:////ABSOLUTE/PATH.db, or unset it for SQLite in $HEMOCO_HOME"
         )
     if uri.startswith("sqlite:"):
         path = database(uri)
@@ -169,6 +181,7 @@ def check_uri(uri: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             sqlite3.connect(path).execute("pragma schema_version").connection.close()
         except (OSError, sqlite3.DatabaseError) as error:
+            # a locked file is in use, hence a database
             if "locked" not in str(error):
                 raise TrackingError(
                     f"{shown(uri)}: {error}; correct MLFLOW_TRACKING_URI or HEMOCO_HOME"
@@ -181,7 +194,7 @@ def database(uri: str) -> Path:
 
 
 def shown(uri: str) -> str:
-    """The URI without user and password, wherever they stand in it."""
+    """The URI as it may be shown: without user and password, and without its query."""
     host = urlsplit(uri).netloc
     uri = uri.partition("?")[0]
     return uri.replace(host, host.rpartition("@")[2], 1) if host else uri

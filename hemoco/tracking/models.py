@@ -1,7 +1,8 @@
-"""The door to MLflow's models: a backbone is a logged model with its file, registered under a name, and read again.
+"""Backbones as MLflow models: recording, registering, linking, and reading them.
 
-A logged model also shows the results of all transfers from it, each with the data it was measured on. It is found by
-the SHA-256 of the backbone's file: the same file is the same model, whoever names it and however often it is recorded.
+A backbone is a logged model that holds its file. A logged model is identified by the SHA-256 of
+that file: the same file is the same model, however often and under whatever name it is recorded.
+In MLflow it shows the results of all transfers from it, with the data they were measured on.
 """
 
 import contextlib
@@ -25,57 +26,62 @@ from hemoco.tracking.tags import Tag
 
 MODEL_TYPE = "moco-backbone"
 SNAPSHOT_TYPE = "moco-backbone-snapshot"
-"""Of a backbone that was exported in mid-pretraining: only its URL is recorded, the file stays where it is."""
+"""Type of a backbone exported while pretraining runs: only its URL is recorded, not the file."""
 BACKBONE_FILE, ABOUT_FILE = "backbone.safetensors", "backbone.json"
 SCHEME = "models:/"
 _SHA256, _URL = "hemoco.sha256", Tag.BACKBONE_URL
 VERSIONS = "mlflow.modelVersions"
-"""Tag by which MLflow's page of a logged model shows the versions it is registered as."""
-_UPLOAD_S = 300  # a server answers when it has passed the whole file on
+"""Tag from which MLflow's page of a logged model takes the versions it is registered as."""
+_UPLOAD_S = 300
+"""Time limit of a request with a file: the server answers once it has stored all of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneRecord:
-    """What MLflow is to know of a backbone beside its file."""
+    """Facts of a backbone that MLflow records with its file."""
 
     name: str
-    """Shown in the list of models."""
+    """Name in the list of models."""
     run_id: str
-    """Of its pretraining, whose output it becomes; empty where this MLflow does not have that run."""
+    """Id of its pretraining run, whose output it becomes; empty if this MLflow has no such run."""
     step: int
-    """Epochs of its pretraining; 0 where nobody knows."""
+    """Epochs of its pretraining; 0 if unknown."""
     params: dict[str, str]
+    """Settings of its pretraining."""
     tags: dict[str, str]
+    """Tags of the logged model."""
     about: dict[str, str]
-    """The metadata of its file."""
+    """Metadata of its file."""
 
 
 class Measured(NamedTuple):
     """The headline result of a transfer from one backbone."""
 
     key: str
-    """TRANSFER/METRIC."""
+    """Name of the metric, TRANSFER/METRIC."""
     value: float
     step: int
+    """Epochs of the backbone's pretraining."""
     model_id: str
+    """Id of the backbone's logged model."""
 
 
 class Data(NamedTuple):
-    """A data set, as it was named when it was recorded as a run's input."""
+    """A data set, named as when it was recorded as an input of a run."""
 
     name: str
     digest: str
 
 
 def record_backbone(uri: str, experiment_id: str, url: str, record: BackboneRecord) -> str:
-    """Makes the backbone at a URL a logged model with its file, unless there is one with this very file.
+    """Records the backbone at a URL as a logged model with its file, unless it already is one.
 
     Returns:
-        The model's id.
+        The id of the logged model.
 
     Raises:
         StorageError: the file cannot be read.
-        TrackingError: MLflow cannot be used; the same call again goes on.
+        TrackingError: MLflow cannot be used; the same call can be repeated and then completes it.
     """
     data = read_bytes(url)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -86,7 +92,7 @@ def record_backbone(uri: str, experiment_id: str, url: str, record: BackboneReco
             client, experiment_id, MODEL_TYPE, {_SHA256: sha256}, record, tags
         ),
     )
-    if str(model.status) != "READY":  # new, or left by an attempt that was killed while it uploaded
+    if str(model.status) != "READY":  # new, or left by an attempt that was killed during the upload
         _upload(uri, model.model_id, {BACKBONE_FILE: data, ABOUT_FILE: _about(record, sha256, url)})
         ask(uri, lambda client: client.finalize_logged_model(model.model_id, "READY"))
     if record.run_id:
@@ -95,84 +101,95 @@ def record_backbone(uri: str, experiment_id: str, url: str, record: BackboneReco
 
 
 def record_snapshot(uri: str, experiment_id: str, url: str, record: BackboneRecord) -> str:
-    """As `record_backbone`, for a backbone of mid-pretraining: found by its URL and pretraining, and not uploaded."""
-    tags, identity = record.tags | {_URL: url}, {_URL: url, Tag.PRETRAIN_RUN_ID: record.run_id}
-    found = ask(
+    """Records a backbone that was exported while pretraining runs; its file is not uploaded.
+
+    It is identified by its URL and its pretraining run.
+
+    Returns:
+        The id of the logged model.
+
+    Raises:
+        TrackingError: MLflow cannot be used; the same call can be repeated and then completes it.
+    """
+    identity = {_URL: url, Tag.PRETRAIN_RUN_ID: record.run_id}
+    model = ask(
         uri,
         lambda client: _find_or_create(
-            client, experiment_id, SNAPSHOT_TYPE, identity, record, tags | identity
+            client, experiment_id, SNAPSHOT_TYPE, identity, record, record.tags | identity
         ),
     )
-    ask(uri, lambda client: client.finalize_logged_model(found.model_id, "READY"))
-    _add_output(uri, record.run_id, found.model_id, record.step)
-    return str(found.model_id)
+    ask(uri, lambda client: client.finalize_logged_model(model.model_id, "READY"))
+    _add_output(uri, record.run_id, model.model_id, record.step)
+    return str(model.model_id)
 
 
 def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[str, str]) -> str:
-    """Makes a logged model a version of a registered model, once: one that was deleted since is not made again.
+    """Registers a logged model as a version of a registered model, once.
+
+    A version that was deleted since is not created again.
 
     Args:
         uri: of MLflow.
-        model_id: of the logged model.
-        name: of the registered model, as `models_name` makes it.
-        alias: of the version, as `alias_name` makes it; an older version loses it.
+        model_id: id of the logged model.
+        name: name of the registered model, from `models_name`.
+        alias: alias of the version, from `alias_name`; an older version loses it.
         tags: of the version.
 
     Returns:
-        The version's number.
+        The number of the version.
+
+    Raises:
+        TrackingError: MLflow cannot be used; the same call can be repeated and then completes it.
     """
     model = ask(uri, lambda client: client.get_logged_model(model_id))
     if Tag.REGISTERED in model.tags:
         return str(model.tags[Tag.REGISTERED]).rpartition("/")[2]
-    with contextlib.suppress(
-        RefusedError
-    ):  # there is one already; another reason stops the next call
+    # refused if the name exists already; if it is refused for another reason, so is the next call
+    with contextlib.suppress(RefusedError):
         ask(uri, lambda client: client.create_registered_model(name))
-    # a database asks MLflow's global URI for models:/..., which need not be ours
+    # with a database, MLflow would resolve models:/... at its global URI, which need not be ours
     source = f"{SCHEME}{model_id}" if uri.startswith("http") else model.artifact_location
 
-    def version(client: Any) -> str:
-        # an attempt that was killed, or whose answer was lost, may have made it
-        known = client.search_model_versions(
-            f"name = '{name}' and tags.`{Tag.MODEL_ID}` = '{model_id}'"
+    def find_or_create_version(client: Any) -> str:
+        # an attempt that was killed, or whose answer was lost, may have created it
+        query = f"name = '{name}' and tags.`{Tag.MODEL_ID}` = '{model_id}'"
+        existing = client.search_model_versions(query)
+        if existing:
+            return str(existing[0].version)
+        created = client.create_model_version(
+            name,
+            source,
+            run_id=model.source_run_id,
+            model_id=model_id,
+            tags=tags | {Tag.MODEL_ID: model_id},
         )
-        made = known or [
-            client.create_model_version(
-                name,
-                source,
-                run_id=model.source_run_id,
-                model_id=model_id,
-                tags=tags | {Tag.MODEL_ID: model_id},
-            )
-        ]
-        return str(made[0].version)
+        return str(created.version)
 
-    number = ask(uri, version)
+    number = ask(uri, find_or_create_version)
     ask(uri, lambda client: client.set_registered_model_alias(name, alias, number))
-    shown = json.dumps([{"name": name, "version": number}])
-    ask(
-        uri,
-        lambda client: client.set_logged_model_tags(
-            model_id, {VERSIONS: shown, Tag.REGISTERED: f"{name}/{number}"}
-        ),
-    )
+    model_tags = {
+        VERSIONS: json.dumps([{"name": name, "version": number}]),
+        Tag.REGISTERED: f"{name}/{number}",
+    }
+    ask(uri, lambda client: client.set_logged_model_tags(model_id, model_tags))
     return number
 
 
 def models_name(recipe: str) -> str:
-    """Of the registered model whose versions are the backbones of one recipe."""
+    """Name of the registered model whose versions are the backbones of one recipe."""
     return f"hemoco-{re.sub('[^A-Za-z0-9_.=+-]', '-', recipe)}"
 
 
 def alias_name(run: str) -> str:
-    """The alias that stands for a run: its name, with `-` for what MLflow does not allow there."""
+    """Alias of the version from a run: the run's name, with `-` for characters not allowed."""
     alias = re.sub(r"[^A-Za-z0-9_-]", "-", run)[:255]
+    # MLflow refuses these as aliases
     reserved = re.fullmatch(r"(?i)latest|v\d+", alias)
     return f"run-{alias}" if reserved else alias
 
 
 def link_models(uri: str, run_id: str, model_ids: Iterable[str]) -> None:
-    """Records which backbones a run started from; again does no harm."""
+    """Records logged models as inputs of a run; a repeated call changes nothing."""
     from mlflow.entities import LoggedModelInput
 
     inputs = [LoggedModelInput(model_id) for model_id in dict.fromkeys(model_ids)]
@@ -181,21 +198,24 @@ def link_models(uri: str, run_id: str, model_ids: Iterable[str]) -> None:
 
 
 def log_results(uri: str, run_id: str, results: list[Measured], data: Data) -> None:
-    """Records results of a run on the models they were measured from, too.
+    """Records results of a run, linked to the models they were measured on and to the data.
 
-    Of several models with the same key, the run itself shows the last one's.
+    If several results have the same key, the run itself shows the last one.
     """
     from mlflow.entities import Metric
 
-    now = time.time_ns() // 1_000_000
-    place = {
-        "dataset_name": data.name,
-        "dataset_digest": data.digest[:DIGEST_LENGTH],
-        "run_id": run_id,
-    }
+    now_ms = time.time_ns() // 1_000_000
     metrics = [
         Metric(
-            result.key, result.value, now + order, result.step, model_id=result.model_id, **place
+            result.key,
+            result.value,
+            # of the points at one step, MLflow shows the one with the highest timestamp
+            now_ms + order,
+            result.step,
+            model_id=result.model_id,
+            dataset_name=data.name,
+            dataset_digest=data.digest[:DIGEST_LENGTH],
+            run_id=run_id,
         )
         for order, result in enumerate(results)
     ]
@@ -204,10 +224,10 @@ def log_results(uri: str, run_id: str, results: list[Measured], data: Data) -> N
 
 
 def read_model_file(uri: str, model_id: str) -> bytes:
-    """The file backbone.safetensors of a logged model.
+    """Contents of a logged model's file backbone.safetensors.
 
     Raises:
-        CheckpointError: MLflow's file is not the one that was recorded.
+        CheckpointError: the file in MLflow is not the one that was recorded.
         StorageError: the file of a snapshot, which is not in MLflow, cannot be read.
         TrackingError: MLflow has no such model, or cannot be used.
     """
@@ -230,16 +250,24 @@ def _find_or_create(
     record: BackboneRecord,
     tags: dict[str, str],
 ) -> Any:
-    """One question, so that asking again after a lost answer makes no second model."""
-    wanted = [
-        f"model_type = '{kind}'",
-        *(f"tags.`{key}` = '{value}'" for key, value in identity.items()),
-    ]
-    found = client.search_logged_models([experiment_id], " AND ".join(wanted))
-    if found:
-        return min(
-            found, key=lambda model: (str(model.status) != "READY", model.creation_timestamp)
-        )
+    """The logged model with these tags, created if there is none.
+
+    Search and creation are one call of `ask`: repeated after a lost answer, it creates no second
+    model. Two processes at the same time can; then the older one that is complete counts.
+
+    Args:
+        client: of MLflow.
+        experiment_id: id of the experiment.
+        kind: model type.
+        identity: tags that identify the model.
+        record: facts for a new model.
+        tags: all tags of a new model, `identity` included.
+    """
+    conditions = [f"model_type = '{kind}'"]
+    conditions += [f"tags.`{key}` = '{value}'" for key, value in identity.items()]
+    models = client.search_logged_models([experiment_id], " AND ".join(conditions))
+    if models:
+        return min(models, key=lambda m: (str(m.status) != "READY", m.creation_timestamp))
     return client.create_logged_model(
         experiment_id,
         name=re.sub(r"[^\w@=+-]", "-", record.name),
@@ -251,23 +279,24 @@ def _find_or_create(
 
 
 def _about(record: BackboneRecord, sha256: str, url: str) -> bytes:
-    """How to use the file without hemoco."""
+    """A JSON file that explains how to use the backbone, where possible without hemoco."""
     load = "hemoco.load_backbone"
+    # timm has neither the small stem nor plain networks
     if record.about.get("stem") == "imagenet" and record.about.get("shortcuts", "true") == "true":
-        read = f"safetensors.torch.load_file('{BACKBONE_FILE}')"
-        load = f"timm.create_model('{record.about['architecture']}', num_classes=0).load_state_dict({read})"
+        model = f"timm.create_model('{record.about['architecture']}', num_classes=0)"
+        load = f"{model}.load_state_dict(safetensors.torch.load_file('{BACKBONE_FILE}'))"
     images = "RGB in [0, 1], minus mean, divided by std, per channel"
     content = record.about | {"sha256": sha256, "url": url, "load": load, "images": images}
     return json.dumps(content, indent=1).encode()
 
 
 def _upload(uri: str, model_id: str, files: dict[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory() as folder, _patience():
+    with tempfile.TemporaryDirectory() as folder, _long_requests():
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
         try:
             ask(uri, lambda client: client.log_model_artifacts(model_id, folder))
-        except OSError as error:  # the server's answer about its own storage
+        except OSError as error:  # the server reports a failure of its artifact storage
             reason = _reason(uri, error)
             raise TrackingError(
                 f"MLflow cannot store the backbone ({reason}); check its artifact storage"
@@ -277,26 +306,33 @@ def _upload(uri: str, model_id: str, files: dict[str, bytes]) -> None:
 def _download(uri: str, model_id: str, location: str) -> bytes:
     from mlflow.artifacts import download_artifacts
 
-    words = {"artifact_uri": location, "tracking_uri": uri}
-    with tempfile.TemporaryDirectory() as folder, _patience():
+    with tempfile.TemporaryDirectory() as folder, _long_requests():
         try:
-            found = ask(uri, lambda _: download_artifacts(dst_path=folder, **words), patience_s=10)
-            return Path(found).read_bytes()
+            path = ask(
+                uri,
+                lambda _: download_artifacts(
+                    artifact_uri=location, dst_path=folder, tracking_uri=uri
+                ),
+                patience_s=10,
+            )
+            return Path(path).read_bytes()
         except OSError as error:
             raise TrackingError(
-                f"{SCHEME}{model_id}: MLflow does not give its file ({_reason(uri, error)}); check its artifact storage"
+                f"{SCHEME}{model_id}: MLflow does not give its file ({_reason(uri, error)}); "
+                "check its artifact storage"
             ) from error
 
 
 def _reason(uri: str, error: OSError) -> str:
-    """What an error says, without user and password, which may stand in the URLs that it names."""
+    """First line of an error, without the user and password of the URLs that it may name."""
+    reason = first_line(error)
     host = urlsplit(uri).netloc
-    return first_line(error).replace(host, host.rpartition("@")[2]) if host else first_line(error)
+    return reason.replace(host, host.rpartition("@")[2]) if host else reason
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Lets MLflow's server take its time for a large file."""
+def _long_requests() -> Iterator[None]:
+    """Raises the time limit of MLflow's requests in the block, for a large file."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
     os.environ[name] = str(max(int(before or 0), _UPLOAD_S))
@@ -310,11 +346,13 @@ def _patience() -> Iterator[None]:
 
 
 def _add_output(uri: str, run_id: str, model_id: str, step: int) -> None:
+    """Records a logged model as an output of a run, unless it already is one."""
     from mlflow.entities import LoggedModelOutput
 
     def add(client: Any) -> None:
-        known = client.get_run(run_id).outputs
-        if model_id not in [output.model_id for output in (known.model_outputs if known else [])]:
+        outputs = client.get_run(run_id).outputs
+        models = outputs.model_outputs if outputs else []
+        if model_id not in [output.model_id for output in models]:
             client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
 
     ask(uri, add)

@@ -1,6 +1,6 @@
-"""The door to MLflow: runs are opened, tagged, read and closed here, and metrics sent without blocking training.
+"""Runs in MLflow: opening, tagging, searching, reading and closing them, with their artifacts.
 
-mlflow is imported inside functions: it takes seconds, and `import hemoco` must not need it.
+mlflow is imported inside functions: the import takes seconds, and `import hemoco` must not need it.
 """
 
 import dataclasses
@@ -17,9 +17,11 @@ from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 DIGEST_LENGTH = 36
-"""MLflow keeps so many characters of a data set's digest."""
+"""Characters that MLflow stores of a data set's digest."""
 _PAGE = 500
-"""Runs in one answer to a search."""
+"""Runs in one page of a search."""
+_PARAMS_PER_CALL = 100
+"""MLflow's limit for one call of log_batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,22 +30,23 @@ class RunFacts:
 
     run_id: str
     status: str
+    """RUNNING, FINISHED, FAILED, KILLED or SCHEDULED."""
     started_s: float
-    """When it first began."""
+    """Time at which it was opened first."""
     ended_s: float | None
-    """When it last ended, also of a run that was reopened since; None if it never ended."""
+    """Time at which it last ended, also if it was reopened since; None if it never ended."""
     measured_s: float | None
-    """When its newest metric was measured; None if it has none."""
+    """Time of its newest metric; None if it has none."""
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
-    """Values of the highest step."""
+    """Value at the highest step of each metric, by name."""
     steps: dict[str, int]
-    """That step, by the metric's name."""
+    """Highest step of each metric, by name."""
 
     @property
     def name(self) -> str:
-        """Its name in MLflow: pretrain, a transfer's name, NAME@EPOCH of one measured during the pretraining."""
+        """Name in MLflow: `pretrain`, a transfer's name, or NAME@EPOCH for a curve's transfer."""
         return self.tags.get("mlflow.runName", self.run_id)
 
 
@@ -56,27 +59,39 @@ def open_run(
     tags: dict[str, str],
     params: dict[str, str],
 ) -> str:
-    """Starts a run, below a parent run if one is named, and returns its id."""
-    tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
-    run_id = str(
-        ask(
-            uri, lambda client: client.create_run(experiment_id, run_name=name, tags=tags)
-        ).info.run_id
-    )
+    """Opens a run and returns its id.
+
+    Args:
+        uri: of MLflow.
+        experiment_id: id of the experiment.
+        name: name of the run in MLflow.
+        parent: id of the parent run; None for a run without one.
+        tags: of the run.
+        params: of the run.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    if parent:
+        tags = tags | {"mlflow.parentRunId": parent}
+    run = ask(uri, lambda client: client.create_run(experiment_id, run_name=name, tags=tags))
+    run_id = str(run.info.run_id)
     from mlflow.entities import Param
 
     entities = [Param(key, value) for key, value in params.items()]
-    parts = [
-        entities[start : start + 100] for start in range(0, len(entities), 100)
-    ]  # MLflow's limit
-    ask(uri, lambda client: [client.log_batch(run_id, params=part) for part in parts])
+
+    def log_params(client: Any) -> None:
+        for start in range(0, len(entities), _PARAMS_PER_CALL):
+            client.log_batch(run_id, params=entities[start : start + _PARAMS_PER_CALL])
+
+    ask(uri, log_params)
     return run_id
 
 
 def find_run(uri: str, experiment_id: str, tags: Mapping[str, str]) -> RunFacts | None:
-    """The newest run that has all these tags."""
-    found = search(uri, experiment_id, tags, limit=1)
-    return found[0] if found else None
+    """The newest run that has all these tags, or None."""
+    runs = search(uri, experiment_id, tags, limit=1)
+    return runs[0] if runs else None
 
 
 def search(
@@ -89,68 +104,71 @@ def search(
     limit: int | None = None,
     patience_s: float = 60.0,
 ) -> list[RunFacts]:
-    """The runs that fulfil all conditions, the newest first. The only search for runs in hemoco.
+    """The runs that meet all conditions, the newest first. The only search for runs in hemoco.
 
     Args:
-        uri: MLflow's URI.
-        experiment_id: where to search.
-        tags: values that a run's tags must have.
-        exclude: values that a run's tags must not have; the run has these tags.
-        prefix: how values of a run's tags must begin.
+        uri: of MLflow.
+        experiment_id: id of the experiment to search.
+        tags: values that tags of a run must have.
+        exclude: values that tags of a run must not have; a run without the tag is not found either.
+        prefix: beginnings that values of a run's tags must have.
         limit: most runs to return; None: all.
-        patience_s: how long a search that fails is tried again; 0: once.
+        patience_s: seconds for which a failing search is retried; 0: one attempt.
 
     Raises:
-        UsageError: a value cannot be searched for.
+        UsageError: a value contains a quotation mark, which MLflow cannot search for.
         TrackingError: MLflow does not answer.
     """
-    exclude, prefix = exclude or {}, prefix or {}
+    exclude = exclude or {}
+    prefix = prefix or {}
     conditions = [(name, "=", value) for name, value in tags.items()]
-    conditions += [(name, "!=", value) for name, values in exclude.items() for value in values]
+    for name, values in exclude.items():
+        conditions += [(name, "!=", value) for value in values]
     conditions += [(name, "LIKE", f"{value}%") for name, value in prefix.items()]
     for _, _, value in conditions:
         if '"' in value:
             raise UsageError(f'{value}: a name must not contain "')
-    wanted = " and ".join(
-        f'tags.`{name}` {operator} "{value}"' for name, operator, value in conditions
-    )
+    terms = [f'tags.`{name}` {operator} "{value}"' for name, operator, value in conditions]
+    query = " and ".join(terms)
 
-    def begins_right(run: RunFacts) -> bool:
-        # LIKE takes _ for any letter and ignores case
+    def has_prefixes(run: RunFacts) -> bool:
+        # LIKE is wider: it ignores case and reads _ as any character
         return all(run.tags[name].startswith(value) for name, value in prefix.items())
 
     def search_pages(client: Any) -> list[RunFacts]:
         size = _PAGE if limit is None else min(limit, _PAGE)
-        found, token = list[RunFacts](), None
+        runs: list[RunFacts] = []
+        token = None
         while True:
             page = client.search_runs(
                 [experiment_id],
-                wanted,
+                query,
                 max_results=size,
                 order_by=["attributes.start_time DESC"],
                 page_token=token,
             )
-            found += filter(begins_right, map(_facts, page))
+            runs += filter(has_prefixes, map(_facts, page))
             token = page.token
-            if not token or (limit is not None and len(found) >= limit):
-                return found[:limit]
+            if not token or (limit is not None and len(runs) >= limit):
+                return runs[:limit]
 
     return ask(uri, search_pages, patience_s=patience_s)
 
 
 def run_facts(uri: str, run_id: str) -> RunFacts:
-    """A run by its id.
+    """Facts of a run, by its id.
 
     Raises:
-        TrackingError: MLflow does not know it.
+        TrackingError: MLflow has no such run, or cannot be used.
     """
     return _facts(ask(uri, lambda client: client.get_run(run_id)))
 
 
 def _facts(run: Any) -> RunFacts:
-    """The facts of a run as MLflow's client returns it."""
+    """Facts of a run that MLflow's client has returned."""
     data, info = run.data, run.info
-    points = data.to_proto().metrics  # the dictionary of metrics has neither steps nor times
+    # not data.metrics, which has neither steps nor times
+    points = data.to_proto().metrics
     return RunFacts(
         run_id=info.run_id,
         status=info.status,
@@ -165,24 +183,29 @@ def _facts(run: Any) -> RunFacts:
 
 
 def reopen_run(uri: str, run_id: str) -> None:
-    """Marks a run as running again and takes the reason of its failure away."""
+    """Marks a run as running again, and removes the tag with the reason of its failure."""
     ask(uri, lambda client: client.update_run(run_id, status="RUNNING"))
     if Tag.ERROR in run_facts(uri, run_id).tags:
         ask(uri, lambda client: client.delete_tag(run_id, Tag.ERROR))
 
 
 def close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Ends a run."""
+    """Ends a run with a status."""
     ask(uri, lambda client: client.set_terminated(run_id, status))
 
 
 def set_tags(uri: str, run_id: str, tags: dict[str, str]) -> None:
-    """Sets or replaces tags."""
-    ask(uri, lambda client: [client.set_tag(run_id, name, value) for name, value in tags.items()])
+    """Sets or replaces tags of a run."""
+
+    def set_all(client: Any) -> None:
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+
+    ask(uri, set_all)
 
 
 def log_artifact_bytes(uri: str, run_id: str, name: str, data: bytes) -> None:
-    """Stores a file with the run."""
+    """Stores data as an artifact of a run, under a file name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)
@@ -190,15 +213,16 @@ def log_artifact_bytes(uri: str, run_id: str, name: str, data: bytes) -> None:
 
 
 def read_artifacts(uri: str, run_id: str, suffix: str) -> dict[str, bytes]:
-    """The run's files whose names end so, by name."""
+    """Artifacts of a run whose file names have a suffix, by file name."""
 
     def read(client: Any) -> dict[str, bytes]:
         names = [item.path for item in client.list_artifacts(run_id) if item.path.endswith(suffix)]
+        artifacts = {}
         with tempfile.TemporaryDirectory() as folder:
-            return {
-                name: Path(client.download_artifacts(run_id, name, folder)).read_bytes()
-                for name in names
-            }
+            for name in names:
+                path = client.download_artifacts(run_id, name, folder)
+                artifacts[name] = Path(path).read_bytes()
+        return artifacts
 
     return ask(uri, read)
 
@@ -212,21 +236,22 @@ def log_dataset_input(
     context: str,
     counts: dict[str, int] | None = None,
 ) -> None:
-    """Records which data the run read; nothing of it is opened.
+    """Records a data set as an input of a run; the data are not opened.
 
     Args:
         uri: of MLflow.
-        run_id: the run.
+        run_id: id of the run.
         name: shown for the data.
-        url: where it lies.
-        digest: of its index; MLflow keeps the first `DIGEST_LENGTH` characters.
-        context: what for, e.g. `pretraining`.
-        counts: what is in it, by name.
+        url: of the data.
+        digest: of the shard index; MLflow stores the first `DIGEST_LENGTH` characters.
+        context: use of the data, for example `pretraining`.
+        counts: numbers of what is in it, by name.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     kind = {"s3": "s3", "file": "local", "": "local"}.get(urlsplit(url).scheme, "code")
-    source, profile = json.dumps({"uri": url}), json.dumps(counts) if counts else None
+    source = json.dumps({"uri": url})
+    profile = json.dumps(counts) if counts else None
     data = Dataset(
         name=name, digest=digest[:DIGEST_LENGTH], source_type=kind, source=source, profile=profile
     )
@@ -235,15 +260,19 @@ def log_dataset_input(
 
 
 def metric_points(uri: str, run_id: str, key: str) -> list[MetricPoint]:
-    """One metric by step; of steps that a resumed training repeated, the later value."""
-    points = ask(uri, lambda client: client.get_metric_history(run_id, key))
-    by_step = {p.step: p for p in sorted(points, key=lambda p: int(p.timestamp))}
-    return [
-        MetricPoint(key=key, value=p.value, timestamp=int(p.timestamp), step=p.step)
-        for _, p in sorted(by_step.items())
-    ]
+    """The points of one metric, one for each step, in the order of steps.
+
+    A step that a resumed training repeated has several points; the latest counts.
+    """
+    history = ask(uri, lambda client: client.get_metric_history(run_id, key))
+    latest: dict[int, MetricPoint] = {}
+    for point in sorted(history, key=lambda point: int(point.timestamp)):
+        latest[point.step] = MetricPoint(
+            key=key, value=point.value, timestamp=int(point.timestamp), step=point.step
+        )
+    return [latest[step] for step in sorted(latest)]
 
 
 def metric_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """(step, value) of `metric_points`."""
+    """Steps and values of one metric, from `metric_points`."""
     return [(point.step, point.value) for point in metric_points(uri, run_id, key)]

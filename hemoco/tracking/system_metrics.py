@@ -1,7 +1,8 @@
-"""The machine a training runs on: which hardware it has, and how busy it is while training goes on.
+"""Hardware of the machine that a training runs on, and its load while the training runs.
 
-The metrics have the names of MLflow's own system metrics, so that its pages show them as such. MLflow's monitor is not
-used: it sends by itself, and ends for good when MLflow does not answer once.
+The metrics have the names of MLflow's own system metrics, so that MLflow shows them as such.
+MLflow's monitor is not used: it sends by itself, and stops for good when MLflow fails to answer
+once.
 
 psutil and pynvml are imported inside functions: models must load on machines that have neither.
 """
@@ -36,7 +37,7 @@ _LOOPBACK = ("lo", "lo0")
 
 
 def machine_facts() -> dict[str, str]:
-    """Tags with this process's hardware and versions; GPUs are those that it may use."""
+    """Tags with the hardware and versions of this process; GPUs are those that it may use."""
     facts = {
         Tag.HOST: socket.gethostname(),
         Tag.CPU: _cpu_model(),
@@ -52,25 +53,30 @@ def machine_facts() -> dict[str, str]:
 
 
 class SystemMetrics:
-    """Samples this machine while the block runs, at the step that training has logged last. A context manager.
+    """Samples the load of this machine while the block runs. A context manager.
 
-    A thread of its own reads psutil and NVML every 10 s. The samples take the way of all metrics: an outage of MLflow
-    loses none of them. Trouble of any kind is logged, once, and does not touch training.
+    Its own thread reads psutil and NVML every 10 s. The samples go through the training's tracker,
+    at the last step that it logged, so that an outage of MLflow loses none. A failure of any kind
+    is logged, once, and does not affect training.
     """
 
     def __init__(
         self, uri: str, run_id: str, tracker: Tracker, *, every_s: float = _EVERY_S
     ) -> None:
-        """Prepares.
+        """Creates the thread; the block starts it.
 
         Args:
             uri: of MLflow.
-            run_id: of the training, gets the facts of the machine as tags.
-            tracker: of the training, takes the samples.
+            run_id: id of the training's run, which gets the facts of the machine as tags.
+            tracker: of the training, receives the samples.
             every_s: seconds between two samples.
         """
-        self._uri, self._run_id, self._tracker, self._every_s = uri, run_id, tracker, every_s
-        self._ending, self._warned = threading.Event(), False
+        self._uri = uri
+        self._run_id = run_id
+        self._tracker = tracker
+        self._every_s = every_s
+        self._ending = threading.Event()
+        self._warned = False
         self._thread = threading.Thread(
             target=self._sample_until_ended, name="hemoco-machine", daemon=True
         )
@@ -94,33 +100,34 @@ class SystemMetrics:
         self._values_of(sources)  # CPU and network are measured from here on
         while not self._ending.wait(self._every_s):
             values = self._values_of(sources)
-            if self._tracker.step is not None:  # before the first step there is no place for them
-                self._tracker.log(
-                    self._tracker.step, {f"system/{name}": value for name, value in values.items()}
-                )
+            step = self._tracker.step
+            if step is not None:  # a metric needs a step, and there is none before the first
+                self._tracker.log(step, {f"system/{name}": v for name, v in values.items()})
             recorded = recorded or self._record_facts()
 
     def _values_of(self, sources: Sequence[Callable[[], dict[str, float]]]) -> dict[str, float]:
-        """The values of all sources that can be read."""
+        """Values of all sources; a source that fails is left out and logged once."""
         values: dict[str, float] = {}
         for source in sources:
             try:
                 values |= source()
-            except Exception as error:  # psutil, NVML and the kernel have many classes of errors
+            except Exception as error:
+                # any, as psutil, NVML and the kernel have many classes of errors
                 if not self._warned:
                     logger.warning("event=system_metrics %s: %s", type(error).__name__, error)
                 self._warned = True
         return values
 
     def _record_facts(self) -> bool:
-        """Sends the facts of the machine; returns whether MLflow has taken them."""
-        facts = machine_facts().items()
+        """Sets the facts of the machine as tags; returns whether MLflow accepted them."""
+        facts = machine_facts()
+
+        def set_tags(client: Any) -> None:
+            for name, value in facts.items():
+                client.set_tag(self._run_id, name, value)
+
         try:
-            ask(
-                self._uri,
-                lambda client: [client.set_tag(self._run_id, *fact) for fact in facts],
-                patience_s=0,
-            )
+            ask(self._uri, set_tags, patience_s=0)
         except HemocoError as error:
             logger.debug("event=machine_facts_not_recorded %s", error)
             return False
@@ -128,7 +135,7 @@ class SystemMetrics:
 
 
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):  # psutil does not have the model's name
+    with contextlib.suppress(OSError):  # psutil has no name of the model
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -136,8 +143,10 @@ def _cpu_model() -> str:
 
 
 def _disk_usage() -> dict[str, float]:
-    """Use of the disk of $HEMOCO_HOME, which holds cached shards."""
-    disk = shutil.disk_usage(next(path for path in (home(), *home().parents) if path.exists()))
+    """Use of the disk with $HEMOCO_HOME, where shards are cached."""
+    # the folder itself may not exist yet
+    folder = next(path for path in (home(), *home().parents) if path.exists())
+    disk = shutil.disk_usage(folder)
     return {
         "disk_usage_percentage": 100 * disk.used / disk.total,
         "disk_usage_megabytes": disk.used / _MEGA,
@@ -146,22 +155,25 @@ def _disk_usage() -> dict[str, float]:
 
 
 class HostUsage:
-    """CPU since the call before, network since the first call, memory now; the first call's CPU means nothing."""
+    """Load of CPU, memory and network; to be called repeatedly.
+
+    CPU is measured since the previous call (the first value means nothing), network since the first
+    call, memory at the time of the call.
+    """
 
     def __init__(self) -> None:
         self._first: tuple[int, int] | None = None
 
     def __call__(self) -> dict[str, float]:
+        """Values by their names in MLflow, without the prefix `system/`."""
         import psutil
 
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
         links = psutil.net_io_counters(pernic=True)
         outside = [link for name, link in links.items() if name not in _LOOPBACK]
-        received, sent = (
-            sum(link.bytes_recv for link in outside),
-            sum(link.bytes_sent for link in outside),
-        )
+        received = sum(link.bytes_recv for link in outside)
+        sent = sum(link.bytes_sent for link in outside)
         if self._first is None:
             self._first = received, sent
         return {
@@ -174,7 +186,10 @@ class HostUsage:
 
 
 def gpu_usage() -> dict[str, float]:
-    """Use of all GPUs of the node, without what a card does not report; empty where this process has no GPU."""
+    """Load of all GPUs of the node; empty if this process has no GPU.
+
+    Values that a card does not report are left out.
+    """
     if not torch.cuda.is_available():
         return {}
     import pynvml
@@ -184,9 +199,8 @@ def gpu_usage() -> dict[str, float]:
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
             card = pynvml.nvmlDeviceGetHandleByIndex(index)
-            values |= {
-                f"gpu_{index}_{name}": value for name, value in _card_usage(pynvml, card).items()
-            }
+            for name, value in _card_usage(pynvml, card).items():
+                values[f"gpu_{index}_{name}"] = value
     finally:
         pynvml.nvmlShutdown()
     return values
@@ -197,15 +211,13 @@ def _card_usage(nvml: Any, card: Any) -> dict[str, float]:
     with contextlib.suppress(nvml.NVMLError_NotSupported):
         values["utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(card).gpu)
     with contextlib.suppress(nvml.NVMLError_NotSupported):
-        memory = nvml.nvmlDeviceGetMemoryInfo(
-            card, version=nvml.nvmlMemory_v2
-        )  # v1 counts the driver's share as used
+        # version 1 counts memory that is reserved for the driver as used
+        memory = nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2)
         values["memory_usage_megabytes"] = memory.used / _MEGA
         values["memory_usage_percentage"] = 100 * memory.used / memory.total
     with contextlib.suppress(nvml.NVMLError_NotSupported):
         milliwatts = nvml.nvmlDeviceGetPowerUsage(card)
         values["power_usage_watts"] = milliwatts / 1000
-        values["power_usage_percentage"] = (
-            100 * milliwatts / nvml.nvmlDeviceGetPowerManagementLimit(card)
-        )
+        limit_milliwatts = nvml.nvmlDeviceGetPowerManagementLimit(card)
+        values["power_usage_percentage"] = 100 * milliwatts / limit_milliwatts
     return values

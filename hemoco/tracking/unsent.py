@@ -1,7 +1,7 @@
-"""Metrics that MLflow does not have yet, as files in storage: they outlive the process and its node.
+"""Metrics that MLflow does not have yet, as files in storage, which outlive a process and its node.
 
-Each file is written once, under a name of its own. Who removes one has therefore delivered all that was in it, however
-many processes log to the same run.
+Each file is written once, under a name of its own, so that several processes may log to the same
+run: whoever removes a file has delivered all of its points.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from hemoco.errors import StorageError, TrackingError
 from hemoco.storage.objects import join_url, list_names, read_bytes, remove, write_bytes
 
 FOLDER = "unsent_metrics"
-"""Below a job's folder; in it one folder per MLflow run, named by its id."""
-POINTS_PER_CALL = 1000  # MLflow's limit
+"""Folder below a job's folder; in it is one folder for each MLflow run, named by its id."""
+POINTS_PER_CALL = 1000
+"""MLflow's limit for one call of log_batch."""
 _SUFFIX = ".jsonl"
 
 
@@ -25,33 +26,38 @@ class MetricPoint:
     """One value of one metric."""
 
     key: str
+    """Name of the metric."""
     value: float
     timestamp: int
-    """Milliseconds since 1970. Sent twice with the same one, it is one point in MLflow."""
+    """Milliseconds since 1970. Sent twice with the same timestamp, a point is one in MLflow."""
     step: int
+    """Optimiser steps done."""
 
 
 def write_points(folder: str, points: list[MetricPoint]) -> str:
-    """Writes a new file below the folder; returns its URL.
+    """Writes points to a new file in a folder and returns its URL.
 
     Raises:
         StorageError: the storage refuses or does not answer.
     """
+    # the name begins with the time, so that sorted names are in order of age
     url = join_url(folder, f"{time.time_ns():020d}_{secrets.token_hex(4)}{_SUFFIX}")
-    lines = (
+    # not dataclasses.asdict, which is several times slower: training waits for this before a
+    # checkpoint, and a long outage leaves 50,000 points
+    lines = [
         json.dumps({"key": p.key, "value": p.value, "timestamp": p.timestamp, "step": p.step})
         for p in points
-    )
+    ]
     write_bytes(url, "\n".join(lines).encode())
     return url
 
 
 def read_points(url: str) -> list[MetricPoint]:
-    """What a file holds; nothing where it is gone, because another process has delivered it.
+    """The points of a file; none if it is gone, because another process has delivered it.
 
     Raises:
         StorageError: the storage refuses or does not answer.
-        TrackingError: it is no file of `write_points`.
+        TrackingError: the file was not written by `write_points`.
     """
     data = b""
     with _unless_gone():
@@ -63,37 +69,37 @@ def read_points(url: str) -> list[MetricPoint]:
 
 
 def remove_points(url: str) -> None:
-    """Removes a file, unless it is gone."""
+    """Removes a file, if it still exists."""
     with _unless_gone():
         remove(url)
 
 
-def kept_files(folder: str) -> list[str]:
-    """The files below a folder, the oldest first."""
+def unsent_files(folder: str) -> list[str]:
+    """URLs of the files in a folder, the oldest first."""
     return [join_url(folder, name) for name in list_names(folder) if name.endswith(_SUFFIX)]
 
 
-def kept_folders(url: str) -> dict[str, list[str]]:
-    """Folders of kept metrics below a run's folder, by the id of their MLflow run.
+def unsent_folders(url: str) -> dict[str, list[str]]:
+    """Folders of unsent metrics below a run's folder, by the id of their MLflow run.
 
-    Jobs are directly below it, units of a job may be one level deeper.
+    A job's folder is directly below the run's folder; units of a job may be one level deeper.
     """
-    found: dict[str, list[str]] = {}
-    jobs = [join_url(url, name) for name in list_names(url)]
-    for job in jobs:
-        names = list_names(job)
-        for place in (job, *(join_url(job, name) for name in names if name != FOLDER)):
-            for run_id in list_names(join_url(place, FOLDER)):
-                found.setdefault(run_id, []).append(join_url(place, FOLDER, run_id))
-    return found
+    folders: dict[str, list[str]] = {}
+    for job_name in list_names(url):
+        job = join_url(url, job_name)
+        units = [join_url(job, name) for name in list_names(job) if name != FOLDER]
+        for parent in (job, *units):
+            for run_id in list_names(join_url(parent, FOLDER)):
+                folders.setdefault(run_id, []).append(join_url(parent, FOLDER, run_id))
+    return folders
 
 
 def deliver_file(url: str, send: Callable[[list[MetricPoint]], None]) -> int:
-    """Sends what a file holds, then removes it; returns how many points that were.
+    """Sends the points of a file, then removes it; returns their number.
 
     Raises:
         StorageError: the storage refuses or does not answer.
-        TrackingError: it is no file of `write_points`, or `send` raised it.
+        TrackingError: the file was not written by `write_points`, or `send` raised this.
     """
     points = read_points(url)
     for start in range(0, len(points), POINTS_PER_CALL):
@@ -104,6 +110,7 @@ def deliver_file(url: str, send: Callable[[list[MetricPoint]], None]) -> int:
 
 @contextmanager
 def _unless_gone() -> Iterator[None]:
+    """Suppresses the error of a file that does not exist."""
     try:
         yield
     except StorageError as error:

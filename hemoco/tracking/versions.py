@@ -1,4 +1,4 @@
-"""The registered versions of backbones in MLflow: found by their names, listed, named by aliases, deleted."""
+"""Registered versions of backbones in MLflow: finding, listing, aliasing and deleting them."""
 
 import dataclasses
 import json
@@ -10,60 +10,74 @@ from hemoco.tracking.client import ask, tracking_uri
 from hemoco.tracking.models import SCHEME, VERSIONS, alias_name, read_model_file
 from hemoco.tracking.tags import Tag
 
-_FORMS = re.compile(
-    r"models:/(?:(?P<id>m-[0-9a-f]{32})|(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest)))"
+_URL = re.compile(
+    r"models:/(?:(?P<id>m-[0-9a-f]{32})"
+    r"|(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest)))"
 )
 _PAGE = 200
+"""Versions in one page of a search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneVersion:
-    """A registered version of a backbone; strings are empty where they are not recorded."""
+    """A registered version of a backbone; what is not recorded is an empty string."""
 
     name: str
+    """Name of the registered model."""
     version: int
+    """Number of the version."""
     aliases: tuple[str, ...]
+    """Aliases of the version, sorted."""
     model_id: str
+    """Id of its logged model."""
     run_id: str
-    """Of its pretraining."""
+    """MLflow's id of its pretraining run."""
     run: str
+    """Name of its run, as after `--run`."""
     recipe: str
+    """Name of its recipe."""
     architecture: str
+    """Name of its architecture in timm."""
     url: str
+    """URL of its file."""
     results: dict[str, float]
-    """The newest mean of each transfer from it, by TRANSFER/METRIC."""
+    """Newest mean of each transfer from it, by TRANSFER/METRIC."""
 
     @property
     def own_alias(self) -> str:
-        """The alias that stands for its run, which every version gets."""
+        """The alias made of the run's name, which every version gets."""
         return alias_name(self.run)
 
 
-class _Registered(NamedTuple):
+class _Registry(NamedTuple):
+    """All registered versions in MLflow, those of other projects included."""
+
     versions: list[Any]
     aliases: dict[str, dict[int, list[str]]]
+    """Aliases by name of the model and number of the version."""
 
 
 def pinned(url: str) -> str:
-    """The `models:/m-...` of what a name with an alias or a version stands for now.
+    """The URL `models:/m-...` of the model that an alias or a version refers to now.
 
     Args:
         url: models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest or models:/m-...
 
     Raises:
-        UsageError: it is none of these, or the version is not of a hemoco backbone.
+        UsageError: the URL has none of these forms, or the version is not a backbone of hemoco.
         TrackingError: MLflow has no such model, or cannot be used.
     """
-    form = _FORMS.fullmatch(url)
-    if form is None:
+    match = _URL.fullmatch(url)
+    if match is None:
         raise UsageError(
-            f"{url}: use models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest or models:/m-..."
+            f"{url}: use models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest or "
+            "models:/m-..."
         )
-    if form["id"]:
+    if match["id"]:
         return url
     version = ask(
         tracking_uri(),
-        lambda client: _version(client, form["name"], form["alias"], form["version"]),
+        lambda client: _version(client, match["name"], match["alias"], match["version"]),
     )
     if version is None or Tag.MODEL_ID not in version.tags:
         raise UsageError(
@@ -73,101 +87,112 @@ def pinned(url: str) -> str:
 
 
 def read_model(url: str) -> bytes:
-    """The file backbone.safetensors of a registered or logged model in MLflow.
+    """Contents of the file backbone.safetensors of a registered or logged model.
 
     Args:
-        url: as `pinned` takes it.
+        url: in one of the forms of `pinned`.
 
     Raises:
         UsageError: as `pinned`.
-        CheckpointError: MLflow's file is not the one that was recorded.
+        CheckpointError: the file in MLflow is not the one that was recorded.
         TrackingError: MLflow has no such model, or cannot be used.
     """
     return read_model_file(tracking_uri(), pinned(url).removeprefix(SCHEME))
 
 
 def backbone_versions(uri: str) -> list[BackboneVersion]:
-    """All registered backbones, by name and version; versions that others registered are not among them.
+    """All registered backbones of hemoco, sorted by name and version.
 
     Raises:
         TrackingError: MLflow cannot be used.
     """
-    found = ask(uri, _registered)
-    ours = [version for version in found.versions if Tag.MODEL_ID in version.tags]
-    described = [_described(uri, version, found.aliases.get(version.name, {})) for version in ours]
-    return sorted(described, key=lambda one: (one.name, one.version))
+    registry = ask(uri, _read_registry)
+    backbones = []
+    for version in registry.versions:
+        if Tag.MODEL_ID in version.tags:  # others are not of hemoco
+            backbones.append(_describe(uri, version, registry.aliases.get(version.name, {})))
+    return sorted(backbones, key=lambda backbone: (backbone.name, backbone.version))
 
 
 def backbone_version(uri: str, name: str, version: int) -> BackboneVersion:
-    """One of them.
+    """A registered backbone by name and version.
 
     Raises:
-        UsageError: there is none such.
+        UsageError: no such backbone is registered.
         TrackingError: MLflow cannot be used.
     """
     known = backbone_versions(uri)
-    for one in known:
-        if (one.name, one.version) == (name, version):
-            return one
-    there = ", ".join(f"{one.name} {one.version}" for one in known[-10:]) or "none"
-    raise UsageError(f"no backbone {name} {version} is registered; there is {there}")
+    for backbone in known:
+        if (backbone.name, backbone.version) == (name, version):
+            return backbone
+    names = [f"{backbone.name} {backbone.version}" for backbone in known[-10:]]
+    raise UsageError(
+        f"no backbone {name} {version} is registered; there is {', '.join(names) or 'none'}"
+    )
 
 
-def set_alias(uri: str, one: BackboneVersion, alias: str) -> None:
+def set_alias(uri: str, backbone: BackboneVersion, alias: str) -> None:
     """Gives a version an alias; another version of the same name loses it.
 
     Raises:
         UsageError: MLflow does not allow this alias.
+        TrackingError: MLflow cannot be used.
     """
     if not re.fullmatch(r"[\w-]{1,255}", alias, re.ASCII) or alias != alias_name(alias):
         raise UsageError(
             f"alias {alias!r}: use letters, digits, - and _, not `latest` or v and a number"
         )
-    ask(uri, lambda client: client.set_registered_model_alias(one.name, alias, str(one.version)))
+    name, number = backbone.name, str(backbone.version)
+    ask(uri, lambda client: client.set_registered_model_alias(name, alias, number))
 
 
-def delete_version(uri: str, one: BackboneVersion) -> None:
-    """Deletes a version and its aliases; the logged model with its file and results stays."""
-    ask(uri, lambda client: client.delete_model_version(one.name, str(one.version)))
-    ask(uri, lambda client: client.set_logged_model_tags(one.model_id, {VERSIONS: json.dumps([])}))
+def delete_version(uri: str, backbone: BackboneVersion) -> None:
+    """Deletes a version and its aliases; the logged model stays, with its file and results."""
+    name, number = backbone.name, str(backbone.version)
+    ask(uri, lambda client: client.delete_model_version(name, number))
+    no_versions = {VERSIONS: json.dumps([])}
+    ask(uri, lambda client: client.set_logged_model_tags(backbone.model_id, no_versions))
 
 
 def _version(client: Any, name: str, alias: str | None, number: str) -> Any:
-    """The version in MLflow; None where `latest` is asked for and there is none."""
+    """MLflow's version with an alias or a number; None for `latest` if there is no version."""
     if alias:
         return client.get_model_version_by_alias(name, alias)
     if number != "latest":
         return client.get_model_version(name, number)
-    # MLflow's own question for the latest is of its stages, which are to vanish
-    return max(
-        client.search_model_versions(f"name = '{name}'"),
-        key=lambda found: int(found.version),
-        default=None,
-    )
+    # not get_latest_versions, which belongs to the stages that MLflow has deprecated
+    versions = client.search_model_versions(f"name = '{name}'")
+    return max(versions, key=lambda version: int(version.version), default=None)
 
 
-def _registered(client: Any) -> _Registered:
-    versions, aliases, token = [], {}, None
+def _read_registry(client: Any) -> _Registry:
+    versions: list[Any] = []
+    token = None
     while True:
         page = client.search_model_versions(max_results=_PAGE, page_token=token)
         versions += page
         token = page.token
         if not token:
             break
+    aliases: dict[str, dict[int, list[str]]] = {}
     for name in {version.name for version in versions}:
         by_version: dict[int, list[str]] = {}
         for alias, number in client.get_registered_model(name).aliases.items():
             by_version.setdefault(int(number), []).append(alias)
         aliases[name] = by_version
-    return _Registered(versions, aliases)
+    return _Registry(versions, aliases)
 
 
-def _described(uri: str, version: Any, aliases: dict[int, list[str]]) -> BackboneVersion:
-    tags, model_id = version.tags, version.tags[Tag.MODEL_ID]
+def _describe(uri: str, version: Any, aliases: dict[int, list[str]]) -> BackboneVersion:
+    tags = version.tags
+    model_id = tags[Tag.MODEL_ID]
     try:
         metrics = ask(uri, lambda client: client.get_logged_model(model_id)).metrics or []
-    except RefusedError:  # somebody deleted it, and its results with it
+    except RefusedError:  # the logged model was deleted, and its results with it
         metrics = []
+    results = {}
+    for metric in sorted(metrics, key=lambda metric: int(metric.timestamp)):
+        results[metric.key] = metric.value  # the newest counts
     return BackboneVersion(
         name=version.name,
         version=int(version.version),
@@ -178,8 +203,5 @@ def _described(uri: str, version: Any, aliases: dict[int, list[str]]) -> Backbon
         recipe=tags.get(Tag.RECIPE, ""),
         architecture=tags.get(Tag.ARCHITECTURE, ""),
         url=tags.get(Tag.BACKBONE_URL, ""),
-        results={
-            metric.key: metric.value
-            for metric in sorted(metrics, key=lambda one: int(one.timestamp))
-        },
+        results=results,
     )

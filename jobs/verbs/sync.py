@@ -11,7 +11,7 @@ from hemoco.tracking.client import connect, tracking_uri
 from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import RunFacts, search
 from hemoco.tracking.tags import Tag
-from hemoco.tracking.unsent import deliver_file, kept_files, kept_folders
+from hemoco.tracking.unsent import deliver_file, unsent_files, unsent_folders
 
 _PATIENCE_S = 10.0
 
@@ -31,7 +31,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
     uri = tracking_uri()
     runs = search(uri, connect(uri), {Tag.RUN: run})
     names = {found.run_id: _name(found) for found in runs}
-    folders = kept_folders(_storage(run, runs))
+    folders = unsent_folders(_storage(run, runs))
     refused: list[str] = []
     total = 0
     for run_id in sorted(folders, key=lambda run_id: names.get(run_id, "")):
@@ -52,7 +52,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
 
 def _deliver(uri: str, run_id: str, folder: str) -> int:
     send = partial(send_points, uri, run_id, patience_s=_PATIENCE_S)
-    return sum(deliver_file(url, send) for url in kept_files(folder))
+    return sum(deliver_file(url, send) for url in unsent_files(folder))
 
 
 def _storage(run: str, runs: list[RunFacts]) -> str:

@@ -11,7 +11,13 @@ from hemoco.errors import RefusedError
 from hemoco.storage.objects import list_names, write_bytes
 from hemoco.tracking import metric_queue
 from hemoco.tracking.metric_queue import MetricQueue
-from hemoco.tracking.unsent import MetricPoint, kept_files, read_points, remove_points, write_points
+from hemoco.tracking.unsent import (
+    MetricPoint,
+    read_points,
+    remove_points,
+    unsent_files,
+    write_points,
+)
 from tests.helpers.waiting import within
 
 
@@ -47,7 +53,7 @@ def log_steps(queue: MetricQueue, steps: range) -> None:
 
 
 def kept_steps(folder: str) -> list[int]:
-    return [point.step for url in kept_files(folder) for point in read_points(url)]
+    return [point.step for url in unsent_files(folder) for point in read_points(url)]
 
 
 def points(steps: range) -> list[MetricPoint]:
@@ -63,7 +69,7 @@ def test_keep_writes_what_is_not_delivered_to_one_file(bucket):
         log_steps(queue, range(start, start + 10))
         queue.keep()
     queue.close(timeout_s=0)
-    assert kept_steps(bucket) == list(range(30)) and len(kept_files(bucket)) == 1
+    assert kept_steps(bucket) == list(range(30)) and len(unsent_files(bucket)) == 1
 
 
 def test_what_was_kept_is_removed_once_it_is_delivered(bucket):
@@ -73,7 +79,7 @@ def test_what_was_kept_is_removed_once_it_is_delivered(bucket):
         queue.keep()
         assert kept_steps(bucket) == list(range(10))
         server.error = None
-        assert within(20, lambda: not kept_files(bucket))
+        assert within(20, lambda: not unsent_files(bucket))
     assert server.steps == list(range(10))
 
 
@@ -83,7 +89,7 @@ def test_nothing_is_kept_where_all_is_delivered(tmp_path):
         log_steps(queue, range(10))
         assert within(20, lambda: queue.delivered)
         queue.keep()
-        assert kept_files(str(tmp_path)) == []
+        assert unsent_files(str(tmp_path)) == []
 
 
 def test_what_a_killed_attempt_left_is_delivered_first_with_its_timestamps(bucket):
@@ -93,7 +99,7 @@ def test_what_a_killed_attempt_left_is_delivered_first_with_its_timestamps(bucke
     with MetricQueue(server, bucket) as queue:
         queue.log(9999, {"loss": 0.0})
     assert server.points[:-1] == points(range(1600)) and server.steps[-1] == 9999
-    assert kept_files(bucket) == []
+    assert unsent_files(bucket) == []
 
 
 def test_an_outage_costs_no_point_and_repeats_none(tmp_path, caplog):
@@ -120,7 +126,7 @@ def test_a_long_outage_moves_the_older_points_out_of_memory(tmp_path, monkeypatc
     assert sorted(kept_steps(str(tmp_path))) == list(range(18_000))
     server.error = None
     queue.close()
-    assert sorted(server.steps) == list(range(18_000)) and kept_files(str(tmp_path)) == []
+    assert sorted(server.steps) == list(range(18_000)) and unsent_files(str(tmp_path)) == []
 
 
 def test_what_cannot_be_delivered_at_the_end_is_kept_and_the_command_named(tmp_path, caplog):
@@ -178,7 +184,7 @@ def test_one_queue_may_deliver_what_another_that_lives_has_kept(tmp_path):
     assert kept_steps(str(tmp_path))[-20:] == list(range(20))
     first.error = None
     mine.close()
-    assert first.steps == list(range(20)) and kept_files(str(tmp_path)) == []
+    assert first.steps == list(range(20)) and unsent_files(str(tmp_path)) == []
 
 
 def test_a_file_that_was_delivered_by_another_is_no_trouble(bucket, caplog):
@@ -188,7 +194,7 @@ def test_a_file_that_was_delivered_by_another_is_no_trouble(bucket, caplog):
     queue.keep()
     with MetricQueue(Server(), bucket):
         pass
-    assert kept_files(bucket) == []
+    assert unsent_files(bucket) == []
     server.error = None
     queue.close()
     assert server.steps == list(range(10)) and "metrics_storage" not in caplog.text

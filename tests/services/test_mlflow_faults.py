@@ -17,7 +17,7 @@ from hemoco.storage.objects import join_url
 from hemoco.tracking.client import connect
 from hemoco.tracking.metric_queue import Tracker
 from hemoco.tracking.runs import open_run
-from hemoco.tracking.unsent import FOLDER, kept_files
+from hemoco.tracking.unsent import FOLDER, unsent_files
 from jobs.cli import main
 from tests.helpers.mlflow_proxy import MlflowProxy, mlflow_proxy
 from tests.helpers.waiting import within
@@ -108,7 +108,7 @@ def kept_in_an_outage(proxy: MlflowProxy, run_id: str, unsent: str, count: int) 
     tracker = Tracker(proxy.uri, run_id, unsent)
     log_steps(tracker, range(count))
     tracker.close(timeout_s=0)
-    assert kept_files(unsent)
+    assert unsent_files(unsent)
 
 
 def test_a_server_that_answers_500_gets_every_point_once_later(lab, proxy, run_id, unsent):
@@ -118,7 +118,7 @@ def test_a_server_that_answers_500_gets_every_point_once_later(lab, proxy, run_i
         assert within(30, lambda: "error" in proxy.requests)
         tracker.keep()
         proxy.mode = "pass"
-    assert arrived(lab, run_id) == each_once(1500) and kept_files(unsent) == []
+    assert arrived(lab, run_id) == each_once(1500) and unsent_files(unsent) == []
 
 
 def test_a_server_whose_answers_are_lost_has_every_point_once(lab, proxy, run_id, unsent):
@@ -143,10 +143,10 @@ def test_training_logs_keeps_and_goes_on_while_a_slow_server_has_answered_nothin
         log_steps(tracker, range(1000, 3000))
         tracker.keep()
         assert arrived(lab, run_id) == [] and proxy.requests == ["hold"]
-        assert len(kept_files(unsent)) == 1
+        assert len(unsent_files(unsent)) == 1
         proxy.mode = "pass"
         proxy.go_on.set()
-    assert arrived(lab, run_id) == each_once(3000) and kept_files(unsent) == []
+    assert arrived(lab, run_id) == each_once(3000) and unsent_files(unsent) == []
 
 
 def test_what_an_attempt_kept_before_it_was_killed_is_delivered_by_the_next(
@@ -159,7 +159,7 @@ def test_what_an_attempt_kept_before_it_was_killed_is_delivered_by_the_next(
     proxy.mode = "pass"
     with Tracker(proxy.uri, run_id, unsent) as tracker:  # resumed from the checkpoint at step 1500
         log_steps(tracker, range(1500, 2000))
-    assert arrived(lab, run_id) == each_once(2000) and kept_files(unsent) == []
+    assert arrived(lab, run_id) == each_once(2000) and unsent_files(unsent) == []
 
 
 def test_a_deleted_run_is_asked_once_and_its_points_are_delivered_after_it_is_restored(
@@ -187,7 +187,7 @@ def test_sync_delivers_all_says_how_many_and_then_has_nothing_to_do(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", lab.server.uri)
     assert main(["sync", request.node.name]) == 0
     assert capsys.readouterr().out == "pretrain: 1500 points delivered\n"
-    assert arrived(lab, run_id) == each_once(1500) and kept_files(unsent) == []
+    assert arrived(lab, run_id) == each_once(1500) and unsent_files(unsent) == []
     assert main(["sync", request.node.name]) == 0
     assert "nothing to deliver" in capsys.readouterr().out
 
@@ -221,7 +221,7 @@ def test_a_server_killed_in_mid_run_has_every_point_once_after_its_restart(
         tracker.keep()
         log_steps(tracker, range(3000, 3500))
         lab.start()
-    assert arrived(lab, run_id) == each_once(3500) and kept_files(unsent) == []
+    assert arrived(lab, run_id) == each_once(3500) and unsent_files(unsent) == []
 
 
 def test_sync_and_connect_say_in_one_line_that_no_server_answers_and_lose_nothing(
@@ -230,10 +230,10 @@ def test_sync_and_connect_say_in_one_line_that_no_server_answers_and_lose_nothin
     kept_in_an_outage(proxy, run_id, unsent, 10)
     lab.kill()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", lab.server.uri)
-    before = kept_files(unsent)
+    before = unsent_files(unsent)
     assert main(["sync", request.node.name]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"MLflow at {lab.server.uri}: it does not answer; start the server" in line
-    assert kept_files(unsent) == before
+    assert unsent_files(unsent) == before
     with pytest.raises(TrackingError, match="does not answer"):
         connect(lab.server.uri)

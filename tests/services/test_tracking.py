@@ -20,7 +20,7 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.metric_queue import Tracker, send_points
 from hemoco.tracking.runs import close_run, find_run, metric_history, open_run, run_facts, search
 from hemoco.tracking.tags import Tag
-from hemoco.tracking.unsent import MetricPoint, kept_files, read_points
+from hemoco.tracking.unsent import MetricPoint, read_points, unsent_files
 
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -254,7 +254,7 @@ def test_what_a_server_that_never_answers_misses_is_kept(
     for step in range(1000):
         tracker.log(step, {"loss": 1.0})
     tracker.close(timeout_s=3)
-    (url,) = kept_files(unsent)
+    (url,) = unsent_files(unsent)
     assert [(p.key, p.value, p.step) for p in read_points(url)] == [
         ("loss", 1.0, step) for step in range(1000)
     ]
@@ -271,7 +271,7 @@ def test_metrics_survive_a_locked_database(
         tracker.log(1, {"loss": 3.0})
     lock.close()
     assert metric_history(uri, run_id, "loss") == [(1, 3.0)]
-    assert kept_files(unsent) == []
+    assert unsent_files(unsent) == []
 
 
 def test_points_that_are_sent_twice_are_one_in_mlflow(uri: str, run_id: str) -> None:

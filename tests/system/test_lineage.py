@@ -36,7 +36,7 @@ from hemoco.tracking.metric_queue import Tracker
 from hemoco.tracking.models import BackboneRecord, record_backbone, register_version
 from hemoco.tracking.runs import log_dataset_input, open_run, set_tags
 from hemoco.tracking.system_metrics import SystemMetrics, machine_facts
-from hemoco.tracking.unsent import kept_files, read_points
+from hemoco.tracking.unsent import read_points, unsent_files
 from hemoco.tracking.versions import backbone_versions
 from jobs.options import load_recipe
 from pipeline.open_run import open_child, open_study
@@ -270,7 +270,7 @@ def test_system_metrics_of_an_outage_are_kept_with_the_others(tmp_path):
 
     def kept():
         tracker.keep()
-        return {point.key for url in kept_files(unsent) for point in read_points(url)}
+        return {point.key for url in unsent_files(unsent) for point in read_points(url)}
 
     with SystemMetrics(uri, "r1", tracker, every_s=0.05):
         tracker.log(1, {"loss": 1.0})
