@@ -70,7 +70,7 @@ def config_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 
 def is_free(name: str) -> bool:
-    """Whether a setting may change when a run is resumed, because it does not affect the result."""
+    """True if a setting may change when a run is resumed, because it does not affect the result."""
     name = name.removeprefix("recipe.")
     transfer = _OF_TRANSFER.match(name)
     if transfer:

@@ -207,7 +207,7 @@ def _setting_types(prefix: str, config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _has_type(value: object, expected: Any) -> bool:
-    """Whether a value has an annotated type: Literal, tuple of fixed length, or plain type."""
+    """True if a value has an annotated type: Literal, tuple of fixed length, or plain type."""
     if get_origin(expected) is Literal:
         return value in get_args(expected)
     if get_origin(expected) is tuple:

@@ -60,7 +60,7 @@ class MoCo(nn.Module):
     """Query encoder, key encoder (the moving average of the former), and the queue of past keys."""
 
     symmetric = False
-    """Whether `forward` takes the key views too, to contrast them as queries."""
+    """True if `forward` takes the key views too, to contrast them as queries."""
 
     queue: Tensor
     queue_pointer: Tensor

@@ -47,7 +47,7 @@ class MoCoV3(nn.Module):
     """Query encoder with a predictor, and the query encoder's moving average, the key encoder."""
 
     symmetric = True
-    """Whether `forward` takes the key views too, to contrast them as queries."""
+    """True if `forward` takes the key views too, to contrast them as queries."""
 
     def __init__(
         self, query_encoder: EmbeddingNetwork, predictor: nn.Module, config: MoCoV3Config

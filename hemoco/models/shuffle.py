@@ -52,5 +52,5 @@ def permute_global(rows: Tensor, order: Tensor) -> Tensor:
         sent=receivers[leaving].bincount(minlength=ranks).tolist(),
         received=arriving.bincount(minlength=ranks).tolist(),
     )  # (N, ...) by sender, then new position
-    places = arriving.argsort(stable=True).argsort()  # (N,) where each new row is in `received`
-    return received[places.to(rows.device)]
+    indices = arriving.argsort(stable=True).argsort()  # (N,) of each new row in `received`
+    return received[indices.to(rows.device)]

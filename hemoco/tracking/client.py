@@ -89,7 +89,7 @@ def connect(uri: str) -> str:
             f"`mlflow experiments restore --experiment-id {experiment_id}`"
         )
     if _KIND_TAG not in experiment.tags:  # created by an older version
-        # suppressed: a user who may only read gets MLflow's other page
+        # suppressed, as a user may have no write access; the page is then MLflow's default
         with contextlib.suppress(TrackingError):
             ask(
                 uri,

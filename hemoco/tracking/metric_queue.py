@@ -110,7 +110,7 @@ class MetricQueue:
 
     @property
     def delivered(self) -> bool:
-        """Whether MLflow has all logged points, and all that killed attempts left."""
+        """True if MLflow has all logged points, and all that killed attempts left."""
         return not self._points and not self._files
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

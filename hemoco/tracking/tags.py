@@ -38,7 +38,7 @@ class Tag:
     COMMAND: Final = "hemoco.command"
     """Recipe and changed settings of the last command for this run, as JSON."""
     GIT_DIRTY: Final = "hemoco.git_dirty"
-    """Whether the checkout had uncommitted changes: `true`, `false` or `unknown`."""
+    """`true` if the checkout had uncommitted changes, `false` if not, or `unknown`."""
     COMMIT: Final = "hemoco.commit"
     """Commit of the code, in the metadata of a submitted job."""
 

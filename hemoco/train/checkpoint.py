@@ -178,7 +178,7 @@ def load_checkpoint(url: str, state: TrainingState) -> None:
 
 
 def is_checkpoint(url: str) -> bool:
-    """Whether the URL is named like a checkpoint's folder."""
+    """True if the URL is named like a checkpoint's folder; the storage is not read."""
     return _FOLDER.fullmatch(url.rstrip("/").rsplit("/", 1)[-1]) is not None
 
 
@@ -212,19 +212,19 @@ def _checkpoints(url: str) -> list[_CheckpointId]:
 
 def _prune(url: str, saved: _CheckpointId, keep_last: int, keep_every_steps: int) -> None:
     """Removes what `save_checkpoint` does not keep, given the checkpoint just saved."""
-    removable = {found for found in _checkpoints(url) if found.attempt <= saved.attempt}
+    removable = {each for each in _checkpoints(url) if each.attempt <= saved.attempt}
     complete = []
-    for found in sorted(removable):
-        if found <= saved and _MANIFEST in list_names(join_url(url, _folder_name(found))):
-            complete.append(found)
+    for each in sorted(removable):
+        if each <= saved and _MANIFEST in list_names(join_url(url, _folder_name(each))):
+            complete.append(each)
     keep = set(complete[-keep_last:])
     if keep_every_steps:
-        keep |= {found for found in complete if found.step % keep_every_steps == 0}
-    for superfluous in removable - keep:
-        checkpoint = join_url(url, _folder_name(superfluous))
+        keep |= {each for each in complete if each.step % keep_every_steps == 0}
+    for each in removable - keep:
+        folder = join_url(url, _folder_name(each))
         # the manifest first: a folder that is half removed must look incomplete, not damaged
-        remove(join_url(checkpoint, _MANIFEST))
-        remove(checkpoint)
+        remove(join_url(folder, _MANIFEST))
+        remove(folder)
 
 
 def _read_manifest(url: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The pretraining loop of MoCo v1, v2 and v3: a generator that yields after every optimiser step.
 
-One step is Algorithm 1 of the papers (arXiv:1911.05722 for v1, 2003.04297 for v2, 2104.02057 for
-v3; what differs between the methods is in `hemoco.models.moco` and `hemoco.models.moco_v3`):
+One step is Algorithm 1 of arXiv:1911.05722 (v1; v2, arXiv:2003.04297, has the same) or of
+arXiv:2104.02057 (v3). What differs between the methods is in `hemoco.models.moco` and
+`hemoco.models.moco_v3`; this module calls them, in this order:
 
 1. set the learning rate, and move the key encoder towards the query encoder;
 2. augment the two crops of each image, on the device, to a query view and a key view;
@@ -9,10 +10,10 @@ v3; what differs between the methods is in `hemoco.models.moco` and `hemoco.mode
 4. backward; with several ranks, gradients are averaged;
 5. optimiser step, then enqueue the keys (v1, v2).
 
-**Why a generator.** The caller's `for` loop logs, evaluates and writes checkpoints in plain sight
-(`pipeline/pretrain.py`), so there is no Trainer class and there are no callbacks. At a yield the
-state is complete: `TrainState`, with the position of the batch just consumed, is all that the next
-step depends on. 2k steps are therefore the same, bit for bit, as k steps, save, load, k steps
+**Why a generator.** Logging, evaluation and checkpoints are statements in the caller's `for` loop
+(`pipeline/pretrain.py`), where a Trainer class would have hooks. At a yield the state is complete:
+`TrainState`, with the position of the batch just consumed, is all that the next step depends on.
+2k steps are therefore the same, bit for bit, as k steps, save, load, k steps
 (`test_saved_and_loaded_training_goes_on_bit_for_bit`). The same generator runs in one process,
 under torchrun and in Ray's workers.
 
@@ -78,7 +79,7 @@ _LESS_MEMORY = (
 
 @dataclasses.dataclass(kw_only=True)
 class TrainState(TrainingState):
-    """State of a pretraining run: all that its next step depends on."""
+    """State of a pretraining run: what every training has, and what the next step needs beside."""
 
     config: PretrainConfig
     model: Method
@@ -227,7 +228,7 @@ def train_steps(
             values = _measure(state, outputs)
             values["lr"] = lr
             values["key_momentum"] = momentum
-        # after _measure, which waits for the device: launching a step on a GPU takes no time
+        # after _measure, which waits until the device has finished the step
         throughput.steps += 1
         throughput.total_s += time.perf_counter() - started
         throughput.reading = sum_counts([throughput.reading, batch.reading])

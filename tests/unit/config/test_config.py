@@ -47,7 +47,8 @@ def test_where_and_how_fast_a_transfer_runs_does_not_make_it_another(
     other = changed(**settings)
     assert config_digest(other) == config_digest(RECIPE)
     assert config_difference(flat_params(RECIPE), flat_params(other)) == []
-    old, new = (flat_params({"transfer": recipe.transfers["whole"]}) for recipe in (RECIPE, other))
+    old = flat_params({"transfer": RECIPE.transfers["whole"]})  # as in a transfer's checkpoint
+    new = flat_params({"transfer": other.transfers["whole"]})
     assert config_difference(old, new) == []
 
 
@@ -101,7 +102,7 @@ def test_what_would_fail_late_is_refused_by_name(
 
 
 def closed_choices(config: object, name: str = "") -> Iterator[str]:
-    """Dotted names of the settings of a recipe whose type lists their values."""
+    """Dotted names of a config's settings that have a closed list of values."""
     if isinstance(config, dict):
         for key, value in config.items():
             yield from closed_choices(value, f"{name}.{key}")

@@ -1,4 +1,4 @@
-"""The shipped recipes against the table of the official ones (docs/official-recipes.md)."""
+"""The shipped recipes, compared with the tables of official ones in docs/official-recipes.md."""
 
 import dataclasses
 import math
@@ -15,9 +15,9 @@ from jobs.options import load_recipe, recipe_names
 from tests.helpers.docs_tables import read_tables
 
 OURS = {"demo", "degradation", "initialisation"}
-"""Recipes that nobody has published."""
+"""Recipes without a published counterpart."""
 TRANSFERS = {name for name in recipe_names() if name.startswith("transfer_")}
-"""Recipes whose pretraining is somebody else's: see test_transfer_recipes.py."""
+"""Recipes of transfers alone: see test_transfer_recipes.py."""
 IMAGENET = [name for name in recipe_names() if name.startswith("imagenet")]
 
 
@@ -29,13 +29,13 @@ TABLE = {row["recipe"]: row for row in PRETRAINING}
 def test_constants_are_those_of_the_official_recipe(name: str) -> None:
     config, row = load_recipe(name).pretrain, TABLE[name]
     optimizer, moco = config.optimizer, config.moco
-    words = [
-        optimizer.kind,
-        optimizer.schedule,
-        config.precision,
-        "yes" if config.encoder.zero_init_last else "no",
-    ]
-    assert words == [row["optimizer"], row["schedule"], row["precision"], row["zero init"]]
+    choices = {
+        "optimizer": optimizer.kind,
+        "schedule": optimizer.schedule,
+        "precision": config.precision,
+        "zero init": "yes" if config.encoder.zero_init_last else "no",
+    }
+    assert choices == {column: row[column] for column in choices}
     numbers = {
         "epochs": config.epochs,
         "batch": config.global_batch_size,
@@ -47,7 +47,7 @@ def test_constants_are_those_of_the_official_recipe(name: str) -> None:
         "embedding": moco.embedding_size,
     }
     assert numbers == {column: pytest.approx(float(row[column]), rel=1e-9) for column in numbers}
-    assert row.keys() == {"recipe", "optimizer", "schedule", "precision", "zero init", *numbers}
+    assert row.keys() == {"recipe", *choices, *numbers}
     assert optimizer.momentum == 0.9 and optimizer.trust == 0.001
 
 
@@ -58,16 +58,12 @@ def test_every_official_recipe_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_every_imagenet_recipe_has_the_data_settings_of_the_official_one(name: str) -> None:
     views, encoder = load_recipe(name).pretrain.views, load_recipe(name).pretrain.encoder
-    assert (views.size, views.crop_scale, views.flip, views.grayscale) == (
-        224,
-        (0.2, 1.0),
-        0.5,
-        0.2,
-    )
+    assert views.size == 224
+    assert views.crop_scale == (0.2, 1.0)
+    assert (views.flip, views.grayscale) == (0.5, 0.2)
     assert (views.mean, views.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert (encoder.architecture, encoder.stem, encoder.init, encoder.fan_mode) == (
-        *("resnet50", "imagenet", "kaiming", "fan_out"),
-    )
+    assert (encoder.architecture, encoder.stem) == ("resnet50", "imagenet")
+    assert (encoder.init, encoder.fan_mode) == ("kaiming", "fan_out")
 
 
 @pytest.mark.parametrize("row", AUGMENTATION, ids=[row["version"] for row in AUGMENTATION])
@@ -91,24 +87,15 @@ def test_augmentation_is_that_of_the_version(row: dict[str, str]) -> None:
 
 
 def test_queue_head_and_groups_are_those_of_the_version() -> None:
-    v1, v2, cifar = (
-        load_recipe(name).pretrain.moco
-        for name in (
-            "imagenet_resnet50_mocov1",
-            "imagenet_resnet50_mocov2",
-            "cifar10_resnet18_mocov2",
-        )
-    )
-    assert (
-        isinstance(v1, MoCoConfig) and isinstance(v2, MoCoConfig) and isinstance(cifar, MoCoConfig)
-    )
-    assert (v1.head, v1.queue_length, v1.bn_group_size) == ("linear", 65536, 32)
-    assert (v2.head, v2.queue_length, v2.bn_group_size) == ("mlp", 65536, 32)
-    assert (cifar.head, cifar.queue_length, cifar.bn_group_size) == (
-        "linear",
-        4096,
-        64,
-    )  # 8 groups of a batch of 512
+    expected = {
+        "imagenet_resnet50_mocov1": ("linear", 65536, 32),
+        "imagenet_resnet50_mocov2": ("mlp", 65536, 32),
+        "cifar10_resnet18_mocov2": ("linear", 4096, 64),  # 8 groups of a batch of 512
+    }
+    for name, settings in expected.items():
+        moco = load_recipe(name).pretrain.moco
+        assert isinstance(moco, MoCoConfig)
+        assert (moco.head, moco.queue_length, moco.bn_group_size) == settings
     v3 = load_recipe("imagenet_resnet50_mocov3_100ep").pretrain.moco
     assert isinstance(v3, MoCoV3Config) and v3.hidden_size == 4096
 
@@ -116,38 +103,38 @@ def test_queue_head_and_groups_are_those_of_the_version() -> None:
 @pytest.mark.parametrize(
     ("name", "epoch", "lr"),
     [
-        *[
-            ("imagenet_resnet50_mocov1", e, lr)
-            for e, lr in ((119, 0.03), (120, 0.003), (160, 0.0003))
-        ],
-        *[
-            ("imagenet_resnet50_mocov2", e, lr)
-            for e, lr in ((0, 0.03), (100, 0.015), (199, 1.85e-6))
-        ],
-        *[
-            ("imagenet_resnet50_mocov3_100ep", e, lr)
-            for e, lr in ((0, 0), (5, 4.8), (10, 9.6), (55, 4.8))
-        ],
+        ("imagenet_resnet50_mocov1", 119, 0.03),
+        ("imagenet_resnet50_mocov1", 120, 0.003),
+        ("imagenet_resnet50_mocov1", 160, 0.0003),
+        ("imagenet_resnet50_mocov2", 0, 0.03),
+        ("imagenet_resnet50_mocov2", 100, 0.015),
+        ("imagenet_resnet50_mocov2", 199, 1.85e-6),
+        ("imagenet_resnet50_mocov3_100ep", 0, 0),
+        ("imagenet_resnet50_mocov3_100ep", 5, 4.8),
+        ("imagenet_resnet50_mocov3_100ep", 10, 9.6),
+        ("imagenet_resnet50_mocov3_100ep", 55, 4.8),
     ],
 )
 def test_learning_rates_are_the_tables(name: str, epoch: int, lr: float) -> None:
     config = load_recipe(name).pretrain
-    found = learning_rate(
+    ours = learning_rate(
         config.optimizer, step=epoch * 312, steps_per_epoch=312, epochs=config.epochs
     )
-    assert found == pytest.approx(lr, rel=1e-3)
+    assert ours == pytest.approx(lr, rel=1e-3)
 
 
 @pytest.mark.parametrize(("epoch", "momentum"), [(0, 0.99), (50, 0.995), (100, 1.0)])
 def test_momentum_of_v3_is_the_tables(epoch: int, momentum: float) -> None:
     config = load_recipe("imagenet_resnet50_mocov3_100ep").pretrain
-    assert key_momentum(config.moco, step=epoch * 312, total_steps=31_200) == pytest.approx(
-        momentum
-    )
+    ours = key_momentum(config.moco, step=epoch * 312, total_steps=31_200)
+    assert ours == pytest.approx(momentum)
 
 
 def reduced(config: PretrainConfig) -> PretrainConfig:
-    """A recipe with all its constants at a batch of 8 images of 32 pixels; float16 is bfloat16, which CPUs can do."""
+    """A recipe with all its constants, at a batch of 8 images of 32 pixels.
+
+    float16 becomes bfloat16, which CPUs support.
+    """
     moco = config.moco
     if isinstance(moco, MoCoConfig):
         moco = dataclasses.replace(moco, queue_length=16, bn_group_size=4)
@@ -169,16 +156,17 @@ def test_every_recipe_takes_one_real_step(name: str) -> None:
     state = build_state(config, torch.device("cpu"), data_digest="d")
     generator = torch.Generator().manual_seed(0)
     crops = torch.randint(256, (8, 2, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    before = [parameter.clone() for parameter in state.model.query_encoder.parameters()]
+    before = {n: p.clone() for n, p in state.model.query_encoder.named_parameters()}
     state.step = 1  # at step 0 a warm-up's learning rate is 0
     (metrics,) = train_steps(state, [Batch(crops, ["k"] * 8, StreamPosition(0, 1))], 100)
     assert math.isfinite(metrics.values["loss"]) and metrics.values["lr"] > 0
-    names = [name for name, _ in state.model.query_encoder.named_parameters()]
     after = dict(state.model.query_encoder.named_parameters())
-    moved = {
-        name for name, old in zip(names, before, strict=True) if not torch.equal(old, after[name])
+    changed = {
+        name for name, parameter in after.items() if not torch.equal(parameter, before[name])
     }
-    # behind a last BN of zeros a block's convolutions have no gradient yet
-    outside = {n for n in names if not n.startswith("encoder.layer") or ".downsample." in n}
-    assert moved >= (outside if config.encoder.zero_init_last else set(names))
+    expected = set(after)
+    if config.encoder.zero_init_last:
+        # behind a last BN of zeros the convolutions of a block have no gradient yet
+        expected = {n for n in after if not n.startswith("encoder.layer") or ".downsample." in n}
+    assert changed >= expected
     assert name in OURS | TABLE.keys() or name.startswith("cifar10_resnet18")

@@ -1,3 +1,5 @@
+"""MoCo v1 and v2: loss, keys, queue and moving average, on identity and on small encoders."""
+
 import dataclasses
 import math
 
@@ -34,9 +36,8 @@ def unit_rows(count: int, size: int, seed: int) -> Tensor:
 def tiny_moco(queue_length: int, *, seed: int = 0) -> MoCo:
     """MoCo on identity encoders: an image (2, 1, 1) is its own embedding."""
     network = EmbeddingNetwork(nn.Flatten(), nn.Identity(), "float32")
-    return MoCo(
-        network, MoCoConfig(embedding_size=2, queue_length=queue_length, bn_group_size=2), seed
-    )
+    config = MoCoConfig(embedding_size=2, queue_length=queue_length, bn_group_size=2)
+    return MoCo(network, config, seed)
 
 
 def with_moco(**changes: object) -> PretrainConfig:
@@ -61,11 +62,10 @@ def test_loss_is_info_nce_written_out() -> None:
     output = run(moco, views(0), views(1))
     losses = []
     for query, key in zip(output.queries.tolist(), output.keys.tolist(), strict=True):
-        others = [key, *moco.queue.T.tolist()]
-        terms = [
-            math.exp(sum(a * b for a, b in zip(query, other, strict=True)) / 0.2)
-            for other in others
-        ]
+        terms = []
+        for other in [key, *moco.queue.T.tolist()]:
+            similarity = sum(a * b for a, b in zip(query, other, strict=True))
+            terms.append(math.exp(similarity / 0.2))
         losses.append(-math.log(terms[0] / sum(terms)))
     assert output.contrast.loss.item() == pytest.approx(sum(losses) / 8, rel=1e-5)
 
@@ -87,9 +87,8 @@ def test_keys_come_back_in_the_order_of_their_images() -> None:
 def test_keys_are_normalised_with_other_images_than_their_queries() -> None:
     moco = build()
     output = run(moco, views(0), views(0))
-    assert (
-        output.queries - output.keys
-    ).abs().max() > 1e-3  # same views, same weights: only BN groups differ
+    # views and weights are the same: only the BN groups differ
+    assert (output.queries - output.keys).abs().max() > 1e-3
     assert all(not isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) for m in moco.modules())
     assert {m.group_size for m in moco.modules() if isinstance(m, SplitBatchNorm)} == {4}
 
@@ -135,25 +134,23 @@ def test_key_batch_norm_statistics_are_its_own() -> None:
     moco.update_key_encoder(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, moco.key_encoder.buffers(), strict=True))
     assert all(module.training for module in moco.key_encoder.modules())
-    key, query = (
-        network.encoder.bn1.running_var for network in (moco.key_encoder, moco.query_encoder)
-    )
-    assert not torch.equal(key, query)
+    key_variance = moco.key_encoder.encoder.bn1.running_var
+    assert not torch.equal(key_variance, moco.query_encoder.encoder.bn1.running_var)
 
 
 @pytest.mark.parametrize(("length", "batch"), [(10, 4), (8, 4), (4, 4), (7, 3)])
 def test_queue_wraps_without_dropping_the_tail(length: int, batch: int) -> None:
     moco = tiny_moco(length)
-    slots = moco.queue.T.tolist()
-    place = 0
+    expected = moco.queue.T.tolist()
+    pointer = 0
     for step in range(6):
         keys = unit_rows(batch, 2, step)
         moco.enqueue(keys)
         for key in keys.tolist():
-            slots[place] = key
-            place = (place + 1) % length
-        assert moco.queue.T.tolist() == slots
-        assert moco.queue_pointer.item() == place
+            expected[pointer] = key
+            pointer = (pointer + 1) % length
+        assert moco.queue.T.tolist() == expected
+        assert moco.queue_pointer.item() == pointer
     torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(length))
 
 
@@ -174,17 +171,14 @@ def test_queue_starts_with_seeded_unit_columns() -> None:
 
 def test_bfloat16_keeps_head_and_logits_in_float32() -> None:
     low = build(dataclasses.replace(CONFIG, precision="bfloat16"))
-    seen = []
-    low.query_encoder.encoder.layer1.register_forward_hook(
-        lambda _, __, output: seen.append(output.dtype)
-    )
-    low.query_encoder.head.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    output, exact = run(low, views(0), views(1)), run(build(), views(0), views(1))
-    assert seen == [torch.bfloat16, torch.float32]
-    assert output.contrast.loss.dtype == output.queries.dtype == torch.float32
-    assert output.contrast.loss.item() == pytest.approx(
-        exact.contrast.loss.item(), rel=0.05
-    )  # bf16 has 3 significant digits
+    dtypes = []
+    for module in (low.query_encoder.encoder.layer1, low.query_encoder.head):
+        module.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    loss = run(low, views(0), views(1)).contrast.loss
+    exact = run(build(), views(0), views(1)).contrast.loss
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.05)  # bfloat16 has 3 digits
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Encoders against torchvision's, and initial weights against the formulas of the papers."""
+
 import itertools
 import statistics
 from typing import NamedTuple
@@ -55,45 +57,51 @@ FORMULAS = [
     ({"fan_mode": "fan_in", "nonlinearity": "linear"}, 1 / (64 * 9)),
     ({"init": "xavier"}, 2 / ((64 + 128) * 9)),
 ]
-"""Variance of the weights of a 3x3 convolution from 64 to 128 channels: He et al. 2015, eq. 10 and 14; Glorot's 12."""
+"""Settings, and the variance that they give the weights of a 3x3 convolution of 64 to 128 channels.
+
+He et al. 2015, equations 10 and 14; Glorot and Bengio 2010, equation 12.
+"""
 
 
 @pytest.mark.parametrize(("settings", "variance"), FORMULAS)
 def test_weights_have_the_variance_of_the_formula(
     settings: dict[str, str], variance: float
 ) -> None:
-    weight = (
-        build_encoder(EncoderConfig(architecture="resnet18", **settings), seed=0)
-        .layer2[0]
-        .conv1.weight
-    )
+    encoder = build_encoder(EncoderConfig(architecture="resnet18", **settings), seed=0)
+    weight = encoder.layer2[0].conv1.weight
     assert weight.shape == (128, 64, 3, 3)
-    assert weight.std().item() == pytest.approx(
-        variance**0.5, rel=0.01
-    )  # 73,728 draws: 4 standard errors
+    # 1% is 4 standard errors of 73,728 draws
+    assert weight.std().item() == pytest.approx(variance**0.5, rel=0.01)
     assert abs(weight.mean().item()) < 4 * (variance / weight.numel()) ** 0.5
 
 
-class Kept(NamedTuple):
-    """What is left of the variance after 29 layers: last / first of activations, first / last of gradients."""
+class VarianceRatio(NamedTuple):
+    """Change of variance over all layers in the direction of computation."""
 
     activations: float
+    """Variance after the last layer / after the first."""
     gradients: float
+    """Variance after the first layer / after the last."""
 
 
-def kept_variance(config: EncoderConfig, widths: list[int], seed: int) -> Kept:
-    """Through 1x1 convolutions and ReLUs, no BN."""
+def variance_ratio(config: EncoderConfig, widths: list[int], seed: int) -> VarianceRatio:
+    """Change of variance through 1x1 convolutions of these widths with ReLUs, without BN."""
     with seeded(seed):
-        hidden, outputs = torch.randn(4, widths[0], 4, 4), []
+        hidden = torch.randn(4, widths[0], 4, 4)
+        outputs = []
         for inputs, channels in itertools.pairwise(widths):
             convolution = nn.Conv2d(inputs, channels, 1, bias=False)
             init_convolution(convolution, config)
-            outputs.append(convolution(hidden))
-            outputs[-1].retain_grad()
-            hidden = outputs[-1].relu()
-        outputs[-1].backward(torch.randn_like(outputs[-1]))
+            output = convolution(hidden)
+            output.retain_grad()
+            outputs.append(output)
+            hidden = output.relu()
+        output.backward(torch.randn_like(output))
     first, last = outputs[0], outputs[-1]
-    return Kept((last.var() / first.var()).item(), (first.grad.var() / last.grad.var()).item())
+    return VarianceRatio(
+        activations=(last.var() / first.var()).item(),
+        gradients=(first.grad.var() / last.grad.var()).item(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,21 +111,20 @@ def kept_variance(config: EncoderConfig, widths: list[int], seed: int) -> Kept:
 def test_kaiming_keeps_the_variance_through_30_plain_layers_and_xavier_halves_it_in_each(
     settings: dict[str, str], layer_gain: float
 ) -> None:
-    runs = [kept_variance(EncoderConfig(**settings), [512] * 31, seed) for seed in range(8)]
-    # at width 512 a run's logarithm wanders by sqrt(29 * 5 / 512) = 0.53, the mean of 8 by some 20%
-    for kept in (
-        statistics.mean(run.activations for run in runs),
-        statistics.mean(run.gradients for run in runs),
-    ):
-        assert 0.5 < kept / layer_gain**29 < 2
+    runs = [variance_ratio(EncoderConfig(**settings), [512] * 31, seed) for seed in range(8)]
+    activations = statistics.mean(run.activations for run in runs)
+    gradients = statistics.mean(run.gradients for run in runs)
+    # at width 512 the logarithm of one run has a deviation of sqrt(29 * 5 / 512) = 0.53; the mean
+    # of 8 runs has one of about 20%
+    expected = layer_gain**29
+    assert 0.5 < activations / expected < 2
+    assert 0.5 < gradients / expected < 2
 
 
 def test_fan_in_and_fan_out_differ_by_the_widths_of_the_two_ends() -> None:
     widths = [32] * 16 + [128] * 15  # one layer has fan_out = 4 fan_in; the draws are the same
-    by_in, by_out = (
-        kept_variance(EncoderConfig(fan_mode=mode), widths, seed=0)
-        for mode in ("fan_in", "fan_out")
-    )
+    by_in = variance_ratio(EncoderConfig(fan_mode="fan_in"), widths, seed=0)
+    by_out = variance_ratio(EncoderConfig(fan_mode="fan_out"), widths, seed=0)
     assert by_in.activations == pytest.approx(4 * by_out.activations, rel=1e-3)
     assert by_in.gradients == pytest.approx(4 * by_out.gradients, rel=1e-3)
 
@@ -130,8 +137,9 @@ class BlockStd(NamedTuple):
 
 
 def block_stds(config: EncoderConfig) -> list[BlockStd]:
-    """Of all blocks, in training mode, on noise."""
-    encoder, outputs = build_encoder(config, seed=0), []
+    """Standard deviations at all blocks of an encoder in training mode, on noise images."""
+    encoder = build_encoder(config, seed=0)
+    outputs = []
     for layer in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
         for block in layer:
             block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
@@ -146,21 +154,20 @@ def block_stds(config: EncoderConfig) -> list[BlockStd]:
     ]
 
 
-def test_resnet101_keeps_activations_and_gradients_in_bounds_where_its_plain_counterpart_does_not() -> (
-    None
-):
+def test_resnet101_bounds_activations_and_gradients_and_its_plain_counterpart_does_not() -> None:
     residual = block_stds(EncoderConfig(architecture="resnet101"))
     plain = block_stds(EncoderConfig(architecture="resnet101", shortcuts=False))
-    # each of layer3's 23 blocks adds a branch of variance 1 to the sum, of which ReLU keeps a part
+    # each of the 23 blocks of layer3 adds a branch of variance 1, of which ReLU keeps a part
     assert all(0.5 < block.output < 23**0.5 for block in residual)
     assert residual[0].gradient / residual[-1].gradient < 1e3
-    # BN and ReLU without shortcuts: by sqrt(pi / (pi - 1)) = 1.21 per layer (Yang et al. 2019, arXiv:1902.08129)
+    # BN and ReLU without shortcuts: gradients grow by sqrt(pi / (pi - 1)) = 1.21 in each layer
+    # (Yang et al. 2019, arXiv:1902.08129)
     assert plain[0].gradient / plain[-1].gradient > 1e6
 
 
 @torch.no_grad()
 def with_dead_last_bn(config: EncoderConfig) -> tuple[Tensor, Tensor]:
-    """Input of a block whose last BN gives 0, and its output."""
+    """Input and output of a block whose last BN returns 0."""
     block = build_encoder(config, seed=0).layer2[1]
     block.bn2.weight.zero_()
     block_input = torch.randn(2, 128, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -175,11 +182,10 @@ def test_a_residual_block_passes_its_input_on_and_a_plain_one_does_not() -> None
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_plain_network_is_the_residual_one_of_the_same_seed_without_projections(name: str) -> None:
-    plain, residual = (
-        build_encoder(EncoderConfig(architecture=name, shortcuts=shortcuts), seed=0).state_dict()
-        for shortcuts in (False, True)
-    )
-    assert list(plain) == [key for key in residual if ".downsample." not in key] != list(residual)
+    plain = build_encoder(EncoderConfig(architecture=name, shortcuts=False), seed=0).state_dict()
+    residual = build_encoder(EncoderConfig(architecture=name), seed=0).state_dict()
+    assert list(plain) == [key for key in residual if ".downsample." not in key]
+    assert len(plain) < len(residual)
     assert all(torch.equal(tensor, residual[key]) for key, tensor in plain.items())
 
 
@@ -205,12 +211,8 @@ def test_other_architectures_are_refused_with_close_names(name: str) -> None:
 
 
 def test_feature_channels_are_those_of_the_four_layers() -> None:
-    assert feature_channels(build_encoder(EncoderConfig(architecture="resnet50"), 0)) == [
-        256,
-        512,
-        1024,
-        2048,
-    ]
+    resnet50 = build_encoder(EncoderConfig(architecture="resnet50"), 0)
+    assert feature_channels(resnet50) == [256, 512, 1024, 2048]
     assert feature_channels(build_encoder(TINY, 0)) == [64, 128, 256, 512]
 
 

@@ -1,3 +1,5 @@
+"""Batch normalisation in groups, and the permutation of keys over ranks (shuffling BN)."""
+
 import functools
 from typing import NamedTuple
 
@@ -21,9 +23,8 @@ def test_each_group_has_zero_mean_and_unit_variance(shape: tuple[int, ...]) -> N
     for group in output.split(4):
         flat = group.transpose(0, 1).flatten(1)
         torch.testing.assert_close(flat.mean(dim=1), torch.zeros(5), atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            flat.var(dim=1, correction=0), torch.ones(5), atol=1e-4, rtol=0
-        )  # eps is 1e-5
+        variance = flat.var(dim=1, correction=0)
+        torch.testing.assert_close(variance, torch.ones(5), atol=1e-4, rtol=0)  # eps is 1e-5
 
 
 def test_running_statistics_follow_the_mean_over_groups() -> None:
@@ -61,9 +62,8 @@ def test_conversion_keeps_the_state_and_leaves_no_other_norm() -> None:
     split_batch_norms(network, group_size=2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert list(network.state_dict()) == list(before)
-    assert [
-        m.group_size for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    ] == [2, 2]
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert [norm.group_size for norm in norms] == [2, 2]
 
 
 def test_a_batch_that_does_not_fill_its_groups_is_refused() -> None:
@@ -81,8 +81,8 @@ def test_order_is_a_permutation_that_depends_on_seed_and_step() -> None:
     assert len(set(orders)) == 3
 
 
-class Seen(NamedTuple):
-    """What one rank saw of permuting tags, the places of its 4 images in the global batch."""
+class Permuted(NamedTuple):
+    """Results of one rank that permuted tags: the slots of its 4 images in the global batch."""
 
     order: Tensor
     shuffled: Tensor
@@ -90,36 +90,43 @@ class Seen(NamedTuple):
     world_size: int
     gathered: Tensor
     mean: Tensor
-    word: str
+    broadcast: str
 
 
-def use_collectives() -> Seen:
+def permute_tags() -> Permuted:
     tags = torch.arange(4.0).view(-1, 1) + rank() * 4  # (N, 1)
     order = shuffle_order(0, 5, world_size() * 4)
     shuffled = permute_global(tags, order)
-    restored = permute_global(shuffled, order.argsort())
-    gathered, mean = all_gather_cat(tags), mean_over_ranks(tags)
-    return Seen(
-        order, shuffled, restored, world_size(), gathered, mean, broadcast_object(f"from {rank()}")
+    return Permuted(
+        order=order,
+        shuffled=shuffled,
+        restored=permute_global(shuffled, order.argsort()),
+        world_size=world_size(),
+        gathered=all_gather_cat(tags),
+        mean=mean_over_ranks(tags),
+        broadcast=broadcast_object(f"from {rank()}"),
     )
 
 
 @functools.cache
-def seen(world: int) -> list[Seen]:
-    return [use_collectives()] if world == 1 else run_ranks(use_collectives, world)
+def permuted(world: int) -> list[Permuted]:
+    """Results of all ranks; cached, as starting processes takes seconds."""
+    return [permute_tags()] if world == 1 else run_ranks(permute_tags, world)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_shuffle_permutes_the_global_batch_and_unshuffle_restores_it(world: int) -> None:
     order = shuffle_order(0, 5, 4 * world)
-    assert all(torch.equal(s.order, order) for s in seen(world))
-    assert torch.cat([s.shuffled for s in seen(world)]).flatten().tolist() == order.tolist()
-    assert torch.cat([s.restored for s in seen(world)]).flatten().tolist() == list(range(4 * world))
+    ranks = permuted(world)
+    assert all(torch.equal(each.order, order) for each in ranks)
+    assert torch.cat([each.shuffled for each in ranks]).flatten().tolist() == order.tolist()
+    restored = torch.cat([each.restored for each in ranks])
+    assert restored.flatten().tolist() == list(range(4 * world))
 
 
 @pytest.mark.parametrize(("world", "group"), [(1, 2), (2, 4), (3, 4)])
 def test_bn_groups_of_keys_differ_from_those_of_queries(world: int, group: int) -> None:
-    tags = torch.cat([s.shuffled.flatten() for s in seen(world)])
+    tags = torch.cat([each.shuffled.flatten() for each in permuted(world)])
     key_groups = {frozenset(tags.tolist()) for tags in tags.split(group)}
     query_groups = {frozenset(tags.tolist()) for tags in torch.arange(4.0 * world).split(group)}
     assert not key_groups & query_groups
@@ -127,8 +134,8 @@ def test_bn_groups_of_keys_differ_from_those_of_queries(world: int, group: int) 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_collectives_are_in_rank_order_and_agree(world: int) -> None:
-    for s in seen(world):
-        assert s.world_size == world
-        assert s.gathered.flatten().tolist() == list(range(4 * world))
-        assert s.mean.flatten().tolist() == [(world - 1) * 2.0 + i for i in range(4)]
-        assert s.word == "from 0"
+    for each in permuted(world):
+        assert each.world_size == world
+        assert each.gathered.flatten().tolist() == list(range(4 * world))
+        assert each.mean.flatten().tolist() == [(world - 1) * 2.0 + i for i in range(4)]
+        assert each.broadcast == "from 0"

@@ -1,4 +1,4 @@
-"""The use of the machine, against the kernel's own files and against NVML where the test plays the card."""
+"""Load of the machine, compared with the kernel's files, and with GPUs of a replaced NVML."""
 
 import math
 import subprocess
@@ -29,14 +29,13 @@ def test_memory_and_network_are_those_of_the_kernel():
         values["system_memory_usage_percentage"], 100 * used / memory["MemTotal:"], rel_tol=0.3
     )
     assert 0 <= values["cpu_utilization_percentage"] <= 100
-    assert (
-        0 <= values["network_receive_megabytes"] < 1e4
-    )  # since the first call, not since the machine started
+    # since the first call, not since the machine started
+    assert 0 <= values["network_receive_megabytes"] < 1e4
 
 
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cards, as NVML gives them: the second one has neither utilisation nor power."""
+    """NVML with two cards, of which the second reports neither utilisation nor power."""
 
     def given(card: int, value: object) -> object:
         if card == 1:
@@ -79,10 +78,10 @@ def test_without_a_gpu_there_are_no_numbers_of_one():
 def test_memory_that_runs_out_names_what_is_in_use():
     with pytest.raises(TrainingError) as raised, memory_errors(lambda: "step 7", "buy more"):
         raise MemoryError
-    said = str(raised.value)
-    held_gb = float(said.partition("this process holds ")[2].partition(" GB")[0])
+    message = str(raised.value)
+    held_gb = float(message.partition("this process holds ")[2].partition(" GB")[0])
     assert math.isclose(held_gb * 1e9, psutil.Process().memory_info().rss, rel_tol=0.3)
-    assert said.endswith(" GB of the machine are free; buy more")
+    assert message.endswith(" GB of the machine are free; buy more")
 
 
 def test_without_psutil_the_advice_for_memory_is_given_all_the_same():

@@ -1,3 +1,5 @@
+"""Warnings about settings, and the size of a checkpoint."""
+
 import dataclasses
 import io
 
@@ -37,21 +39,20 @@ def test_settings_that_suit_the_data_are_not_doubted() -> None:
 
 def test_a_warm_up_as_long_as_the_training_is_doubted() -> None:
     optimizer = OptimizerConfig(warmup_epochs=1)
-    (found,) = doubtful_settings(dataclasses.replace(CONFIG, optimizer=optimizer), 200)
-    assert found.startswith("pretrain.optimizer.warmup_epochs is 1 of 1 epochs")
+    (warning,) = doubtful_settings(dataclasses.replace(CONFIG, optimizer=optimizer), 200)
+    assert warning.startswith("pretrain.optimizer.warmup_epochs is 1 of 1 epochs")
 
 
 def test_a_queue_longer_than_a_quarter_of_the_data_is_doubted() -> None:
-    (found,) = doubtful_settings(with_moco(queue_length=408), 200)  # 1600 images
-    assert (
-        found.startswith("pretrain.moco.queue_length is 408 for 1600 images") and "try 400" in found
-    )
+    (warning,) = doubtful_settings(with_moco(queue_length=408), 200)  # 1600 images
+    assert warning.startswith("pretrain.moco.queue_length is 408 for 1600 images")
+    assert "try 400" in warning
 
 
 def test_a_moving_average_slower_than_a_tenth_of_the_training_is_doubted() -> None:
-    (found,) = doubtful_settings(with_moco(momentum=0.999), 100)
-    assert found.startswith("pretrain.moco.momentum is 0.999 for 100 steps")
-    assert doubtful_settings(with_moco(momentum=1.0), 100) == []  # a fixed key encoder is meant
+    (warning,) = doubtful_settings(with_moco(momentum=0.999), 100)
+    assert warning.startswith("pretrain.moco.momentum is 0.999 for 100 steps")
+    assert doubtful_settings(with_moco(momentum=1.0), 100) == []  # deliberately fixed
 
 
 def test_size_of_a_checkpoint_is_that_of_its_file() -> None:

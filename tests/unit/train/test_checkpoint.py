@@ -1,3 +1,5 @@
+"""Checkpoints and backbone files: round trips, damage, interrupted writes, and what is pruned."""
+
 import dataclasses
 import json
 import logging
@@ -42,14 +44,16 @@ def state() -> TrainState:
 def save(
     state: TrainState, url: str | Path, *steps: int, attempt: int = 0, keep_last: int = 9
 ) -> list[str]:
-    places = []
+    """Saves a checkpoint at each step; returns their URLs."""
+    urls = []
     for step in steps:
         state.step = step
-        places.append(save_checkpoint(state, str(url), attempt=attempt, keep_last=keep_last))
-    return places
+        urls.append(save_checkpoint(state, str(url), attempt=attempt, keep_last=keep_last))
+    return urls
 
 
 def damage(path: str, name: str = "state.pt") -> None:
+    """Inverts a byte in the middle of a file."""
     data = bytearray(Path(path, name).read_bytes())
     data[len(data) // 2] ^= 0xFF
     Path(path, name).write_bytes(data)
@@ -63,24 +67,22 @@ def test_training_resumed_from_storage_goes_on_bit_for_bit(tmp_path: Path) -> No
     def train(state: TrainState, first: int, last: int) -> None:
         generator = torch.Generator().manual_seed(0)
         crops = torch.randint(256, (4, 4, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        steps = (
-            Batch(crops[i], ["k"] * 4, StreamPosition(*divmod(i, 2))) for i in range(first, last)
-        )
-        list(train_steps(state, steps, 2))
+        steps = range(first, last)
+        batches = [Batch(crops[i], ["k"] * 4, StreamPosition(*divmod(i, 2))) for i in steps]
+        list(train_steps(state, batches, 2))
 
     straight, first, second = (state_of() for _ in range(3))
     train(straight, 0, 4)
     train(first, 0, 2)
     save_checkpoint(first, str(tmp_path), attempt=0, keep_last=1)
-    found = newest_checkpoint(str(tmp_path))
-    assert found == f"{tmp_path}/step_00000002_a0"
-    load_checkpoint(found, second)
+    newest = newest_checkpoint(str(tmp_path))
+    assert newest == f"{tmp_path}/step_00000002_a0"
+    load_checkpoint(newest, second)
     assert (second.step, second.position) == (2, StreamPosition(0, 1))
     train(second, 2, 4)
-    expected = straight.model.state_dict()
-    assert all(
-        torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items()
-    )
+    resumed, expected = second.model.state_dict(), straight.model.state_dict()
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_nothing_to_resume_where_nothing_was_saved(tmp_path: Path) -> None:
@@ -95,9 +97,9 @@ def test_newest_is_the_highest_step_then_the_highest_attempt(
 ) -> None:
     save(state, tmp_path, 99_999_999)
     save(state, tmp_path, 100_000_000, attempt=2)
-    place = save(state, tmp_path, 100_000_000, attempt=10)[0]
-    assert newest_checkpoint(str(tmp_path)) == place
-    assert attempt_of(place) == 10
+    (newest,) = save(state, tmp_path, 100_000_000, attempt=10)
+    assert newest_checkpoint(str(tmp_path)) == newest
+    assert attempt_of(newest) == 10
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         attempt_of(str(tmp_path))
 
@@ -125,8 +127,8 @@ def test_interrupted_writes_are_no_checkpoints(state: TrainState, tmp_path: Path
 def test_refuses_to_restart_from_zero_when_all_are_damaged(
     state: TrainState, tmp_path: Path
 ) -> None:
-    for place in save(state, tmp_path, 1, 2):
-        damage(place)
+    for checkpoint in save(state, tmp_path, 1, 2):
+        damage(checkpoint)
     with pytest.raises(
         CheckpointError, match=r"none of its 2 checkpoints verifies.*step_00000002_a0"
     ):
@@ -179,30 +181,31 @@ def test_a_stale_attempt_leaves_later_attempts_alone(state: TrainState, tmp_path
 
 
 def test_another_config_is_refused_with_the_difference(state: TrainState, tmp_path: Path) -> None:
-    place = save(state, tmp_path, 1)[0]
+    (checkpoint,) = save(state, tmp_path, 1)
     other = state_of(dataclasses.replace(CONFIG, epochs=3))
     with pytest.raises(CheckpointError, match=r"another config \(pretrain.epochs: 2 -> 3\)"):
-        load_checkpoint(place, other)
+        load_checkpoint(checkpoint, other)
     assert other.step == 0
 
 
 def test_resources_and_loader_workers_may_change(state: TrainState, tmp_path: Path) -> None:
-    place = save(state, tmp_path, 1)[0]
+    (checkpoint,) = save(state, tmp_path, 1)
     stream = StreamConfig(lanes=1, workers=0, memory_bytes=1)
-    moved = state_of(
-        dataclasses.replace(CONFIG, resources=ResourcesConfig(workers=2), stream=stream)
-    )
-    load_checkpoint(place, moved)
-    assert moved.step == 1
+    resources = ResourcesConfig(workers=2)
+    other = state_of(dataclasses.replace(CONFIG, resources=resources, stream=stream))
+    load_checkpoint(checkpoint, other)
+    assert other.step == 1
 
 
 def test_other_data_are_refused(state: TrainState, tmp_path: Path) -> None:
-    place = save(state, tmp_path, 1)[0]
+    (checkpoint,) = save(state, tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"digest d1.* d2"):
-        load_checkpoint(place, state_of(data="d2"))
+        load_checkpoint(checkpoint, state_of(data="d2"))
 
 
 class Bomb:
+    """Creates a file when it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("exploded"),)
 
@@ -212,9 +215,9 @@ def test_code_in_a_checkpoint_is_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(state, "state_dict", lambda: {"model": Bomb()}, raising=True)
-    place = save(state, tmp_path / "c", 1)[0]
+    (checkpoint,) = save(state, tmp_path / "c", 1)
     with pytest.raises(CheckpointError, match="was not run"):
-        load_checkpoint(place, state)
+        load_checkpoint(checkpoint, state)
     assert not Path("exploded").exists()
 
 
@@ -225,16 +228,13 @@ def test_backbone_comes_back_with_all_that_is_needed_to_use_it(
     url = str(tmp_path / "b.safetensors")
     export_backbone(trained, url, FACTS)
     loaded = load_from_the_front(url)
-    assert (loaded.config, loaded.mean, loaded.std, loaded.training) == (
-        CONFIG.encoder,
-        MEAN,
-        STD,
-        False,
-    )
+    assert loaded.config == CONFIG.encoder
+    assert (loaded.mean, loaded.std) == (MEAN, STD)
+    assert not loaded.training
     assert backbone_metadata(url).items() >= FACTS.items()
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     trained.eval()
-    # the training's encoder is channels-last: sums in another order
+    # the encoder of the training is channels-last, so that sums have another order
     torch.testing.assert_close(loaded(loaded.normalise(images)), trained(trained.normalise(images)))
 
 

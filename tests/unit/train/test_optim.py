@@ -1,3 +1,5 @@
+"""Schedules against the tables of the papers, optimisers against their formulas in plain Python."""
+
 import math
 
 import pytest
@@ -67,9 +69,8 @@ def test_five_steps_equal_sgd_written_out() -> None:
 
 def test_weight_decay_is_on_all_parameters_in_one_group() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    (group,) = build_optimizer(
-        list(network.parameters()), OptimizerConfig(weight_decay=1e-4)
-    ).param_groups
+    optimizer = build_optimizer(list(network.parameters()), OptimizerConfig(weight_decay=1e-4))
+    (group,) = optimizer.param_groups
     assert len(group["params"]) == 4
     assert group["weight_decay"] == 1e-4
     assert not group["nesterov"]
@@ -77,37 +78,38 @@ def test_weight_decay_is_on_all_parameters_in_one_group() -> None:
 
 def test_v3_sets_its_cosine_per_step() -> None:
     config = OptimizerConfig(lr=9.6, warmup_epochs=10, schedule="cosine_per_step")
-    lrs = [
-        learning_rate(config, step=step, steps_per_epoch=4, epochs=100)
-        for step in (20, 40, 220, 221, 399)
-    ]
-    expected = [
-        4.8,
-        9.6,
-        4.8,
-        4.8 * (1 + math.cos(math.pi * 45.25 / 90)),
-        4.8 * (1 + math.cos(math.pi * 89.75 / 90)),
-    ]
-    assert lrs == pytest.approx(expected)
+    expected = {
+        20: 4.8,  # half of the warm-up
+        40: 9.6,
+        220: 4.8,  # half of the cosine
+        221: 4.8 * (1 + math.cos(math.pi * 45.25 / 90)),
+        399: 4.8 * (1 + math.cos(math.pi * 89.75 / 90)),
+    }
+    for step, lr in expected.items():
+        ours = learning_rate(config, step=step, steps_per_epoch=4, epochs=100)
+        assert ours == pytest.approx(lr)
 
 
 @pytest.mark.parametrize(("epoch", "momentum"), [(0, 0.99), (50, 0.995), (100, 1.0)])
 def test_v3s_momentum_rises_to_one(epoch: int, momentum: float) -> None:
-    assert key_momentum(
-        MoCoV3Config(momentum=0.99), step=epoch * 4, total_steps=400
-    ) == pytest.approx(momentum)
+    rising = key_momentum(MoCoV3Config(momentum=0.99), step=epoch * 4, total_steps=400)
+    assert rising == pytest.approx(momentum)
     assert key_momentum(MoCoConfig(momentum=0.99), step=epoch * 4, total_steps=400) == 0.99
 
 
+def norm(values: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in values))
+
+
 def lars_written_out(
-    p: list[float], g: list[float], v: list[float], *, adapt: bool
+    p: list[float], v: list[float], g: list[float], *, adapt: bool
 ) -> tuple[list[float], list[float]]:
+    """Parameters and velocities after a step, from those before it and the gradients."""
     if adapt:
-        g = [slope + 0.01 * x for slope, x in zip(g, p, strict=True)]
-        length, slope_length = (math.sqrt(sum(x * x for x in values)) for values in (p, g))
-        trust = 0.001 * length / slope_length if length > 0 and slope_length > 0 else 1.0
-        g = [slope * trust for slope in g]
-    v = [0.9 * old + slope for old, slope in zip(v, g, strict=True)]
+        g = [gradient + 0.01 * x for gradient, x in zip(g, p, strict=True)]
+        scale = 0.001 * norm(p) / norm(g) if norm(p) > 0 and norm(g) > 0 else 1.0
+        g = [gradient * scale for gradient in g]
+    v = [0.9 * old + gradient for old, gradient in zip(v, g, strict=True)]
     return [x - 0.5 * y for x, y in zip(p, v, strict=True)], v
 
 
@@ -115,7 +117,7 @@ def test_five_steps_equal_lars_written_out() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(2, 3, bias=False)
     ).double()
-    nn.init.zeros_(network[2].weight)  # a length of zero is not scaled by it
+    nn.init.zeros_(network[2].weight)  # a parameter of norm 0 does not scale its gradient to 0
     parameters = list(network.parameters())
     config = OptimizerConfig(kind="lars", lr=0.5, momentum=0.9, weight_decay=0.01, trust=0.001)
     optimizer = build_optimizer(parameters, config)
@@ -125,12 +127,8 @@ def test_five_steps_equal_lars_written_out() -> None:
             p.grad = torch.cos(p.detach() * 7 + step)
             if step == 1 and number == 4:
                 p.grad = torch.zeros_like(p)
-            expected[number] = lars_written_out(
-                *expected[number][:1],
-                p.grad.flatten().tolist(),
-                *expected[number][1:],
-                adapt=p.ndim > 1,
-            )
+            gradients = p.grad.flatten().tolist()
+            expected[number] = lars_written_out(*expected[number], gradients, adapt=p.ndim > 1)
         optimizer.step()
     for p, (values, _) in zip(parameters, expected, strict=True):
         assert p.flatten().tolist() == pytest.approx(values, abs=1e-6)

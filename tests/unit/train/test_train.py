@@ -1,3 +1,5 @@
+"""The pretraining loop against the algorithm written out, on two ranks, and after a resume."""
+
 import dataclasses
 import io
 import logging
@@ -56,7 +58,7 @@ CPU = torch.device("cpu")
 
 
 def random_batches(first: int = 0, last: int = 6) -> Iterator[Batch]:
-    """This rank's part of global batches that depend on the step alone."""
+    """This rank's parts of global batches that are functions of the step."""
     mine = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
@@ -73,11 +75,11 @@ def train(state: TrainState, first: int, last: int) -> list[StepMetrics]:
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    momenta = {
-        f"momentum.{i}": s["momentum_buffer"]
-        for i, s in state.optimizer.state_dict()["state"].items()
-    }
-    return {name: tensor.clone() for name, tensor in (state.model.state_dict() | momenta).items()}
+    """Copies of all tensors of the model and of the optimiser."""
+    named = state.model.state_dict()
+    for number, buffers in state.optimizer.state_dict()["state"].items():
+        named[f"momentum.{number}"] = buffers["momentum_buffer"]
+    return {name: tensor.clone() for name, tensor in named.items()}
 
 
 def with_moco(**changes: object) -> PretrainConfig:
@@ -118,16 +120,18 @@ def test_two_ranks_train_as_one_process_does() -> None:
             assert mine["loss"] == pytest.approx(expected["loss"], abs=1e-5)
             assert mine["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
             assert mine["lr"] == expected["lr"]
-        torch.testing.assert_close(
-            state["queue"], alone["queue"], atol=1e-4, rtol=0
-        )  # 4 steps of rounding
-        assert state["queue_pointer"] == alone["queue_pointer"] == 8  # 32 keys into 24 places
+        # 4 steps of rounding
+        torch.testing.assert_close(state["queue"], alone["queue"], atol=1e-4, rtol=0)
+        assert state["queue_pointer"] == alone["queue_pointer"] == 8  # 32 keys in a queue of 24
     assert torch.equal(both[0][1]["queue"], both[1][1]["queue"])
     assert [v["loss"] for v in both[0][0]] == [v["loss"] for v in both[1][0]]
 
 
 def written_out(state: TrainState) -> Iterator[float]:
-    """The official order of a step (EMA between the two forward passes), with a list as queue and SGD by hand."""
+    """Losses of six steps, with a list as queue and SGD by hand.
+
+    In the order of the official code, which moves the key encoder between the two forward passes.
+    """
     query, key = state.model.query_encoder, state.model.key_encoder
     queue = list(state.model.queue.T)
     velocities = [torch.zeros_like(p) for p in query.parameters()]
@@ -140,11 +144,10 @@ def written_out(state: TrainState) -> Iterator[float]:
             order = shuffle_order(CONFIG.seed, step, 8).tolist()
             shuffled = functional.normalize(key(key_views[order]), dim=1)
             keys = [shuffled[order.index(i)] for i in range(8)]
-        logits = [
-            torch.stack([q @ k, *(q @ old for old in queue)]) / 0.2
-            for q, k in zip(queries, keys, strict=True)
-        ]
-        loss = sum(row.logsumexp(0) - row[0] for row in logits) / 8
+        loss = torch.zeros(())
+        for q, k in zip(queries, keys, strict=True):
+            logits = torch.stack([q @ other for other in (k, *queue)]) / 0.2
+            loss = loss + (logits.logsumexp(0) - logits[0]) / 8
         gradients = torch.autograd.grad(loss, list(query.parameters()))
         lr = 0.015 * (1 + math.cos(math.pi * (step // STEPS_PER_EPOCH) / 3))
         with torch.no_grad():
@@ -162,8 +165,8 @@ def seen_views() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_views_do_not_depend_on_the_world_size() -> None:
     alone, both = seen_views(), run_ranks(seen_views, 2)
-    for place in (0, 1):
-        assert torch.equal(torch.cat([found[place] for found in both]), alone[place])
+    for index in (0, 1):
+        assert torch.equal(torch.cat([views[index] for views in both]), alone[index])
 
 
 def sent_for_keys() -> list[tuple[str, int]]:
@@ -181,18 +184,15 @@ def sent_for_keys() -> list[tuple[str, int]]:
 
 
 def test_each_keys_crop_travels_once_and_as_bytes() -> None:
-    assert (
-        run_ranks(sent_for_keys, 2) == [[("torch.uint8", 4 * 3 * 32 * 32)]] * 2
-    )  # gathering floats: 8 x as much
+    # gathering float32 views would send 8 times as much
+    assert run_ranks(sent_for_keys, 2) == [[("torch.uint8", 4 * 3 * 32 * 32)]] * 2
 
 
 def test_key_views_come_in_the_order_asked_for() -> None:
     batch, order = next(random_batches()), shuffle_order(0, 7, 8)
     config = dataclasses.replace(CONFIG, views=ViewsConfig(size=32))
-    assert torch.equal(
-        make_views(batch, config, order=order).keys,
-        make_views(batch, config, order=None).keys[order],
-    )
+    permuted = make_views(batch, config, order=order).keys
+    assert torch.equal(permuted, make_views(batch, config, order=None).keys[order])
 
 
 def accumulated(
@@ -236,12 +236,9 @@ def test_float16_skips_the_step_of_gradients_that_overflow() -> None:
     state.model.query_encoder.head[2].weight.register_hook(lambda gradient: gradient * math.inf)
     (first, second) = train(state, 0, 2)
     after = tensors(state)
-    kept = [
-        name
-        for name in before
-        if name.startswith("momentum.") or name in dict(state.model.named_parameters())
-    ]
-    assert all(torch.equal(after[name], before[name]) for name in kept)
+    parameters = dict(state.model.named_parameters())
+    unchanged = [name for name in before if name.startswith("momentum.") or name in parameters]
+    assert all(torch.equal(after[name], before[name]) for name in unchanged)
     assert [first.values["loss_scale"], second.values["loss_scale"]] == [scale / 2, scale / 4]
     assert (state.step, state.model.queue_pointer) == (2, 16)  # the schedule and the queue go on
 
@@ -251,43 +248,41 @@ def test_float16_is_saved_with_its_scale() -> None:
     first.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     values = train(first, 0, 1)[0].values
     (exact,) = train(fresh(dataclasses.replace(first.config, precision="float32")), 0, 1)
-    assert values["gradient_norm"] == pytest.approx(
-        exact.values["gradient_norm"], rel=0.05
-    )  # not times the scale
+    # not multiplied by the scale
+    assert values["gradient_norm"] == pytest.approx(exact.values["gradient_norm"], rel=0.05)
     second.load_state_dict(first.state_dict())
     assert second.scaler.get_scale() == 512.0
 
 
 def test_losses_equal_the_algorithm_written_out() -> None:
     losses = [m.values["loss"] for m in train(fresh(), 0, 6)]
-    assert losses == pytest.approx(
-        list(written_out(fresh())), rel=1e-4
-    )  # rounding grows over the steps
+    # rounding grows over the steps
+    assert losses == pytest.approx(list(written_out(fresh())), rel=1e-4)
 
 
 def test_key_encoder_moves_only_by_its_momentum() -> None:
     state = fresh(with_moco(momentum=1.0))
     before = [p.clone() for p in state.model.key_encoder.parameters()]
     train(state, 0, 5)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, state.model.key_encoder.parameters(), strict=True)
-    )
+    after = list(state.model.key_encoder.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     optimised = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in state.model.query_encoder.parameters()}
 
 
 def test_keys_are_embedded_after_exactly_one_moving_average() -> None:
     state = fresh(with_moco(momentum=0.5))
-    key, query = (n.head[2].weight for n in (state.model.key_encoder, state.model.query_encoder))
-    seen: list[torch.Tensor] = []
-    state.model.key_encoder.register_forward_pre_hook(lambda *_: seen.append(key.clone()))
-    queries = [
-        query.detach().clone() for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH)
-    ]
-    expected = seen[0]
+    key = state.model.key_encoder.head[2].weight
+    query = state.model.query_encoder.head[2].weight
+    used: list[torch.Tensor] = []  # key weights, when keys are embedded
+    state.model.key_encoder.register_forward_pre_hook(lambda *_: used.append(key.clone()))
+    queries = []  # query weights, after each step
+    for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH):
+        queries.append(query.detach().clone())
+    expected = used[0]
     for step in range(1, 6):
         expected = (expected + queries[step - 1]) / 2
-        torch.testing.assert_close(seen[step], expected)
+        torch.testing.assert_close(used[step], expected)
 
 
 def test_each_step_enqueues_the_keys_of_the_global_batch_after_the_loss() -> None:
@@ -295,8 +290,8 @@ def test_each_step_enqueues_the_keys_of_the_global_batch_after_the_loss() -> Non
     outputs: list[torch.Tensor] = []
     state.model.register_forward_hook(lambda _, __, output: outputs.append(output.keys))
     for _ in train_steps(state, random_batches(), STEPS_PER_EPOCH):
-        place = (state.step - 1) * 8 % 24
-        assert torch.equal(state.model.queue[:, place : place + 8].T, outputs[-1])
+        pointer = (state.step - 1) * 8 % 24
+        assert torch.equal(state.model.queue[:, pointer : pointer + 8].T, outputs[-1])
     assert state.model.queue_pointer == 6 * 8 % 24
 
 
@@ -304,11 +299,8 @@ def test_values_come_every_n_steps_and_at_the_end() -> None:
     config = dataclasses.replace(CONFIG, log_every_steps=4)
     metrics = list(train_steps(fresh(config), random_batches(), STEPS_PER_EPOCH))
     assert [bool(m.values) for m in metrics] == [False, False, False, True, False, True]
-    assert [(m.step, m.epoch, *m.position) for m in metrics][:3] == [
-        (1, 0, 0, 0),
-        (2, 0, 0, 1),
-        (3, 1, 1, 0),
-    ]
+    numbers = [(m.step, m.epoch, *m.position) for m in metrics]
+    assert numbers[:3] == [(1, 0, 0, 0), (2, 0, 0, 1), (3, 1, 1, 0)]
     lrs = [0.5 * 0.03 * (1 + math.cos(math.pi * epoch / 3)) for epoch in (1, 2)]
     assert [m.values["lr"] for m in metrics if m.values] == pytest.approx(lrs)
 
@@ -318,9 +310,8 @@ def noisy_patterns(steps: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(128, 3, 2, 2, generator=generator).split(16)
     for step in range(steps):
-        images = functional.interpolate(patterns[step % 8], size=16)[:, None].expand(
-            -1, 2, -1, -1, -1
-        )
+        images = functional.interpolate(patterns[step % 8], size=16)  # (16, 3, 16, 16)
+        images = images[:, None].expand(-1, 2, -1, -1, -1)  # (16, 2, 3, 16, 16)
         noisy = images + 0.3 * torch.randn(images.shape, generator=generator)
         yield Batch((noisy * 64 + 128).clamp(0, 255).byte(), ["key"] * 16, StreamPosition(0, step))
 
@@ -351,10 +342,8 @@ def test_non_finite_loss_stops_before_the_parameters_change() -> None:
         TrainingError, match=r"the loss is nan at step 1.*lower pretrain.optimizer.lr"
     ):
         next(train_steps(state, random_batches(), STEPS_PER_EPOCH))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(before, state.model.query_encoder.parameters(), strict=True)
-    )
+    after = list(state.model.query_encoder.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert state.step == 0
 
 
@@ -365,8 +354,8 @@ def test_a_constant_encoder_raises_the_alarm_after_the_first_epoch(
     state.model.query_encoder.head.register_forward_hook(lambda _, __, x: x * 0 + 1)
     with caplog.at_level(logging.WARNING):
         train(state, 0, 3)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("event=collapse step=3 embedding_std=0.000 expected=1 advice=")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("event=collapse step=3 embedding_std=0.000 expected=1 advice=")
 
 
 def test_rates_are_over_the_time_since_the_last_record() -> None:
