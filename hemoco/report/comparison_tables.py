@@ -5,19 +5,23 @@ from collections.abc import Sequence
 
 from hemoco.intervals import RepeatedDifference, RepeatedSpread, Repetitions, repeated_spread
 from hemoco.report.tables import Section, Value
-from hemoco.results.comparison import Column, Comparison, Line, Pair, Place, Run, seed_values
+from hemoco.results.comparison import Cell, Column, Comparison, Line, Pair, Run, seed_values
 from hemoco.results.records import PRETRAINED
 
 _MOST_SETTINGS = 8
 
 
-def main_sections(many: Comparison) -> list[Section]:
+def main_sections(comparison: Comparison) -> list[Section]:
     """What the runs are, how they transfer, and how they differ; those that there is something for."""
     found = [
-        _pretrainings(many),
-        _transfers(many),
-        _differences(many),
-        *(_repetitions(many, column) for column in many.pretrainings if len(column.runs) > 1),
+        _pretrainings(comparison),
+        _transfers(comparison),
+        _differences(comparison),
+        *(
+            _repetitions(comparison, column)
+            for column in comparison.pretrainings
+            if len(column.runs) > 1
+        ),
     ]
     return [
         section
@@ -36,10 +40,10 @@ def known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _pretrainings(many: Comparison) -> Section:
+def _pretrainings(comparison: Comparison) -> Section:
     rows, notes, records = [], list[str](), []
-    for column in many.pretrainings:
-        notes += _about(column, many.columns[0])
+    for column in comparison.pretrainings:
+        notes += _about(column, comparison.columns[0])
         for run in column.runs:
             facts = run.results.pretraining
             numbers = (facts.loss, facts.chance_loss, facts.embedding_std, facts.knn_top1)
@@ -47,7 +51,7 @@ def _pretrainings(many: Comparison) -> Section:
                 (run.label, run.name, run.seed or "-", facts.status or "-", *map(number, numbers))
             )
             records.append(_pretraining_record(run, column))
-    unknown = ", ".join(run.label for run in many.runs if run.settings is None)
+    unknown = ", ".join(run.label for run in comparison.runs if run.settings is None)
     if unknown:
         notes.append(f"{unknown}: MLflow does not know the pretraining")
     return Section(
@@ -97,34 +101,38 @@ def _pretraining_record(run: Run, column: Column) -> dict[str, Value]:
     }
 
 
-def _transfers(many: Comparison) -> Section:
+def _transfers(comparison: Comparison) -> Section:
     rows, best, records = [], set[tuple[int, int]](), []
-    for place, line in enumerate(many.lines):
+    for place, line in enumerate(comparison.lines):
         rows.append(
-            (line.label, line.metric, *(value_cell(many, line, column) for column in many.columns))
+            (
+                line.label,
+                line.metric,
+                *(value_cell(comparison, line, column) for column in comparison.columns),
+            )
         )
-        records += line_records(many, line)
-        means = [many.spread(line, column).mean for column in many.columns]
+        records += line_records(comparison, line)
+        means = [comparison.spread(line, column).mean for column in comparison.columns]
         highest = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
-        if len(many.columns) > 1:
+        if len(comparison.columns) > 1:
             best |= {
                 (place, 2 + position) for position, mean in enumerate(means) if mean == highest
             }
     return Section(
         name="transfers",
         title="Transfers: mean ± deviation (how many values)",
-        columns=("transfer", "metric", *(column.label for column in many.columns)),
+        columns=("transfer", "metric", *(column.label for column in comparison.columns)),
         heads=2,
         rows=tuple(rows),
         best=frozenset(best),
-        notes=tuple(_transfer_notes(many)),
+        notes=tuple(_transfer_notes(comparison)),
         records=tuple(records),
     )
 
 
-def value_cell(many: Comparison, line: Line, column: Column) -> str:
+def value_cell(comparison: Comparison, line: Line, column: Column) -> str:
     """A cell of the table of transfers: the values, or why there are none."""
-    values = many.values.get(Place(line.label, column.label))
+    values = comparison.values.get(Cell(line.label, column.label))
     state = "" if column.baseline else _state(line, column)
     return f"{spread_cell(values)}{' †' if state else ''}" if values else state or "-"
 
@@ -149,18 +157,18 @@ def _state(line: Line, column: Column) -> str:
     return ""
 
 
-def _transfer_notes(many: Comparison) -> list[str]:
+def _transfer_notes(comparison: Comparison) -> list[str]:
     notes = [
         f"{line.label} has other settings: {'; '.join(line.differs)}"
-        for line in many.lines
+        for line in comparison.lines
         if line.differs
     ]
-    repeated = [column.label for column in many.pretrainings if len(column.runs) > 1]
+    repeated = [column.label for column in comparison.pretrainings if len(column.runs) > 1]
     if repeated:
         notes.append(
             f"± of {', '.join(repeated)}: between pretrainings; of the others: over the transfer's seeds"
         )
-    for run in many.runs:
+    for run in comparison.runs:
         notes += [
             f"† {run.label}: {item.transfer} failed: {item.reason}" for item in run.results.failed
         ]
@@ -171,11 +179,11 @@ def _transfer_notes(many: Comparison) -> list[str]:
     return notes
 
 
-def line_records(many: Comparison, line: Line) -> list[dict[str, Value]]:
+def line_records(comparison: Comparison, line: Line) -> list[dict[str, Value]]:
     """A line's cells for programs."""
     return [
-        mean_record(line.label, line.metric, column.label, many.spread(line, column))
-        for column in many.columns
+        mean_record(line.label, line.metric, column.label, comparison.spread(line, column))
+        for column in comparison.columns
     ]
 
 
@@ -194,15 +202,15 @@ def mean_record(line: str, metric: str, column: str, spread: RepeatedSpread) -> 
     }
 
 
-def _differences(many: Comparison) -> Section:
-    kinds = list(dict.fromkeys((pair.ours, pair.theirs) for pair in many.pairs))
-    of_place = {(pair.line, pair.ours, pair.theirs): pair.difference for pair in many.pairs}
+def _differences(comparison: Comparison) -> Section:
+    kinds = list(dict.fromkeys((pair.ours, pair.theirs) for pair in comparison.pairs))
+    of_place = {(pair.line, pair.ours, pair.theirs): pair.difference for pair in comparison.pairs}
     rows = [
         (line.label, *(_difference_cell(of_place.get((line.label, *kind))) for kind in kinds))
-        for line in many.lines
+        for line in comparison.lines
     ]
     if len(rows) > 1:
-        scores = [_scores(many.pairs, kind) for kind in kinds]
+        scores = [_scores(comparison.pairs, kind) for kind in kinds]
         rows.append(("higher, significant", *(higher for higher, _ in scores)))
         rows.append(("lower, significant", *(lower for _, lower in scores)))
     return Section(
@@ -210,8 +218,8 @@ def _differences(many: Comparison) -> Section:
         title="Differences: mean ± 95% interval",
         columns=("transfer", *(f"{ours} - {theirs}" for ours, theirs in kinds)),
         rows=tuple(rows) if kinds else (),
-        notes=tuple(_difference_notes(many)),
-        records=tuple(_difference_record(pair) for pair in many.pairs),
+        notes=tuple(_difference_notes(comparison)),
+        records=tuple(_difference_record(pair) for pair in comparison.pairs),
     )
 
 
@@ -243,22 +251,22 @@ def _scores(pairs: Sequence[Pair], kind: tuple[str, str]) -> tuple[str, str]:
     return score(higher), score(lower)
 
 
-def _difference_notes(many: Comparison) -> list[str]:
+def _difference_notes(comparison: Comparison) -> list[str]:
     notes = [
         "paired by the transfer's seed; *: significant, the interval excludes 0; ?: n/a (one seed, or equal values)",
         "each interval stands alone: of twenty differences between equals one excludes 0 by chance",
     ]
     with_pretrainings = dict.fromkeys(
-        f"{p.ours} - {p.theirs}" for p in many.pairs if "pretrainings" in p.difference.noise
+        f"{p.ours} - {p.theirs}" for p in comparison.pairs if "pretrainings" in p.difference.noise
     )
     others = dict.fromkeys(
-        f"{p.ours} - {p.theirs}" for p in many.pairs if p.difference.noise == ("seeds",)
+        f"{p.ours} - {p.theirs}" for p in comparison.pairs if p.difference.noise == ("seeds",)
     )
     if with_pretrainings:
         notes.append(
             f"noise of the pretraining's seed is in the intervals of {', '.join(with_pretrainings)}"
         )
-        single = [column.label for column in many.pretrainings if len(column.runs) == 1]
+        single = [column.label for column in comparison.pretrainings if len(column.runs) == 1]
         compared = [
             label
             for label in single
@@ -273,7 +281,7 @@ def _difference_notes(many: Comparison) -> list[str]:
             f"only the noise of the transfer's seeds is in those of {', '.join(others)}: they hold for these "
             "backbones; for their recipes, compare pretrainings with several values of --pretrain.seed"
         )
-    if any(pair.difference.seeds == 0 for pair in many.pairs):
+    if any(pair.difference.seeds == 0 for pair in comparison.pairs):
         notes.append("-: no seed in common")
     return notes
 
@@ -292,11 +300,11 @@ def _difference_record(pair: Pair) -> dict[str, Value]:
     }
 
 
-def _repetitions(many: Comparison, column: Column) -> Section:
+def _repetitions(comparison: Comparison, column: Column) -> Section:
     """Each pretraining of a column, and how far they lie apart."""
     rows, records = [], []
-    for line in many.lines:
-        spread = many.spread(line, column)
+    for line in comparison.lines:
+        spread = comparison.spread(line, column)
         if not spread.values:
             continue
         of_run = [

@@ -57,7 +57,7 @@ class RunDetail:
 class ReportData:
     """All that a report shows."""
 
-    many: Comparison
+    comparison: Comparison
     details: tuple[RunDetail, ...]
     """In the order of its runs."""
 
@@ -67,7 +67,7 @@ class ReportData:
         by_label = {detail.run.label: detail for detail in self.details}
         first = {
             run.label: by_label[column.runs[0].label]
-            for column in self.many.pretrainings
+            for column in self.comparison.pretrainings
             for run in column.runs
         }
         return tuple(
@@ -77,13 +77,15 @@ class ReportData:
         )
 
 
-def collect_report(uri: str, many: Comparison) -> ReportData:
+def collect_report(uri: str, comparison: Comparison) -> ReportData:
     """The comparison with the settings, curves and images of its runs.
 
     Raises:
         TrackingError: MLflow cannot be used.
     """
-    return ReportData(many=many, details=tuple(_detail(uri, run) for run in many.runs))
+    return ReportData(
+        comparison=comparison, details=tuple(_detail(uri, run) for run in comparison.runs)
+    )
 
 
 def _detail(uri: str, run: Run) -> RunDetail:

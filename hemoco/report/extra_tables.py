@@ -12,14 +12,19 @@ from hemoco.report.comparison_tables import (
     value_cell,
 )
 from hemoco.report.tables import Section, Value
-from hemoco.results.comparison import Comparison, Place, Run
+from hemoco.results.comparison import Cell, Comparison, Run
 from hemoco.results.label_efficiency import label_curves
 from hemoco.results.sweep import SweepResult
 
 
-def extra_sections(many: Comparison) -> list[Section]:
+def extra_sections(comparison: Comparison) -> list[Section]:
     """Those that there is something for."""
-    found = [_curve(many), *_label_efficiency(many), _pretraining_cost(many), _transfer_times(many)]
+    found = [
+        _curve(comparison),
+        *_label_efficiency(comparison),
+        _pretraining_cost(comparison),
+        _transfer_times(comparison),
+    ]
     return [section for section in found if section.rows]
 
 
@@ -32,21 +37,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _pretraining_cost(many: Comparison) -> Section:
+def _pretraining_cost(comparison: Comparison) -> Section:
     notes = [
         "active: training steps, and what lies between two records unless it is more than 10 minutes; device hours: "
         "active time of the devices asked for at the start; images: repeated steps count once"
     ]
-    paused = [f"{run.label} {run.cost.pauses}" for run in many.runs if run.cost.pauses]
+    paused = [f"{run.label} {run.cost.pauses}" for run in comparison.runs if run.cost.pauses]
     if paused:
         notes.append(f"pauses, not counted: {', '.join(paused)}")
     return Section(
         name="cost",
         title="Cost of the pretraining",
         columns=("run", "active", "device hours", "images", "images/s"),
-        rows=tuple((run.label, *_cost_cells(run)) for run in many.runs if run.cost.images),
+        rows=tuple((run.label, *_cost_cells(run)) for run in comparison.runs if run.cost.images),
         notes=tuple(notes),
-        records=tuple(_cost_record(run) for run in many.runs),
+        records=tuple(_cost_record(run) for run in comparison.runs),
     )
 
 
@@ -76,14 +81,16 @@ def _cost_record(run: Run) -> dict[str, Value]:
     )
 
 
-def _transfer_times(many: Comparison) -> Section:
+def _transfer_times(comparison: Comparison) -> Section:
     transfers = list(
-        dict.fromkeys(time.transfer for run in many.runs for time in run.cost.transfers)
+        dict.fromkeys(time.transfer for run in comparison.runs for time in run.cost.transfers)
     )
-    cells = {(run.label, time.transfer): time for run in many.runs for time in run.cost.transfers}
+    cells = {
+        (run.label, time.transfer): time for run in comparison.runs for time in run.cost.transfers
+    }
     rows = []
     for transfer in transfers:
-        times = [cells.get((run.label, transfer)) for run in many.runs]
+        times = [cells.get((run.label, transfer)) for run in comparison.runs]
         shown = (
             "-" if time is None else duration(time.wall_s) + (" +" if time.again else "")
             for time in times
@@ -95,7 +102,7 @@ def _transfer_times(many: Comparison) -> Section:
     return Section(
         name="transfer_times",
         title="Wall time of the transfers",
-        columns=("transfer", *(run.label for run in many.runs)),
+        columns=("transfer", *(run.label for run in comparison.runs)),
         rows=tuple(rows),
         notes=tuple(notes),
         records=tuple(
@@ -106,16 +113,18 @@ def _transfer_times(many: Comparison) -> Section:
                 "wall_s": known(time.wall_s),
                 "started_again": time.again,
             }
-            for run in many.runs
+            for run in comparison.runs
             for time in run.cost.transfers
         ),
     )
 
 
-def _curve(many: Comparison) -> Section:
-    places = [place for place in _places(many) if any(at == place for _, at in many.curve)]
-    epochs = sorted({epoch for epoch, _ in many.curve})
-    metrics = {line.label: line.metric for line in many.lines}
+def _curve(comparison: Comparison) -> Section:
+    places = [
+        place for place in _places(comparison) if any(at == place for _, at in comparison.curve)
+    ]
+    epochs = sorted({epoch for epoch, _ in comparison.curve})
+    metrics = {line.label: line.metric for line in comparison.lines}
     alone = len({place.column for place in places}) == 1
     return Section(
         name="curve",
@@ -127,37 +136,47 @@ def _curve(many: Comparison) -> Section:
         rows=tuple(
             (
                 str(e),
-                *(spread_cell(many.curve[e, p]) if (e, p) in many.curve else "-" for p in places),
+                *(
+                    spread_cell(comparison.curve[e, p]) if (e, p) in comparison.curve else "-"
+                    for p in places
+                ),
             )
             for e in epochs
         ),
         records=tuple(
             {"epoch": epoch}
             | mean_record(place.line, metrics[place.line], place.column, repeated_spread(values))
-            for (epoch, place), values in sorted(many.curve.items())
+            for (epoch, place), values in sorted(comparison.curve.items())
         ),
     )
 
 
-def _places(many: Comparison) -> list[Place]:
-    return [Place(line.label, column.label) for line in many.lines for column in many.columns]
+def _places(comparison: Comparison) -> list[Cell]:
+    return [
+        Cell(line.label, column.label) for line in comparison.lines for column in comparison.columns
+    ]
 
 
-def _label_efficiency(many: Comparison) -> list[Section]:
+def _label_efficiency(comparison: Comparison) -> list[Section]:
     found = []
-    for place, points in enumerate(label_curves(many), start=1):
+    for place, points in enumerate(label_curves(comparison), start=1):
         rows, records = [], []
         for labels, images, line in points:
-            cells = [value_cell(many, line, column) for column in many.columns]
+            cells = [value_cell(comparison, line, column) for column in comparison.columns]
             rows.append((labels, number(images, 0), line.label, *cells))
             records += [
                 {"labels": labels, "images": known(images)} | record
-                for record in line_records(many, line)
+                for record in line_records(comparison, line)
             ]
         section = Section(
             name="label_efficiency" if place == 1 else f"label_efficiency_{place}",
             title="Label efficiency" if place == 1 else f"Label efficiency, data set {place}",
-            columns=("labels", "images", "transfer", *(column.label for column in many.columns)),
+            columns=(
+                "labels",
+                "images",
+                "transfer",
+                *(column.label for column in comparison.columns),
+            ),
             heads=3,
             rows=tuple(rows),
             records=tuple(records),

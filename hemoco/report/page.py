@@ -22,7 +22,7 @@ from hemoco.report.plots import (
     transfer_bars,
 )
 from hemoco.report.training import HealthCheck, health_checks, quality_plots, training_plots
-from hemoco.results.comparison import Comparison, Pair, Place, Run
+from hemoco.results.comparison import Cell, Comparison, Pair, Run
 from hemoco.results.label_efficiency import LabelPoint, label_curves
 
 if TYPE_CHECKING:
@@ -34,20 +34,20 @@ _PLOTTED = ("label_efficiency", "curve")
 
 def render_report(data: ReportData) -> str:
     """The report as HTML: what transfers, what was learned, how the training went, and where all of it comes from."""
-    many, names = data.many, [run.name for run in data.many.runs]
+    comparison, names = data.comparison, [run.name for run in data.comparison.runs]
     alone = len(names) == 1
     tables = {
         found.name: found
-        for found in sections(many)
+        for found in sections(comparison)
         if not (alone and found.name == "pretrainings")
     }
     return _template().render(
         title=names[0] if alone else f"{len(names)} runs: {', '.join(names)}",
         kind="run" if alone else "comparison",
-        verdict=_verdict(many),
+        verdict=_verdict(comparison),
         first_tables=[tables[name] for name in _FIRST if name in tables],
-        nothing_measured=not many.lines,
-        quality_plots=[*_bars(many), *_label_efficiency(many), *quality_plots(data)],
+        nothing_measured=not comparison.lines,
+        quality_plots=[*_bars(comparison), *_label_efficiency(comparison), *quality_plots(data)],
         health=[_health(detail.run, alone=alone) for detail in data.details],
         training_plots=training_plots(data),
         features=feature_views(data),
@@ -82,14 +82,14 @@ def _data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _verdict(many: Comparison) -> str:
+def _verdict(comparison: Comparison) -> str:
     ill = [
         run.label
-        for run in many.runs
+        for run in comparison.runs
         if run.results.pretraining.status == "FINISHED"  # one that goes on may be on its way
         and any(check.passed is False for check in health_checks(run.results.pretraining))
     ]
-    alone = len(many.runs) == 1
+    alone = len(comparison.runs) == 1
     warning = (
         ""
         if not ill
@@ -97,14 +97,16 @@ def _verdict(many: Comparison) -> str:
         if alone
         else f" Not healthy: {', '.join(ill)}."
     )
-    failed = sum(len(run.results.failed) for run in many.runs)
-    return _winner(many) + (f" {failed} failed." if failed else "") + warning
+    failed = sum(len(run.results.failed) for run in comparison.runs)
+    return _winner(comparison) + (f" {failed} failed." if failed else "") + warning
 
 
-def _winner(many: Comparison) -> str:
-    pretrainings = [column.label for column in many.pretrainings]
-    theirs = pretrainings[1] if len(pretrainings) > 1 else _baseline(many, pretrainings[0])
-    pairs = [pair for pair in many.pairs if (pair.ours, pair.theirs) == (pretrainings[0], theirs)]
+def _winner(comparison: Comparison) -> str:
+    pretrainings = [column.label for column in comparison.pretrainings]
+    theirs = pretrainings[1] if len(pretrainings) > 1 else _baseline(comparison, pretrainings[0])
+    pairs = [
+        pair for pair in comparison.pairs if (pair.ours, pair.theirs) == (pretrainings[0], theirs)
+    ]
     measured = [pair for pair in pairs if not math.isnan(pair.difference.mean)]
     if not measured:
         return f"No transfer has been measured from both {pretrainings[0]} and {theirs} yet."
@@ -124,12 +126,12 @@ def _winner(many: Comparison) -> str:
     return f"{pretrainings[0]} beats {theirs} in {better} of {len(measured)} {noun}{beyond}.{more}"
 
 
-def _baseline(many: Comparison, ours: str) -> str:
+def _baseline(comparison: Comparison, ours: str) -> str:
     """The random one, else the first that was measured beside the pretraining."""
-    measured = [pair.theirs for pair in many.pairs if pair.ours == ours]
+    measured = [pair.theirs for pair in comparison.pairs if pair.ours == ours]
     random = [
         column.label
-        for column in many.columns
+        for column in comparison.columns
         if column.baseline == "random" and column.label in measured
     ]
     return (*random, *measured, "random")[0]
@@ -139,33 +141,37 @@ def _beats(pair: Pair, *, clearly: bool) -> bool:
     return pair.difference.mean > 0 and (pair.difference.stands_out is True or not clearly)
 
 
-def _bars(many: Comparison) -> list[Plot]:
-    if not many.values:
+def _bars(comparison: Comparison) -> list[Plot]:
+    if not comparison.values:
         return []
     words = [
         f"{line.label} {line.metric}: "
         + ", ".join(
-            f"{column.label} {number(interval(many.values[place]).mean)}"
-            for column in many.columns
-            if (place := Place(line.label, column.label)) in many.values
+            f"{column.label} {number(interval(comparison.values[place]).mean)}"
+            for column in comparison.columns
+            if (place := Cell(line.label, column.label)) in comparison.values
         )
-        for line in many.lines
+        for line in comparison.lines
     ]
     caption = "Means; the line is the 95% interval, a dot a single seed or pretraining. Higher is better, 1 is perfect."
     return [
         Plot(
-            "Transfers against baselines", transfer_bars(many), f"Bars. {'; '.join(words)}", caption
+            "Transfers against baselines",
+            transfer_bars(comparison),
+            f"Bars. {'; '.join(words)}",
+            caption,
         )
     ]
 
 
-def _label_efficiency(many: Comparison) -> list[Plot]:
+def _label_efficiency(comparison: Comparison) -> list[Plot]:
     plots = []
-    for place, points in enumerate(label_curves(many), start=1):
+    for place, points in enumerate(label_curves(comparison), start=1):
         measured = [
-            (column.label, _label_points(many, points, column.label)) for column in many.columns
+            (column.label, _label_points(comparison, points, column.label))
+            for column in comparison.columns
         ]
-        colours = column_colours(many)
+        colours = column_colours(comparison)
         series = [
             Series(label=label, points=found, colour=colours[label])
             for label, found in measured
@@ -184,10 +190,12 @@ def _label_efficiency(many: Comparison) -> list[Plot]:
     return plots
 
 
-def _label_points(many: Comparison, points: list[LabelPoint], column: str) -> list[Point]:
-    places = [(order, Place(point.line.label, column)) for order, point in enumerate(points)]
+def _label_points(comparison: Comparison, points: list[LabelPoint], column: str) -> list[Point]:
+    places = [(order, Cell(point.line.label, column)) for order, point in enumerate(points)]
     found = [
-        (order, interval(many.values[place])) for order, place in places if place in many.values
+        (order, interval(comparison.values[place]))
+        for order, place in places
+        if place in comparison.values
     ]
     return [Point(order, value.mean, value.half_width) for order, value in found]
 

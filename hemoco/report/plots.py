@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hemoco.intervals import Repetitions, confidence_half_width
-from hemoco.results.comparison import Comparison, Place
+from hemoco.results.comparison import Cell, Comparison
 from hemoco.results.records import PRETRAINED
 
 if TYPE_CHECKING:
@@ -98,23 +98,25 @@ def panels_plot(panels: Sequence[Panel]) -> bytes:
     return _svg(figure)
 
 
-def transfer_bars(many: Comparison) -> bytes:
+def transfer_bars(comparison: Comparison) -> bytes:
     """A bar for each transfer and column, the mean with its 95% interval; a dot for each value where there are some."""
-    height = 0.78 / max(len(many.columns), 1)
+    height = 0.78 / max(len(comparison.columns), 1)
     figure, (axes,) = _canvas(
-        rows=1, height=0.9 + (0.3 + 0.25 * len(many.columns)) * len(many.lines)
+        rows=1, height=0.9 + (0.3 + 0.25 * len(comparison.columns)) * len(comparison.lines)
     )
-    colours = column_colours(many)
-    for place, line in enumerate(many.lines):
-        for number, column in enumerate(many.columns):
-            measured = many.values.get(Place(line.label, column.label))
+    colours = column_colours(comparison)
+    for place, line in enumerate(comparison.lines):
+        for number, column in enumerate(comparison.columns):
+            measured = comparison.values.get(Cell(line.label, column.label))
             if measured:
-                middle = place + (number - (len(many.columns) - 1) / 2) * height
+                middle = place + (number - (len(comparison.columns) - 1) / 2) * height
                 _draw_bar(
                     axes, interval(measured), middle, height, colours[column.label], column.label
                 )
-    axes.set_yticks(range(len(many.lines)), [f"{line.label}\n{line.metric}" for line in many.lines])
-    axes.set_ylim(len(many.lines) - 0.5, -0.5)
+    axes.set_yticks(
+        range(len(comparison.lines)), [f"{line.label}\n{line.metric}" for line in comparison.lines]
+    )
+    axes.set_ylim(len(comparison.lines) - 0.5, -0.5)
     axes.set_xlim(0, 1.16)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid(visible=False, axis="y")
@@ -126,10 +128,10 @@ def transfer_bars(many: Comparison) -> bytes:
     return _svg(figure)
 
 
-def column_colours(many: Comparison) -> dict[str, str]:
+def column_colours(comparison: Comparison) -> dict[str, str]:
     """The colour of each column: strong for pretrainings, grey for baselines."""
-    pretrainings = [column.label for column in many.pretrainings]
-    baselines = [column.label for column in many.columns if column.baseline]
+    pretrainings = [column.label for column in comparison.pretrainings]
+    baselines = [column.label for column in comparison.columns if column.baseline]
     strong = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(pretrainings)}
     return strong | {
         label: BASELINE_COLOURS[place % len(BASELINE_COLOURS)]

@@ -198,13 +198,13 @@ def _knn(data: ReportData) -> Plot | None:
 
 
 def _transfer_curve(data: ReportData) -> Plot | None:
-    many = data.many
-    places = list(dict.fromkeys(place for _, place in many.curve))
+    comparison = data.comparison
+    places = list(dict.fromkeys(place for _, place in comparison.curve))
     series = []
     for order, place in enumerate(places):
         found = [
-            (epoch, interval(many.curve[epoch, place]))
-            for epoch, at in sorted(many.curve)
+            (epoch, interval(comparison.curve[epoch, place]))
+            for epoch, at in sorted(comparison.curve)
             if at == place
         ]
         points = [Point(epoch, value.mean, value.half_width) for epoch, value in found]
@@ -234,7 +234,9 @@ def _series(
 def _of_run(data: ReportData, detail: RunDetail, points: Sequence[Point]) -> Series:
     """A curve in the colour that its pretraining has in all plots; repetitions differ by their dashes."""
     run = detail.run
-    number, column = next(each for each in enumerate(data.many.pretrainings) if run in each[1].runs)
+    number, column = next(
+        each for each in enumerate(data.comparison.pretrainings) if run in each[1].runs
+    )
     return numbered(run.label, points, number, column.runs.index(run))
 
 

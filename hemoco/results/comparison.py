@@ -70,7 +70,7 @@ class Column:
     """Settings in which a pretraining differs from that of the first column."""
 
 
-class Place(NamedTuple):
+class Cell(NamedTuple):
     """A cell: a line and a column."""
 
     line: str
@@ -108,10 +108,10 @@ class Comparison:
     runs: tuple[Run, ...]
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
-    values: dict[Place, Repetitions]
+    values: dict[Cell, Repetitions]
     pairs: tuple[Pair, ...]
     """All of two pretrainings, and of a pretraining and a baseline, where both have values."""
-    curve: dict[tuple[int, Place], Repetitions]
+    curve: dict[tuple[int, Cell], Repetitions]
     """Transfer quality of the backbones after so many epochs."""
 
     @property
@@ -121,7 +121,7 @@ class Comparison:
 
     def spread(self, line: Line, column: Column) -> RepeatedSpread:
         """Mean and deviation of a cell; nan where it has no value."""
-        return repeated_spread(self.values.get(Place(line.label, column.label), ()))
+        return repeated_spread(self.values.get(Cell(line.label, column.label), ()))
 
 
 def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
@@ -165,17 +165,19 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
     )
 
 
-def headlines(many: Comparison) -> dict[str, float]:
+def headlines(comparison: Comparison) -> dict[str, float]:
     """Means of a single run by the names they have on its page: TRANSFER/METRIC/INIT, and the differences.
 
     A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
     """
-    names = {line.label: f"{line.transfer}/{line.metric}" for line in many.lines}
+    names = {line.label: f"{line.transfer}/{line.metric}" for line in comparison.lines}
     means = {
         f"{names[place.line]}/{place.column}": repeated_spread(found).mean
-        for place, found in many.values.items()
+        for place, found in comparison.values.items()
     }
-    over = {f"{names[pair.line]}/over_{pair.theirs}": pair.difference.mean for pair in many.pairs}
+    over = {
+        f"{names[pair.line]}/over_{pair.theirs}": pair.difference.mean for pair in comparison.pairs
+    }
     return {name: value for name, value in (means | over).items() if not math.isnan(value)}
 
 
@@ -281,8 +283,8 @@ def _named(runs: Sequence[Run]) -> str:
     return ", ".join(run.label for run in runs)
 
 
-def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Repetitions]:
-    values: dict[Place, Repetitions] = {}
+def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Cell, Repetitions]:
+    values: dict[Cell, Repetitions] = {}
     for column, line in itertools.product(columns, lines):
         runs = [run for run in column.runs if run in line.runs]
         init = column.baseline or PRETRAINED
@@ -290,7 +292,7 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Place, Rep
         if column.baseline and measured:
             measured = [_means(measured)]
         if measured:
-            values[Place(line.label, column.label)] = measured
+            values[Cell(line.label, column.label)] = measured
     return values
 
 
@@ -311,13 +313,13 @@ def _means(measured: Sequence[SeedValues]) -> SeedValues:
 
 
 def _pairs(
-    columns: Sequence[Column], lines: Sequence[Line], values: dict[Place, Repetitions]
+    columns: Sequence[Column], lines: Sequence[Line], values: dict[Cell, Repetitions]
 ) -> Iterable[Pair]:
     for ours, theirs in itertools.combinations(columns, 2):
         if ours.baseline:
             continue
         for line in lines:
-            both = [values.get(Place(line.label, column.label)) for column in (ours, theirs)]
+            both = [values.get(Cell(line.label, column.label)) for column in (ours, theirs)]
             if both[0] and both[1]:
                 difference = repeated_difference(both[0], both[1], baseline=bool(theirs.baseline))
                 yield Pair(
@@ -327,12 +329,12 @@ def _pairs(
 
 def _curve(
     uri: str, columns: Sequence[Column], lines: Sequence[Line]
-) -> dict[tuple[int, Place], Repetitions]:
-    curve: dict[tuple[int, Place], list[SeedValues]] = {}
+) -> dict[tuple[int, Cell], Repetitions]:
+    curve: dict[tuple[int, Cell], list[SeedValues]] = {}
     for column, line in itertools.product(columns, lines):
         for run in (run for run in column.runs if run in line.runs):
             for epoch, by_seed in curve_values(
                 uri, run.records, line.transfer, line.metric
             ).items():
-                curve.setdefault((epoch, Place(line.label, column.label)), []).append(by_seed)
+                curve.setdefault((epoch, Cell(line.label, column.label)), []).append(by_seed)
     return dict(curve)

@@ -24,10 +24,10 @@ class LabelPoint(NamedTuple):
     line: Line
 
 
-def label_curves(many: Comparison) -> list[list[LabelPoint]]:
+def label_curves(comparison: Comparison) -> list[list[LabelPoint]]:
     """One curve for each data set that has a low-shot transfer and at least one more point; fewest labels first."""
     by_data: dict[tuple[str, ...], list[LabelPoint]] = {}
-    for line in many.lines:
+    for line in comparison.lines:
         labels = _labels(line)
         if labels:
             data = tuple(

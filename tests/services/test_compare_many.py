@@ -30,7 +30,7 @@ from hemoco.intervals import repeated_spread
 from hemoco.report.extra_tables import extra_sections
 from hemoco.report.files import render, sections, wide_records, write_comparison, write_tables
 from hemoco.report.tables import Section, print_section
-from hemoco.results.comparison import Comparison, Place, compare_runs
+from hemoco.results.comparison import Cell, Comparison, compare_runs
 from hemoco.results.cost import run_cost
 from hemoco.results.label_efficiency import label_curves
 from jobs.cli import main
@@ -111,28 +111,30 @@ def names(tracking: str) -> Names:
 
 
 @pytest.fixture(scope="module")
-def many(tracking: str, names: Names) -> Comparison:
+def comparison(tracking: str, names: Names) -> Comparison:
     return compare_runs(tracking, [names.first, names.second, names.other])
 
 
-def section(many: Comparison, name: str) -> Section:
-    (found,) = (found for found in sections(many) if found.name == name)
+def section(comparison: Comparison, name: str) -> Section:
+    (found,) = (found for found in sections(comparison) if found.name == name)
     return found
 
 
-def cells(many: Comparison, name: str, row: str) -> dict[str, str]:
-    found = section(many, name)
+def cells(comparison: Comparison, name: str, row: str) -> dict[str, str]:
+    found = section(comparison, name)
     (line,) = (line for line in found.rows if row in line[: found.heads])
     return dict(zip(found.columns, line, strict=True))
 
 
-def test_pretrainings_that_differ_by_their_seed_share_a_column(many: Comparison) -> None:
-    assert [(column.label, [run.label for run in column.runs]) for column in many.columns] == [
+def test_pretrainings_that_differ_by_their_seed_share_a_column(comparison: Comparison) -> None:
+    assert [
+        (column.label, [run.label for run in column.runs]) for column in comparison.columns
+    ] == [
         ("A", ["A1", "A2"]),
         ("B", ["B"]),
         ("random", ["A1", "A2", "B"]),
     ]
-    assert many.columns[1].differs == ("pretrain.optimizer.lr: 0.03 -> 0.06",)
+    assert comparison.columns[1].differs == ("pretrain.optimizer.lr: 0.03 -> 0.06",)
 
 
 def test_runs_of_the_same_seed_are_not_taken_for_repetitions(tracking: str, names: Names) -> None:
@@ -148,31 +150,33 @@ def test_runs_on_other_data_are_not_taken_for_repetitions(tracking: str, names: 
 
 
 def test_a_cell_has_the_deviation_between_pretrainings_where_there_are_several(
-    many: Comparison,
+    comparison: Comparison,
 ) -> None:
-    row = cells(many, "transfers", "probe")
+    row = cells(comparison, "transfers", "probe")
     mean = 0.71 + sum(NOISE) / 3 + 0.002
     assert row["A"] == f"{mean:.3f} ± {0.02 / math.sqrt(2):.3f} (2x3)"
     assert row["random"] == f"{0.2 + sum(NOISE) / 3:.3f} ± {stats.tstd(NOISE):.3f} (3)"
 
 
-def test_a_baseline_measured_by_several_runs_counts_once_a_seed(many: Comparison) -> None:
-    (by_seed,) = many.values[Place("knn", "random")]
+def test_a_baseline_measured_by_several_runs_counts_once_a_seed(comparison: Comparison) -> None:
+    (by_seed,) = comparison.values[Cell("knn", "random")]
     assert by_seed == {
         seed: pytest.approx(0.18 + noise, abs=0.02) for seed, noise in enumerate(NOISE)
     }
     assert repeated_spread([by_seed]).values == 3
 
 
-def test_differences_are_those_of_all_pretrainings_and_baselines(many: Comparison) -> None:
-    assert section(many, "differences").columns[1:] == ("A - B", "A - random", "B - random")
-    row = cells(many, "differences", "knn")
+def test_differences_are_those_of_all_pretrainings_and_baselines(comparison: Comparison) -> None:
+    assert section(comparison, "differences").columns[1:] == ("A - B", "A - random", "B - random")
+    row = cells(comparison, "differences", "knn")
     assert row["B - random"].startswith("+0.3") and row["B - random"].endswith("*")
 
 
-def test_noise_of_the_pretraining_is_said_where_it_is_known(many: Comparison) -> None:
+def test_noise_of_the_pretraining_is_said_where_it_is_known(comparison: Comparison) -> None:
     noise = {
-        (pair.ours, pair.theirs): pair.difference.noise for pair in many.pairs if pair.line == "knn"
+        (pair.ours, pair.theirs): pair.difference.noise
+        for pair in comparison.pairs
+        if pair.line == "knn"
     }
     assert noise == {
         ("A", "B"): ("seeds", "pretrainings"),
@@ -181,17 +185,17 @@ def test_noise_of_the_pretraining_is_said_where_it_is_known(many: Comparison) ->
     }
 
 
-def test_a_transfer_without_values_says_why(many: Comparison) -> None:
-    assert cells(many, "transfers", "probe")["B"] == "failed"
-    assert cells(many, "transfers", "one_percent")["B"] == "not begun"
-    notes = section(many, "transfers").notes
+def test_a_transfer_without_values_says_why(comparison: Comparison) -> None:
+    assert cells(comparison, "transfers", "probe")["B"] == "failed"
+    assert cells(comparison, "transfers", "one_percent")["B"] == "not begun"
+    notes = section(comparison, "transfers").notes
     assert "† B: probe failed: out of memory" in notes
     assert "† B: ten_percent is unfinished: 1 of 6 measured" in notes
-    assert cells(many, "transfers", "ten_percent")["B"] == "0.600 (1) †"
+    assert cells(comparison, "transfers", "ten_percent")["B"] == "0.600 (1) †"
 
 
-def test_a_value_of_a_unit_that_is_not_done_does_not_count(many: Comparison) -> None:
-    assert many.values[Place("ten_percent", "B")] == [{0: 0.6}]
+def test_a_value_of_a_unit_that_is_not_done_does_not_count(comparison: Comparison) -> None:
+    assert comparison.values[Cell("ten_percent", "B")] == [{0: 0.6}]
 
 
 def test_transfers_of_one_name_and_other_settings_have_a_line_each(
@@ -223,8 +227,8 @@ def test_baselines_of_one_name_and_other_origin_have_a_column_each(tracking: str
     assert [column.label for column in found.columns] == ["A", "theirs of A1", "theirs of A2"]
 
 
-def test_quality_over_epochs_is_that_of_the_exported_backbones(many: Comparison) -> None:
-    found = section(many, "curve")
+def test_quality_over_epochs_is_that_of_the_exported_backbones(comparison: Comparison) -> None:
+    found = section(comparison, "curve")
     assert [row[0] for row in found.rows] == ["2", "4"]
     assert found.rows[0][1] == f"{0.4 + sum(NOISE) / 3:.3f} ± {stats.tstd(NOISE):.3f} (3)"
 
@@ -235,19 +239,22 @@ def test_a_curve_is_shown_before_any_transfer_has_begun(tracking: str) -> None:
     assert section(compare_runs(tracking, [run.name]), "curve").rows == (("1", "0.300 (1)"),)
 
 
-def test_label_efficiency_goes_from_few_labels_to_all(many: Comparison) -> None:
-    (points,) = label_curves(many)
+def test_label_efficiency_goes_from_few_labels_to_all(comparison: Comparison) -> None:
+    (points,) = label_curves(comparison)
     assert [(point.labels, point.line.label) for point in points] == [
         ("1%", "one_percent"),
         ("10%", "ten_percent"),
         ("100%", "probe"),
     ]
     assert [point.images for point in points[:2]] == [50, 500]
-    assert section(many, "label_efficiency").rows[0][3:] == section(many, "transfers").rows[1][2:]
+    assert (
+        section(comparison, "label_efficiency").rows[0][3:]
+        == section(comparison, "transfers").rows[1][2:]
+    )
 
 
-def test_cost_is_active_time_of_the_devices_asked_for(many: Comparison) -> None:
-    cost = many.runs[0].cost
+def test_cost_is_active_time_of_the_devices_asked_for(comparison: Comparison) -> None:
+    cost = comparison.runs[0].cost
     assert (cost.active_s, cost.device, cost.devices) == (30, "CPU", 6)
     assert cost.device_hours == pytest.approx(30 * 6 / 3600)
     assert (cost.images, cost.images_per_s) == (640, 32)
@@ -256,9 +263,9 @@ def test_cost_is_active_time_of_the_devices_asked_for(many: Comparison) -> None:
 
 
 def test_json_keeps_the_contract_and_names_the_run_of_each_row(
-    many: Comparison, names: Names
+    comparison: Comparison, names: Names
 ) -> None:
-    read = json.loads(render(many, "json"))
+    read = json.loads(render(comparison, "json"))
     assert read["pretraining"]["run"] == names.first
     assert {"run_id", "backbone_url", "recipe", "data_digest"} <= set(read["pretraining"])
     assert {"transfer", "metric", "init", "seed", "value", "run_id", "run"} <= set(read["rows"][0])
@@ -273,29 +280,29 @@ def test_json_keeps_the_contract_and_names_the_run_of_each_row(
     } <= set(read)
 
 
-def test_csv_has_a_line_for_each_transfer(many: Comparison) -> None:
-    lines = list(csv.DictReader(io.StringIO(render(many, "csv"))))
+def test_csv_has_a_line_for_each_transfer(comparison: Comparison) -> None:
+    lines = list(csv.DictReader(io.StringIO(render(comparison, "csv"))))
     assert [line["transfer"] for line in lines] == list(RECIPE.transfers)
-    knn = wide_records(many)[0]
+    knn = wide_records(comparison)[0]
     assert float(lines[0]["A - random"]) == knn["A - random"] == pytest.approx(0.459, abs=0.01)
     assert lines[3]["B mean"] == ""
 
 
-def test_markdown_tables_have_equally_many_cells_in_all_lines(many: Comparison) -> None:
-    text = render(many, "markdown")
+def test_markdown_tables_have_equally_many_cells_in_all_lines(comparison: Comparison) -> None:
+    text = render(comparison, "markdown")
     tables = [part.splitlines() for part in re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)]
-    assert len(tables) == len(sections(many))
+    assert len(tables) == len(sections(comparison))
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     assert "**" in text
 
 
-def test_latex_tables_are_balanced_and_escaped(many: Comparison) -> None:
-    text = render(many, "latex")
+def test_latex_tables_are_balanced_and_escaped(comparison: Comparison) -> None:
+    text = render(comparison, "latex")
     for environment in ("table", "tabular"):
         assert (
             text.count(rf"\begin{{{environment}}}")
             == text.count(rf"\end{{{environment}}}")
-            == len(sections(many))
+            == len(sections(comparison))
         )
     for table, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end", text, re.DOTALL):
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
@@ -304,19 +311,19 @@ def test_latex_tables_are_balanced_and_escaped(many: Comparison) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_no_line_is_wider_than_the_terminal(many: Comparison, width: int) -> None:
+def test_no_line_is_wider_than_the_terminal(comparison: Comparison, width: int) -> None:
     console = Console(width=width, file=io.StringIO(), record=True)
-    for found in sections(many):
+    for found in sections(comparison):
         print_section(console, found)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
-    for cell in cells(many, "differences", "probe").values():
+    for cell in cells(comparison, "differences", "probe").values():
         assert cell in text  # not broken over two lines
 
 
-def test_files_are_those_of_all_tables(many: Comparison, tmp_path: Path) -> None:
-    write_comparison(many, tmp_path / "new")
-    write_tables(many, tmp_path / "new")
+def test_files_are_those_of_all_tables(comparison: Comparison, tmp_path: Path) -> None:
+    write_comparison(comparison, tmp_path / "new")
+    write_tables(comparison, tmp_path / "new")
     found = {path.name for path in (tmp_path / "new").iterdir()}
     assert {f"comparison.{suffix}" for suffix in ("json", "csv", "md", "tex")} <= found
     assert {
@@ -345,9 +352,9 @@ def test_a_run_named_twice_is_wrong_usage(tracking: str, names: Names) -> None:
 
 
 def test_a_pretraining_that_mlflow_does_not_know_has_no_cost(
-    tracking: str, many: Comparison
+    tracking: str, comparison: Comparison
 ) -> None:
-    found = run_cost(tracking, many.runs[0].records._replace(pretraining=None))
+    found = run_cost(tracking, comparison.runs[0].records._replace(pretraining=None))
     assert (found.images, math.isnan(found.device_hours)) == (0, True)
 
 
