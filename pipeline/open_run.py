@@ -1,6 +1,7 @@
 """A run opened by its name: checked, with its parent run in MLflow."""
 
 import dataclasses
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -115,8 +116,10 @@ def open_study(
         if known.status != "FINISHED":
             tracking.reopen_run(uri, parent_id)
     if known is None or known.status != "FINISHED":
-        # the last code that worked at it counts; the folder is where `status` and `sync` look
-        tracking.set_tags(uri, parent_id, tags | {Tag.STORAGE: url})
+        # the command's tags are those of the last code that worked on the run; `status` and `sync`
+        # find its folder by STORAGE, and results are shown in the order of TRANSFERS
+        recorded = {Tag.STORAGE: url, Tag.TRANSFERS: json.dumps(list(recipe.transfers))}
+        tracking.set_tags(uri, parent_id, tags | recorded)
         mark_run_folder(url, run)
     return Study(
         recipe=recipe,

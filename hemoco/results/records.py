@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from hemoco.tracking.tags import Tag
 PRETRAINED = "pretrained"
 """The init that all others are baselines of."""
 _VALUE = re.compile(r"(?P<init>[^/]+)/seed_(?P<seed>\d+)/(?P<metric>.+)")
-_TRANSFER = re.compile(r"transfers\.(.+)\.seeds")  # the parameter that every transfer has
+_TRANSFER_SEEDS = re.compile(r"transfers\.(.+)\.seeds")  # a setting that every transfer has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,13 +113,27 @@ def read_records(uri: str, run: str) -> Records:
         raise UsageError(unknown_run(run, search(uri, experiment_id, {Tag.PHASE: "parent"})))
     parent = phases["parent"][-1]
     newest = {facts.tags[Tag.TRANSFER]: facts for facts in phases["transfer"]}
+    # Transfers run in parallel, so the order in which MLflow saw them begin changes from run to run.
+    known_order = [name for name in transfer_names(parent) if name in newest]
+    transfers = [newest[name] for name in dict.fromkeys([*known_order, *newest])]
     curve = {(facts.tags[Tag.TRANSFER], facts.tags[Tag.EPOCH]): facts for facts in phases["curve"]}
     source = parent.tags.get(Tag.PRETRAIN_RUN_ID)
     if source is not None:  # the backbone is another run's, which this MLflow need not know
         with contextlib.suppress(RefusedError):
             phases["pretrain"].append(run_facts(uri, source))
     pretraining = next(reversed(phases["pretrain"]), None)
-    return Records(run, parent, pretraining, list(newest.values()), list(curve.values()))
+    return Records(run, parent, pretraining, transfers, list(curve.values()))
+
+
+def transfer_names(parent: RunFacts) -> list[str]:
+    """Names of a run's transfers, in the order of its recipe, from the facts of its parent run."""
+    recorded = parent.tags.get(Tag.TRANSFERS)
+    if recorded is not None:
+        return list(json.loads(recorded))
+    # Versions before this tag recorded the settings alone. MLflow's SQL stores return params in the
+    # order in which they were logged, without promising it.
+    matches = map(_TRANSFER_SEEDS.fullmatch, parent.params)
+    return [match[1] for match in matches if match]
 
 
 def results_of(records: Records) -> RunResults:
@@ -140,9 +155,9 @@ def _unfinished(records: Records) -> Iterator[Failure]:
         if facts.status not in ("FAILED", "KILLED", "FINISHED"):
             yield _failure(facts, _measured(facts))
     begun = {facts.tags[Tag.TRANSFER] for facts in records.transfers}
-    for match in filter(None, map(_TRANSFER.fullmatch, records.parent.params)):
-        if match[1] not in begun:
-            yield Failure(transfer=match[1], reason="not begun", run_id="")
+    for name in transfer_names(records.parent):
+        if name not in begun:
+            yield Failure(transfer=name, reason="not begun", run_id="")
 
 
 def _measured(facts: RunFacts) -> str:

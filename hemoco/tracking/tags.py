@@ -43,6 +43,8 @@ class Tag:
     """Commit of the code, in the metadata of a submitted job."""
 
     # inputs and outputs
+    TRANSFERS: Final = "hemoco.transfers"
+    """Names of the recipe's transfers as a JSON list, in the recipe's order: results keep it."""
     STORAGE: Final = "hemoco.storage"
     """URL of the run's folder."""
     DATA_DIGEST: Final = "hemoco.data_digest"

@@ -152,6 +152,34 @@ def test_a_transfer_that_runs_or_has_not_begun_is_named(tracking: str) -> None:
     assert "".join(notes) in render(compare_runs(tracking, [name]), "markdown")
 
 
+@pytest.mark.parametrize("recorded", ["tag", "params"])
+def test_transfers_come_in_the_order_of_the_recipe_and_not_of_their_start(
+    tracking: str, recorded: str
+) -> None:
+    name = f"order-{uuid.uuid4().hex}"
+    recipe_order, start_order = ["probe", "knn", "few"], ["few", "knn", "probe"]
+    tags = {"hemoco.run": name, "hemoco.phase": "parent"}
+    params: dict[str, str] = {}
+    if recorded == "tag":
+        tags["hemoco.transfers"] = json.dumps(recipe_order)
+    else:  # as versions before the tag; more settings than MLflow takes in one call
+        for transfer in recipe_order:
+            params |= {f"transfers.{transfer}.setting_{n}": "1" for n in range(40)}
+            params[f"transfers.{transfer}.seeds"] = "(0, 1)"
+    experiment = connect(tracking)
+    parent = open_run(tracking, experiment, name=name, parent=None, tags=tags, params=params)
+    for transfer in [*start_order, "not_in_the_recipe"]:
+        run_id = write_transfer(tracking, name, parent, transfer, "top1")
+        close_run(tracking, run_id, "FINISHED")
+    expected = [
+        (transfer, init, seed)
+        for transfer in [*recipe_order, "not_in_the_recipe"]
+        for init, seed in VALUES
+    ]
+    rows = run_results(tracking, name).rows
+    assert [(row.transfer, row.init, row.seed) for row in rows] == expected
+
+
 def test_json_has_the_keys_other_tools_rely_on(tracking: str, written: Written) -> None:
     read = json.loads(contract_json(run_results(tracking, written.name)))
     assert set(read) == {"pretraining", "rows"}

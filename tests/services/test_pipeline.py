@@ -56,6 +56,8 @@ def test_every_transfer_has_a_row_for_each_init(unbroken, recipe, tracking):
     expected = {(name, init) for name, config in recipe.transfers.items() for init in config.inits}
     assert {(row.transfer, row.init) for row in rows} == expected
     assert all(0 < row.value <= 1 for row in rows)
+    # they run in parallel, and still come in the order of the recipe
+    assert list(dict.fromkeys(row.transfer for row in rows)) == list(recipe.transfers)
 
 
 def test_curve_ends_with_what_the_transfer_of_the_last_backbone_measures(unbroken, tracking):
