@@ -1,1 +1,1 @@
-"""Results read from MLflow and computed from them, without any text for people."""
+"""Results read from MLflow and computed from it; text for people is made in `hemoco.report`."""

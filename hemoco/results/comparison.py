@@ -1,15 +1,18 @@
-"""Several runs side by side: a column for each pretraining and for each baseline, a line for each transfer.
+"""Several runs side by side: a column for each pretraining and baseline, a line for each transfer.
 
-Pretrainings whose settings differ by `pretrain.seed` only, with the same data, are repetitions of one thing and share a
-column. Their values are not thrown together: a column keeps them by pretraining and seed, and the pretraining is what
-is repeated when recipes are compared. What two runs call by the same name is compared only if its settings and data
-agree.
+Pretrainings whose settings differ only in `pretrain.seed`, on the same data, are repetitions and
+share a column. Their values are not pooled: a cell keeps them by pretraining and by the transfer's
+seed, since the unit of repetition is the pretraining when recipes are compared.
+
+Two runs may use one name for different things. Transfers and baselines of the same name are
+compared only if their settings and data agree (`hemoco.results.identity`); otherwise each has a
+line or column of its own.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from hemoco.config import config_difference
@@ -36,42 +39,42 @@ SeedValues = dict[int, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """One of the runs that are compared."""
+    """One of the compared runs."""
 
     label: str
-    """A, B, ...; A1, A2, ... where several are repetitions of one pretraining; `pretrained` where it is alone."""
+    """A, B, ...; A1, A2, ... for repetitions of one pretraining; `pretrained` for a single run."""
     records: Records
     results: RunResults
     settings: dict[str, str] | None
-    """Of the pretraining and its data; None where MLflow does not know them."""
+    """Settings of the pretraining and its data; None if MLflow does not have them."""
     cost: Cost
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return self.records.run
 
     @property
     def seed(self) -> str:
-        """Of the pretraining; empty where unknown."""
+        """Seed of the pretraining; empty if unknown."""
         return (self.settings or {}).get("pretrain.seed", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """A pretraining, once or repeated, or a baseline."""
+    """A pretraining with its repetitions, or a baseline."""
 
     label: str
     runs: tuple[Run, ...]
-    """The pretraining's; of a baseline those that measured it."""
+    """The repetitions of a pretraining, or the runs that measured a baseline."""
     baseline: str
-    """Its init; empty for a pretraining."""
+    """Init of the baseline; empty for a pretraining."""
     differs: tuple[str, ...] = ()
     """Settings in which a pretraining differs from that of the first column."""
 
 
 class Cell(NamedTuple):
-    """A cell: a line and a column."""
+    """Labels of a line and a column."""
 
     line: str
     column: str
@@ -82,7 +85,7 @@ class Line:
     """One transfer with one protocol."""
 
     label: str
-    """The transfer's name, with the runs it is of where their protocols differ."""
+    """Name of the transfer, followed by the runs that have it if their protocols differ."""
     transfer: str
     metric: str
     runs: tuple[Run, ...]
@@ -103,39 +106,39 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs side by side; cells without a value are missing from `values`."""
+    """Runs side by side; `values` has no entry for a cell without a value."""
 
     runs: tuple[Run, ...]
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
     values: dict[Cell, Repetitions]
     pairs: tuple[Pair, ...]
-    """All of two pretrainings, and of a pretraining and a baseline, where both have values."""
+    """Differences between pretrainings, and of pretrainings from baselines, where both are known."""
     curve: dict[tuple[int, Cell], Repetitions]
-    """Transfer quality of the backbones after so many epochs."""
+    """Values of transfers from backbones of earlier epochs, by (epoch, cell)."""
 
     @property
     def pretrainings(self) -> tuple[Column, ...]:
-        """The columns that are no baselines; they come first."""
+        """The columns that are not baselines; they come first."""
         return tuple(column for column in self.columns if not column.baseline)
 
     def spread(self, line: Line, column: Column) -> RepeatedSpread:
-        """Mean and deviation of a cell; nan where it has no value."""
+        """Returns mean and deviation of a cell; nan if it has no value."""
         return repeated_spread(self.values.get(Cell(line.label, column.label), ()))
 
 
 def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
-    """What MLflow has recorded of some runs so far, side by side in this order.
+    """Returns what MLflow has recorded of some runs so far, side by side in this order.
 
     Raises:
-        UsageError: MLflow knows no run of one of the names, or one comes twice.
+        UsageError: MLflow has no run of one of the names, or a name is given twice.
         TrackingError: MLflow cannot be used.
     """
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UsageError(f"run {', '.join(sorted(twice))} is named twice: name each run once")
     every = [read_records(uri, name) for name in names]
-    known = [
+    unlabelled = [
         Run(
             label="",
             records=records,
@@ -145,14 +148,10 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
         )
         for records in every
     ]
-    pretrainings = _pretrainings(known)
-    runs = tuple(
-        sorted(
-            (run for column in pretrainings for run in column.runs),
-            key=lambda run: names.index(run.name),
-        )
-    )
-    columns = (*pretrainings, *_baselines(runs))
+    pretrainings = _pretraining_columns(unlabelled)
+    labelled = [run for column in pretrainings for run in column.runs]
+    runs = tuple(sorted(labelled, key=lambda run: names.index(run.name)))
+    columns = (*pretrainings, *_baseline_columns(runs))
     lines = _lines(runs)
     values = _values(columns, lines)
     return Comparison(
@@ -166,23 +165,22 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
 
 
 def headlines(comparison: Comparison) -> dict[str, float]:
-    """Means of a single run by the names they have on its page: TRANSFER/METRIC/INIT, and the differences.
+    """Returns the finite means and differences of a single run, as logged to its page in MLflow.
 
-    A difference is pretrained minus baseline: TRANSFER/METRIC/over_INIT.
+    Means are named TRANSFER/METRIC/INIT, and differences (pretrained minus baseline)
+    TRANSFER/METRIC/over_INIT.
     """
-    names = {line.label: f"{line.transfer}/{line.metric}" for line in comparison.lines}
-    means = {
-        f"{names[place.line]}/{place.column}": repeated_spread(found).mean
-        for place, found in comparison.values.items()
-    }
-    over = {
-        f"{names[pair.line]}/over_{pair.theirs}": pair.difference.mean for pair in comparison.pairs
-    }
-    return {name: value for name, value in (means | over).items() if not math.isnan(value)}
+    prefixes = {line.label: f"{line.transfer}/{line.metric}" for line in comparison.lines}
+    named = {}
+    for cell, values in comparison.values.items():
+        named[f"{prefixes[cell.line]}/{cell.column}"] = repeated_spread(values).mean
+    for pair in comparison.pairs:
+        named[f"{prefixes[pair.line]}/over_{pair.theirs}"] = pair.difference.mean
+    return {name: value for name, value in named.items() if not math.isnan(value)}
 
 
-def _pretrainings(runs: Sequence[Run]) -> tuple[Column, ...]:
-    """Runs by what they repeat; each group has a letter and its runs a number if there are several."""
+def _pretraining_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
+    """Groups runs that repeat one pretraining, and labels the groups and their runs."""
     groups: list[list[Run]] = []
     for run in runs:
         group = next((group for group in groups if _repeats(run, group)), None)
@@ -191,105 +189,101 @@ def _pretrainings(runs: Sequence[Run]) -> tuple[Column, ...]:
         else:
             group.append(run)
     first = groups[0][0].settings
+    labels = _letters() if len(runs) > 1 else iter([PRETRAINED])
     columns = []
-    for label, group in zip(_letters() if len(runs) > 1 else [PRETRAINED], groups, strict=False):
-        named = [
+    for group in groups:
+        label = next(labels)
+        labelled = [
             dataclasses.replace(run, label=f"{label}{number}" if len(group) > 1 else label)
             for number, run in enumerate(group, start=1)
         ]
-        columns.append(
-            Column(
-                label=label,
-                runs=tuple(named),
-                baseline="",
-                differs=tuple(_difference(first, group[0].settings)),
-            )
-        )
+        settings = group[0].settings
+        differs = []
+        if first is not None and settings is not None:
+            differs = config_difference(first, settings)
+        column = Column(label=label, runs=tuple(labelled), baseline="", differs=tuple(differs))
+        columns.append(column)
     return tuple(columns)
 
 
 def _repeats(run: Run, group: Sequence[Run]) -> bool:
-    """Whether a run is one more repetition: all settings but the seed agree, and none of the group has its seed."""
+    """Whether a run repeats a group's pretraining: all settings agree, and the seed is new."""
     ours, theirs = run.settings, group[0].settings
     if ours is None or theirs is None or run.seed in {other.seed for other in group}:
         return False
     return config_difference(ours | {"pretrain.seed": ""}, theirs | {"pretrain.seed": ""}) == []
 
 
-def _difference(first: dict[str, str] | None, other: dict[str, str] | None) -> list[str]:
-    return config_difference(first, other) if first is not None and other is not None else []
-
-
-def _letters() -> Iterable[str]:
+def _letters() -> Iterator[str]:
+    """Yields A to Z, then AA, AB, ..."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    return (
-        "".join(letters)
-        for size in itertools.count(1)
-        for letters in itertools.product(alphabet, repeat=size)
-    )
+    for size in itertools.count(1):
+        for letters in itertools.product(alphabet, repeat=size):
+            yield "".join(letters)
 
 
-def _baselines(runs: Sequence[Run]) -> tuple[Column, ...]:
-    """The inits other than the pretrained one; of two that share a name and not their origin each is a column."""
-    found: dict[str, list[tuple[dict[str, str], list[Run]]]] = {}
+def _baseline_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
+    """Returns a column for each baseline; inits of one name but different origin stay apart."""
+    groups_of: dict[str, list[tuple[dict[str, str], list[Run]]]] = {}
     for run in runs:
         for init in dict.fromkeys(row.init for row in run.results.rows if row.init != PRETRAINED):
-            identity, same = baseline_identity(run.records, init), found.setdefault(init, [])
-            group = next((group for known, group in same if known == identity), None)
+            identity = baseline_identity(run.records, init)
+            groups = groups_of.setdefault(init, [])
+            group = next((group for other, group in groups if other == identity), None)
             if group is None:
-                same.append((identity, [run]))
+                groups.append((identity, [run]))
             else:
                 group.append(run)
-    return tuple(
-        Column(
-            label=init if len(same) == 1 else f"{init} of {_named(group)}",
-            runs=tuple(group),
-            baseline=init,
-        )
-        for init, same in found.items()
-        for _, group in same
-    )
+    columns = []
+    for init, groups in groups_of.items():
+        for _, group in groups:
+            label = init if len(groups) == 1 else f"{init} of {_labels(group)}"
+            columns.append(Column(label=label, runs=tuple(group), baseline=init))
+    return tuple(columns)
 
 
 def _lines(runs: Sequence[Run]) -> tuple[Line, ...]:
-    """Each transfer that a run has begun, once for each protocol; the order of the first run that has it."""
-    found: dict[str, list[tuple[dict[str, str], list[Run]]]] = {}
+    """Returns a line for each protocol of each transfer that has begun, in the runs' order."""
+    groups_of: dict[str, list[tuple[dict[str, str], list[Run]]]] = {}
     for run in runs:
         for facts in (*run.records.transfers, *run.records.curve):
             protocol = transfer_protocol(run.records, facts)
-            same = found.setdefault(facts.tags[Tag.TRANSFER], [])
+            groups = groups_of.setdefault(facts.tags[Tag.TRANSFER], [])
             group = next(
-                (group for known, group in same if not config_difference(known, protocol)), None
+                (group for other, group in groups if not config_difference(other, protocol)), None
             )
             if group is None:
-                same.append((protocol, [run]))
+                groups.append((protocol, [run]))
             elif run not in group:
                 group.append(run)
-    return tuple(
-        Line(
-            label=transfer if len(same) == 1 else f"{transfer} of {_named(group)}",
-            transfer=transfer,
-            metric=protocol["metric"],
-            runs=tuple(group),
-            protocol=protocol,
-            differs=tuple(config_difference(same[0][0], protocol)),
-        )
-        for transfer, same in found.items()
-        for protocol, group in same
-    )
+    lines = []
+    for transfer, groups in groups_of.items():
+        first_protocol = groups[0][0]
+        for protocol, group in groups:
+            line = Line(
+                label=transfer if len(groups) == 1 else f"{transfer} of {_labels(group)}",
+                transfer=transfer,
+                metric=protocol["metric"],
+                runs=tuple(group),
+                protocol=protocol,
+                differs=tuple(config_difference(first_protocol, protocol)),
+            )
+            lines.append(line)
+    return tuple(lines)
 
 
-def _named(runs: Sequence[Run]) -> str:
+def _labels(runs: Sequence[Run]) -> str:
     return ", ".join(run.label for run in runs)
 
 
 def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Cell, Repetitions]:
     values: dict[Cell, Repetitions] = {}
     for column, line in itertools.product(columns, lines):
-        runs = [run for run in column.runs if run in line.runs]
         init = column.baseline or PRETRAINED
-        measured = [by_seed for run in runs if (by_seed := seed_values(run, line.transfer, init))]
-        if column.baseline and measured:
+        of_runs = [seed_values(run, line.transfer, init) for run in column.runs if run in line.runs]
+        measured = [by_seed for by_seed in of_runs if by_seed]
+        if measured and column.baseline:
+            # The same seed draws the same everywhere: several runs measured one value, not several.
             measured = [_means(measured)]
         if measured:
             values[Cell(line.label, column.label)] = measured
@@ -297,7 +291,7 @@ def _values(columns: Sequence[Column], lines: Sequence[Line]) -> dict[Cell, Repe
 
 
 def seed_values(run: Run, transfer: str, init: str) -> SeedValues:
-    """Values of one transfer from one backbone."""
+    """Returns the values of one transfer from one backbone, by seed."""
     return {
         row.seed: row.value
         for row in run.results.rows
@@ -306,22 +300,26 @@ def seed_values(run: Run, transfer: str, init: str) -> SeedValues:
 
 
 def _means(measured: Sequence[SeedValues]) -> SeedValues:
-    """A baseline measured by several runs: the same seed draws the same, so it is one value, not several."""
-    seeds = sorted({seed for by_seed in measured for seed in by_seed})
-    of_seed = {seed: [by_seed[seed] for by_seed in measured if seed in by_seed] for seed in seeds}
-    return {seed: sum(some) / len(some) for seed, some in of_seed.items()}
+    means = {}
+    for seed in sorted(set().union(*measured)):
+        values = [by_seed[seed] for by_seed in measured if seed in by_seed]
+        means[seed] = sum(values) / len(values)
+    return means
 
 
 def _pairs(
     columns: Sequence[Column], lines: Sequence[Line], values: dict[Cell, Repetitions]
-) -> Iterable[Pair]:
+) -> Iterator[Pair]:
     for ours, theirs in itertools.combinations(columns, 2):
         if ours.baseline:
             continue
         for line in lines:
-            both = [values.get(Cell(line.label, column.label)) for column in (ours, theirs)]
-            if both[0] and both[1]:
-                difference = repeated_difference(both[0], both[1], baseline=bool(theirs.baseline))
+            our_values = values.get(Cell(line.label, ours.label))
+            their_values = values.get(Cell(line.label, theirs.label))
+            if our_values and their_values:
+                difference = repeated_difference(
+                    our_values, their_values, baseline=bool(theirs.baseline)
+                )
                 yield Pair(
                     line=line.label, ours=ours.label, theirs=theirs.label, difference=difference
                 )
@@ -332,9 +330,11 @@ def _curve(
 ) -> dict[tuple[int, Cell], Repetitions]:
     curve: dict[tuple[int, Cell], list[SeedValues]] = {}
     for column, line in itertools.product(columns, lines):
-        for run in (run for run in column.runs if run in line.runs):
-            for epoch, by_seed in curve_values(
-                uri, run.records, line.transfer, line.metric
-            ).items():
-                curve.setdefault((epoch, Cell(line.label, column.label)), []).append(by_seed)
+        cell = Cell(line.label, column.label)
+        for run in column.runs:
+            if run not in line.runs:
+                continue
+            by_epoch = curve_values(uri, run.records, line.transfer, line.metric)
+            for epoch, by_seed in by_epoch.items():
+                curve.setdefault((epoch, cell), []).append(by_seed)
     return dict(curve)

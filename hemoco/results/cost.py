@@ -1,9 +1,11 @@
-"""What a run took: device hours and images of its pretraining, wall time of its transfers, as far as MLflow knows.
+"""Cost of a run: device hours and images of its pretraining, wall time of its transfers.
 
-MLflow knows when a run first began and last ended, and when each record was made; a process that was killed tells it
-nothing. Active time is what the records say: the training steps that a record covers, at the rate it names, repeated
-steps included, and what lies between two records besides (kNN, checkpoints, start), unless that is more than ten
-minutes: then nobody was at work, or waited for machines, and only the steps count.
+All of it is computed from MLflow, which has the times of a run's first start and last end, and of
+each logged record; a process that was killed logs no end. The active time of a pretraining is
+therefore summed over its records. Each contributes the training steps that it covers, at the rate
+it gives, with repeated steps counted again, plus the remaining time since the record before (kNN,
+checkpoints, start-up). A remainder of more than ten minutes is a pause, in which the training was
+stopped or waited for machines; then only the steps count.
 """
 
 import dataclasses
@@ -17,55 +19,56 @@ from hemoco.tracking.runs import RunFacts
 from hemoco.tracking.tags import Tag
 
 PAUSE_S = 600.0
-"""Seconds between two records, training apart, above which they are a pause."""
+"""Seconds between two records, minus the training steps, above which they count as a pause."""
 
 
 class RateRecord(NamedTuple):
     """One record of a training's throughput."""
 
     at_s: float
-    """When it was made, in seconds since 1970."""
+    """Time of the record, in seconds since 1970."""
     step: int
     images_per_s: float
 
 
 class Activity(NamedTuple):
-    """What the records of a training add up to; nan where there are none."""
+    """Sums over the records of a training; nan if there are none."""
 
     active_s: float
     training_s: float
-    """Of it in training steps."""
+    """The part of `active_s` spent in training steps."""
     trained_images: int
-    """Those of repeated steps twice."""
+    """Images in those steps; repeated steps count each time."""
     pauses: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferTime:
-    """How long a transfer took, from its first start to its last end, pauses included."""
+    """Wall time of a transfer, from its first start to its last end, pauses included."""
 
     transfer: str
     wall_s: float
-    """nan while it is not finished."""
+    """nan unless the transfer is finished."""
     again: bool
-    """Some of it was started more than once."""
+    """Whether a unit of it was started more than once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run took; unknown numbers are nan."""
+    """Cost of a run; unknown numbers are nan."""
 
     active_s: float
-    """Of the pretraining; the module says what that is."""
+    """Active time of the pretraining, as the module defines it."""
     pauses: int
-    """Within it, not counted."""
+    """Number of pauses of the pretraining, which are not part of `active_s`."""
     device: Literal["GPU", "CPU"]
     devices: int
-    """That the pretraining asked for when it first began: with fewer workers at times it took less."""
+    """Devices that the pretraining requested at its first start. It may have run with fewer at
+    times, so the device hours are an upper bound."""
     images: int
-    """Global batch times optimiser steps; repeated steps count once."""
+    """Global batch size times optimiser steps; repeated steps count once."""
     images_per_s: float
-    """While training."""
+    """Throughput of the training steps."""
     transfers: tuple[TransferTime, ...]
 
     @property
@@ -75,7 +78,7 @@ class Cost:
 
 
 def run_cost(uri: str, records: Records) -> Cost:
-    """What a run took.
+    """Computes the cost of a run.
 
     Raises:
         TrackingError: MLflow cannot be used.
@@ -106,12 +109,13 @@ def run_cost(uri: str, records: Records) -> Cost:
 def measure_activity(
     rates: Sequence[RateRecord], *, began_s: float, ended_s: float | None, every: int, batch: int
 ) -> Activity:
-    """Adds up a training.
+    """Sums active time, training time, images and pauses over the records of a training.
 
     Args:
-        rates: in the order they were made; where the step falls back, a checkpoint was resumed.
-        began_s: when the training first began.
-        ended_s: when it last ended; None: it runs, or nobody said.
+        rates: records in the order they were made; a step lower than the one before marks a
+            resumed checkpoint.
+        began_s: time of the training's first start.
+        ended_s: time of its last end; None if it is running or its end was not recorded.
         every: steps between two records.
         batch: images per step.
     """
@@ -119,42 +123,48 @@ def measure_activity(
     images = pauses = 0
     last_s, last_step = began_s, 0
     for rate in rates:
-        # the first record of a resumed training covers the steps since a multiple, as far as can be known
-        steps = rate.step - last_step if rate.step > last_step else (rate.step - 1) % every + 1
-        took_s = steps * batch / rate.images_per_s if rate.images_per_s > 0 else 0.0
-        besides_s = max(0.0, rate.at_s - last_s - took_s)
-        pauses += besides_s > PAUSE_S
-        active_s += took_s + (besides_s if besides_s <= PAUSE_S else 0.0)
-        training_s += took_s
+        # A training that was resumed does not record from which step. Its first record is then
+        # taken to cover the steps since the last multiple of `every`.
+        resumed = rate.step <= last_step
+        steps = (rate.step - 1) % every + 1 if resumed else rate.step - last_step
+        steps_s = steps * batch / rate.images_per_s if rate.images_per_s > 0 else 0.0
+        active_s += steps_s
+        training_s += steps_s
         images += steps * batch
+        other_s = max(0.0, rate.at_s - last_s - steps_s)
+        if other_s > PAUSE_S:
+            pauses += 1
+        else:
+            active_s += other_s
         last_s, last_step = rate.at_s, rate.step
     if not rates:
         return Activity(math.nan, math.nan, 0, 0)
-    end_s = 0.0 if ended_s is None else max(0.0, ended_s - last_s)
-    return Activity(
-        active_s + (end_s if end_s <= PAUSE_S else 0.0),
-        training_s,
-        images,
-        pauses + (end_s > PAUSE_S),
-    )
+    if ended_s is not None:
+        end_s = max(0.0, ended_s - last_s)
+        if end_s > PAUSE_S:
+            pauses += 1
+        else:
+            active_s += end_s
+    return Activity(active_s, training_s, images, pauses)
 
 
 def _cost(
     params: dict[str, str], activity: Activity, *, images: int, transfers: tuple[TransferTime, ...]
 ) -> Cost:
-    def per(name: str, default: str) -> int:
+    def resource(name: str, default: str) -> int:
         return int(params.get(f"pretrain.resources.{name}", default))
 
-    gpus = per("gpus_per_worker", "0")
+    gpus = resource("gpus_per_worker", "0")
+    images_per_s = math.nan
+    if activity.training_s > 0:
+        images_per_s = activity.trained_images / activity.training_s
     return Cost(
         active_s=activity.active_s,
         pauses=activity.pauses,
         device="GPU" if gpus else "CPU",
-        devices=per("workers", "1") * (gpus or per("cpus_per_worker", "1")),
+        devices=resource("workers", "1") * (gpus or resource("cpus_per_worker", "1")),
         images=images,
-        images_per_s=activity.trained_images / activity.training_s
-        if activity.training_s > 0
-        else math.nan,
+        images_per_s=images_per_s,
         transfers=transfers,
     )
 
@@ -170,5 +180,5 @@ def _transfer_time(facts: RunFacts) -> TransferTime:
 
 
 def _ended_s(facts: RunFacts) -> float | None:
-    """None while it runs: a run that is reopened keeps the end it had before."""
+    # MLflow keeps the last end of a run that was reopened, so it holds only for a run that is over.
     return facts.ended_s if facts.status in ("FINISHED", "FAILED", "KILLED") else None

@@ -1,7 +1,7 @@
-"""Label efficiency: how well few labels do, as a curve from the low-shot transfers up to all labels of the same data.
+"""Label efficiency: accuracy over the number of labels, from low-shot transfers up to all labels.
 
-Low-shot classification and linear classifiers on all labels fit differently, so that the last point of a curve is not
-quite of its kind; both are what papers show.
+Low-shot transfers and linear classifiers on all labels are fitted differently, so the last point of
+a curve is not strictly comparable with the others. Papers show both in one curve all the same.
 """
 
 import math
@@ -18,14 +18,17 @@ class LabelPoint(NamedTuple):
     """One point of a curve."""
 
     labels: str
-    """1%, 5 a class, 100%."""
+    """Labels used: "1%", "5 a class" or "100%"."""
     images: float
-    """Labelled images; nan where unknown."""
+    """Number of labelled images; nan if unknown."""
     line: Line
 
 
 def label_curves(comparison: Comparison) -> list[list[LabelPoint]]:
-    """One curve for each data set that has a low-shot transfer and at least one more point; fewest labels first."""
+    """Returns one curve for each data set with a low-shot transfer and at least one more point.
+
+    The points of a curve are sorted by their number of labels.
+    """
     by_data: dict[tuple[str, ...], list[LabelPoint]] = {}
     for line in comparison.lines:
         labels = _labels(line)
@@ -40,29 +43,28 @@ def label_curves(comparison: Comparison) -> list[list[LabelPoint]]:
 
 
 def _labels(line: Line) -> str:
-    """The share of labels that a transfer sees; empty for kinds that are not part of a curve."""
-    kind = next((kind_of(facts) for facts in _transfers(line)), "")
+    """Returns the share of labels that a transfer uses; empty for kinds that have no curve."""
+    kind = next((kind_of(facts) for facts in _transfer_runs(line)), "")
     if kind in ("linear_probe", "linear_classifier"):
         return "100%"
     if kind != "low_shot":
         return ""
-    fraction = float(line.protocol[f"transfers.{line.transfer}.fraction"])
-    return (
-        f"{100 * fraction:g}%"
-        if fraction
-        else f"{line.protocol[f'transfers.{line.transfer}.shots']} a class"
-    )
+    prefix = f"transfers.{line.transfer}"
+    fraction = float(line.protocol[f"{prefix}.fraction"])
+    if fraction:
+        return f"{100 * fraction:g}%"
+    return f"{line.protocol[f'{prefix}.shots']} a class"
 
 
 def _images(line: Line) -> float:
-    found = (
-        row.value for facts in _transfers(line) for row in done_values(facts, "labelled_images")
-    )
-    return next(found, math.nan)
+    for facts in _transfer_runs(line):
+        for row in done_values(facts, "labelled_images"):
+            return row.value
+    return math.nan
 
 
-def _transfers(line: Line) -> list[RunFacts]:
-    """The MLflow runs of a line, measured from final backbones or on the way."""
+def _transfer_runs(line: Line) -> list[RunFacts]:
+    """Returns the MLflow runs of a line, of the final backbones and of earlier epochs."""
     every = [facts for run in line.runs for facts in (*run.records.transfers, *run.records.curve)]
     return [facts for facts in every if facts.tags[Tag.TRANSFER] == line.transfer]
 

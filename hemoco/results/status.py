@@ -1,4 +1,4 @@
-"""Where runs stand, read from MLflow."""
+"""State of runs and sweeps, read from MLflow."""
 
 import dataclasses
 import re
@@ -10,23 +10,25 @@ from hemoco.tracking.client import connect
 from hemoco.tracking.runs import RunFacts, close_run, find_run, search
 from hemoco.tracking.tags import Tag
 
-# as hemoco.train.checkpoint names them, which imports torch; a test lets it write one
-_CHECKPOINT, _MANIFEST = re.compile(r"step_(\d{8,})_a(\d+)"), "manifest.json"
+# The names that hemoco.train.checkpoint gives. Repeated here because importing it imports torch,
+# for which `status` need not wait; a test writes a checkpoint with it and finds it with these.
+_CHECKPOINT = re.compile(r"step_(\d{8,})_a(\d+)")
+_MANIFEST = "manifest.json"
 _MOST_PARENTS = 1000
 _MOST_CHILDREN = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A run or a sweep, and its phases."""
+    """A run or a sweep with its phases."""
 
     parent: RunFacts
     phases: tuple[RunFacts, ...]
-    """The pretraining and the transfers of a run, or the trials of a sweep; the oldest first."""
+    """The pretraining and the transfers of a run, or the trials of a sweep; oldest first."""
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it is a sweep."""
+        """Whether this is a sweep."""
         return self.parent.tags[Tag.PHASE] == "sweep"
 
     @property
@@ -36,38 +38,36 @@ class RunStatus:
 
     @property
     def measured_s(self) -> float | None:
-        """When its newest metric was measured, in seconds since 1970."""
-        return max(
-            (phase.measured_s for phase in self.phases if phase.measured_s is not None),
-            default=None,
-        )
+        """Time of the newest metric, in seconds since 1970; None if there is none."""
+        times = [phase.measured_s for phase in self.phases if phase.measured_s is not None]
+        return max(times, default=None)
 
 
 def newest_runs(uri: str, most: int) -> list[RunStatus]:
-    """The runs and sweeps that began last, the newest first; trials are part of their sweep.
+    """Returns the runs and sweeps that began last, newest first; trials belong to their sweep.
 
     Raises:
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
     parents = search(uri, experiment_id, {Tag.PHASE: "parent"}, limit=_MOST_PARENTS)
-    found = [parent for parent in parents if Tag.SWEEP not in parent.tags]
-    found += search(uri, experiment_id, {Tag.PHASE: "sweep"}, limit=_MOST_PARENTS)
-    found.sort(key=lambda parent: parent.started_s, reverse=True)
+    candidates = [parent for parent in parents if Tag.SWEEP not in parent.tags]
+    candidates += search(uri, experiment_id, {Tag.PHASE: "sweep"}, limit=_MOST_PARENTS)
+    candidates.sort(key=lambda parent: parent.started_s, reverse=True)
     newest: list[RunStatus] = []
-    for parent in found:
+    for parent in candidates:
         status = RunStatus(parent=parent, phases=())
-        # a run that --fresh began anew has left its name to the new one
+        # `--fresh` renames the run that it replaces: "NAME (superseded)"
         if len(newest) < most and not status.run.endswith("(superseded)"):
             newest.append(dataclasses.replace(status, phases=_phases(uri, experiment_id, parent)))
     return newest
 
 
 def run_status(uri: str, run: str) -> RunStatus:
-    """Where one run stands.
+    """Returns the state of one run.
 
     Raises:
-        UsageError: MLflow knows no run of this name.
+        UsageError: MLflow has no run of this name.
         TrackingError: MLflow cannot be used.
     """
     experiment_id = connect(uri)
@@ -78,9 +78,10 @@ def run_status(uri: str, run: str) -> RunStatus:
 
 
 def newest_complete(url: str) -> str | None:
-    """The URL of the newest checkpoint that was written to its end; None where there is none.
+    """Returns the URL of the newest complete checkpoint; None if there is none.
 
-    From names alone: its state is not read, a resuming training may find it damaged and take an older one.
+    Only names are read. A training that resumes reads the state as well; if that is damaged, it
+    takes an older checkpoint.
 
     Args:
         url: folder of all checkpoints of a training.
@@ -88,19 +89,23 @@ def newest_complete(url: str) -> str | None:
     Raises:
         StorageError: the storage refuses or does not answer.
     """
-    places = [match for name in list_names(url) if (match := _CHECKPOINT.fullmatch(name))]
-    for place in sorted(places, key=lambda match: (int(match[1]), int(match[2])), reverse=True):
-        checkpoint = join_url(url, place[0])
+    matches = [match for match in map(_CHECKPOINT.fullmatch, list_names(url)) if match]
+    matches.sort(key=lambda match: (int(match[1]), int(match[2])), reverse=True)
+    for match in matches:
+        checkpoint = join_url(url, match[0])
+        # the manifest is written last
         if _MANIFEST in list_names(checkpoint):
             return checkpoint
     return None
 
 
 def close_running(uri: str, run: str) -> list[str]:
-    """Marks what of a run or a sweep MLflow still takes for running as killed: a process that has been ended cannot.
+    """Marks the MLflow runs of a run or a sweep that are still `RUNNING` as `KILLED`.
+
+    A process that was killed cannot do this itself.
 
     Returns:
-        The names of what was marked.
+        The names of the marked MLflow runs.
     """
     experiment_id = connect(uri)
     of_sweep = search(uri, experiment_id, {Tag.SWEEP: run})

@@ -1,4 +1,4 @@
-"""What a sweep came to, read from MLflow and nowhere else."""
+"""The results of a sweep, read from MLflow alone."""
 
 import dataclasses
 import json
@@ -13,11 +13,12 @@ from hemoco.tracking.runs import RunFacts, find_run, search
 from hemoco.tracking.tags import Tag
 
 OBJECTIVE = "objective"
-"""The metric of a trial's run in MLflow."""
+"""Name of the metric of a trial's MLflow run that has its result."""
 Outcome = Literal["finished", "stopped", "failed", "unfinished"]
 _FREE = ("sweep.trials", "sweep.max_concurrent")
-"""A sweep goes on with others."""
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of Ray's messages
+"""Settings that may change when a sweep is resumed."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""Terminal colours, which Ray puts into the messages of its errors."""
 _ORDER: tuple[Outcome, ...] = ("finished", "stopped", "unfinished", "failed")
 
 
@@ -27,86 +28,90 @@ class TrialResult:
 
     trial: int
     run: str
-    """Name of its run: `python -m jobs status RUN` shows it whole."""
+    """Name of the trial's run; `python -m jobs status RUN` shows its details."""
     settings: dict[str, str]
-    """What it has of the space, by dotted names."""
+    """The settings drawn for it, by dotted names."""
     outcome: Outcome
     objective: float
-    """nan where it was not measured."""
+    """nan if it was not measured."""
     epochs: int
-    """Done by its pretraining."""
+    """Epochs that the pretraining has done."""
     reason: str
-    """Why it stopped or failed."""
+    """Reason for which it was stopped or failed; empty otherwise."""
     run_id: str
-    """Of the trial in MLflow."""
+    """MLflow's id of the trial."""
     backbone_url: str
-    """Empty where there is none."""
+    """Empty if there is none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """A sweep and its trials, the best first."""
+    """A sweep and its trials, best first."""
 
     sweep: str
     run_id: str
-    """In MLflow."""
+    """MLflow's id of the sweep's run."""
     status: str
-    """Of its run in MLflow."""
+    """Status of that run."""
     recipe: str
     recipe_file: str
-    """Where the recipe was, on the machine that began the sweep; empty for those that come with hemoco."""
+    """Path of the recipe on the machine that began the sweep; empty for a shipped recipe."""
     storage: str
-    """URL of its folder; empty where an older version did not record it."""
+    """URL of the sweep's folder; empty if an older version did not record it."""
     objective: str
-    """Transfer and metric."""
+    """Transfer and metric, as TRANSFER/METRIC."""
     watch: str
-    """What decided about early stops; empty where nothing did."""
+    """The metric that decides about early stops; empty if there are none."""
     data_digest: str
     params: dict[str, str]
     """Every setting of the recipe by its dotted name."""
     tags: dict[str, str]
-    """Of its run in MLflow."""
+    """Tags of the sweep's run in MLflow."""
     trials: tuple[TrialResult, ...]
 
     @property
     def best(self) -> TrialResult | None:
-        """The one with the highest objective."""
-        return self.trials[0] if self.trials and self.trials[0].outcome == "finished" else None
+        """The finished trial with the highest objective; None if none has finished."""
+        if self.trials and self.trials[0].outcome == "finished":
+            return self.trials[0]
+        return None
 
 
 def search_settings(params: Mapping[str, str]) -> dict[str, str]:
-    """What of a recipe's flat settings makes a search what it is, by names that a run does not ignore."""
-    searched = {
-        name: value
+    """Returns the settings by which a sweep is the same search, from a recipe's flat settings.
+
+    Their names get the prefix "its ", since `config_difference` ignores everything below `sweep.`.
+    """
+    return {
+        f"its {name}": value
         for name, value in params.items()
         if name.startswith("sweep.") and name not in _FREE
     }
-    return {f"its {name}": value for name, value in searched.items()}
 
 
 def is_over(trial: RunFacts) -> bool:
-    """Whether a trial has come to its end or was stopped for good; the others are begun again by the same words."""
+    """Whether a trial is finished or was stopped for good; the same command resumes the others."""
     return trial.status == "FINISHED" or Tag.STOPPED in trial.tags
 
 
 def sweep_result(uri: str, sweep: str) -> SweepResult:
-    """What MLflow has recorded of a sweep so far.
+    """Returns what MLflow has recorded of a sweep so far.
 
     Raises:
-        UsageError: MLflow knows no sweep of this name.
+        UsageError: MLflow has no sweep of this name.
         TrackingError: MLflow cannot be used.
     """
-    found = find_sweep(uri, sweep)
-    if found is None:
+    result = find_sweep(uri, sweep)
+    if result is None:
         known = {facts.tags[Tag.SWEEP] for facts in search(uri, connect(uri), {Tag.PHASE: "sweep"})}
         raise UsageError(
             f"sweep {sweep!r} is not in MLflow; it has {', '.join(sorted(known)) or 'none'}"
         )
-    return found
+    return result
 
 
 def find_sweep(uri: str, sweep: str) -> SweepResult | None:
-    """As `sweep_result`; None where MLflow knows no sweep of this name.
+    """Returns what MLflow has recorded of a sweep so far; None if it has no sweep of this name.
 
     Raises:
         TrackingError: MLflow cannot be used.
@@ -120,6 +125,7 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         uri, experiment_id, {Tag.PHASE: "pretrain"}, prefix={Tag.RUN: f"{sweep}/"}
     )
     pretrainings = {facts.tags[Tag.RUN]: facts for facts in reversed(newest_first)}
+    results = [_trial(facts, pretrainings) for facts in trials]
     return SweepResult(
         sweep=sweep,
         run_id=parent.run_id,
@@ -132,12 +138,15 @@ def find_sweep(uri: str, sweep: str) -> SweepResult | None:
         data_digest=parent.tags[Tag.DATA_DIGEST],
         params=parent.params,
         tags=parent.tags,
-        trials=tuple(sorted((_trial(facts, pretrainings) for facts in trials), key=_rank)),
+        trials=tuple(sorted(results, key=_rank)),
     )
 
 
 def sweep_json(result: SweepResult) -> str:
-    """The fields of `SweepResult` but `params` and `tags`, and `best`: a trial's number, null if none has finished."""
+    """Returns a sweep as JSON: the fields of `SweepResult` without `params` and `tags`, and `best`.
+
+    `best` is the number of the best trial, null if none has finished.
+    """
     facts: dict[str, Any] = dataclasses.asdict(result)
     del facts["params"], facts["tags"]
     for trial in facts["trials"]:
@@ -150,30 +159,33 @@ def sweep_json(result: SweepResult) -> str:
 def _trial(facts: RunFacts, pretrainings: Mapping[str, RunFacts]) -> TrialResult:
     run = f"{facts.tags[Tag.SWEEP]}/{facts.tags['mlflow.runName']}"
     pretraining = pretrainings.get(run)
-    became = outcome(facts)
+    trial_outcome = outcome(facts)
+    objective = math.nan
+    if trial_outcome == "finished":
+        objective = facts.metrics.get(OBJECTIVE, math.nan)
     return TrialResult(
         trial=int(facts.tags[Tag.TRIAL]),
         run=run,
         settings=facts.params,
-        outcome=became,
-        objective=facts.metrics.get(OBJECTIVE, math.nan) if became == "finished" else math.nan,
+        outcome=trial_outcome,
+        objective=objective,
         epochs=_epochs(facts, pretraining),
-        reason=_reason(facts, became),
+        reason=_reason(facts, trial_outcome),
         run_id=facts.run_id,
         backbone_url=pretraining.tags.get(Tag.BACKBONE_URL, "") if pretraining else "",
     )
 
 
 def outcome(facts: RunFacts) -> Outcome:
-    """What became of a trial, by its run."""
+    """Returns the outcome of a trial, given its MLflow run."""
     if is_over(facts):
         return "finished" if facts.status == "FINISHED" else "stopped"
     return "failed" if facts.status == "FAILED" else "unfinished"
 
 
-def _reason(facts: RunFacts, became: Outcome) -> str:
+def _reason(facts: RunFacts, trial_outcome: Outcome) -> str:
     error = _COLOUR.sub("", facts.tags.get(Tag.ERROR, ""))
-    return facts.tags.get(Tag.VERDICT, error) if became == "stopped" else error
+    return facts.tags.get(Tag.VERDICT, error) if trial_outcome == "stopped" else error
 
 
 def _epochs(trial: RunFacts, pretraining: RunFacts | None) -> int:
@@ -183,5 +195,6 @@ def _epochs(trial: RunFacts, pretraining: RunFacts | None) -> int:
 
 
 def _rank(trial: TrialResult) -> tuple[int, float, int, int]:
+    """Key that sorts the best trial first."""
     value = -math.inf if math.isnan(trial.objective) else trial.objective
     return _ORDER.index(trial.outcome), -value, -trial.epochs, trial.trial
