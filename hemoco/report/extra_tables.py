@@ -1,4 +1,4 @@
-"""Runs side by side as tables, beyond their results: quality over epochs, by labels, and what they took."""
+"""Further tables of compared runs (quality over epochs, label efficiency, cost), and of sweeps."""
 
 import math
 
@@ -18,18 +18,18 @@ from hemoco.results.sweep import SweepResult
 
 
 def extra_sections(comparison: Comparison) -> list[Section]:
-    """Those that there is something for."""
-    found = [
+    """Returns the further tables that have rows."""
+    sections = [
         _curve(comparison),
         *_label_efficiency(comparison),
         _pretraining_cost(comparison),
         _transfer_times(comparison),
     ]
-    return [section for section in found if section.rows]
+    return [section for section in sections if section.rows]
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it; a dash where it is unknown."""
+    """Formats a duration in seconds, minutes or hours; nan becomes a dash."""
     if math.isnan(seconds):
         return "-"
     if seconds < 120:
@@ -39,17 +39,19 @@ def duration(seconds: float) -> str:
 
 def _pretraining_cost(comparison: Comparison) -> Section:
     notes = [
-        "active: training steps, and what lies between two records unless it is more than 10 minutes; device hours: "
-        "active time of the devices asked for at the start; images: repeated steps count once"
+        "active: training steps, and the time between two records unless it is more than "
+        "10 minutes; device hours: active time of the devices requested at the start; "
+        "images: repeated steps count once"
     ]
     paused = [f"{run.label} {run.cost.pauses}" for run in comparison.runs if run.cost.pauses]
     if paused:
         notes.append(f"pauses, not counted: {', '.join(paused)}")
+    rows = [(run.label, *_cost_cells(run)) for run in comparison.runs if run.cost.images]
     return Section(
         name="cost",
         title="Cost of the pretraining",
         columns=("run", "active", "device hours", "images", "images/s"),
-        rows=tuple((run.label, *_cost_cells(run)) for run in comparison.runs if run.cost.images),
+        rows=tuple(rows),
         notes=tuple(notes),
         records=tuple(_cost_record(run) for run in comparison.runs),
     )
@@ -64,131 +66,113 @@ def _cost_cells(run: Run) -> tuple[str, ...]:
 
 def _cost_record(run: Run) -> dict[str, Value]:
     cost = run.cost
-    record: dict[str, Value] = {
+    return {
         "label": run.label,
         "run": run.name,
         "device": cost.device,
         "devices": cost.devices,
+        "active_s": known(cost.active_s),
+        "device_hours": known(cost.device_hours),
+        "images": float(cost.images) if cost.images else None,
+        "images_per_s": known(cost.images_per_s),
+        "pauses": cost.pauses,
     }
-    numbers = {
-        "active_s": cost.active_s,
-        "device_hours": cost.device_hours,
-        "images": float(cost.images) if cost.images else math.nan,
-        "images_per_s": cost.images_per_s,
-    }
-    return (
-        record | {name: known(value) for name, value in numbers.items()} | {"pauses": cost.pauses}
-    )
 
 
 def _transfer_times(comparison: Comparison) -> Section:
-    transfers = list(
-        dict.fromkeys(time.transfer for run in comparison.runs for time in run.cost.transfers)
-    )
-    cells = {
-        (run.label, time.transfer): time for run in comparison.runs for time in run.cost.transfers
-    }
-    rows = []
-    for transfer in transfers:
-        times = [cells.get((run.label, transfer)) for run in comparison.runs]
-        shown = (
-            "-" if time is None else duration(time.wall_s) + (" +" if time.again else "")
-            for time in times
-        )
-        rows.append((transfer, *shown))
+    cells = {}
+    records: list[dict[str, Value]] = []
+    for run in comparison.runs:
+        for time in run.cost.transfers:
+            restarted = " +" if time.again else ""
+            cells[run.label, time.transfer] = f"{duration(time.wall_s)}{restarted}"
+            records.append(
+                {
+                    "transfer": time.transfer,
+                    "label": run.label,
+                    "run": run.name,
+                    "wall_s": known(time.wall_s),
+                    "started_again": time.again,
+                }
+            )
     notes = ["from the first start to the last end, pauses included; all inits and seeds"]
-    if any(time.again for time in cells.values()):
-        notes.append("+: some of it was started more than once")
+    if any(record["started_again"] for record in records):
+        notes.append("+: part of it was started more than once")
+    labels = [run.label for run in comparison.runs]
+    transfers = dict.fromkeys(transfer for _, transfer in cells)
     return Section(
         name="transfer_times",
         title="Wall time of the transfers",
-        columns=("transfer", *(run.label for run in comparison.runs)),
-        rows=tuple(rows),
-        notes=tuple(notes),
-        records=tuple(
-            {
-                "transfer": time.transfer,
-                "label": run.label,
-                "run": run.name,
-                "wall_s": known(time.wall_s),
-                "started_again": time.again,
-            }
-            for run in comparison.runs
-            for time in run.cost.transfers
+        columns=("transfer", *labels),
+        rows=tuple(
+            (transfer, *(cells.get((label, transfer), "-") for label in labels))
+            for transfer in transfers
         ),
+        notes=tuple(notes),
+        records=tuple(records),
     )
 
 
 def _curve(comparison: Comparison) -> Section:
-    places = [
-        place for place in _places(comparison) if any(at == place for _, at in comparison.curve)
-    ]
-    epochs = sorted({epoch for epoch, _ in comparison.curve})
+    curve = comparison.curve
+    with_curve = {cell for _, cell in curve}
+    cells = []
+    for line in comparison.lines:
+        for column in comparison.columns:
+            cell = Cell(line.label, column.label)
+            if cell in with_curve:
+                cells.append(cell)
+    several = len({cell.column for cell in cells}) > 1
+    rows = []
+    for epoch in sorted({epoch for epoch, _ in curve}):
+        values = [curve.get((epoch, cell)) for cell in cells]
+        rows.append(
+            (str(epoch), *("-" if found is None else spread_cell(found) for found in values))
+        )
     metrics = {line.label: line.metric for line in comparison.lines}
-    alone = len({place.column for place in places}) == 1
+    records = []
+    for (epoch, cell), measured in sorted(curve.items()):
+        spread = repeated_spread(measured)
+        record = mean_record(cell.line, metrics[cell.line], cell.column, spread)
+        records.append({"epoch": epoch} | record)
     return Section(
         name="curve",
         title="Transfer over epochs of the pretraining",
         columns=(
             "epoch",
-            *(place.line if alone else f"{place.line} {place.column}" for place in places),
+            *(f"{cell.line} {cell.column}" if several else cell.line for cell in cells),
         ),
-        rows=tuple(
-            (
-                str(e),
-                *(
-                    spread_cell(comparison.curve[e, p]) if (e, p) in comparison.curve else "-"
-                    for p in places
-                ),
-            )
-            for e in epochs
-        ),
-        records=tuple(
-            {"epoch": epoch}
-            | mean_record(place.line, metrics[place.line], place.column, repeated_spread(values))
-            for (epoch, place), values in sorted(comparison.curve.items())
-        ),
+        rows=tuple(rows),
+        records=tuple(records),
     )
 
 
-def _places(comparison: Comparison) -> list[Cell]:
-    return [
-        Cell(line.label, column.label) for line in comparison.lines for column in comparison.columns
-    ]
-
-
 def _label_efficiency(comparison: Comparison) -> list[Section]:
-    found = []
-    for place, points in enumerate(label_curves(comparison), start=1):
+    """Returns a table for each data set with low-shot transfers."""
+    sections = []
+    for index, points in enumerate(label_curves(comparison), start=1):
         rows, records = [], []
         for labels, images, line in points:
             cells = [value_cell(comparison, line, column) for column in comparison.columns]
             rows.append((labels, number(images, 0), line.label, *cells))
-            records += [
-                {"labels": labels, "images": known(images)} | record
-                for record in line_records(comparison, line)
-            ]
+            for record in line_records(comparison, line):
+                records.append({"labels": labels, "images": known(images)} | record)
+        labels_of_columns = [column.label for column in comparison.columns]
         section = Section(
-            name="label_efficiency" if place == 1 else f"label_efficiency_{place}",
-            title="Label efficiency" if place == 1 else f"Label efficiency, data set {place}",
-            columns=(
-                "labels",
-                "images",
-                "transfer",
-                *(column.label for column in comparison.columns),
-            ),
+            name="label_efficiency" if index == 1 else f"label_efficiency_{index}",
+            title="Label efficiency" if index == 1 else f"Label efficiency, data set {index}",
+            columns=("labels", "images", "transfer", *labels_of_columns),
             heads=3,
             rows=tuple(rows),
             records=tuple(records),
         )
-        found.append(section)
-    return found
+        sections.append(section)
+    return sections
 
 
 def sweep_section(result: SweepResult) -> Section:
-    """A line for each trial, the best first."""
+    """Returns a table of a sweep's trials, best first."""
     names = list(dict.fromkeys(name for trial in result.trials for name in trial.settings))
-    short = {name: name.removeprefix("pretrain.") for name in names}
     rows = [
         (
             str(trial.trial),
@@ -201,10 +185,11 @@ def sweep_section(result: SweepResult) -> Section:
         for trial in result.trials
     ]
     watched = f"early stops by {result.watch}" if result.watch else "no early stops"
+    short_names = [name.removeprefix("pretrain.") for name in names]
     return Section(
         name="sweep",
         title=f"{result.sweep}: {len(rows)} trials of {result.recipe}, {watched}",
-        columns=("trial", *short.values(), result.objective, "epochs", "outcome", "reason"),
+        columns=("trial", *short_names, result.objective, "epochs", "outcome", "reason"),
         rows=tuple(rows),
         best=frozenset({(0, 1 + len(names))} if result.best else ()),
     )

@@ -1,4 +1,4 @@
-"""Runs side by side as files: JSON with all of it, CSV, Markdown and LaTeX."""
+"""A comparison as files: JSON with all of it, CSV, Markdown and LaTeX."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hemoco.report.comparison_tables import known, main_sections
+from hemoco.report.comparison_tables import SIGNIFICANT, known, main_sections
 from hemoco.report.extra_tables import extra_sections
 from hemoco.report.tables import Section, Value, csv_text, latex, markdown
 from hemoco.results.comparison import Comparison
@@ -14,28 +14,30 @@ from hemoco.results.records import Row, RunResults
 
 Format = Literal["markdown", "csv", "json", "latex"]
 _IN_WIDE = ("transfers", "differences")
+"""Tables that comparison.csv contains, which therefore have no file of their own."""
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All tables that there is something for."""
+    """Returns all tables that have content."""
     return [*main_sections(comparison), *extra_sections(comparison)]
 
 
 def render(comparison: Comparison, form: Format) -> str:
-    """All of it in one text; as CSV the table of transfers with its differences."""
-    found = sections(comparison)
-    if form == "json":
-        return _json(comparison, found)
+    """Returns all tables as one text; CSV has the transfers and their differences only."""
     if form == "csv":
         return csv_text(wide_records(comparison))
-    return markdown(found) if form == "markdown" else latex(found)
+    tables = sections(comparison)
+    if form == "json":
+        return _json(comparison, tables)
+    return markdown(tables) if form == "markdown" else latex(tables)
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Writes comparison.json, .csv and .md into a folder, which is made.
+    """Writes comparison.json, .csv and .md into a folder, creating it if needed.
 
-    Those of one run are what other tools rely on: JSON with `pretraining` and `rows`, CSV with one line per row. Of
-    several runs JSON has all tables, and CSV one line per transfer.
+    For one run, JSON and CSV have the form that other tools rely on: JSON with `pretraining` and
+    `rows`, CSV with one line for each row. For several runs, JSON has all tables, and CSV one line
+    for each transfer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -53,9 +55,10 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
-    """Writes all tables once more, for other programs: LaTeX, rows.csv with the single values, and a CSV for each.
+    """Writes all tables for other programs: LaTeX, rows.csv with the single values, and a CSV each.
 
-    details.json and details.csv have of one run what comparison.json and comparison.csv have of several.
+    For one run, details.json and details.csv have what comparison.json and comparison.csv have for
+    several.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -63,21 +66,20 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
         "rows.csv": csv_text(row_records(comparison)),
     }
     if len(comparison.runs) == 1:
-        texts |= {
-            "details.json": render(comparison, "json"),
-            "details.csv": render(comparison, "csv"),
-        }
-    texts |= {
-        f"{found.name}.csv": csv_text(found.records)
-        for found in sections(comparison)
-        if found.name not in _IN_WIDE
-    }
+        texts["details.json"] = render(comparison, "json")
+        texts["details.csv"] = render(comparison, "csv")
+    for section in sections(comparison):
+        if section.name not in _IN_WIDE:
+            texts[f"{section.name}.csv"] = csv_text(section.records)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def wide_records(comparison: Comparison) -> list[dict[str, Value]]:
-    """One for each transfer: mean, deviation and number of values of each column, then the differences."""
+    """Returns a record for each transfer.
+
+    It has mean, deviation and number of values of each column, then the differences.
+    """
     records = []
     for line in comparison.lines:
         record: dict[str, Value] = {"transfer": line.label, "metric": line.metric}
@@ -89,47 +91,50 @@ def wide_records(comparison: Comparison) -> list[dict[str, Value]]:
                 f"{column.label} pretrainings": None if column.baseline else spread.pretrainings,
                 f"{column.label} values": spread.values,
             }
-        for pair in (pair for pair in comparison.pairs if pair.line == line.label):
+        for pair in comparison.pairs:
+            if pair.line != line.label:
+                continue
             name, difference = f"{pair.ours} - {pair.theirs}", pair.difference
             record |= {
                 name: known(difference.mean),
                 f"{name} half width": known(difference.half_width),
-                f"{name} significant (95%)": difference.stands_out,
+                f"{name} {SIGNIFICANT}": difference.stands_out,
             }
         records.append(record)
     return records
 
 
 def row_records(comparison: Comparison) -> list[dict[str, Value]]:
-    """One for each value: those of comparison.json, with the run, its pretraining and that one's seed."""
+    """Returns the rows of all runs, each with its run, its pretraining and the latter's seed."""
     records = []
     for run in comparison.runs:
-        pretraining = run.results.pretraining.run_id
-        about = {
+        origin = {
             "run": run.name,
             "label": run.label,
-            "pretraining": pretraining,
+            "pretraining": run.results.pretraining.run_id,
             "pretrain_seed": run.seed,
         }
-        records += [dataclasses.asdict(row) | about for row in run.results.rows]
+        records += [dataclasses.asdict(row) | origin for row in run.results.rows]
     return records
 
 
-def _json(comparison: Comparison, found: Sequence[Section]) -> str:
-    """`pretraining` of the first run and `rows` as in the comparison of one run; then a list for each table."""
-    pretraining = _known(dataclasses.asdict(comparison.runs[0].results.pretraining))
-    tables = {section.name: section.records for section in found}
-    return (
-        json.dumps({"pretraining": pretraining, "rows": row_records(comparison)} | tables, indent=2)
-        + "\n"
-    )
+def _json(comparison: Comparison, tables: Sequence[Section]) -> str:
+    """Returns `pretraining` of the first run, `rows` of all runs, and a list for each table."""
+    pretraining = comparison.runs[0].results.pretraining
+    content: dict[str, Any] = {
+        "pretraining": _known(dataclasses.asdict(pretraining)),
+        "rows": row_records(comparison),
+    }
+    for section in tables:
+        content[section.name] = section.records
+    return json.dumps(content, indent=2) + "\n"
 
 
 def contract_json(results: RunResults) -> str:
-    """comparison.json of one run: `pretraining` and `rows`; numbers that are unknown or not finite are null."""
+    """Returns comparison.json of one run: `pretraining` and `rows`; nan and infinity are null."""
     rows = [_known(dataclasses.asdict(row)) for row in results.rows]
-    facts = {"pretraining": _known(dataclasses.asdict(results.pretraining)), "rows": rows}
-    return json.dumps(facts, indent=2) + "\n"
+    content = {"pretraining": _known(dataclasses.asdict(results.pretraining)), "rows": rows}
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _known(facts: dict[str, Any]) -> dict[str, Any]:

@@ -24,33 +24,36 @@ _LATEX = {
     "|": "$|$",
 }
 
-_UNBOUNDED = 10_000  # columns of a terminal
+_UNBOUNDED = 10_000
+"""Width in characters that no table reaches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """One table, as text for people and as records for programs."""
+    """A table, as text for people and as records for programs."""
 
     name: str
-    """Of its file, and its key."""
+    """Stem of its CSV file and key in the JSON."""
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     heads: int = 1
-    """Columns, from the left, that name a row: they stand at the left of every part of a table that is split."""
+    """Number of columns, from the left, that name a row; each part of a split table has them."""
+    joined: frozenset[int] = frozenset()
+    """Columns that stay beside their left neighbour where a table is split."""
     best: frozenset[tuple[int, int]] = frozenset()
-    """(row, column) of cells that are set in bold."""
+    """(row, column) of the cells set in bold."""
     notes: tuple[str, ...] = ()
     records: tuple[dict[str, Value], ...] = ()
 
 
 def print_section(console: "Console", section: Section) -> None:
-    """Prints a table, in parts side by side below each other where the terminal is too narrow for all columns."""
+    """Prints a table, split into several where the terminal is too narrow for all columns."""
     from rich.text import Text
 
     console.print(Text(f"\n{section.title}", style="bold"))
-    for number, columns in enumerate(_parts(console, section)):
-        if number:
+    for index, columns in enumerate(_parts(console, section)):
+        if index:
             console.print()
         console.print(_rich_table(section, columns))
     for note in section.notes:
@@ -59,17 +62,22 @@ def print_section(console: "Console", section: Section) -> None:
 
 
 def markdown(sections: Iterable[Section]) -> str:
-    """A heading, a table and a list of notes for each."""
+    """Returns a heading, a table and a list of notes for each section."""
     return "\n".join(_markdown(section) for section in sections)
 
 
 def latex(sections: Iterable[Section]) -> str:
-    """A table environment for each, with the rules of booktabs; the notes stand below."""
+    """Returns a table environment for each section, with booktabs rules and the notes below."""
     return "% \\usepackage{booktabs}\n\n" + "\n".join(_latex(section) for section in sections)
 
 
 def csv_text(records: Sequence[dict[str, Value]], names: Sequence[str] = ()) -> str:
-    """One line per record, below these names, or all that any of them has; what is unknown is empty."""
+    """Returns records as CSV; a value that a record lacks is empty.
+
+    Args:
+        records: one for each line.
+        names: the columns; without them, all names in the records, in order of appearance.
+    """
     text = io.StringIO()
     names = names or list(dict.fromkeys(name for record in records for name in record))
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -79,20 +87,29 @@ def csv_text(records: Sequence[dict[str, Value]], names: Sequence[str] = ()) -> 
 
 
 def _parts(console: "Console", section: Section) -> list[list[int]]:
-    """The columns of each part: as many as fit, at least one besides the heads."""
-    heads, parts = list(range(section.heads)), list[list[int]]()
-    part, unbounded = list(heads), console.options.update_width(_UNBOUNDED)
+    """Splits a table to fit the console.
+
+    Returns:
+        The columns of each part: the heads, and as many others as fit, at least one.
+    """
+    blocks: list[list[int]] = []
     for column in range(section.heads, len(section.columns)):
-        grown = [*part, column]
-        # a measurement with the console's own options is cut to its width
-        fits = (
-            console.measure(_rich_table(section, grown), options=unbounded).maximum <= console.width
-        )
-        if fits or part == heads:
-            part = grown
+        if column in section.joined:
+            blocks[-1].append(column)
         else:
+            blocks.append([column])
+    # Measured with its own width as the limit, rich would report any table as fitting.
+    unbounded = console.options.update_width(_UNBOUNDED)
+    heads = list(range(section.heads))
+    parts: list[list[int]] = []
+    part = heads
+    for block in blocks:
+        table = _rich_table(section, [*part, *block])
+        fits = console.measure(table, options=unbounded).maximum <= console.width
+        if not fits and part != heads:
             parts.append(part)
-            part = [*heads, column]
+            part = heads
+        part = [*part, *block]
     return [*parts, part]
 
 
@@ -114,68 +131,63 @@ def _rich_table(section: Section, columns: Sequence[int]) -> "Table":
             justify="left" if column < section.heads else "right",
             overflow="fold",
         )
-    for number, row in enumerate(section.rows):
-        table.add_row(
-            *(
-                Text(row[column], style="bold green" if (number, column) in section.best else "")
-                for column in columns
-            )
-        )
+    for index, row in enumerate(section.rows):
+        cells = []
+        for column in columns:
+            style = "bold green" if (index, column) in section.best else ""
+            cells.append(Text(row[column], style=style))
+        table.add_row(*cells)
     return table
 
 
 def _markdown(section: Section) -> str:
-    rows = [
-        [
-            f"**{cell}**" if (number, column) in section.best else cell
-            for column, cell in enumerate(row)
-        ]
-        for number, row in enumerate(section.rows)
-    ]
     rule = ["---" if column < section.heads else "---:" for column in range(len(section.columns))]
-    lines = [
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
-        for row in (section.columns, rule, *rows)
-    ]
-    notes = ["", *(f"- {_escaped(note)}" for note in section.notes)] if section.notes else []
-    return "\n".join([f"## {section.title}", "", *lines, *notes]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([|*_<>])", r"\\\1", text)
+    rows = [section.columns, rule]
+    for index, row in enumerate(section.rows):
+        rows.append(
+            [
+                f"**{cell}**" if (index, column) in section.best else cell
+                for column, cell in enumerate(row)
+            ]
+        )
+    lines = [f"## {section.title}", ""]
+    for cells in rows:
+        escaped = [cell.replace("|", r"\|") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    if section.notes:
+        lines.append("")
+    for note in section.notes:
+        lines.append("- " + re.sub(r"([|*_<>])", r"\\\1", note))
+    return "\n".join(lines) + "\n"
 
 
 def _latex(section: Section) -> str:
-    count = len(section.columns)
-    rows = [
-        [
-            rf"\textbf{{{_tex(cell)}}}" if (number, column) in section.best else _tex(cell)
-            for column, cell in enumerate(row)
-        ]
-        for number, row in enumerate(section.rows)
+    columns = "l" * section.heads + "r" * (len(section.columns) - section.heads)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_tex(section.title)}}}",
+        rf"\label{{tab:{section.name.replace('_', '-')}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(map(_tex, section.columns)) + r" \\",
+        r"\midrule",
     ]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_tex(section.title)}}}",
-            rf"\label{{tab:{section.name.replace('_', '-')}}}",
-            rf"\begin{{tabular}}{{{'l' * section.heads}{'r' * (count - section.heads)}}}",
-            r"\toprule",
-            " & ".join(map(_tex, section.columns)) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            *(rf"\par\smallskip\footnotesize {_tex(note)}" for note in section.notes),
-            r"\end{table}",
-            "",
-        ]
-    )
+    for index, row in enumerate(section.rows):
+        cells = []
+        for column, cell in enumerate(row):
+            is_best = (index, column) in section.best
+            cells.append(rf"\textbf{{{_tex(cell)}}}" if is_best else _tex(cell))
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [rf"\par\smallskip\footnotesize {_tex(note)}" for note in section.notes]
+    lines += [r"\end{table}", ""]
+    return "\n".join(lines)
 
 
 def _tex(text: str) -> str:
-    escaped = r"$\to$".join(
-        "".join(_LATEX.get(char, char) for char in part) for part in text.split("->")
-    )
-    return re.sub(r"^([+-])(?=\d)", r"$\1$", escaped)  # a minus, not a hyphen
+    """Escapes text for LaTeX; "->" becomes an arrow, and a leading sign of a number a real one."""
+    parts = []
+    for part in text.split("->"):
+        parts.append("".join(_LATEX.get(char, char) for char in part))
+    return re.sub(r"^([+-])(?=\d)", r"$\1$", r"$\to$".join(parts))

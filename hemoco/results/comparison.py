@@ -113,7 +113,7 @@ class Comparison:
     lines: tuple[Line, ...]
     values: dict[Cell, Repetitions]
     pairs: tuple[Pair, ...]
-    """Differences between pretrainings, and of pretrainings from baselines, where both are known."""
+    """Differences of pretrainings from each other and from baselines, where both have values."""
     curve: dict[tuple[int, Cell], Repetitions]
     """Values of transfers from backbones of earlier epochs, by (epoch, cell)."""
 

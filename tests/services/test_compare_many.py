@@ -126,6 +126,13 @@ def cells(comparison: Comparison, name: str, row: str) -> dict[str, str]:
     return dict(zip(found.columns, line, strict=True))
 
 
+def significance(comparison: Comparison, row: str) -> dict[str, tuple[str, str]]:
+    """Cells of the differences: (difference, significant) by the name of the difference."""
+    found = section(comparison, "differences")
+    (line,) = (line for line in found.rows if line[0] == row)
+    return dict(zip(found.columns[1::2], zip(line[1::2], line[2::2], strict=True), strict=True))
+
+
 def test_pretrainings_that_differ_by_their_seed_share_a_column(comparison: Comparison) -> None:
     assert [
         (column.label, [run.label for run in column.runs]) for column in comparison.columns
@@ -167,9 +174,37 @@ def test_a_baseline_measured_by_several_runs_counts_once_a_seed(comparison: Comp
 
 
 def test_differences_are_those_of_all_pretrainings_and_baselines(comparison: Comparison) -> None:
-    assert section(comparison, "differences").columns[1:] == ("A - B", "A - random", "B - random")
-    row = cells(comparison, "differences", "knn")
-    assert row["B - random"].startswith("+0.3") and row["B - random"].endswith("*")
+    columns = section(comparison, "differences").columns
+    assert columns[1::2] == ("A - B", "A - random", "B - random")
+    assert set(columns[2::2]) == {"significant (95%)"}
+    assert significance(comparison, "knn")["B - random"][0].startswith("+0.3")
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "random", "shown"),
+    [
+        ((0.75, 0.8, 0.77), (0.5, 0.54, 0.53), "yes"),
+        ((0.5, 0.3, 0.4), (0.4, 0.35, 0.45), "no"),
+        ((0.75,), (0.5,), "n/a (one seed)"),
+        ((0.75, 0.5), (0.5, 0.25), "n/a (no variation)"),
+    ],
+)
+def test_the_table_says_whether_a_difference_is_significant(
+    tracking: str, pretrained: tuple[float, ...], random: tuple[float, ...], shown: str
+) -> None:
+    run = begin_run(tracking, f"alone-{uuid.uuid4().hex[:8]}", variant())
+    of_init = {("pretrained", seed): value for seed, value in enumerate(pretrained)}
+    of_init |= {("random", seed): value for seed, value in enumerate(random)}
+    write_transfer(run, "knn", of_init)
+    found = section(compare_runs(tracking, [run.name]), "differences")
+    assert found.columns == ("transfer", "pretrained - random", "significant (95%)")
+    ((_, difference, significant),) = found.rows
+    assert significant == shown
+    if len(pretrained) == 3:  # the same by scipy
+        test = stats.ttest_rel(pretrained, random)
+        low, high = test.confidence_interval(0.95)
+        assert difference == f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}"
+        assert (shown == "yes") is bool(test.pvalue < 0.05)
 
 
 def test_noise_of_the_pretraining_is_said_where_it_is_known(comparison: Comparison) -> None:
@@ -319,6 +354,11 @@ def test_no_line_is_wider_than_the_terminal(comparison: Comparison, width: int) 
     assert max(map(len, text.splitlines())) <= width
     for cell in cells(comparison, "differences", "probe").values():
         assert cell in text  # not broken over two lines
+    lines = text.splitlines()
+    headers = [line for line in lines if line.startswith("transfer ") and " - " in line]
+    assert headers
+    for line in headers:  # a split never parts a difference from its significance
+        assert line.count(" - ") == line.count("significant (95%)")
 
 
 def test_files_are_those_of_all_tables(comparison: Comparison, tmp_path: Path) -> None:

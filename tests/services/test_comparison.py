@@ -209,7 +209,7 @@ def test_markdown_has_one_line_per_transfer_and_names_what_failed(
     assert r"| mask\|rcnn | mask_ap | **0.625 ± 0.177 (2)** | 0.188 ± 0.088 (2) |" in lines
     assert "- † pretrained: probe failed: out of memory" in lines
     # Student's t with one degree of freedom: 12.706; the paired differences are 0.5 and 0.375
-    assert f"| knn | +0.438 ± {12.7062 * 0.0625:.3f} |" in lines
+    assert f"| knn | +0.438 ± {12.7062 * 0.0625:.3f} | no |" in lines
 
 
 @pytest.mark.parametrize("width", [80, 120])
