@@ -1,1 +1,1 @@
-"""Tables, files and report.html made from results."""
+"""Tables, files and report.html, made from results."""

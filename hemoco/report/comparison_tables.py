@@ -277,7 +277,7 @@ def _difference_notes(comparison: Comparison) -> list[str]:
     notes = [
         "paired by the transfer's seed; significant: the 95% interval excludes 0",
         "the intervals are not corrected for multiple comparisons: "
-        "where nothing differs, one in twenty excludes 0 by chance",
+        "if nothing differed, one in twenty would exclude 0 by chance",
     ]
     of_recipes: list[str] = []
     of_backbones: list[str] = []

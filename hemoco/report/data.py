@@ -1,4 +1,4 @@
-"""All that a report shows, read from MLflow and nowhere else."""
+"""Everything a report shows, read from MLflow alone."""
 
 import dataclasses
 import logging
@@ -26,7 +26,7 @@ CURVES = (
     "images_per_s",
     "data_wait",
 )
-"""The pretraining's metrics that are drawn."""
+"""Metrics of the pretraining that a report plots."""
 _THREADS = 8
 
 
@@ -41,35 +41,35 @@ class TransferImage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunDetail:
-    """One of the compared runs, beyond its results."""
+    """What a report shows of one of the compared runs, besides its results."""
 
     run: Run
     params: dict[str, str]
-    """Every setting by its dotted name; those of `pretrain` are the ones the backbone was trained with, if known."""
+    """Every setting by its dotted name. Those of `pretrain` are the ones that the backbone was
+    trained with, if MLflow has them."""
     curves: dict[str, list[MetricPoint]]
-    """The pretraining's metrics by step, by the names of CURVES; empty where not recorded."""
+    """Points of the pretraining's metrics by step, for each name in `CURVES`; empty if none."""
     images: tuple[TransferImage, ...]
     sample: FeatureSample | None
-    """None where none was recorded."""
+    """None if none was recorded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that a report shows."""
+    """Everything a report shows."""
 
     comparison: Comparison
     details: tuple[RunDetail, ...]
-    """In the order of its runs."""
+    """One for each of the comparison's runs, in their order."""
 
     @property
     def examples(self) -> tuple[RunDetail, ...]:
-        """Of each pretraining the first run, and those of its repetitions that differ by more than their seed."""
+        """The first run of each pretraining, and repetitions that differ in more than the seed."""
         by_label = {detail.run.label: detail for detail in self.details}
-        first = {
-            run.label: by_label[column.runs[0].label]
-            for column in self.comparison.pretrainings
-            for run in column.runs
-        }
+        first = {}
+        for column in self.comparison.pretrainings:
+            for run in column.runs:
+                first[run.label] = by_label[column.runs[0].label]
         return tuple(
             detail
             for detail in self.details
@@ -78,57 +78,56 @@ class ReportData:
 
 
 def collect_report(uri: str, comparison: Comparison) -> ReportData:
-    """The comparison with the settings, curves and images of its runs.
+    """Reads the settings, curves and images of a comparison's runs.
 
     Raises:
         TrackingError: MLflow cannot be used.
     """
-    return ReportData(
-        comparison=comparison, details=tuple(_detail(uri, run) for run in comparison.runs)
-    )
+    details = tuple(_detail(uri, run) for run in comparison.runs)
+    return ReportData(comparison=comparison, details=details)
 
 
 def _detail(uri: str, run: Run) -> RunDetail:
-    records = run.records
-    source = records.pretraining
-    images = [
-        TransferImage(transfer=facts.tags[Tag.TRANSFER], name=name.removesuffix(".png"), png=png)
-        for facts in records.transfers
-        for name, png in sorted(read_artifacts(uri, facts.run_id, ".png").items())
-    ]
+    images = []
+    for facts in run.records.transfers:
+        for name, png in sorted(read_artifacts(uri, facts.run_id, ".png").items()):
+            image = TransferImage(
+                transfer=facts.tags[Tag.TRANSFER], name=name.removesuffix(".png"), png=png
+            )
+            images.append(image)
     curves: dict[str, list[MetricPoint]] = {name: [] for name in CURVES}
     sample = None
-    if source is not None:
-        recorded = [name for name in CURVES if name in source.metrics]
+    pretraining = run.records.pretraining
+    if pretraining is not None:
+        run_id = pretraining.run_id
+        recorded = [name for name in CURVES if name in pretraining.metrics]
+        # one request to MLflow for each metric, so in parallel
         with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(lambda name: metric_points(uri, source.run_id, name), recorded)
-            curves |= zip(recorded, found, strict=True)
-        file = read_artifacts(uri, source.run_id, FILE_NAME).get(FILE_NAME)
+            histories = threads.map(lambda name: metric_points(uri, run_id, name), recorded)
+            curves |= zip(recorded, histories, strict=True)
+        file = read_artifacts(uri, run_id, FILE_NAME).get(FILE_NAME)
         sample = _decoded(file) if file is not None else None
     return RunDetail(
-        run=run,
-        params=_params(records),
-        curves=curves,
-        images=tuple(images),
-        sample=sample,
+        run=run, params=_params(run.records), curves=curves, images=tuple(images), sample=sample
     )
 
 
 def _differ(first: RunDetail, other: RunDetail) -> bool:
-    """Whether two runs of one pretraining differ in more than its seed: in what they measure, for example."""
+    """Whether two runs of one pretraining differ in more than its seed, e.g. in their transfers."""
     changed = config_difference(first.params, other.params)
     return any(not change.startswith("pretrain.seed:") for change in changed)
 
 
 def _params(records: Records) -> dict[str, str]:
-    """Of a backbone whose pretraining MLflow does not know, the recipe says what it must be, not how it came to be."""
     if records.pretraining is not None:
         return records.parent.params | records.pretraining.params
-    kept = ("pretrain.encoder.", "pretrain.views.")
+    # The backbone was trained elsewhere. Of `pretrain`, the recipe describes only its architecture
+    # and its input; the other settings there are defaults, with which it was not trained.
+    described = ("pretrain.encoder.", "pretrain.views.")
     return {
         name: value
         for name, value in records.parent.params.items()
-        if not name.startswith("pretrain.") or name.startswith(kept)
+        if not name.startswith("pretrain.") or name.startswith(described)
     }
 
 

@@ -1,4 +1,4 @@
-"""The part of a report that shows what a backbone has learned: a map of features, nearest images, drawn detections."""
+"""The part of a report about features: a map of them, nearest images, and transfers' pictures."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -20,15 +20,17 @@ from hemoco.report.data import ReportData, RunDetail
 
 _QUERIES, _NEIGHBOURS = 8, 6
 _CONFUSION = "_confusion"
-_MOST_RUNS = 6  # with a map each
+"""End of the names of confusion matrices; all other pictures of transfers show detections."""
+_MOST_RUNS = 6
+"""Most runs with a map: each adds its images to the file."""
 
 
 class FeatureMap(NamedTuple):
-    """Thumbnails arranged by the similarity of their features, or the reason why there is no map."""
+    """Thumbnails arranged by the similarity of their features, or the reason for having none."""
 
     title: str
     caption: str
-    """The reason where `png` is None."""
+    """If `png` is None, the reason for that."""
     png: bytes | None = None
     alt: str = ""
     legend: Sequence[tuple[str, str]] = ()
@@ -36,7 +38,7 @@ class FeatureMap(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One image among its neighbours."""
+    """One image of a grid of neighbours."""
 
     kind: Literal["query", "near"]
     png: bytes
@@ -58,35 +60,38 @@ class Features(NamedTuple):
 
     map: FeatureMap
     neighbours: Neighbours | None
-    """None where the sample has a single image."""
+    """None if the sample has a single image."""
 
 
 class Picture(NamedTuple):
-    """A PNG that a transfer drew."""
+    """A PNG recorded by a transfer."""
 
     title: str
     png: bytes
 
 
 def feature_views(data: ReportData) -> list[Features]:
-    """A map and nearest images for each pretraining with a recorded sample of features; once for repeated ones."""
+    """Returns a map and nearest images for each pretraining that recorded a sample of features.
+
+    Repetitions of a pretraining have one map.
+    """
     views: list[Features] = []
     for detail in data.examples:
         if detail.sample is not None and len(views) < _MOST_RUNS:
-            of = _of(data, detail)
-            views.append(
-                Features(_map(detail.sample, f"{of}Feature map"), _neighbours(detail.sample, of))
-            )
+            prefix = _title_prefix(data, detail)
+            feature_map = _map(detail.sample, f"{prefix}Feature map")
+            neighbours = _neighbours(detail.sample, f"{prefix}Nearest images")
+            views.append(Features(feature_map, neighbours))
     return views
 
 
 def drawn_detections(data: ReportData) -> list[Picture]:
-    """Detections beside the ground truth, as transfers drew them."""
+    """Returns pictures of detections beside the ground truth."""
     return _pictures(data, is_confusion=False)
 
 
 def drawn_confusions(data: ReportData) -> list[Picture]:
-    """Confusion matrices, as transfers drew them."""
+    """Returns pictures of confusion matrices."""
     return _pictures(data, is_confusion=True)
 
 
@@ -96,7 +101,8 @@ def _pictures(data: ReportData, *, is_confusion: bool) -> list[Picture]:
         for image in detail.images:
             if image.name.endswith(_CONFUSION) == is_confusion:
                 name = image.name.removesuffix(_CONFUSION).replace("_", " ")
-                pictures.append(Picture(f"{_of(data, detail)}{image.transfer}: {name}", image.png))
+                title = f"{_title_prefix(data, detail)}{image.transfer}: {name}"
+                pictures.append(Picture(title, image.png))
     return pictures
 
 
@@ -105,42 +111,50 @@ def _map(sample: FeatureSample, title: str) -> FeatureMap:
         return FeatureMap(title, f"Split {sample.split!r} has too few images for a map.")
     if all_alike(sample):
         return FeatureMap(title, "All images have the same features: the backbone has collapsed.")
+    legend: list[tuple[str, str]] = []
+    if has_colours(sample):
+        legend = list(zip(sample.classes, CLASS_COLOURS, strict=False))
     return FeatureMap(
         title=title,
         caption=(
-            f"{len(sample.keys)} images of split {sample.split} where t-SNE puts their frozen features, each in the "
-            "nearest free cell: similar ones lie together. Distances between groups mean nothing."
+            f"{len(sample.keys)} images of split {sample.split}, arranged by t-SNE of their frozen "
+            "features: each image is in the free cell nearest to its t-SNE position, so similar "
+            "images are neighbours. Distances between groups have no meaning."
         ),
         png=draw_map(sample),
-        alt=f"{len(sample.keys)} thumbnails of split {sample.split}, those with similar features near each other",
-        legend=list(zip(sample.classes, CLASS_COLOURS, strict=False))
-        if has_colours(sample)
-        else (),
+        alt=(
+            f"{len(sample.keys)} thumbnails of split {sample.split}; "
+            "those with similar features are near each other"
+        ),
+        legend=legend,
     )
 
 
-def _neighbours(sample: FeatureSample, of: str) -> Neighbours | None:
+def _neighbours(sample: FeatureSample, title: str) -> Neighbours | None:
     count = min(_NEIGHBOURS, len(sample.keys) - 1)
     if count < 1:
         return None
     near = nearest(sample, count)
     tiles = []
     for row in chosen_rows(sample, _QUERIES):
-        own = int(sample.labels[row])
+        label = int(sample.labels[row])
         tiles.append(_tile(sample, row, kind="query", caption=_name(sample, row)))
         for other in near[row]:
-            same = " ✓" if own >= 0 and int(sample.labels[other.row]) == own else ""
-            tiles.append(
-                _tile(sample, other.row, kind="near", caption=f"{other.similarity:.2f}{same}")
-            )
+            caption = f"{other.similarity:.2f}"
+            if label >= 0 and int(sample.labels[other.row]) == label:
+                caption += " ✓"
+            tiles.append(_tile(sample, other.row, kind="near", caption=caption))
     note = (
-        f"Left: an image of split {sample.split}. Right: the nearest of {len(sample.keys) - 1} others by the cosine "
-        "of their frozen features."
+        f"Left: an image of split {sample.split}. Right: its nearest neighbours among "
+        f"{len(sample.keys) - 1} others, by cosine similarity of frozen features."
     )
     share = same_label_share(sample, near)
     if share is not None:
-        note += f" The nearest has the same label for {100 * share:.0f}% of the images; ✓ marks the same label."
-    return Neighbours(f"{of}Nearest images", count + 1, tiles, note)
+        note += (
+            f" ✓ marks the same label as on the left. For {100 * share:.0f}% of the images, the "
+            "nearest neighbour has the same label."
+        )
+    return Neighbours(title, count + 1, tiles, note)
 
 
 def _tile(sample: FeatureSample, row: int, *, kind: Literal["query", "near"], caption: str) -> Tile:
@@ -149,9 +163,11 @@ def _tile(sample: FeatureSample, row: int, *, kind: Literal["query", "near"], ca
 
 
 def _name(sample: FeatureSample, row: int) -> str:
+    """Returns the name of an image's class, or its key if it has none."""
     label = int(sample.labels[row])
     return sample.classes[label] if 0 <= label < len(sample.classes) else sample.keys[row]
 
 
-def _of(data: ReportData, detail: RunDetail) -> str:
+def _title_prefix(data: ReportData, detail: RunDetail) -> str:
+    """Returns the run's label where a report shows several runs."""
     return f"{detail.run.label}: " if len(data.details) > 1 else ""

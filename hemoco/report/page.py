@@ -1,4 +1,4 @@
-"""One run, or several side by side, as one HTML file that needs nothing else."""
+"""report.html: one run, or several side by side, as one file without scripts or outside links."""
 
 import base64
 import math
@@ -22,7 +22,7 @@ from hemoco.report.plots import (
     transfer_bars,
 )
 from hemoco.report.training import HealthCheck, health_checks, quality_plots, training_plots
-from hemoco.results.comparison import Cell, Comparison, Pair, Run
+from hemoco.results.comparison import Cell, Comparison, Run
 from hemoco.results.label_efficiency import LabelPoint, label_curves
 
 if TYPE_CHECKING:
@@ -33,14 +33,18 @@ _PLOTTED = ("label_efficiency", "curve")
 
 
 def render_report(data: ReportData) -> str:
-    """The report as HTML: what transfers, what was learned, how the training went, and where all of it comes from."""
-    comparison, names = data.comparison, [run.name for run in data.comparison.runs]
+    """Returns the report as HTML: results, training curves, features, cost, lineage, settings."""
+    comparison = data.comparison
+    names = [run.name for run in comparison.runs]
     alone = len(names) == 1
-    tables = {
-        found.name: found
-        for found in sections(comparison)
-        if not (alone and found.name == "pretrainings")
-    }
+    tables = {section.name: section for section in sections(comparison)}
+    if alone:
+        tables.pop("pretrainings", None)  # health and lineage show the same
+    further_tables = [
+        section
+        for name, section in tables.items()
+        if name not in _FIRST and not name.startswith(_PLOTTED)
+    ]
     return _template().render(
         title=names[0] if alone else f"{len(names)} runs: {', '.join(names)}",
         kind="run" if alone else "comparison",
@@ -53,11 +57,7 @@ def render_report(data: ReportData) -> str:
         features=feature_views(data),
         detections=drawn_detections(data),
         confusions=drawn_confusions(data),
-        further_tables=[
-            found
-            for name, found in tables.items()
-            if name not in _FIRST and not name.startswith(_PLOTTED)
-        ],
+        further_tables=further_tables,
         lineage=_lineage(data),
         differences=_differences(data),
         settings=_settings(data),
@@ -78,126 +78,118 @@ def _template() -> "Template":
 
 
 def _data_uri(data: bytes, kind: str) -> str:
-    """A file as a URL that contains it."""
+    """Returns a URL that contains a file."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _verdict(comparison: Comparison) -> str:
-    ill = [
-        run.label
-        for run in comparison.runs
-        if run.results.pretraining.status == "FINISHED"  # one that goes on may be on its way
-        and any(check.passed is False for check in health_checks(run.results.pretraining))
-    ]
-    alone = len(comparison.runs) == 1
-    warning = (
-        ""
-        if not ill
-        else " But the pretraining is not healthy."
-        if alone
-        else f" Not healthy: {', '.join(ill)}."
-    )
+    """Returns the sentences at the top: which side is better, what failed, what is not healthy."""
+    sentences = [_winner(comparison)]
     failed = sum(len(run.results.failed) for run in comparison.runs)
-    return _winner(comparison) + (f" {failed} failed." if failed else "") + warning
+    if failed:
+        sentences.append(f"{failed} {'transfer' if failed == 1 else 'transfers'} failed.")
+    unhealthy = []
+    for run in comparison.runs:
+        checks = health_checks(run.results.pretraining)
+        # only of finished pretrainings: one that is running may still become healthy
+        is_finished = run.results.pretraining.status == "FINISHED"
+        if is_finished and any(check.passed is False for check in checks):
+            unhealthy.append(run.label)
+    if unhealthy and len(comparison.runs) == 1:
+        sentences.append("The pretraining is not healthy.")
+    elif unhealthy:
+        sentences.append(f"Pretrainings that are not healthy: {', '.join(unhealthy)}.")
+    return " ".join(sentences)
 
 
 def _winner(comparison: Comparison) -> str:
-    pretrainings = [column.label for column in comparison.pretrainings]
-    theirs = pretrainings[1] if len(pretrainings) > 1 else _baseline(comparison, pretrainings[0])
-    pairs = [
-        pair for pair in comparison.pairs if (pair.ours, pair.theirs) == (pretrainings[0], theirs)
+    """Returns in how many transfers the first pretraining beats the second, or its baseline."""
+    ours, *others = [column.label for column in comparison.pretrainings]
+    theirs = others[0] if others else _baseline(comparison, ours)
+    differences = [
+        pair.difference
+        for pair in comparison.pairs
+        if (pair.ours, pair.theirs) == (ours, theirs) and not math.isnan(pair.difference.mean)
     ]
-    measured = [pair for pair in pairs if not math.isnan(pair.difference.mean)]
-    if not measured:
-        return f"No transfer has been measured from both {pretrainings[0]} and {theirs} yet."
-    better, clear = (
-        sum(_beats(pair, clearly=clearly) for pair in measured) for clearly in (False, True)
-    )
-    noun = "transfer" if len(measured) == 1 else "transfers"
-    beyond = (
-        f", {clear} beyond the noise of seeds"
-        if any(pair.difference.noise for pair in measured)
-        else ""
-    )
-    if len(pretrainings) == 1:
-        whom = "random initialisation" if theirs == "random" else theirs
-        return f"Pretraining beats {whom} in {better} of {len(measured)} {noun}{beyond}."
-    more = "" if len(pretrainings) == 2 else " All other pairs are in the tables."
-    return f"{pretrainings[0]} beats {theirs} in {better} of {len(measured)} {noun}{beyond}.{more}"
+    if not differences:
+        return f"No transfer has been measured from both {ours} and {theirs} yet."
+    better = [difference for difference in differences if difference.mean > 0]
+    significant = sum(difference.stands_out is True for difference in better)
+    noun = "transfer" if len(differences) == 1 else "transfers"
+    score = f"in {len(better)} of {len(differences)} {noun}"
+    if better and any(difference.noise for difference in differences):
+        score += f", in {significant} of them significantly (95%)"
+    if not others:
+        opponent = "random initialisation" if theirs == "random" else theirs
+        return f"Pretraining beats {opponent} {score}."
+    more = "" if len(others) == 1 else " All other pairs are in the tables."
+    return f"{ours} beats {theirs} {score}.{more}"
 
 
 def _baseline(comparison: Comparison, ours: str) -> str:
-    """The random one, else the first that was measured beside the pretraining."""
+    """Returns the random baseline if it was measured, else the first one that was."""
     measured = [pair.theirs for pair in comparison.pairs if pair.ours == ours]
-    random = [
-        column.label
-        for column in comparison.columns
-        if column.baseline == "random" and column.label in measured
-    ]
-    return (*random, *measured, "random")[0]
-
-
-def _beats(pair: Pair, *, clearly: bool) -> bool:
-    return pair.difference.mean > 0 and (pair.difference.stands_out is True or not clearly)
+    for column in comparison.columns:
+        if column.baseline == "random" and column.label in measured:
+            return column.label
+    return measured[0] if measured else "random"
 
 
 def _bars(comparison: Comparison) -> list[Plot]:
     if not comparison.values:
         return []
-    words = [
-        f"{line.label} {line.metric}: "
-        + ", ".join(
-            f"{column.label} {number(interval(comparison.values[place]).mean)}"
-            for column in comparison.columns
-            if (place := Cell(line.label, column.label)) in comparison.values
-        )
-        for line in comparison.lines
-    ]
-    caption = "Means; the line is the 95% interval, a dot a single seed or pretraining. Higher is better, 1 is perfect."
-    return [
-        Plot(
-            "Transfers against baselines",
-            transfer_bars(comparison),
-            f"Bars. {'; '.join(words)}",
-            caption,
-        )
-    ]
+    descriptions = []
+    for line in comparison.lines:
+        means = []
+        for column in comparison.columns:
+            measured = comparison.values.get(Cell(line.label, column.label))
+            if measured:
+                means.append(f"{column.label} {number(interval(measured).mean)}")
+        descriptions.append(f"{line.label} {line.metric}: {', '.join(means)}")
+    caption = (
+        "Bars are means, lines their 95% intervals, dots single seeds or pretrainings. "
+        "Higher is better; 1 is perfect."
+    )
+    alt = f"Bars. {'; '.join(descriptions)}"
+    return [Plot("Transfers against baselines", transfer_bars(comparison), alt, caption)]
 
 
 def _label_efficiency(comparison: Comparison) -> list[Plot]:
+    """Returns a plot for each data set with low-shot transfers."""
     plots = []
-    for place, points in enumerate(label_curves(comparison), start=1):
-        measured = [
-            (column.label, _label_points(comparison, points, column.label))
-            for column in comparison.columns
-        ]
-        colours = column_colours(comparison)
-        series = [
-            Series(label=label, points=found, colour=colours[label])
-            for label, found in measured
-            if found
-        ]
+    colours = column_colours(comparison)
+    for index, points in enumerate(label_curves(comparison), start=1):
+        series = []
+        for column in comparison.columns:
+            curve = _label_points(comparison, points, column.label)
+            if curve:
+                series.append(
+                    Series(label=column.label, points=curve, colour=colours[column.label])
+                )
         if not series:
             continue
-        ticks = [(float(order), _tick(point)) for order, point in enumerate(points)]
+        ticks = [(float(x), _tick(point)) for x, point in enumerate(points)]
         panel = Panel(
             series=series, x_label="labels", y_label=points[0].line.metric, shares=True, ticks=ticks
         )
-        alt = "Lines: " + "; ".join(f"{one.label} ends at {one.points[-1].y:.3f}" for one in series)
-        caption = "Low-shot transfers up to a linear classifier on all labels; 95% intervals."
-        title = "Label efficiency" if place == 1 else f"Label efficiency, data set {place}"
-        plots.append(Plot(title, line_plot(panel), alt, caption))
+        ends = [f"{curve.label} ends at {curve.points[-1].y:.3f}" for curve in series]
+        caption = (
+            "Low-shot transfers from few labels on, and a linear classifier on all of them; "
+            "95% intervals."
+        )
+        title = "Label efficiency" if index == 1 else f"Label efficiency, data set {index}"
+        plots.append(Plot(title, line_plot(panel), f"Lines: {'; '.join(ends)}", caption))
     return plots
 
 
 def _label_points(comparison: Comparison, points: list[LabelPoint], column: str) -> list[Point]:
-    places = [(order, Cell(point.line.label, column)) for order, point in enumerate(points)]
-    found = [
-        (order, interval(comparison.values[place]))
-        for order, place in places
-        if place in comparison.values
-    ]
-    return [Point(order, value.mean, value.half_width) for order, value in found]
+    curve = []
+    for x, point in enumerate(points):
+        measured = comparison.values.get(Cell(point.line.label, column))
+        if measured:
+            value = interval(measured)
+            curve.append(Point(x, value.mean, value.half_width))
+    return curve
 
 
 def _tick(point: LabelPoint) -> str:
@@ -209,10 +201,10 @@ class _Health(NamedTuple):
     """Health of one pretraining."""
 
     label: str
-    """Empty where it is the only run."""
+    """Label of the run; empty if it is the only one."""
     checks: Sequence[HealthCheck]
     knn_top1: str
-    """A dash where it was not measured."""
+    """A dash if it was not measured."""
 
 
 def _health(run: Run, *, alone: bool) -> _Health:
@@ -223,33 +215,30 @@ def _health(run: Run, *, alone: bool) -> _Health:
 
 
 def _lineage(data: ReportData) -> list[tuple[str, str]]:
+    """Returns names and values: recipe, data, MLflow runs and backbone of each run."""
     entries: list[tuple[str, str]] = []
     for detail in data.details:
-        facts, of = (
-            detail.run.results.pretraining,
-            "" if len(data.details) == 1 else f"{detail.run.label}: ",
-        )
+        prefix = "" if len(data.details) == 1 else f"{detail.run.label}: "
+        facts = detail.run.results.pretraining
         entries += [
-            (f"{of}recipe", facts.recipe),
-            (f"{of}data digest", facts.data_digest),
-            (f"{of}pretraining run", facts.run_id),
-            (f"{of}backbone", facts.backbone_url),
+            (f"{prefix}recipe", facts.recipe),
+            (f"{prefix}data digest", facts.data_digest),
+            (f"{prefix}pretraining run", facts.run_id),
+            (f"{prefix}backbone", facts.backbone_url),
         ]
         runs = dict.fromkeys((row.transfer, row.run_id) for row in detail.run.results.rows)
-        entries += [(f"{of}run of {name}", run) for name, run in runs]
+        entries += [(f"{prefix}run of {name}", run_id) for name, run_id in runs]
     return entries
 
 
 def _differences(data: ReportData) -> list[tuple[str, list[str]]]:
-    """Settings in which the examples differ from the first one."""
+    """Returns the settings in which the other examples differ from the first one, with titles."""
     first, *others = data.examples
-    return [
-        (
-            f"Differences of settings, {first.run.label} -> {other.run.label}",
-            config_difference(first.params, other.params),
-        )
-        for other in others
-    ]
+    differences = []
+    for other in others:
+        title = f"Differences of settings, {first.run.label} -> {other.run.label}"
+        differences.append((title, config_difference(first.params, other.params)))
+    return differences
 
 
 def _settings(data: ReportData) -> list[tuple[str, dict[str, str]]]:
