@@ -1,1 +1,1 @@
-"""The stages: each turns one config into one result by running hemoco on Ray."""
+"""The stages, each of which turns one config into one result by running hemoco on Ray."""

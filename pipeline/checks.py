@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def transfer_data(recipe: Recipe, config: TransferConfig) -> DataConfig:
-    """A transfer's own data, or the recipe's where it names none."""
+    """Returns a transfer's own data, or the recipe's if the transfer names none."""
     return config.data if config.data.shards else recipe.data
 
 
 def check_urls(recipe: Recipe) -> None:
-    """Refuses paths: workers run in other folders and on other machines, where a relative path means nothing.
+    """Refuses local paths, which workers in other folders and on other machines cannot resolve.
 
-    Command lines may have paths, which become URLs when they are read (`jobs.options`).
+    Paths on a command line are allowed; they become URLs when it is parsed (`jobs.options`).
 
     Raises:
         UsageError: the recipe names no shards, or a path instead of a URL.
@@ -46,80 +46,85 @@ def check_urls(recipe: Recipe) -> None:
     for name, config in recipe.transfers.items():
         urls[f"transfers.{name}.data.shards"] = config.data.shards
         urls |= {f"transfers.{name}.inits": url for url in map(init_url, config.inits) if url}
-    for name, url in urls.items():
+    for setting, url in urls.items():
         if url:
-            check_url(name, url)
+            check_url(setting, url)
 
 
 def check_pretraining(recipe: Recipe, indexes: ShardIndexes) -> None:
-    """Finds what would make a pretraining fail later, in seconds and without Ray; settings that rarely work are logged.
+    """Checks, within seconds and without Ray, that a recipe's pretraining fits its data.
+
+    Settings that rarely work are logged as warnings.
 
     Args:
-        recipe: with absolute URLs.
-        indexes: of this command.
+        recipe: the recipe, with absolute URLs.
+        indexes: shard indexes that this command has read.
 
     Raises:
         UsageError: the recipe names no shards, or a path instead of a URL.
-        ShardError: there are none, or not the splits it names.
+        ShardError: there are no shards, or a split that the recipe names is missing.
         ConfigError: the recipe does not fit its data.
     """
     check_urls(recipe)
     data, index = recipe.data, indexes.at(recipe.data.shards)
     index.split(data.pretrain_split)
     steps = steps_per_epoch(index, data.pretrain_split, pretraining_plan(recipe.pretrain))
-    for doubt in doubtful_settings(recipe.pretrain, steps):
-        logger.warning("%s", doubt)
-    _say_checkpoints(recipe.pretrain)
+    for warning in doubtful_settings(recipe.pretrain, steps):
+        logger.warning("%s", warning)
+    _log_checkpoint_size(recipe.pretrain)
     if not recipe.pretrain.knn_every_epochs:
         return
     if not index.classes:
         raise ConfigError(
-            f"pretrain.knn_every_epochs is {recipe.pretrain.knn_every_epochs} but {data.shards} has no labels: "
-            "set it to 0"
+            f"pretrain.knn_every_epochs is {recipe.pretrain.knn_every_epochs} "
+            f"but {data.shards} has no labels: set it to 0"
         )
     for split in (data.train_split, data.test_split):
         index.split(split)
 
 
 def check_transfers(recipe: Recipe, indexes: ShardIndexes) -> None:
-    """Finds what would make the transfers fail later; arguments and errors are those of `check_pretraining`.
+    """Checks that a recipe's transfers fit their data and their backbones.
+
+    Arguments and errors are those of `check_pretraining`, with one more error.
 
     Raises:
-        CheckpointError: a file that an init names is no backbone.
+        CheckpointError: a file that an init names is not a backbone.
     """
     check_urls(recipe)
-    given = {
-        url for config in recipe.transfers.values() for url in map(init_url, config.inits) if url
-    }
-    for url in sorted(given):
+    backbone_urls: set[str] = set()
+    for config in recipe.transfers.values():
+        backbone_urls.update(url for url in map(init_url, config.inits) if url)
+    for url in sorted(backbone_urls):
         check_architecture(url, backbone_metadata(url), recipe.pretrain.encoder)
     for name, config in recipe.transfers.items():
         if "supervised" in config.inits:
             check_supervised(recipe.pretrain.encoder)
-        used = transfer_data(recipe, config)
-        found = indexes.at(used.shards)
-        for split in (used.train_split, used.test_split):
+        data = transfer_data(recipe, config)
+        index = indexes.at(data.shards)
+        for split in (data.train_split, data.test_split):
             try:
-                found.split(split)
+                index.split(split)
             except ShardError as error:
-                raise ShardError(f"transfers.{name}: {used.shards}: {error}") from error
+                raise ShardError(f"transfers.{name}: {data.shards}: {error}") from error
         if isinstance(config, ClassifierConfig):
-            steps_per_epoch(found, used.train_split, classifier_plan(config, 0))
+            # raises ConfigError where the split is smaller than a batch
+            steps_per_epoch(index, data.train_split, classifier_plan(config, 0))
         if isinstance(config, KnnConfig):
-            check_neighbours(
-                config.neighbours, sum(shard.samples for shard in found.split(used.train_split))
-            )
-        if isinstance(config, DetectionConfig) and not found.categories:
+            samples = sum(shard.samples for shard in index.split(data.train_split))
+            check_neighbours(config.neighbours, samples)
+        if isinstance(config, DetectionConfig) and not index.categories:
             raise ConfigError(
-                f"transfers.{name}: {used.shards} has no object categories; pack a COCO or VOC folder"
+                f"transfers.{name}: {data.shards} has no object categories; "
+                "pack a COCO or VOC folder"
             )
-        if not isinstance(config, DetectionConfig) and not found.classes:
+        if not isinstance(config, DetectionConfig) and not index.classes:
             raise ConfigError(
-                f"transfers.{name}: {used.shards} has no labels to measure by; pack class folders"
+                f"transfers.{name}: {data.shards} has no labels to measure by; pack class folders"
             )
 
 
-def _say_checkpoints(config: PretrainConfig) -> None:
+def _log_checkpoint_size(config: PretrainConfig) -> None:
     kept = f"{config.keep_last} kept"
     if config.keep_every_steps:
         kept += f" and one every {config.keep_every_steps} steps"

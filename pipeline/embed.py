@@ -1,7 +1,8 @@
-"""Embedding: the features of a data set by one backbone as Parquet files, in parallel on Ray.
+"""Embedding: a data set's features by one backbone, as Parquet files, computed in parallel on Ray.
 
-A file appears whole or not at all, and says what its features follow from: the same call goes on with the shards whose
-files are not there, and one with another backbone, data or transform is refused.
+There is one file for each shard. It is written completely or not at all, and records the backbone,
+data and transform of its features. The same call again computes only the missing files; a call
+with another backbone, data or transform is refused.
 """
 
 import logging
@@ -26,113 +27,118 @@ from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks
 
 logger = logging.getLogger(__name__)
 
-_TASKS_PER_PLACE = (
-    8  # so that places end at about the same time, and yet a backbone is loaded seldom
-)
-_ALWAYS_ALLOWED = 10  # bad samples
+_TASKS_PER_SLOT = 8
+"""Tasks for each slot of the cluster. With more, all slots end at about the same time; with fewer,
+the backbone is loaded less often."""
+_ALWAYS_ALLOWED = 10
+"""Bad samples that are allowed whatever their share."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What came of an embedding."""
+    """Result of an embedding."""
 
     images: int
-    """In the files of all chosen shards."""
+    """Images in the files of all chosen shards."""
     files: int
     computed: int
-    """Of the images those that this call computed."""
+    """Images among them that this call computed."""
     seconds: float
-    """That it took to compute them, the start of processes included."""
+    """Time it took to compute them, including the start of processes."""
     bad: tuple[Finding, ...]
-    """Samples that were left out; each is listed in the file BAD_SAMPLES_NAME of the folder."""
+    """Samples that were left out; the file BAD_SAMPLES_NAME of the folder lists each."""
 
 
 def embed_steps(
     plan: EmbedPlan, shards: Sequence[Shard], *, cpus: int, gpus: int, max_bad_share: float
 ) -> Generator[Progress, None, Embedded]:
-    """Writes the files of some shards; yields before the first and whenever some are done, returns the result.
+    """Writes the feature files of some shards.
+
+    Yields the progress before the first file and whenever some are written; returns the result.
 
     Args:
-        plan: of the data set.
-        shards: those of its index that are wanted.
-        cpus: cores of each Ray task, which decode, and without a GPU compute.
-        gpus: 0 or 1 of each Ray task.
-        max_bad_share: bad samples allowed as a share of those read; the first ten are always allowed.
+        plan: plan of the data set's embedding.
+        shards: the chosen shards of its index.
+        cpus: cores of each Ray task. They decode images and, without a GPU, compute features.
+        gpus: GPUs of each Ray task, 0 or 1.
+        max_bad_share: largest share of bad samples among those read; ten are always allowed.
 
     Raises:
-        UsageError: other features are at the plan's `dest`.
-        ShardError: a shard is missing or another than was packed, too many samples are bad, or all of them.
+        UsageError: the plan's `dest` has other features.
+        ShardError: a shard is missing or was replaced, or too many or all samples are bad.
         StorageError: a shard cannot be read, or `dest` cannot be written.
-        CheckpointError: the backbone was replaced meanwhile.
+        CheckpointError: the backbone was replaced during the embedding.
         TrainingError: features are not finite.
     """
     check_writable(plan.dest)
     finished = finished_files(plan)
-    known = [file for shard in shards if (file := finished.get(file_name(shard.name))) is not None]
-    done = [EmbeddedShard(file.images, file.bad) for file in known]
-    waiting = [shard for shard in shards if file_name(shard.name) not in finished]
-    places = _places(cpus, gpus)
-    groups = _groups(waiting, places * _TASKS_PER_PLACE)
-    _check_share(done, max_bad_share)
+    done: list[EmbeddedShard] = []
+    waiting: list[Shard] = []
+    for shard in shards:
+        file = finished.get(file_name(shard.name))
+        if file is None:
+            waiting.append(shard)
+        else:
+            done.append(EmbeddedShard(file.images, file.bad))
+    images_before = sum(shard.images for shard in done)
+    groups = _groups(waiting, _cluster_slots(cpus, gpus) * _TASKS_PER_SLOT)
+    _check_bad_share(done, max_bad_share)
     yield Progress(len(done), len(shards))
     began = time.monotonic()
-    with closing(
-        run_tasks(
-            _embed_group, ((plan, group, cpus, gpus) for group in groups), cpus=cpus, gpus=gpus
-        )
-    ) as results:
-        for some in results:
-            done += some
-            _check_share(done, max_bad_share)
+    arguments = ((plan, group, cpus, gpus) for group in groups)
+    with closing(run_tasks(_embed_group, arguments, cpus=cpus, gpus=gpus)) as results:
+        for group_result in results:
+            done += group_result
+            _check_bad_share(done, max_bad_share)
             yield Progress(len(done), len(shards))
     seconds = time.monotonic() - began
-    images, computed = (sum(one.images for one in part) for part in (done, done[len(known) :]))
-    bad = sorted(bad for one in done for bad in one.bad)
-    _list_bad(plan, bad)
+    images = sum(shard.images for shard in done)
+    bad = sorted(sample for shard in done for sample in shard.bad)
+    _list_bad_samples(plan, bad)
     if bad and not images:
         raise ShardError(
-            f"none of the {len(bad)} samples can be used, the first is {_described(bad[0])}; repack them"
+            f"none of the {len(bad)} samples can be used, the first is {_described(bad[0])}; "
+            "repack them"
         )
-    reasons = count_reasons((f"{one.key} in {one.shard}", one.reason) for one in bad)
-    return Embedded(images, len(done), computed, seconds, tuple(reasons))
+    reasons = count_reasons((f"{sample.key} in {sample.shard}", sample.reason) for sample in bad)
+    return Embedded(images, len(done), images - images_before, seconds, tuple(reasons))
 
 
 def _embed_group(
     plan: EmbedPlan, shards: Sequence[Shard], cpus: int, gpus: int
 ) -> list[EmbeddedShard]:
-    """Runs on a Ray worker."""
+    """Embeds the shards of one task; runs on a Ray worker."""
     torch.set_num_threads(cpus)
-    return list(
-        embed_shards(plan, shards, device=torch.device("cuda" if gpus else "cpu"), threads=cpus)
-    )
+    device = torch.device("cuda" if gpus else "cpu")
+    return list(embed_shards(plan, shards, device=device, threads=cpus))
 
 
-def _places(cpus: int, gpus: int) -> int:
-    """Tasks that the cluster can run at once, at least 1."""
-    places = possible_workers(ResourcesConfig(cpus_per_worker=cpus, gpus_per_worker=gpus))
-    if not places:
+def _cluster_slots(cpus: int, gpus: int) -> int:
+    """Returns how many tasks the cluster can run at once, at least 1."""
+    slots = possible_workers(ResourcesConfig(cpus_per_worker=cpus, gpus_per_worker=gpus))
+    if not slots:
         logger.warning(
             "no node has %d CPUs and %d GPUs for a task: waiting for one; or set --cpus, --gpus",
             cpus,
             gpus,
         )
-    return max(places, 1)
+    return max(slots, 1)
 
 
 def _groups(shards: Sequence[Shard], count: int) -> list[Sequence[Shard]]:
-    """Shards that lie together, in so many parts at most, none of them empty."""
+    """Splits shards into at most `count` groups of consecutive ones, none of them empty."""
     count = min(count, len(shards))
-    cuts = [number * len(shards) // count for number in range(count + 1)] if count else []
+    cuts = [group * len(shards) // count for group in range(count + 1)] if count else []
     return [shards[first:last] for first, last in pairwise(cuts)]
 
 
-def _check_share(done: Sequence[EmbeddedShard], max_bad_share: float) -> None:
-    bad = [bad for one in done for bad in one.bad]
-    read = sum(one.images for one in done) + len(bad)
+def _check_bad_share(done: Sequence[EmbeddedShard], max_bad_share: float) -> None:
+    bad = [sample for shard in done for sample in shard.bad]
+    read = sum(shard.images for shard in done) + len(bad)
     if len(bad) > max(_ALWAYS_ALLOWED, max_bad_share * read):
         raise ShardError(
-            f"{len(bad)} of {read} samples are bad, the last is {_described(bad[-1])}; repack them, or allow more with "
-            "--max_bad_share"
+            f"{len(bad)} of {read} samples are bad, the last is {_described(bad[-1])}; "
+            "repack them, or allow more with --max_bad_share"
         )
 
 
@@ -140,7 +146,7 @@ def _described(bad: BadSample) -> str:
     return f"{bad.key} in {bad.shard}: {bad.reason}"
 
 
-def _list_bad(plan: EmbedPlan, bad: Sequence[BadSample]) -> None:
-    listed = BadSampleFile(join_url(plan.dest, BAD_SAMPLES_NAME))
-    listed.add(bad)
-    listed.write()
+def _list_bad_samples(plan: EmbedPlan, bad: Sequence[BadSample]) -> None:
+    file = BadSampleFile(join_url(plan.dest, BAD_SAMPLES_NAME))
+    file.add(bad)
+    file.write()

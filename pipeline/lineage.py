@@ -1,4 +1,8 @@
-"""Lineage in MLflow's terms: which backbone came of which data and pretraining, and which transfers measured it."""
+"""Lineage in MLflow: the data and pretraining of each backbone, and the transfers that measured it.
+
+Backbones are logged models of MLflow. They are outputs of their pretraining's run and inputs of the
+transfers' runs, and a finished pretraining's backbone is a registered version as well.
+"""
 
 import logging
 import re
@@ -23,16 +27,27 @@ logger = logging.getLogger(__name__)
 
 
 class BackboneModels:
-    """The logged models of the backbones that a run's transfers start from; those given by URL are recorded here."""
+    """The logged models of the backbones that a run's transfers start from.
+
+    Backbones given by URL are logged when a transfer first uses them.
+
+    Args:
+        study: the run.
+        pretrained: id of the model that the init `pretrained` stands for.
+        url: URL of that model's file.
+    """
 
     def __init__(self, study: Study, pretrained: str, url: str) -> None:
-        """Takes the id of the model that `pretrained` stands for, and the URL of its file."""
         self._study, self._pretrained = study, pretrained
-        self._known = {url: pretrained}
-        self._lock = threading.Lock()  # transfers are threads, and one file is one model
+        self._id_of_url = {url: pretrained}
+        # transfers run in threads, and two of them must not log one file as two models
+        self._lock = threading.Lock()
 
     def tags(self, config: TransferConfig) -> dict[str, str]:
-        """Tags `hemoco.model/INIT` for a transfer's run; a random or supervised init is no backbone in MLflow."""
+        """Returns the tags `hemoco.model/INIT` of a transfer's run.
+
+        Random and supervised inits have none: they are no backbones in MLflow.
+        """
         tags = {}
         for init in config.inits:
             url = init_url(init)
@@ -40,25 +55,26 @@ class BackboneModels:
                 tags[f"{Tag.MODEL_PREFIX}{init}"] = self._pretrained
             elif url:
                 with self._lock:
-                    if url not in self._known:
-                        self._known[url] = record_given(self._study, url)
-                tags[f"{Tag.MODEL_PREFIX}{init_label(init)}"] = self._known[url]
+                    if url not in self._id_of_url:
+                        self._id_of_url[url] = record_given(self._study, url)
+                tags[f"{Tag.MODEL_PREFIX}{init_label(init)}"] = self._id_of_url[url]
         return tags
 
 
 def record_pretrained(study: Study, run_id: str, url: str) -> str:
-    """Records the backbone of a finished pretraining and registers it, once.
+    """Logs the backbone of a finished pretraining as a model and registers it, once.
 
-    It becomes a version of `hemoco-RECIPE`: what differs between its versions is data, settings and luck, while another
-    architecture under the name that somebody loads would be a surprise. Its alias is the run's name.
+    It becomes a version of the registered model `hemoco-RECIPE`, with the run's name as its alias.
+    Versions of one model may differ in data, settings and seed. Their architecture is that of the
+    recipe, so that a new version can be loaded wherever an old one was.
 
     Args:
         study: the run.
-        run_id: of the pretraining in MLflow.
-        url: of the backbone.
+        run_id: MLflow's id of the pretraining.
+        url: URL of the backbone.
 
     Returns:
-        The id of its logged model.
+        The id of the logged model.
     """
     known = tracking.run_facts(study.uri, run_id).tags.get(Tag.MODEL_ID)
     if known:
@@ -76,38 +92,43 @@ def record_pretrained(study: Study, run_id: str, url: str) -> str:
 
 
 def record_snapshot(study: Study, run_id: str, url: str, epoch: int) -> str:
-    """Records a backbone that the pretraining exported after so many epochs; returns its model's id."""
+    """Logs a backbone that the pretraining exported after an epoch; returns its model's id."""
     return registry.record_snapshot(
         study.uri, study.experiment_id, url, _pretrained_record(study, run_id, url, epoch)
     )
 
 
 def record_given(study: Study, url: str) -> str:
-    """Records a backbone that another run pretrained, or that was imported, unless it is; returns its model's id."""
+    """Logs a backbone of another run, or an imported one, unless it is logged; returns its id."""
     about = backbone_metadata(url)
-    tags = {
-        name: about[name] for name in ("source", "source_sha256", "data_digest") if name in about
-    }
+    name, run_id, epochs = PurePosixPath(unquote(urlsplit(url).path)).stem, "", 0
     pretraining = _known_run(study.uri, about["run_id"])
+    if pretraining is not None:
+        name, run_id = pretraining.tags.get(Tag.RUN, ""), pretraining.run_id
+        epochs = int(pretraining.params.get("pretrain.epochs", "0"))
     record = BackboneRecord(
-        name=pretraining.tags.get(Tag.RUN, "") if pretraining else _file_name(url),
-        run_id=pretraining.run_id if pretraining else "",
-        step=int(pretraining.params.get("pretrain.epochs", "0")) if pretraining else 0,
-        params={name: about[name] for name in ("architecture", "stem", "data_digest")},
-        tags={f"hemoco.{name}": value for name, value in tags.items()},
+        name=name,
+        run_id=run_id,
+        step=epochs,
+        params={key: about[key] for key in ("architecture", "stem", "data_digest")},
+        tags={
+            f"hemoco.{key}": about[key]
+            for key in ("source", "source_sha256", "data_digest")
+            if key in about
+        },
         about=about,
     )
     return registry.record_backbone(study.uri, study.experiment_id, url, record)
 
 
 def data_name(data: DataConfig) -> str:
-    """What MLflow calls a data set: the last two parts of its URL, the same for whatever run reads it."""
+    """Returns the name of a data set in MLflow, the last two parts of its URL."""
     parts = urlsplit(data.shards)
     return "/".join(PurePosixPath(parts.netloc + unquote(parts.path)).parts[-2:]).lstrip("/")
 
 
 def data_counts(index: ShardIndex) -> dict[str, int]:
-    """What MLflow shows of a data set's size: samples of each split, and all bytes."""
+    """Returns the sizes of a data set for MLflow: samples, shards, bytes, classes or categories."""
     counts = {
         f"samples/{split}": sum(shard.samples for shard in index.split(split))
         for split in index.splits
@@ -123,30 +144,44 @@ def data_counts(index: ShardIndex) -> dict[str, int]:
 
 def link_models(study: Study, run_id: str, tags: Mapping[str, str]) -> None:
     """Makes the backbones that a transfer's tags name inputs of its run."""
-    registry.link_models(study.uri, run_id, _models(tags).values())
+    registry.link_models(study.uri, run_id, _model_ids(tags).values())
 
 
 def log_results(
     study: Study, run_id: str, name: str, data: registry.Data, tags: Mapping[str, str]
 ) -> None:
-    """Puts a transfer's headline on the pages of its backbones: the mean over the seeds, as TRANSFER/METRIC."""
-    metric, metrics = tags[Tag.METRIC], tracking.run_facts(study.uri, run_id).metrics
+    """Logs a transfer's headline metric on its backbones' pages in MLflow.
+
+    The metric is the mean over the seeds, under the name TRANSFER/METRIC.
+
+    Args:
+        study: the run.
+        run_id: MLflow's id of the transfer.
+        name: name of the transfer in the recipe.
+        data: the data that it measured on.
+        tags: tags of the transfer's run.
+    """
+    metric = tags[Tag.METRIC]
+    metrics = tracking.run_facts(study.uri, run_id).metrics
+    # The pretrained backbone comes last: the transfer's own run shows the last value of a key.
+    ordered = sorted(_model_ids(tags).items(), key=lambda item: item[0] == PRETRAINED)
     results = []
-    for label, model_id in sorted(_models(tags).items(), key=lambda item: item[0] == PRETRAINED):
+    for label, model_id in ordered:
         values = seed_values(metrics, label, metric)
         if values:
-            mean, step = sum(values) / len(values), int(tags.get(Tag.EPOCH, "0"))
-            results.append(Measured(f"{name}/{metric}", mean, step, model_id))
+            mean = sum(values) / len(values)
+            epoch = int(tags.get(Tag.EPOCH, "0"))
+            results.append(Measured(f"{name}/{metric}", mean, epoch, model_id))
     registry.log_results(study.uri, run_id, results, data)
 
 
 def seed_values(metrics: Mapping[str, float], label: str, metric: str) -> list[float]:
-    """The values of one init's seeds among a transfer's metrics."""
-    wanted = re.compile(rf"{re.escape(label)}/seed_\d+/{re.escape(metric)}")
-    return [value for key, value in metrics.items() if wanted.fullmatch(key)]
+    """Returns the values of one init's seeds among a transfer's metrics."""
+    key_pattern = re.compile(rf"{re.escape(label)}/seed_\d+/{re.escape(metric)}")
+    return [value for key, value in metrics.items() if key_pattern.fullmatch(key)]
 
 
-def _models(tags: Mapping[str, str]) -> dict[str, str]:
+def _model_ids(tags: Mapping[str, str]) -> dict[str, str]:
     return {
         tag.removeprefix(Tag.MODEL_PREFIX): value
         for tag, value in tags.items()
@@ -174,14 +209,10 @@ def _pretrained_record(study: Study, run_id: str, url: str, epochs: int) -> Back
 
 
 def _known_run(uri: str, run_id: str) -> tracking.RunFacts | None:
-    """The pretraining, if it is in this MLflow; imported backbones have none."""
+    """Returns the pretraining's run if this MLflow has it; an imported backbone has none."""
     if not run_id:
         return None
     try:
         return tracking.run_facts(uri, run_id)
     except RefusedError:
         return None
-
-
-def _file_name(url: str) -> str:
-    return PurePosixPath(unquote(urlsplit(url).path)).stem

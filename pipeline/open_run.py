@@ -1,4 +1,4 @@
-"""A run opened by its name: checked, with its parent run in MLflow."""
+"""Opening a run by its name: its checks, its parent run in MLflow and the child runs below it."""
 
 import dataclasses
 import json
@@ -26,7 +26,8 @@ from pipeline.run_folder import check_run_folder, mark_run_folder, remove_run_fo
 
 logger = logging.getLogger(__name__)
 
-_IDENTITY = (Tag.RUN, Tag.PHASE, Tag.TRANSFER, Tag.EPOCH)  # tags by which a child run is found
+_IDENTITY = (Tag.RUN, Tag.PHASE, Tag.TRANSFER, Tag.EPOCH)
+"""Tags that identify a child run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class Study:
     parent_id: str
     url: str
     indexes: ShardIndexes
-    """Of all data that the run reads."""
+    """Indexes of all shards that the run reads."""
     data: ShardIndex
-    """Index of the data of the pretraining."""
+    """Index of the pretraining's data."""
     stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
-    """Set when all of it is given up, as by Ctrl-C."""
+    """Set when the whole run is to stop, for example by Ctrl-C."""
 
 
 class Origin(NamedTuple):
@@ -52,7 +53,7 @@ class Origin(NamedTuple):
 
     backbone_url: str
     run_id: str
-    """Of its pretraining in MLflow."""
+    """MLflow's id of its pretraining."""
 
 
 def open_study(
@@ -64,12 +65,15 @@ def open_study(
     fresh: bool,
     tags: dict[str, str],
 ) -> Study:
-    """Finds the run by its name or opens it; its parent run gets the tags.
+    """Finds the run by its name, or opens a new one, and sets the tags on its parent run.
+
+    The arguments are those of `pipeline.run.pretrain_then_transfer`.
 
     Raises:
-        UsageError: the recipe has a path instead of a URL; the name belongs to a run with other settings (the
-            difference is shown), or with its checkpoints elsewhere; or its folder has what MLflow does not know or,
-            with `fresh`, what is not this run's.
+        UsageError: the recipe has a path instead of a URL; the name belongs to a run with other
+            settings (the message shows the difference) or with its checkpoints elsewhere; the run's
+            folder has content but MLflow does not have the run; or, with `fresh`, the folder is not
+            this run's.
     """
     check_run_name("run", run)
     check_urls(recipe)
@@ -77,24 +81,23 @@ def open_study(
     uri = client.tracking_uri()
     experiment_id = client.connect(uri)
     params = flat_params(recipe)
-    known = (
-        None
-        if fresh
-        else tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
-    )
+    known = None
+    if not fresh:
+        known = tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"})
     url = join_url(storage, run)
     if known is None:
         if fresh:
-            check_run_folder(url, run)  # before anything is forgotten
-            _forget(uri, experiment_id, run)
+            # A refusal must leave MLflow and the folder as they are, so the check comes first.
+            check_run_folder(url, run)
+            _supersede(uri, experiment_id, run)
             remove_run_folder(url, run)
         elif saved_names(url):
-            check_run_folder(
-                url, run
-            )  # to advise --fresh of another's folder would only end in its refusal
+            # The message below advises --fresh, which would refuse a folder of something else.
+            check_run_folder(url, run)
             raise UsageError(
-                f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not know it: set "
-                "MLFLOW_TRACKING_URI to the one that does, choose another --run name, or --fresh to remove it"
+                f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not "
+                "know it: set MLFLOW_TRACKING_URI to the one that does, choose another --run name, "
+                "or --fresh to remove it"
             )
         parent_id = tracking.open_run(
             uri,
@@ -134,17 +137,17 @@ def open_study(
 
 
 def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
-    """Where a known run has its checkpoints: from another folder it would begin anew.
+    """Returns the folder in which a known run has its checkpoints.
 
     Raises:
-        UsageError: it is not finished, and that is elsewhere than at `url`.
+        UsageError: the run is unfinished and its folder is not `url`; it would start anew there.
     """
     before = known.tags.get(Tag.STORAGE, url)
     if before != url and known.status != "FINISHED":
         root = before.removesuffix("/" + run)
         raise UsageError(
-            f"run {run!r} has its checkpoints at {before}: say --storage {root} to go on, choose another --run name, "
-            "or --fresh to start it anew"
+            f"run {run!r} has its checkpoints at {before}: use --storage {root} to resume it, "
+            "choose another --run name, or --fresh to start it anew"
         )
     return before
 
@@ -152,7 +155,16 @@ def same_folder(known: tracking.RunFacts, run: str, url: str) -> str:
 def open_child(
     study: Study, name: str, tags: dict[str, str]
 ) -> tuple[str, tracking.RunFacts | None]:
-    """The id of a child run, opened, reopened, or found finished (then with its facts)."""
+    """Opens a child run, or reopens an unfinished one with the same identity.
+
+    Args:
+        study: the run.
+        name: "pretrain", or the name of a transfer.
+        tags: tags of the child run; those in `_IDENTITY` are searched for.
+
+    Returns:
+        The id of the child run, and its facts if it is finished already.
+    """
     key = {tag: tags[tag] for tag in _IDENTITY if tag in tags}
     known = tracking.find_run(study.uri, study.experiment_id, key)
     if known is not None and known.status == "FINISHED":
@@ -160,19 +172,28 @@ def open_child(
     if known is not None:
         tracking.reopen_run(study.uri, known.run_id)
         return known.run_id, None
-    config: Any = study.recipe.transfers[name] if Tag.TRANSFER in tags else study.recipe.pretrain
-    prefix = f"transfers.{name}" if Tag.TRANSFER in tags else "pretrain"
-    params = flat_params({prefix: config})
-    shown = f"{name}@{tags[Tag.EPOCH]}" if Tag.EPOCH in tags else name
+    config: Any
+    if Tag.TRANSFER in tags:
+        prefix, config = f"transfers.{name}", study.recipe.transfers[name]
+    else:
+        prefix, config = "pretrain", study.recipe.pretrain
     run_id = tracking.open_run(
-        study.uri, study.experiment_id, name=shown, parent=study.parent_id, tags=tags, params=params
+        study.uri,
+        study.experiment_id,
+        name=f"{name}@{tags[Tag.EPOCH]}" if Tag.EPOCH in tags else name,
+        parent=study.parent_id,
+        tags=tags,
+        params=flat_params({prefix: config}),
     )
     return run_id, None
 
 
 @contextmanager
 def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[None]:
-    """Ends an MLflow run as what became of it; the reason of a failure stands in its tag `hemoco.error`."""
+    """Ends an MLflow run when the block ends: FINISHED, FAILED, or KILLED if the run is stopping.
+
+    The reason of a failure is recorded in the tag `hemoco.error`.
+    """
     try:
         yield
     except BaseException as error:
@@ -182,13 +203,14 @@ def closing_run(uri: str, run_id: str, stopping: threading.Event) -> Iterator[No
         try:
             tracking.set_tags(uri, run_id, {Tag.ERROR: reason})
             tracking.close_run(uri, run_id, "KILLED" if stopping.is_set() else "FAILED")
-        except TrackingError as silent:  # the first error says more
-            logger.warning("event=run_left_open run_id=%s %s", run_id, silent)
+        except TrackingError as tracking_error:
+            # must not replace the error that ended the block
+            logger.warning("event=run_left_open run_id=%s %s", run_id, tracking_error)
         raise
     tracking.close_run(uri, run_id, "FINISHED")
 
 
-def _forget(uri: str, experiment_id: str, run: str) -> None:
-    """Takes the name from earlier runs: they stay in MLflow under a tag of their own."""
+def _supersede(uri: str, experiment_id: str, run: str) -> None:
+    """Renames earlier runs of this name in MLflow, where they stay."""
     while (old := tracking.find_run(uri, experiment_id, {Tag.RUN: run})) is not None:
         tracking.set_tags(uri, old.run_id, {Tag.RUN: f"{run} (superseded)"})

@@ -1,10 +1,14 @@
-"""The pretraining stage: one config in, one backbone out."""
+"""The pretraining stage, from a config to a backbone.
+
+`pretrain_worker` is the loop around `hemoco.train.pretrain.train_steps`: what is logged, exported
+and saved, and when the training stops.
+"""
 
 import dataclasses
 import logging
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -37,24 +41,24 @@ from pipeline.workers.tasks import Interrupted
 logger = logging.getLogger(__name__)
 
 BACKBONES = "backbones"
-"""Folder of the backbones that are exported while a pretraining goes on."""
+"""Name of the folder of the backbones that are exported during a pretraining."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainJob:
-    """All that the workers of one pretraining need; pickles."""
+    """Everything the workers of one pretraining need; it can be pickled."""
 
     config: PretrainConfig
     data: DataConfig
     url: str
-    """Folder of this pretraining: checkpoints/ and backbone.safetensors are written below it."""
+    """URL of this pretraining's folder, which receives checkpoints/ and backbone.safetensors."""
     tracking_uri: str
     run_id: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """Where the backbone lies and the last values of its training."""
+    """A finished pretraining: its backbone and the last values of its metrics."""
 
     run_id: str
     backbone_url: str
@@ -62,19 +66,19 @@ class Pretrained:
 
 
 def pretrain(job: PretrainJob, size: GroupSize) -> Pretrained:
-    """Trains on Ray until done, over worker losses; goes on from the newest checkpoint below `job.url`."""
+    """Trains on Ray to the end, resuming from the newest checkpoint after a loss of workers."""
     result = run_workers(pretrain_worker, job, name="pretrain", size=size, storage=job.url)
     assert isinstance(result, Pretrained)
     return result
 
 
 def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | Interrupted:
-    """What every training process runs: resume, then the loop. All ranks return alike.
+    """Resumes and trains; every training process runs it, and all ranks return the same.
 
     Raises:
         TrainingError: the loss is not finite.
-        StoppedError: it was asked for, by `pipeline.workers.stop_request`.
-        TrackingError: MLflow has not taken all metrics.
+        StoppedError: a stop was requested (`pipeline.workers.stop_request`).
+        TrackingError: MLflow has not accepted all metrics.
     """
     config, device = job.config, process.device
     index = read_index(job.data.shards, patience_s=config.stream.retry_s)
@@ -86,17 +90,17 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
     last: dict[str, float] = {}
     total_steps = config.epochs * per_epoch
     time_left = TimeLeft(total_steps)
-    with (
-        _tracker(job) if rank() == 0 else nullcontext() as tracker,
-        SystemMetrics(job.tracking_uri, job.run_id, tracker)
-        if tracker is not None
-        else nullcontext(),
-        closing(
-            BadSampleFile(join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl"))
-        ) as bad_samples,
-        closing(_batches(job, index, state.position, device, bad_samples)) as source,
-        watched_request(job.url) as request,
-    ):
+    bad_samples_url = join_url(job.url, "bad_samples", f"rank_{rank():04d}.jsonl")
+    with ExitStack() as stack:
+        tracker = None
+        if rank() == 0:
+            tracker = stack.enter_context(_tracker(job))
+            stack.enter_context(SystemMetrics(job.tracking_uri, job.run_id, tracker))
+        bad_samples = stack.enter_context(closing(BadSampleFile(bad_samples_url)))
+        source = stack.enter_context(
+            closing(_batches(job, index, state.position, device, bad_samples))
+        )
+        request = stack.enter_context(watched_request(job.url))
         for metrics in _naming_checkpoint(train_steps(state, source, per_epoch), folder):
             values = dict(metrics.values)
             if knn is not None and _ends_epoch(
@@ -113,12 +117,14 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
             ):
                 _export(job, state, epoch_backbone(job.url, metrics.step // per_epoch))
             due = metrics.step % config.checkpoint_every_steps == 0
+            # a collective: every rank must get here, at the same steps
             reason = process.interruption(at_checkpoint=due, stop=request.seen.is_set())
             if reason == "stopped":
                 raise request.error(metrics.step // per_epoch)
             if due or reason:
                 bad_samples.write()
                 if tracker is not None:
+                    # Metrics first: those of the steps before a checkpoint are not computed again.
                     tracker.keep()
                     _save(state, folder, attempt, config)
             if reason:
@@ -133,7 +139,7 @@ def pretrain_worker(job: PretrainJob, process: TrainingProcess) -> Pretrained | 
 
 
 def epoch_backbone(url: str, epoch: int) -> str:
-    """Where the backbone after so many epochs lies, below the folder of a pretraining."""
+    """Returns the URL of the backbone after an epoch, below the folder of a pretraining."""
     return join_url(url, BACKBONES, f"epoch_{epoch:04d}.safetensors")
 
 
@@ -142,15 +148,20 @@ def _tracker(job: PretrainJob) -> Tracker:
 
 
 def _save(state: TrainState, folder: str, attempt: int, config: PretrainConfig) -> None:
-    kept = {"keep_last": config.keep_last, "keep_every_steps": config.keep_every_steps}
-    patiently(
-        lambda: checkpoint.save_checkpoint(state, folder, attempt=attempt, **kept),
-        config.stream.retry_s,
-    )
+    def save() -> None:
+        checkpoint.save_checkpoint(
+            state,
+            folder,
+            attempt=attempt,
+            keep_last=config.keep_last,
+            keep_every_steps=config.keep_every_steps,
+        )
+
+    patiently(save, config.stream.retry_s)
 
 
 def _naming_checkpoint(steps: Iterator[StepMetrics], folder: str) -> Iterator[StepMetrics]:
-    """The steps; where training cannot go on, the error says what is left of it."""
+    """Yields the steps; an error of the training gets the URL of the last good checkpoint."""
     try:
         yield from steps
     except TrainingError as error:
@@ -182,13 +193,16 @@ def _batches(
 
 
 def _ends_epoch(step: int, per_epoch: int, config: PretrainConfig, *, every: int) -> bool:
-    """Whether this step ends an epoch whose number is a multiple, or the last one; never where `every` is 0."""
+    """Whether a step ends the last epoch or one whose number is a multiple of `every`.
+
+    False for all steps if `every` is 0.
+    """
     epoch, rest = divmod(step, per_epoch)
     return every > 0 and rest == 0 and (epoch % every == 0 or epoch == config.epochs)
 
 
 class _OnlineKnn:
-    """kNN accuracy of the query encoder; the images are read once."""
+    """Measures the kNN accuracy of the query encoder; it reads the images once, when it is made."""
 
     def __init__(self, job: PretrainJob, index: ShardIndex, device: torch.device) -> None:
         self.device = device
@@ -199,13 +213,13 @@ class _OnlineKnn:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         encoder = state.model.query_encoder.encoder
-        backbone = Backbone(encoder, state.config.encoder, self.views.mean, self.views.std).to(
-            self.device
-        )
+        views = self.views
+        backbone = Backbone(encoder, state.config.encoder, views.mean, views.std).to(self.device)
         encoder.eval()
-        bank = extract_features(backbone, self.bank)
-        queries = extract_features(backbone, self.queries)
+        bank = extract_features(backbone, self.bank)  # (images, D)
+        queries = extract_features(backbone, self.queries)  # (images, D)
         encoder.train()
+        # 200 as in the papers, fewer where 200 would be most of a class
         neighbours = min(200, len(bank) // 10)
         accuracy = knn_accuracy(
             bank,
@@ -236,16 +250,16 @@ def _export(job: PretrainJob, state: TrainState, url: str) -> None:
 
 
 def _record_sample(job: PretrainJob, state: TrainState, index: ShardIndex) -> None:
-    """Keeps some features with the run, for the report's map; without them the pretraining is as good."""
+    """Stores the features of some images with the run, for the report's feature map."""
     data, encoder = job.data, state.model.query_encoder.encoder
     split = data.test_split if data.test_split in index.splits else data.pretrain_split
     backbone = _backbone(job, state).to(next(encoder.parameters()).device)
     try:
         sample = sample_features(backbone, data.shards, index, split, job.config.views.size)
         log_artifact_bytes(job.tracking_uri, job.run_id, FILE_NAME, encode_sample(sample))
-    except (
-        Exception
-    ) as error:  # whatever it is, of storage, MLflow or memory: the backbone is exported
+    except Exception as error:
+        # of storage, MLflow, CUDA or memory: the backbone is already exported, and a map is not
+        # worth failing the pretraining
         logger.warning("event=no_feature_sample the report will have no feature map: %s", error)
 
 

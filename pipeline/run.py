@@ -1,6 +1,7 @@
-"""The graph: pretraining, then its transfers side by side, recorded in MLflow.
+"""The stages of a run: pretraining, then its transfers in parallel, recorded in MLflow.
 
-A run is its name. What MLflow says is finished is not done again; what is not goes on.
+A run is identified by its name. Work that MLflow has as finished is not repeated; other work is
+resumed.
 """
 
 import contextlib
@@ -41,18 +42,21 @@ def pretrain_then_transfer(
     fresh: bool,
     tags: dict[str, str],
 ) -> None:
-    """The whole way; the result is in MLflow, where `hemoco.results` reads it. `pipeline.checks` checks before.
+    """Pretrains, then measures all transfers of the recipe.
+
+    The result is in MLflow, where `hemoco.results` reads it. Callers check the recipe first
+    (`pipeline.checks`).
 
     Args:
-        recipe: what to do, with absolute URLs.
-        indexes: of this command.
-        run: its identity; unfinished work under the same name goes on, finished work is kept.
-        storage: URL of the folder that receives checkpoints and backbone.
-        fresh: forget what is there under that name.
-        tags: of the run in MLflow, for example the commit of the code.
+        recipe: the recipe, with absolute URLs.
+        indexes: shard indexes that this command has read.
+        run: name of the run. Unfinished work under this name is resumed, finished work is kept.
+        storage: URL of the folder that receives the run's folder, with checkpoints and backbone.
+        fresh: start anew; MLflow runs of this name are renamed and the run's folder is removed.
+        tags: further tags of the run in MLflow, for example the commit of the code.
 
     Raises:
-        UsageError: the name belongs to a run with other settings, or another process is at it.
+        UsageError: the name belongs to a run with other settings, or another process works on it.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
     with _opened(
@@ -72,7 +76,10 @@ def pretrain_only(
     fresh: bool,
     tags: dict[str, str],
 ) -> Pretrained:
-    """The first half of `pretrain_then_transfer`; a later `run` of the same name does the second. Checks as there."""
+    """Does the first half of `pretrain_then_transfer`, with the same arguments and errors.
+
+    A later `pretrain_then_transfer` under the same name does the second half.
+    """
     with _opened(
         recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
     ) as study:
@@ -91,19 +98,29 @@ def transfer_only(
     fresh: bool,
     tags: dict[str, str],
 ) -> None:
-    """The second half of `pretrain_then_transfer`, from any backbone, also one of MLflow's registry (models:/...).
+    """Does the second half of `pretrain_then_transfer` for any backbone.
+
+    Args:
+        recipe: as there; of `pretrain` only the encoder and the views matter.
+        indexes: as there.
+        backbone_url: URL of a backbone file, or `models:/...` for one in MLflow's registry.
+        run: as there.
+        storage: as there.
+        fresh: as there.
+        tags: as there.
 
     Raises:
-        UsageError: the run measures another backbone, or has other settings, or another process is at it.
+        UsageError: the run measures another backbone or has other settings, or another process
+            works on it.
         CheckpointError: a backbone cannot be read.
-        ConfigError: one is of another architecture than the recipe's.
+        ConfigError: a backbone has another architecture than the recipe.
         TrainingError: a transfer failed; the others are finished and recorded.
     """
     registered = backbone_url.startswith(SCHEME)
     content = b""
     if registered:
         backbone_url = pinned(backbone_url)
-        content = read_backbone(backbone_url)  # MLflow gives whole files only
+        content = read_backbone(backbone_url)  # MLflow serves no byte ranges, only whole files
         metadata = parse_metadata(backbone_url, content)
     else:
         check_url("backbone_url", backbone_url)
@@ -117,8 +134,8 @@ def transfer_only(
         )
         if before != backbone_url:
             raise UsageError(
-                f"run {run!r} measures another backbone ({before}): choose another --run name, or --fresh to start it "
-                "anew"
+                f"run {run!r} measures another backbone ({before}): "
+                "choose another --run name, or --fresh to start it anew"
             )
         sources = {
             f"{Tag.BACKBONE_PREFIX}{name}": metadata[name]
@@ -131,7 +148,8 @@ def transfer_only(
             Tag.DATA_DIGEST: metadata["data_digest"],
         }
         tracking.set_tags(study.uri, study.parent_id, origin | sources)
-        if registered:  # the workers read storage; they need no way to MLflow's files
+        if registered:
+            # Workers can read the run's storage, but perhaps not MLflow's artifacts.
             backbone_url = join_url(study.url, "backbone.safetensors")
             write_bytes(backbone_url, content)
         _transfer_all(
@@ -149,7 +167,7 @@ def _opened(
     fresh: bool,
     tags: dict[str, str],
 ) -> Iterator[Study]:
-    """A run that this process alone is at; MLflow learns how it ended."""
+    """Opens a run for this process alone, and records in MLflow how it ended."""
     with only_driver(run):
         study = open_study(
             recipe, indexes=indexes, run=run, storage=storage, fresh=fresh, tags=tags
@@ -159,21 +177,22 @@ def _opened(
             try:
                 yield study
             finally:
-                if (
-                    study.stopping.is_set()
-                ):  # threads that wait for Ray do not come to closing theirs
+                if study.stopping.is_set():
+                    # Threads that wait for Ray end with this process, before they could close
+                    # their own MLflow runs (test_interrupt).
                     with contextlib.suppress(TrackingError):
                         close_running(study.uri, study.run)
 
 
 def _log_recipe(study: Study) -> None:
-    """Puts the recipe into the run as a file that `python -m jobs run` takes."""
-    text = f"from hemoco.config import *\n\nrecipe = {pprint.pformat(study.recipe, width=120, sort_dicts=False)}\n"
+    """Stores the recipe with the run, as a file that `python -m jobs run` accepts."""
+    recipe = pprint.pformat(study.recipe, width=120, sort_dicts=False)
+    text = f"from hemoco.config import *\n\nrecipe = {recipe}\n"
     tracking.log_artifact_bytes(study.uri, study.parent_id, "recipe.py", text.encode())
 
 
 def _pretrain(study: Study) -> Pretrained:
-    """Pretrains, or takes up the finished pretraining of this run."""
+    """Pretrains, or returns the finished pretraining of this run."""
     tags = {
         Tag.RUN: study.run,
         Tag.PHASE: "pretrain",
@@ -185,14 +204,19 @@ def _pretrain(study: Study) -> Pretrained:
     config, url = study.recipe.pretrain, join_url(study.url, "pretrain")
     size = GroupSize(config.resources, world_sizes(config))
     if finished is not None:
-        with follow_backbones(study, url, run_id, size.whole):
-            pass  # only what is missing of the curve
+        with follow_backbones(study, url, run_id, size.full):
+            pass  # measures the points of the curve that are still missing
         return Pretrained(
             run_id=run_id, backbone_url=finished.tags[Tag.BACKBONE_URL], metrics=finished.metrics
         )
     data, index = study.recipe.data, study.data
     tracking.log_dataset_input(
-        *(study.uri, run_id, data_name(data), data.shards, index.digest, "pretraining"),
+        study.uri,
+        run_id,
+        data_name(data),
+        data.shards,
+        index.digest,
+        "pretraining",
         counts=data_counts(index),
     )
     job = PretrainJob(
@@ -204,7 +228,7 @@ def _pretrain(study: Study) -> Pretrained:
     )
     with (
         closing_run(study.uri, run_id, study.stopping),
-        follow_backbones(study, url, run_id, size.whole),
+        follow_backbones(study, url, run_id, size.full),
     ):
         done = pretrain(job, size)
         tracking.set_tags(study.uri, run_id, {Tag.BACKBONE_URL: done.backbone_url})
@@ -213,12 +237,18 @@ def _pretrain(study: Study) -> Pretrained:
 
 
 def _transfer_all(study: Study, origin: Origin, model_id: str) -> None:
-    """All transfers side by side; every one is tried, then the failed ones are named. `model_id`: of the origin.
+    """Measures all transfers in parallel; each is tried, also after another has failed.
+
+    Args:
+        study: the run.
+        origin: the backbone.
+        model_id: id of the backbone's logged model in MLflow.
 
     Raises:
-        TrainingError: at least one failed.
+        TrainingError: at least one failed; the message names each with its reason.
     """
-    transfers, models = study.recipe.transfers, BackboneModels(study, model_id, origin.backbone_url)
+    transfers = study.recipe.transfers
+    models = BackboneModels(study, model_id, origin.backbone_url)
     calls: dict[str, Callable[[], None]] = {
         name: lambda name=name: transfer_once(study, name, origin, models)  # type: ignore[misc]
         for name in transfers
@@ -227,6 +257,6 @@ def _transfer_all(study: Study, origin: Origin, model_id: str) -> None:
     if failed:
         reasons = "; ".join(f"{name}: {first_line(error)}" for name, error in failed.items())
         raise TrainingError(
-            f"{len(failed)} of {len(transfers)} transfers failed, the others are recorded; the same words again try "
-            f"only the failed: {reasons}"
+            f"{len(failed)} of {len(transfers)} transfers failed, the others are recorded; "
+            f"run the same command again to retry only the failed ones: {reasons}"
         )

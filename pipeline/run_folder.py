@@ -1,8 +1,9 @@
-"""The folder of a run: its mark, by which `--fresh` and `backbones delete` recognise it before they remove anything.
+"""The folder of a run, and the marker file that protects other folders from removal.
 
-A folder is removed by its name, and a name can be wrong: `--storage` may be a folder of other things, one of which has
-the name of the run. So a run writes a small file into its folder that names it, and only a folder with that file is
-removed. Runs begun before there was such a file are recognised by what they write.
+`--fresh` and `backbones delete` remove a run's folder by its name. A name can be wrong: `--storage`
+may hold other things, one of which has the name of the run. So each run writes a small file with
+its name into its folder, and only a folder with that file is removed. Runs begun before there was
+such a file are recognised by the names of their content.
 """
 
 import json
@@ -21,12 +22,11 @@ from hemoco.storage.objects import (
 )
 
 MARK = "hemoco-run.json"
-"""The file in a run's folder that names the run."""
-_BACKBONE = re.compile(
-    r"backbone\.safetensors(\.\d+\.partial)?"
-)  # partial: a process was killed as it wrote it
+"""Name of the marker file in a run's folder."""
+# a process that was killed while writing leaves a file that ends with .partial
+_BACKBONE = re.compile(r"backbone\.safetensors(\.\d+\.partial)?")
 _PRETRAINING = "pretrain"
-# the folders of a pretraining, of a transfer and of the curve, as runs without a mark have them
+# names in the folders of a pretraining and of a transfer, for runs without a marker
 _OF_PRETRAINING = re.compile(
     rf"checkpoints|bad_samples|unsent_metrics|backbones|ray|stop|{_BACKBONE.pattern}"
 )
@@ -35,7 +35,7 @@ _TRIAL = re.compile(r"trial_\d{4,}")
 
 
 def saved_names(url: str) -> list[str]:
-    """Names directly below a run's folder, without its mark.
+    """Returns the names directly below a run's folder, without its marker.
 
     Raises:
         StorageError: the storage refuses or does not answer.
@@ -44,7 +44,7 @@ def saved_names(url: str) -> list[str]:
 
 
 def mark_run_folder(url: str, run: str) -> None:
-    """Writes the mark, unless it is there or the folder holds what no run writes.
+    """Writes the marker, unless it exists or the folder has content that no run writes.
 
     Raises:
         StorageError: the storage refuses or does not answer.
@@ -55,33 +55,36 @@ def mark_run_folder(url: str, run: str) -> None:
 
 
 def check_run_folder(url: str, run: str) -> None:
-    """Refuses a folder that is not of this very run; one that is empty or not there passes.
+    """Refuses a folder that is not this run's; one that is empty or does not exist passes.
 
     Raises:
-        UsageError: it is another's, holds another run, or is a place that is never removed.
+        UsageError: the folder belongs to something else, contains another run, or is one that is
+            never removed.
         StorageError: the storage refuses or does not answer.
     """
     reason = _why_never_removed(url)
     names = [] if reason else list_names(url)
+    if MARK in names:
+        reason = _why_marked_for_another(url, run)
+    elif names:
+        reason = _why_unmarked_is_foreign(url, names)
     if names and not reason:
-        reason = (
-            _why_marked_for_another(url, run)
-            if MARK in names
-            else _why_unmarked_is_foreign(url, names)
-        )
-        reason = reason or _what_lies_in_it(url, names)
+        reason = _which_run_is_inside(url, names)
     if reason:
         raise UsageError(
-            f"{url} is not a folder of run {run!r} alone: {reason}. Nothing was removed: choose another --run name or "
-            "another --storage, or look into the folder and remove by hand what is no longer needed"
+            f"{url} is not a folder of run {run!r} alone: {reason}. Nothing was removed: "
+            "choose another --run name or another --storage, or look into the folder and remove by "
+            "hand what is no longer needed"
         )
 
 
 def remove_run_folder(url: str, run: str) -> None:
-    """Removes the folder of a run, its mark last: what an interrupted removal leaves is still known to be the run's.
+    """Removes the folder of a run.
+
+    The marker is removed last, so that the rest of an interrupted removal is still recognised.
 
     Raises:
-        UsageError: as `check_run_folder`.
+        UsageError: as in `check_run_folder`.
         StorageError: the storage refuses or does not answer.
     """
     check_run_folder(url, run)
@@ -91,23 +94,23 @@ def remove_run_folder(url: str, run: str) -> None:
 
 
 def _why_never_removed(url: str) -> str:
-    """Why a place is never a run's, whatever lies in it; empty if it may be one."""
+    """Returns why a URL can never be a run's folder, whatever its content; empty if it can."""
     files, path = filesystem(url)
     if "file" not in files.protocol:
         return "" if path.strip("/").partition("/")[2] else "it is a whole bucket"
-    place = Path(path).resolve()
-    for kept, what in (
+    folder = Path(path).resolve()
+    for protected, name in (
         (Path.home(), "the home folder"),
         (home(), "$HEMOCO_HOME"),
         (Path.cwd(), "the working folder"),
     ):
-        if kept.resolve().is_relative_to(place):
-            return f"{what} {kept} is or lies in it"
+        if protected.resolve().is_relative_to(folder):
+            return f"it is or contains {name} {protected}"
     return ""
 
 
 def _why_marked_for_another(url: str, run: str) -> str:
-    """Why the mark in a folder is not that of this run; empty if it is."""
+    """Returns why the marker in a folder is not that of this run; empty if it is."""
     try:
         marked = json.loads(read_bytes(join_url(url, MARK)))["run"]
     except (ValueError, KeyError, TypeError):
@@ -115,23 +118,23 @@ def _why_marked_for_another(url: str, run: str) -> str:
     return "" if marked == run else f"its {MARK} names run {marked!r}"
 
 
-def _what_lies_in_it(url: str, names: list[str]) -> str:
-    """Which other run or sweep has its folder in this one; empty if none has."""
+def _which_run_is_inside(url: str, names: list[str]) -> str:
+    """Returns which other run or sweep has its folder inside this one; empty if none has."""
     for name in names:
-        if any(
-            below == MARK or _TRIAL.fullmatch(below) for below in list_names(join_url(url, name))
-        ):
-            return f"{name} in it is the folder of another run or sweep"
+        for below in list_names(join_url(url, name)):
+            if below == MARK or _TRIAL.fullmatch(below):
+                return f"{name} in it is the folder of another run or sweep"
     return ""
 
 
 def _why_unmarked_is_foreign(url: str, names: list[str]) -> str:
-    """Why a folder without a mark cannot be that of a run; empty if each thing in it is what runs write."""
+    """Returns why a folder without a marker cannot be a run's; empty if all content fits a run."""
     for name in names:
         if _BACKBONE.fullmatch(name):
             continue
         known = _OF_PRETRAINING if name == _PRETRAINING else _OF_TRANSFER
-        # a transfer's folder has its own name, so what lies in it decides; a plain file has nothing below it
+        # The folder of a transfer has the transfer's name, which can be any, so its content
+        # decides. A plain file has nothing below it.
         below = list_names(join_url(url, name))
         if not below or not all(map(known.fullmatch, below)):
             return f"it has no {MARK}, and {name} in it is not what a run writes"

@@ -1,11 +1,11 @@
-"""How long a training still takes: the end of each progress line that a worker prints."""
+"""Estimate of the time that a training still takes, printed at the end of each progress line."""
 
 
 class TimeLeft:
-    """Estimates the time left from the mean time per step since this process took its first one.
+    """Estimates the time left from the mean time per step since the first step of this process.
 
-    Whatever lies between the steps (kNN evaluations, checkpoints) counts: it will come again. The first step does not,
-    for it is slower than all others.
+    Time between steps (kNN evaluations, checkpoints) counts, since it will recur. The first step
+    does not count: it is slower than all others.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -13,7 +13,7 @@ class TimeLeft:
         self._first: tuple[int, float] | None = None
 
     def seconds(self, step: int, now_s: float) -> float | None:
-        """Time left after a step that ended at `now_s`; None after the first one, when no pace is known yet."""
+        """Returns the seconds left after a step that ended at `now_s`; None after the first."""
         if self._first is None:
             self._first = step, now_s
         first_step, first_s = self._first
@@ -23,7 +23,7 @@ class TimeLeft:
 
 
 def left_text(seconds: float | None) -> str:
-    """The time left as a person reads it, for example "about 3 min left"; empty where it is not known."""
+    """Formats the time left, for example "about 3 min left"; empty if it is unknown."""
     if seconds is None:
         return ""
     if seconds < 90:

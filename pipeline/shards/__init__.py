@@ -1,1 +1,1 @@
-"""Packing, indexing and verifying shards as Ray tasks."""
+"""Packing, indexing and verifying of shards as Ray tasks."""

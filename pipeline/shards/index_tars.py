@@ -1,7 +1,8 @@
-"""Indexing: tars that others made in webdataset's form become shards where they lie, one Ray task per tar.
+"""Indexing of tars in webdataset's format: they become shards without being copied or changed.
 
-Only the index and the tables of samples are written. Undecodable images are named but stay in, for the tars are not
-touched: the stream replaces them. The same call again verifies what is there.
+Each tar is one Ray task. Only the index and the tables of samples are written. Undecodable images
+are reported but stay in the tars, and the stream replaces them when it reads. The same call again
+verifies the existing index.
 """
 
 import hashlib
@@ -37,13 +38,13 @@ from pipeline.workers.tasks import Finding, Progress, count_reasons, run_tasks, 
 
 @dataclass(frozen=True)
 class Indexed:
-    """What came of indexing."""
+    """Result of indexing."""
 
     index: ShardIndex
     left_out: tuple[Finding, ...]
-    """Members that belong to no sample, or are not read."""
+    """Members of tars that belong to no sample or are not read."""
     undecodable: tuple[Finding, ...]
-    """Images that stay in the index."""
+    """Images that cannot be decoded; they stay in the index."""
     empty: tuple[str, ...]
     """Tars without samples."""
 
@@ -59,19 +60,21 @@ class _IndexedTar(NamedTuple):
 def index_steps(
     sources: Sequence[str], dest: str, *, split: str, overwrite: bool
 ) -> Generator[Progress, None, Indexed]:
-    """Makes the index of tars; yields before the first tar and after each, returns the result.
+    """Writes the index of tars.
 
-    Labels are the numbers in `.cls`; the classes are named by them.
+    Yields the progress before the first tar and after each; returns the result. Labels are the
+    numbers in `.cls`, which are also the names of the classes.
 
     Args:
         sources: folders, tars or patterns, see `hemoco.data.sources.tars`.
-        dest: URL of the shard folder; tars in it are named relative to it, so that the whole can be moved.
-        split: of tars whose name and folder tell none.
-        overwrite: replace another index at `dest`, but no tars.
+        dest: URL of the shard folder. Tars inside it are named relative to it, so that the folder
+            can be moved as a whole.
+        split: split of tars whose name and folder do not give one.
+        overwrite: replace another index at `dest`; tars are never removed.
 
     Raises:
-        UsageError: a source or the split is wrong, or another index is at `dest`.
-        ShardError: a tar is damaged, or none holds a sample; then nothing is left at `dest`.
+        UsageError: a source or the split is wrong, or `dest` has another index.
+        ShardError: a tar is damaged, or none has a sample; nothing is left at `dest` then.
         StorageError: a tar cannot be read, or `dest` cannot be written.
     """
     check_url("dest", dest)
@@ -101,18 +104,26 @@ def index_steps(
         raise
     if existing is None:
         write_index(dest, indexed.index)
-        kept = {shard.sha256 for shard in indexed.index.shards}
-        remove_tables(
-            dest,
-            (shard for shard in (replaced.shards if replaced else ()) if shard.sha256 not in kept),
-        )
+        if replaced is not None:
+            # only now: readers of the old index need its tables until the new one is there
+            still_used = {shard.sha256 for shard in indexed.index.shards}
+            remove_tables(
+                dest, (shard for shard in replaced.shards if shard.sha256 not in still_used)
+            )
     elif existing != indexed.index:
         raise other_shards(dest)
     return indexed
 
 
 def _index_tar(tar: SourceTar, dest: str, new: bool, promised: Shard | None) -> _IndexedTar:
-    """Runs on a Ray worker: reads one tar, and writes its table where it is new, restores it where it was promised."""
+    """Reads one tar and writes its table, or restores the table; runs on a Ray worker.
+
+    Args:
+        tar: the tar.
+        dest: URL of the shard folder.
+        new: whether the index is new, so that the table is to be written.
+        promised: the tar's shard in an existing index, whose table is verified and restored.
+    """
     data = read_bytes(tar.url)
     content = parse_tar(data, tar.url)
     shard = Shard(
@@ -122,20 +133,22 @@ def _index_tar(tar: SourceTar, dest: str, new: bool, promised: Shard | None) -> 
         len(data),
         hashlib.sha256(data).hexdigest(),
     )
-    where = tar.url.rpartition("/")[2]
-    flaws = ((sample.key, image_flaw(sample.image)) for sample in content.samples)
     restored = []
     if new:
         write_table(dest, shard, content.table)
     elif shard == promised:
         restored = restore_table(dest, shard, content.table)
+    tar_name = tar.url.rpartition("/")[2]
+    undecodable = []
+    for sample in content.samples:
+        flaw = image_flaw(sample.image)
+        if flaw is not None:
+            undecodable.append((f"{sample.key} in {tar_name}", flaw.reason))
     return _IndexedTar(
         shard=shard,
         last_label=int(content.table.labels.max(initial=-1)),
-        left_out=count_reasons((f"{name} in {where}", reason) for name, reason in content.skipped),
-        undecodable=count_reasons(
-            (f"{key} in {where}", flaw.reason) for key, flaw in flaws if flaw is not None
-        ),
+        left_out=count_reasons((f"{name} in {tar_name}", reason) for name, reason in content.skipped),
+        undecodable=count_reasons(undecodable),
         restored=restored,
     )
 
@@ -157,7 +170,7 @@ def _sum_up(results: Sequence[_IndexedTar]) -> Indexed:
 
 
 def _remove_new_tables(dest: str, before: Sequence[str]) -> None:
-    """Leaves of `samples/` what was there before."""
+    """Removes the tables in `samples/` that were not there before."""
     folder = join_url(dest, "samples")
     for name in set(list_names(folder)) - set(before):
         if re.fullmatch(r"[0-9a-f]{64}\.[a-z]+", name):

@@ -1,7 +1,7 @@
-"""What an interrupted pack has finished: a marker for each shard, so that the same pack goes on where it was.
+"""Markers of the shards that an unfinished pack has written, by which the same pack resumes.
 
-The folder `unfinished/` is there from the first shard until the index is written: it says that tars which no index
-names are ours, and may be replaced or removed.
+They are in the folder `unfinished/`, from the first shard until the index is written. The folder
+also shows that tars without an index are ours, and may be replaced or removed.
 """
 
 import hashlib
@@ -18,43 +18,44 @@ from hemoco.storage.objects import exists, join_url, list_names, read_bytes, rem
 
 
 def work_digest(name: str, items: Sequence[Item]) -> str:
-    """Differs when a shard would be of other images, in another order, or of files that were changed.
+    """Returns a digest of a shard's name, its images in their order, and the state of their files.
 
     Raises:
-        ShardError: a file is gone.
+        ShardError: a file has been removed.
     """
-    files = sorted({item.location.path for item in items})
-    try:
-        stats = [
-            (path, stat.st_size, stat.st_mtime_ns) for path in files for stat in [Path(path).stat()]
-        ]
-    except OSError as error:
-        raise ShardError(
-            f"{error.filename}: cannot be read ({error.strerror}); it was there a moment ago"
-        ) from error
+    stats = []
+    for path in sorted({item.location.path for item in items}):
+        try:
+            stat = Path(path).stat()
+        except OSError as error:
+            raise ShardError(
+                f"{error.filename}: cannot be read ({error.strerror}); "
+                "it was there when the pack began"
+            ) from error
+        stats.append((path, stat.st_size, stat.st_mtime_ns))
     described = json.dumps([name, stats, [asdict(item) for item in items]], sort_keys=True)
     return hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def begin(dest: str) -> None:
-    """Claims the tars that will be at `dest` before there is an index."""
+    """Marks `dest` as an unfinished pack's, so that its tars without an index are known as ours."""
     write_bytes(
         join_url(dest, UNFINISHED, "README"), b"a pack was interrupted: the same command goes on\n"
     )
 
 
 def is_begun(dest: str) -> bool:
-    """Whether a pack to `dest` was interrupted."""
+    """Whether a pack to `dest` has begun and is not finished."""
     return bool(list_names(join_url(dest, UNFINISHED)))
 
 
 def mark(dest: str, digest: str, result: dict[str, Any]) -> None:
-    """Notes that a shard is written, and what there is to say of it (JSON)."""
+    """Records that a shard is written, with its result as JSON."""
     write_bytes(_marker(dest, digest), json.dumps(result).encode())
 
 
 def marked(dest: str, digest: str) -> dict[str, Any] | None:
-    """What `mark` noted, if the shard is still there."""
+    """Returns the result that `mark` recorded; None if there is none or the shard is gone."""
     try:
         result: dict[str, Any] = json.loads(read_bytes(_marker(dest, digest)))
     except (StorageError, ValueError):

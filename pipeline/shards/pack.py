@@ -1,14 +1,15 @@
-"""Packing: images of any source become shards and their index, one Ray task per shard.
+"""Packing: images of any source become shards with an index, one Ray task per shard.
 
-The index is written last, so a pack that was interrupted leaves nothing a reader would use; the same call goes on with
-the shards that are not there yet. The same images, seed and shard size give the same bytes. A finished one is verified
-by the same call, and what is missing or damaged there is written again. Sources are local paths that every node must
-see.
+The index is written last, so an interrupted pack leaves nothing that a reader would use; the same
+call again writes the missing shards. The same images, seed and shard size give the same bytes. The
+same call after a finished pack verifies it, and writes again what is missing or damaged. Sources
+are local paths, which must exist on every node.
 """
 
 import contextlib
 import hashlib
 import logging
+import math
 import random
 import re
 from collections.abc import Generator, Iterable, Sequence
@@ -55,13 +56,13 @@ _TRAIN = "train"
 
 @dataclass(frozen=True)
 class Packed:
-    """What came of a pack."""
+    """Result of a pack."""
 
     index: ShardIndex
     skipped: tuple[Finding, ...]
     """Images that were left out."""
     duplicates: int
-    """Images of other splits whose very bytes are in the split `train` too."""
+    """Images of other splits whose bytes are equal to those of an image of `train`."""
 
 
 class _ShardPlan(NamedTuple):
@@ -80,21 +81,22 @@ class _PackedShard(NamedTuple):
     name: str
     split: str
     shard: Shard | None
-    """None when no image of it could be decoded."""
+    """None if none of its images could be decoded."""
     skips: list[_Skip]
     image_digests: list[str]
     restored: list[str]
-    """What was missing or damaged of a shard that had been packed before."""
+    """Flaws of an existing shard that were repaired."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Returns the fields as plain values."""
         return self._asdict() | {"shard": asdict(self.shard) if self.shard else None}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "_PackedShard":
-        """From what `to_json` gave."""
+        """Restores the value from the result of `to_json`."""
         shard = Shard(**fields["shard"]) if fields["shard"] else None
-        return cls(**fields | {"shard": shard, "skips": [_Skip(*skip) for skip in fields["skips"]]})
+        skips = [_Skip(*skip) for skip in fields["skips"]]
+        return cls(**fields | {"shard": shard, "skips": skips})
 
 
 def pack_steps(
@@ -106,18 +108,21 @@ def pack_steps(
     seed: int,
     overwrite: bool,
 ) -> Generator[Progress, None, Packed]:
-    """Packs images into shards; yields before the first shard and after each, returns the result.
+    """Packs images into shards.
+
+    Yields the progress before the first shard and after each; returns the result.
 
     Args:
         sources: local folders or archives, see `hemoco.data.sources`.
         dest: URL of the shard folder.
-        split: of images that no folder puts into one.
-        samples_per_shard: most images in a shard; the shards of a split are of equal size, give or take one.
-        seed: of the order in which images are dealt to shards.
+        split: split of images whose folder does not give one.
+        samples_per_shard: most images in a shard. The shards of a split have equal numbers of
+            images, or numbers that differ by one.
+        seed: seed of the order in which images are distributed to shards.
         overwrite: replace other shards at `dest`. Without it, equal ones are verified and restored.
 
     Raises:
-        UsageError: a source or the split is wrong, or other shards are at `dest`.
+        UsageError: a source or the split is wrong, or `dest` has other shards.
         ShardError: a source is damaged, or none of its images can be decoded.
         StorageError: `dest` cannot be written.
     """
@@ -145,22 +150,22 @@ def pack_steps(
         yield Progress(len(results), len(plans))
     packed = _sum_up(results, source)
     if existing is None:
-        _remove_unnamed(dest, packed.index)
+        _remove_leftovers(dest, packed.index)
         write_index(dest, packed.index)
         unfinished.end(dest)
     return packed
 
 
 def _claim(dest: str, plans: Sequence[_ShardPlan], *, overwrite: bool) -> None:
-    """Refuses to write over tars of which nothing says that they are ours."""
-    there = {plan.name for plan in plans} & set(list_names(dest))
-    if there and not overwrite and not unfinished.is_begun(dest):
+    """Marks `dest` as ours, unless it has tars that no index and no unfinished pack explains."""
+    existing_names = {plan.name for plan in plans} & set(list_names(dest))
+    if existing_names and not overwrite and not unfinished.is_begun(dest):
         raise other_shards(dest)
     unfinished.begin(dest)
 
 
-def _remove_unnamed(dest: str, index: ShardIndex) -> None:
-    """Removes what interrupted packs have left, of other settings or half written: no index will name it."""
+def _remove_leftovers(dest: str, index: ShardIndex) -> None:
+    """Removes tars and tables of interrupted packs that are not in the new index."""
     splits = "|".join(map(re.escape, index.splits))
     tars = {
         name
@@ -169,18 +174,18 @@ def _remove_unnamed(dest: str, index: ShardIndex) -> None:
     }
     for name in tars - {shard.name for shard in index.shards}:
         remove(join_url(dest, name))
-    tables = {name for name in list_names(join_url(dest, "samples"))}
+    tables = set(list_names(join_url(dest, "samples")))
     for name in tables - {f"{shard.sha256}.safetensors" for shard in index.shards}:
         remove(join_url(dest, "samples", name))
 
 
 def _plan(items: Sequence[Item], samples_per_shard: int, seed: int) -> list[_ShardPlan]:
-    """Deals the shuffled items of each split to shards of equal size."""
+    """Distributes the shuffled items of each split to shards of equal size."""
     plans = []
     for split in sorted({item.split for item in items}):
         chosen = [item for item in items if item.split == split]
         random.Random(f"{seed} {split}").shuffle(chosen)
-        count = -(-len(chosen) // samples_per_shard)
+        count = math.ceil(len(chosen) / samples_per_shard)
         bounds = [i * len(chosen) // count for i in range(count + 1)]
         for i, (first, last) in enumerate(pairwise(bounds)):
             plans.append(_ShardPlan(f"{split}-{i:06d}.tar", split, chosen[first:last]))
@@ -188,10 +193,20 @@ def _plan(items: Sequence[Item], samples_per_shard: int, seed: int) -> list[_Sha
 
 
 def _pack_shard(plan: _ShardPlan, dest: str, new: bool, promised: Shard | None) -> _PackedShard:
-    """Runs on a Ray worker: makes one shard, and writes it where it is new, restores it where it was promised."""
-    work = unfinished.work_digest(plan.name, plan.items) if new else ""
-    if new and (known := unfinished.marked(dest, work)) is not None:
-        return _PackedShard.from_json(known)
+    """Makes one shard and writes or restores it; runs on a Ray worker.
+
+    Args:
+        plan: the images of the shard.
+        dest: URL of the shard folder.
+        new: whether the index is new, so that the shard is to be written.
+        promised: the shard in an existing index; it is verified and restored.
+    """
+    work = ""
+    if new:
+        work = unfinished.work_digest(plan.name, plan.items)
+        known = unfinished.marked(dest, work)
+        if known is not None:
+            return _PackedShard.from_json(known)
     samples, skips = [], []
     for item, image in zip(plan.items, read_items(plan.items), strict=True):
         flaw = image_flaw(image)
@@ -229,7 +244,7 @@ def _restore_tar(dest: str, shard: Shard, data: bytes) -> list[str]:
 
 
 def restore_table(dest: str, shard: Shard, table: SampleTable) -> list[str]:
-    """Writes the table of a shard again where it is missing or damaged; returns what was wrong with it."""
+    """Writes a shard's table again if it is missing or damaged; returns its flaw, if any."""
     try:
         check_table(dest, shard, table)
     except ShardError as error:
@@ -239,7 +254,7 @@ def restore_table(dest: str, shard: Shard, table: SampleTable) -> list[str]:
 
 
 def image_flaw(image: bytes) -> "UndecodableImage | None":
-    """Why the stream could not use an image; found by the very function that decodes it there."""
+    """Returns why the stream could not decode an image, or None; it calls the same function."""
     from hemoco.data.decode import UndecodableImage, decode_image  # torch takes seconds to import
 
     try:
@@ -250,7 +265,7 @@ def image_flaw(image: bytes) -> "UndecodableImage | None":
 
 
 def log_restored(restored: Sequence[str]) -> None:
-    """Says what a repeated pack found missing or damaged."""
+    """Logs what a repeated pack found missing or damaged."""
     for flaw in restored:
         logger.warning("written again: %s", flaw)
 
@@ -268,15 +283,17 @@ def _sum_up(results: Sequence[_PackedShard], source: Source) -> Packed:
     shards = tuple(result.shard for result in ordered if result.shard is not None)
     if not shards:
         raise ShardError(
-            f"none of the {len(skips)} images can be decoded, first {skips[0].image}: {skips[0].message}"
+            f"none of the {len(skips)} images can be decoded, "
+            f"first {skips[0].image}: {skips[0].message}"
         )
-    train = {
-        digest for result in ordered if result.split == _TRAIN for digest in result.image_digests
-    }
-    others = (
-        digest for result in ordered if result.split != _TRAIN for digest in result.image_digests
-    )
-    duplicates = sum(digest in train for digest in others)
+    train_digests: set[str] = set()
+    for result in ordered:
+        if result.split == _TRAIN:
+            train_digests.update(result.image_digests)
+    duplicates = 0
+    for result in ordered:
+        if result.split != _TRAIN:
+            duplicates += sum(digest in train_digests for digest in result.image_digests)
     skipped = tuple(count_reasons((skip.image, skip.reason) for skip in skips))
     if duplicates:
         logger.warning("images of other splits are in %s too: duplicates=%d", _TRAIN, duplicates)
@@ -284,12 +301,12 @@ def _sum_up(results: Sequence[_PackedShard], source: Source) -> Packed:
 
 
 def existing_index(dest: str) -> ShardIndex | None:
-    """The index that is at `dest`, if any."""
+    """Returns the index at `dest`, if any."""
     return read_index(dest) if exists(join_url(dest, INDEX_NAME)) else None
 
 
 def _could_be(existing: ShardIndex, plans: Sequence[_ShardPlan], source: Source) -> bool:
-    """Whether the pack could end in the existing index, as far as names tell."""
+    """Whether the pack could give the existing index, judged by names, classes and categories."""
     names = {plan.name for plan in plans}
     same_meaning = (existing.classes, existing.categories) == (source.classes, source.categories)
     return (
@@ -298,28 +315,30 @@ def _could_be(existing: ShardIndex, plans: Sequence[_ShardPlan], source: Source)
 
 
 def replaceable_index(dest: str) -> ShardIndex | None:
-    """As `existing_index`, but None also where it is damaged: then it names nothing that could be trusted."""
+    """Returns the index at `dest` for --overwrite; None if there is none or it is damaged."""
     with contextlib.suppress(ShardError):
         return existing_index(dest)
     return None
 
 
 def remove_tables(dest: str, shards: Iterable[Shard]) -> None:
-    """Removes the tables of shards that an index named."""
+    """Removes the tables of an index's shards."""
     for shard in shards:
+        # An index that was tampered with must not make us remove other files.
         if re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
             remove_table(dest, shard)
 
 
 def other_shards(dest: str) -> UsageError:
-    """For a pack that would not end in what is there."""
+    """Returns the error for a pack or an index that would differ from what is at `dest`."""
     return UsageError(
-        f"{dest} holds other shards than these would be; choose another DEST, or replace with --overwrite"
+        f"{dest} holds other shards than these would be; "
+        "choose another DEST, or replace with --overwrite"
     )
 
 
 def _remove_shards(dest: str) -> None:
-    """Removes the index first, so that no reader meets half a shard folder, then what it named."""
+    """Removes the shards at `dest`, their index first: no reader may find a partial folder."""
     existing = replaceable_index(dest)
     shards = existing.shards if existing is not None else ()
     packed = existing is None or existing.packed

@@ -1,4 +1,4 @@
-"""Verifying: every shard of a folder is read again and compared with the index, one Ray task per shard."""
+"""Verification: reads every shard of a folder and compares it with the index, in Ray tasks."""
 
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -24,16 +24,17 @@ from pipeline.workers.tasks import Progress, run_tasks
 
 
 class Verified(NamedTuple):
-    """What came of reading all shards."""
+    """Result of a verification."""
 
     damages: tuple[str, ...]
-    """What is wrong, each with the URL of its shard or table first; in index order."""
+    """Messages that begin with the URL of the shard or table, in the order of the index."""
     damaged: int
-    """Shards."""
+    """Number of damaged shards."""
     undecodable: tuple[str, ...]
-    """Images of others' tars that cannot be decoded, which is no damage: they were like that when they were indexed."""
+    """Images of indexed tars that cannot be decoded. This is no damage: packing leaves such images
+    out, but tars of others are indexed as they are."""
     annotations: dict[str, int]
-    """COCO annotations of each split that has some."""
+    """Number of COCO annotations of each split that has some."""
 
 
 class _VerifiedShard(NamedTuple):
@@ -45,7 +46,14 @@ class _VerifiedShard(NamedTuple):
 
 
 def verify_steps(url: str, index: ShardIndex) -> Generator[Progress, None, Verified]:
-    """Reads all shards of the folder at a URL; yields before the first and after each, returns what is wrong."""
+    """Verifies all shards of a folder.
+
+    Yields the progress before the first shard and after each; returns the result.
+
+    Args:
+        url: URL of the shard folder.
+        index: its index.
+    """
     results: dict[str, _VerifiedShard] = {}
     yield Progress(0, len(index.shards))
     with closing(run_tasks(_verify_shard, ((url, shard) for shard in index.shards))) as finished:
@@ -53,7 +61,8 @@ def verify_steps(url: str, index: ShardIndex) -> Generator[Progress, None, Verif
             results[result.name] = result
             yield Progress(len(results), len(index.shards))
     ordered = [results[shard.name] for shard in index.shards]
-    if index.packed:  # packing leaves out what cannot be decoded
+    if index.packed:
+        # Packing leaves out undecodable images, so one that is there now is damaged.
         ordered = [
             result._replace(damages=[*result.damages, *result.undecodable], undecodable=[])
             for result in ordered
@@ -65,43 +74,46 @@ def verify_steps(url: str, index: ShardIndex) -> Generator[Progress, None, Verif
         damages=tuple(damage for result in ordered for damage in result.damages),
         damaged=sum(bool(result.damages) for result in ordered),
         undecodable=tuple(flaw for result in ordered for flaw in result.undecodable),
-        annotations=dict(+annotations),
+        annotations=dict(+annotations),  # + drops the splits without any
     )
 
 
 def _verify_shard(url: str, shard: Shard) -> _VerifiedShard:
-    """Runs on a Ray worker: everything that is wrong with one shard and its table."""
-    where = shard_url(url, shard)
+    """Verifies one shard and its table; runs on a Ray worker."""
+    tar_url = shard_url(url, shard)
     data = b""
     try:
-        data = read_bytes(where)
-        check_shard(where, shard, data)
-        content = parse_tar(data, where)
+        data = read_bytes(tar_url)
+        check_shard(tar_url, shard, data)
+        content = parse_tar(data, tar_url)
     except HemocoError as error:
-        flaw = f"{error}{_extent(url, shard, data)}"
-        return _VerifiedShard(
-            shard.name, shard.split, [flaw, *_complaint(read_table, url, shard)], [], 0
-        )
-    flaws = ((sample.key, image_flaw(sample.image)) for sample in content.samples)
-    bad = [f"{key}: {flaw}" for key, flaw in flaws if flaw is not None]
+        damages = [f"{error}{_extent(url, shard, data)}"]
+        damages += _messages(lambda: read_table(url, shard))
+        return _VerifiedShard(shard.name, shard.split, damages, [], 0)
+    bad = []
+    for sample in content.samples:
+        flaw = image_flaw(sample.image)
+        if flaw is not None:
+            bad.append(f"{sample.key}: {flaw}")
+    undecodable = []
+    if bad:
+        undecodable.append(f"{tar_url}: {len(bad)} images cannot be decoded, first {bad[0]}")
     return _VerifiedShard(
         name=shard.name,
         split=shard.split,
-        damages=_complaint(check_table, url, shard, content.table),
-        undecodable=[f"{where}: {len(bad)} images cannot be decoded, first {bad[0]}"]
-        if bad
-        else [],
+        damages=_messages(lambda: check_table(url, shard, content.table)),
+        undecodable=undecodable,
         annotations=sum(len(sample.annotations or []) for sample in content.samples),
     )
 
 
 def _extent(url: str, shard: Shard, data: bytes) -> str:
-    """What a flaw of a whole shard means for training: how many samples it costs, or that it is an error there."""
+    """Returns how many samples of a damaged shard differ, and what training does about it."""
     if len(data) != shard.bytes:
         return ""
     try:
         table = read_table(url, shard)
-    except HemocoError:  # named by itself
+    except HemocoError:  # _verify_shard reports it
         return ""
     images = cut_out([(0, memoryview(data))], table, np.arange(shard.samples, dtype=np.int32))
     damaged = len(damaged_rows(images, table))
@@ -112,9 +124,10 @@ def _extent(url: str, shard: Shard, data: bytes) -> str:
     return f" ({damaged} of {shard.samples} samples differ: training leaves them out)"
 
 
-def _complaint(check: Callable[..., object], *words: object) -> list[str]:
+def _messages(check: Callable[[], object]) -> list[str]:
+    """Returns the message of a check's error; empty if it passes."""
     try:
-        check(*words)
+        check()
     except HemocoError as error:
         return [str(error)]
     return []

@@ -1,1 +1,1 @@
-"""Pretrainings with settings drawn from a space, bad ones stopped early."""
+"""Sweeps: pretrainings with settings drawn from a space, of which bad ones are stopped early."""

@@ -1,4 +1,8 @@
-"""Early stops in a sweep: values that pretrainings record on their way are judged by Ray Tune's ASHA."""
+"""Early stops in a sweep: Ray Tune's ASHA judges the values that pretrainings record.
+
+ASHA (Li et al., arXiv:1810.05934) compares each trial, at certain epochs (milestones), with the
+values that other trials had at the same epoch. It stops those that are not among the best.
+"""
 
 import dataclasses
 import logging
@@ -24,18 +28,19 @@ _LOOK_S = 5.0
 
 
 class _Named(NamedTuple):
-    """All that the scheduler asks of a trial."""
+    """Stands for a trial of Ray Tune: ASHA reads its id only (test_sweep)."""
 
     trial_id: str
 
 
 class Halving:
-    """Tune's ASHA, fed by us.
+    """Ray Tune's ASHA without Ray Tune's trials.
 
     Args:
-        max_epochs: of the longest trial.
-        grace_epochs: the first milestone.
-        reduction: between two milestones, and of the trials at each.
+        max_epochs: epochs of the longest trial.
+        grace_epochs: epoch of the first milestone.
+        reduction: factor between two milestones; at each, the best 1 / reduction of the trials
+            continue.
     """
 
     def __init__(self, *, max_epochs: int, grace_epochs: int, reduction: int) -> None:
@@ -46,12 +51,17 @@ class Halving:
             max_t=max_epochs,
             grace_period=grace_epochs,
             reduction_factor=reduction,
-            stop_last_trials=False,  # else a trial is judged again at milestones that it jumped over
+            # otherwise a trial would be judged again at milestones that it has jumped over
+            stop_last_trials=False,
         )
         self._known: set[str] = set()
 
     def is_bad(self, trial: str, epoch: int, value: float) -> bool:
-        """Whether a trial is to stop that has this value after so many epochs; the epochs of a trial ascend."""
+        """Judges a trial by its value after an epoch; call it in the order of its epochs.
+
+        Returns:
+            Whether the trial is to stop.
+        """
         if trial not in self._known:
             self._known.add(trial)
             self._scheduler.on_trial_add(None, _Named(trial))
@@ -63,37 +73,40 @@ class Halving:
 
 @dataclasses.dataclass(kw_only=True)
 class Watched:
-    """A trial whose values count."""
+    """A trial whose values are judged."""
 
     number: int
     run: str
     """Name of its run."""
     run_id: str
-    """Of the trial in MLflow, which gets the values by epoch."""
+    """MLflow's id of the trial, which receives the values by epoch."""
     url: str
-    """Folder of its pretraining."""
+    """URL of its pretraining's folder."""
     epochs: int
-    """Of its pretraining."""
+    """Epochs of its pretraining."""
     steps_per_epoch: int
     """Steps of the watched metric in an epoch."""
     live: bool
-    """Whether it can be stopped."""
+    """Whether it can still be stopped."""
     recorded: frozenset[int] = frozenset()
-    """Epochs whose values its run has."""
+    """Epochs whose values the trial has in MLflow."""
     judged: set[int] = dataclasses.field(default_factory=set)
-    condemned: bool = False
+    """Epochs whose values have been judged."""
+    is_bad: bool = False
+    """Whether it was judged to stop."""
 
 
 class EarlyStop:
     """Judges the trials of a sweep, in a thread.
 
-    Values are read from MLflow, so that a sweep that goes on after it was killed judges by those of all its trials.
+    The values are read from MLflow, so that a sweep that was killed and resumed judges by those of
+    all its trials.
 
     Args:
-        uri: of MLflow.
-        experiment_id: in MLflow.
-        metric: what is watched, as pretrainings record it.
-        reduction: of ASHA, for the verdict.
+        uri: URI of MLflow.
+        experiment_id: experiment in MLflow.
+        metric: name of the watched metric of the pretrainings.
+        reduction: ASHA's reduction, for the message.
         rule: ASHA.
     """
 
@@ -105,20 +118,19 @@ class EarlyStop:
         self._watched: dict[int, Watched] = {}
 
     def add(self, trial: Watched) -> None:
-        """From now on the trial's values count; also those of one that is over."""
-        trial.recorded = frozenset(
-            dict(tracking.metric_history(self.uri, trial.run_id, self.metric))
-        )
+        """Adds a trial, whose values count from now on, also if it is over."""
+        history = tracking.metric_history(self.uri, trial.run_id, self.metric)
+        trial.recorded = frozenset(epoch for epoch, _ in history)
         self._watched[trial.number] = trial
 
     def end(self, number: int) -> None:
-        """The trial cannot be stopped any more."""
+        """Marks a trial as over; it is not stopped any more."""
         if number in self._watched:
             self._watched[number].live = False
 
     @contextmanager
     def judging(self) -> Iterator[None]:
-        """Judges until the block ends; what was recorded in it is judged."""
+        """Judges in a thread until the block ends, including the last values recorded in it."""
         done = threading.Event()
         thread = threading.Thread(
             target=self._judge_until, args=(done,), name="hemoco-early-stop", daemon=True
@@ -131,17 +143,15 @@ class EarlyStop:
             thread.join(timeout=60)
 
     def look(self) -> None:
-        """Judges what was recorded since the last look, in the order of the epochs.
+        """Judges the values recorded since the last call, in the order of their epochs.
 
         Raises:
             TrackingError: MLflow cannot be used.
             StorageError: a trial cannot be asked to stop.
         """
-        new = [
-            (epoch, number, value)
-            for number in list(self._watched)
-            for epoch, value in self._new(number)
-        ]
+        new = []
+        for number in list(self._watched):  # a copy: other threads add trials
+            new += [(epoch, number, value) for epoch, value in self._new_values(number)]
         for epoch, number, value in sorted(new):
             self._judge(self._watched[number], epoch, value)
 
@@ -151,22 +161,22 @@ class EarlyStop:
             last = done.wait(_LOOK_S)
             try:
                 self.look()
-            except HemocoError as error:  # trials go on, and the values stay where they are
+            except HemocoError as error:  # trials continue, and MLflow still has the values later
                 logger.warning("event=early_stop_waits reason=%s", error)
 
-    def _new(self, number: int) -> list[tuple[int, float]]:
+    def _new_values(self, number: int) -> list[tuple[int, float]]:
+        """Returns a trial's values that are not judged yet, as (epoch, value)."""
         trial = self._watched[number]
-        wanted = {Tag.RUN: trial.run, Tag.PHASE: "pretrain"}
-        pretraining = tracking.find_run(self.uri, self.experiment_id, wanted)
+        tags = {Tag.RUN: trial.run, Tag.PHASE: "pretrain"}
+        pretraining = tracking.find_run(self.uri, self.experiment_id, tags)
         if pretraining is None:
             return []
-        history = tracking.metric_history(self.uri, pretraining.run_id, self.metric)
-        found = [(step // trial.steps_per_epoch, value) for step, value in history]
-        return [
-            (epoch, value)
-            for epoch, value in found
-            if epoch not in trial.judged and math.isfinite(value)
-        ]
+        values = []
+        for step, value in tracking.metric_history(self.uri, pretraining.run_id, self.metric):
+            epoch = step // trial.steps_per_epoch
+            if epoch not in trial.judged and math.isfinite(value):
+                values.append((epoch, value))
+        return values
 
     def _judge(self, trial: Watched, epoch: int, value: float) -> None:
         if epoch not in trial.recorded:
@@ -175,11 +185,14 @@ class EarlyStop:
             )
             metric_queue.send_points(self.uri, trial.run_id, [point], patience_s=60.0)
             trial.recorded |= {epoch}
-        trial.condemned |= self.rule.is_bad(trial.run, epoch, value)
+        trial.is_bad |= self.rule.is_bad(trial.run, epoch, value)
         trial.judged.add(epoch)
-        if trial.condemned and trial.live and epoch < trial.epochs:
+        if trial.is_bad and trial.live and epoch < trial.epochs:
             trial.live = False
-            verdict = f"{self.metric} {value:.4f} at epoch {epoch} is not among the best 1/{self.reduction} so far"
+            verdict = (
+                f"{self.metric} {value:.4f} at epoch {epoch} "
+                f"is not among the best 1/{self.reduction} so far"
+            )
             tracking.set_tags(self.uri, trial.run_id, {Tag.VERDICT: verdict})
             request_stop(trial.url, "the sweep")
             logger.info("event=early_stop trial=%s %s", trial.run, verdict)

@@ -1,10 +1,12 @@
-"""A sweep: pretrainings that differ in some settings, each with the transfer that is to get better.
+"""A sweep: pretrainings that differ in some settings, each with the transfer that is the objective.
 
-Ray Tune draws the settings and decides by ASHA which trials stop; it does not run them. Its Tuner would: every trial in
-an actor of its own, as a second driver with its own copies of torch and MLflow, ended by killing that actor, which
-could then not say in MLflow what became of it; its experiment state in files beside MLflow, and no way to tell ASHA of
-trials that have finished before. Here a trial is a run as every other, found by its name and resumed by the same words,
-one thread of this driver each, and a bad one is asked to stop.
+A trial is a run like any other, found by its name and resumed by the same command. Each has a
+thread of this driver, and a bad one is stopped by a request (`pipeline.workers.stop_request`).
+
+Ray Tune draws the settings, and its ASHA decides which trials stop, but its Tuner does not run the
+trials. The Tuner would run each in an actor, a second driver with its own copies of torch and
+MLflow, and stop it by killing the actor, which could not record in MLflow why it ended. It would
+keep its state in files beside MLflow, and could not tell ASHA of trials that finished earlier.
 """
 
 import dataclasses
@@ -52,13 +54,13 @@ class Sweep:
     uri: str
     experiment_id: str
     run_id: str
-    """Its run in MLflow, the parent of its trials."""
+    """MLflow's id of the sweep's run, the parent of its trials."""
     storage: str
     indexes: ShardIndexes
     data: ShardIndex
     fresh: bool
     tags: dict[str, str]
-    """Of the runs of the trials."""
+    """Tags of the trials' runs."""
     stopping: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
@@ -70,8 +72,9 @@ class Trial(NamedTuple):
     run: str
     """Name of its run."""
     run_id: str
-    """In MLflow, the parent of its run there."""
+    """MLflow's id of the trial, the parent of its run there."""
     over: bool
+    """Whether it is finished or was stopped for good."""
 
 
 def run_sweep(
@@ -83,19 +86,22 @@ def run_sweep(
     fresh: bool,
     tags: dict[str, str],
 ) -> None:
-    """All trials; the result is in MLflow, where `hemoco.results.sweep` reads it. What is over is not done again.
+    """Runs all trials that are not over.
+
+    The result is in MLflow, where `hemoco.results.sweep` reads it.
 
     Args:
-        recipe: with a `sweep`, and absolute URLs.
-        indexes: of this command.
-        run: the sweep's identity; the trials are the runs `RUN/trial_0000`, ...
+        recipe: a recipe with a `sweep`, and absolute URLs.
+        indexes: shard indexes that this command has read.
+        run: name of the sweep; its trials are the runs `RUN/trial_0000`, ...
         storage: URL of the folder that receives checkpoints and backbones.
-        fresh: forget what is there under that name.
-        tags: of its run and those of the trials in MLflow, for example the commit of the code.
+        fresh: start anew; MLflow runs of this name are renamed and the trials' folders removed.
+        tags: further tags of the sweep's run and its trials' in MLflow, for example the commit of
+            the code.
 
     Raises:
-        UsageError: the name belongs to another sweep or to a run, or another process is at it.
-        TrainingError: no trial came to its end.
+        UsageError: the name belongs to another sweep or to a run, or another process works on it.
+        TrainingError: all trials failed.
     """
     with only_driver(run):
         sweep = _open_sweep(
@@ -107,18 +113,22 @@ def run_sweep(
         ]
         try:
             with closing_run(sweep.uri, sweep.run_id, sweep.stopping):
-                _close_interrupted(sweep, trials)  # what a killed driver has left
-                _try_all(sweep, trials)
+                _close_interrupted(sweep, trials)  # those that a killed driver left open
+                _run_trials(sweep, trials)
         finally:
-            if (
-                sweep.stopping.is_set()
-            ):  # the threads that would have told MLflow end with this process
-                with suppress(TrackingError):  # it was told to end, and that is what it says
+            if sweep.stopping.is_set():
+                # The trials' threads end with this process, before they close their MLflow runs.
+                # An error of MLflow must not replace the interruption.
+                with suppress(TrackingError):
                     _close_interrupted(sweep, trials)
 
 
 def drawn_settings(config: SweepConfig) -> list[dict[str, object]]:
-    """The settings of each trial, by Tune's search space and the seed; of more trials the first ones are the same."""
+    """Draws the settings of each trial from the sweep's space.
+
+    They depend on the space and the seed only: with more trials, the first ones stay the same. If
+    the space has choices only, no point is drawn twice.
+    """
     generator = np.random.default_rng(config.seed)
     countable = all(isinstance(values, Choice) for values in config.space.values())
     drawn: list[dict[str, object]] = []
@@ -130,31 +140,32 @@ def drawn_settings(config: SweepConfig) -> list[dict[str, object]]:
 
 
 def trial_recipe(recipe: Recipe, settings: dict[str, object]) -> Recipe:
-    """The recipe with these settings, and of its transfers what the sweep looks at, from the pretrained backbone alone.
+    """Returns the recipe of a trial with these settings.
+
+    Of the sweep's transfers it has the objective and the watched one, and these start from the
+    pretrained backbone only.
 
     Raises:
         ConfigError: the settings do not fit together.
     """
     sweep = recipe.sweep
     assert sweep is not None, "checked by the caller"
-    names = dict.fromkeys(
-        (sweep.objective, *(name for name in recipe.curve if name == sweep.watch))
-    )
-    transfers = {
-        name: dataclasses.replace(recipe.transfers[name], inits=(PRETRAINED,)) for name in names
-    }
     curve = tuple(name for name in recipe.curve if name == sweep.watch)
-    return with_settings(
-        dataclasses.replace(recipe, sweep=None, transfers=transfers, curve=curve), settings
-    )
+    transfers = {
+        name: dataclasses.replace(recipe.transfers[name], inits=(PRETRAINED,))
+        for name in (sweep.objective, *curve)
+    }
+    base = dataclasses.replace(recipe, sweep=None, transfers=transfers, curve=curve)
+    return with_settings(base, settings)
 
 
 def _drawn(values: Range, generator: np.random.Generator) -> object:
     if isinstance(values, Choice):
         return tune.choice(list(values.values)).sample(random_state=generator)
-    domain = tune.uniform if isinstance(values, Uniform) else tune.loguniform
-    number = float(f"{domain(values.low, values.high).sample(random_state=generator):.4g}")
-    return min(max(number, values.low), values.high)
+    distribution = tune.uniform if isinstance(values, Uniform) else tune.loguniform
+    number = distribution(values.low, values.high).sample(random_state=generator)
+    # four digits are readable in tables and commands; rounding may leave the range
+    return min(max(float(f"{number:.4g}"), values.low), values.high)
 
 
 def _open_sweep(
@@ -170,13 +181,17 @@ def _open_sweep(
     assert config is not None, "checked by the caller"
     check_new_name("run", run)
     check_urls(recipe)
-    data, uri, params = indexes.at(recipe.data.shards), client.tracking_uri(), flat_params(recipe)
+    data = indexes.at(recipe.data.shards)
+    params = flat_params(recipe)
+    uri = client.tracking_uri()
     experiment_id = client.connect(uri)
     if tracking.find_run(uri, experiment_id, {Tag.RUN: run, Tag.PHASE: "parent"}) is not None:
         raise UsageError(
-            f"{run!r} is the name of a run, whose folder would be the sweep's: choose another --run name"
+            f"{run!r} is the name of a run, whose folder would be the sweep's: "
+            "choose another --run name"
         )
-    key, url = {Tag.SWEEP: run, Tag.PHASE: "sweep"}, join_url(storage, run)
+    key = {Tag.SWEEP: run, Tag.PHASE: "sweep"}
+    url = join_url(storage, run)
     if fresh:
         _check_trial_folders(url, run, config.trials)
         for old in tracking.search(uri, experiment_id, {Tag.SWEEP: run}):
@@ -198,12 +213,13 @@ def _open_sweep(
         )
         if difference:
             raise UsageError(
-                f"sweep {run!r} exists with other settings ({'; '.join(difference[:5])}): choose another --run name, "
-                "or --fresh to start it anew"
+                f"sweep {run!r} exists with other settings ({'; '.join(difference[:5])}): "
+                "choose another --run name, or --fresh to start it anew"
             )
         url = same_folder(known, run, url)
         tracking.reopen_run(uri, run_id)
-    # the last code that worked at it counts; the folder is where `status` says that it goes on
+    # the command's tags are those of the last code that worked on the sweep; `status` prints the
+    # command that resumes it in this folder
     tracking.set_tags(uri, run_id, tags | {Tag.STORAGE: url})
     return Sweep(
         recipe=recipe,
@@ -221,10 +237,10 @@ def _open_sweep(
 
 
 def _check_trial_folders(url: str, run: str, trials: int) -> None:
-    """Refuses to begin anew where the folder of a trial is not its own, before anything is forgotten or removed."""
-    there = set(list_names(url))
+    """Refuses to start anew where a trial's folder is something else's, before any removal."""
+    existing = set(list_names(url))
     for name in map(_trial_name, range(trials)):
-        if name in there:
+        if name in existing:
             check_run_folder(join_url(url, name), f"{run}/{name}")
 
 
@@ -238,68 +254,73 @@ def _open_trial(sweep: Sweep, number: int, settings: dict[str, object]) -> Trial
     known = tracking.find_run(sweep.uri, sweep.experiment_id, key)
     if known is None:
         run_id = tracking.open_run(
-            *(sweep.uri, sweep.experiment_id),
+            sweep.uri,
+            sweep.experiment_id,
             name=name,
             parent=sweep.run_id,
             tags=key,
             params=flat_params(settings),
         )
-        # until its turn comes
+        # A new MLflow run is RUNNING; this one waits for its turn.
         client.ask(sweep.uri, lambda client: client.update_run(run_id, status="SCHEDULED"))
+        over = False
     else:
         run_id = known.run_id
-    return Trial(
-        number, settings, f"{sweep.run}/{name}", run_id, known is not None and is_over(known)
-    )
+        over = is_over(known)
+    return Trial(number, settings, f"{sweep.run}/{name}", run_id, over)
 
 
-def _try_all(sweep: Sweep, trials: list[Trial]) -> None:
-    judge = _judge(sweep, trials)
+def _run_trials(sweep: Sweep, trials: list[Trial]) -> None:
+    """Runs the trials that are not over, and judges the values of all.
+
+    Raises:
+        TrainingError: all trials failed.
+    """
+    early_stop = _early_stop(sweep, trials)
     for trial in trials:
         if trial.over:
-            _enter(sweep, trial, trial_recipe(sweep.recipe, trial.settings), judge)
+            _watch(sweep, trial, trial_recipe(sweep.recipe, trial.settings), early_stop)
     calls: dict[str, Callable[[], None]] = {
-        trial.run: lambda trial=trial: _try(sweep, trial, judge)  # type: ignore[misc]
+        trial.run: lambda trial=trial: _run_trial(sweep, trial, early_stop)  # type: ignore[misc]
         for trial in trials
         if not trial.over
     }
-    with judge.judging() if judge else nullcontext():
+    with early_stop.judging() if early_stop else nullcontext():
         failed = in_threads(calls, at_once=sweep.config.max_concurrent, stopping=sweep.stopping)
     if len(failed) == len(trials):
         name, error = next(iter(failed.items()))
         raise TrainingError(f"all {len(trials)} trials failed, {name}: {first_line(error)}")
 
 
-def _judge(sweep: Sweep, trials: list[Trial]) -> EarlyStop | None:
-    """What stops trials early; None where nothing is watched."""
+def _early_stop(sweep: Sweep, trials: list[Trial]) -> EarlyStop | None:
+    """Returns the early stop of the sweep; None if it watches no metric."""
     config, watch = sweep.config, sweep.config.watch
     if not watch:
         return None
-    epochs = [trial.settings.get("pretrain.epochs") for trial in trials]
-    longest = max(
-        sweep.recipe.pretrain.epochs, *(number for number in epochs if isinstance(number, int)), 1
+    max_epochs = sweep.recipe.pretrain.epochs
+    for trial in trials:
+        epochs = trial.settings.get("pretrain.epochs")
+        if isinstance(epochs, int):
+            max_epochs = max(max_epochs, epochs)
+    metric = watch
+    if watch != KNN:
+        metric = f"curve/{watch}/{headline_metric(sweep.recipe.transfers[watch])}"
+    rule = Halving(
+        max_epochs=max_epochs, grace_epochs=config.grace_epochs, reduction=config.reduction
     )
     return EarlyStop(
-        sweep.uri,
-        sweep.experiment_id,
-        metric=KNN
-        if watch == KNN
-        else f"curve/{watch}/{headline_metric(sweep.recipe.transfers[watch])}",
-        reduction=config.reduction,
-        rule=Halving(
-            max_epochs=longest, grace_epochs=config.grace_epochs, reduction=config.reduction
-        ),
+        sweep.uri, sweep.experiment_id, metric=metric, reduction=config.reduction, rule=rule
     )
 
 
-def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
-    """One trial, from its settings to its objective; a failure is its own."""
+def _run_trial(sweep: Sweep, trial: Trial, early_stop: EarlyStop | None) -> None:
+    """Runs one trial, from its settings to its objective, and records how it ended."""
     uri = sweep.uri
     tracking.reopen_run(uri, trial.run_id)
     try:
         with closing_run(uri, trial.run_id, sweep.stopping):
             recipe = trial_recipe(sweep.recipe, trial.settings)
-            _enter(sweep, trial, recipe, judge)
+            _watch(sweep, trial, recipe, early_stop)
             tags = sweep.tags | {"mlflow.parentRunId": trial.run_id, Tag.SWEEP: sweep.run}
             pretrain_then_transfer(
                 recipe,
@@ -318,12 +339,12 @@ def _try(sweep: Sweep, trial: Trial, judge: EarlyStop | None) -> None:
     except StoppedError as error:
         _close_stopped(sweep, trial, error)
     finally:
-        if judge:
-            judge.end(trial.number)
+        if early_stop:
+            early_stop.end(trial.number)
 
 
-def _enter(sweep: Sweep, trial: Trial, recipe: Recipe, judge: EarlyStop | None) -> None:
-    """Has the trial's values judged.
+def _watch(sweep: Sweep, trial: Trial, recipe: Recipe, early_stop: EarlyStop | None) -> None:
+    """Records a trial's steps per epoch, and adds the trial to the early stop.
 
     Raises:
         ConfigError: its settings do not fit the data.
@@ -332,7 +353,7 @@ def _enter(sweep: Sweep, trial: Trial, recipe: Recipe, judge: EarlyStop | None) 
         sweep.data, recipe.data.pretrain_split, pretraining_plan(recipe.pretrain)
     )
     tracking.set_tags(sweep.uri, trial.run_id, {Tag.STEPS_PER_EPOCH: str(per_epoch)})
-    if judge is None:
+    if early_stop is None:
         return
     watched = Watched(
         number=trial.number,
@@ -343,7 +364,7 @@ def _enter(sweep: Sweep, trial: Trial, recipe: Recipe, judge: EarlyStop | None) 
         steps_per_epoch=per_epoch if sweep.config.watch == KNN else 1,  # a curve's steps are epochs
         live=not trial.over,
     )
-    judge.add(watched)
+    early_stop.add(watched)
 
 
 def _log_objective(uri: str, run_id: str, value: float) -> None:
@@ -352,7 +373,7 @@ def _log_objective(uri: str, run_id: str, value: float) -> None:
 
 
 def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:
-    """A trial that was stopped has not failed, and neither have its run and its pretraining."""
+    """Marks a stopped trial, its run and its pretraining as KILLED: they have not failed."""
     reason = first_line(error).partition(";")[0]
     for facts in tracking.search(sweep.uri, sweep.experiment_id, {Tag.RUN: trial.run}):
         if facts.tags.get(Tag.ERROR, "").startswith(reason):
@@ -362,6 +383,7 @@ def _close_stopped(sweep: Sweep, trial: Trial, error: StoppedError) -> None:
 
 
 def _close_interrupted(sweep: Sweep, trials: list[Trial]) -> None:
+    """Marks the trials that MLflow has as running as KILLED."""
     for trial in (trial for trial in trials if not trial.over):
         close_running(sweep.uri, trial.run)
         if tracking.run_facts(sweep.uri, trial.run_id).status == "RUNNING":

@@ -1,1 +1,1 @@
-"""Transfers fanned out from one driver: units, jobs, training, curves."""
+"""Transfers of a run, measured in parallel from one driver."""

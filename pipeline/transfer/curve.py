@@ -1,4 +1,4 @@
-"""Transfer quality over pretraining: backbones are measured as they appear, beside the pretraining that makes them."""
+"""Transfer quality over epochs: a pretraining's backbones are measured while it continues."""
 
 import dataclasses
 import itertools
@@ -26,29 +26,33 @@ from pipeline.workers.capacity import fitting_workers
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 5.0
-_LOOKS = 6  # a group that begins takes its cores only after some seconds
+_LOOKS = 6
+"""Looks in a row that must find free resources: a starting group takes its cores with a delay."""
 _BACKBONE = re.compile(r"epoch_(\d+)\.safetensors")
 
 
 @contextmanager
-def follow_backbones(study: Study, url: str, run_id: str, whole: threading.Event) -> Iterator[None]:
-    """Measures the recipe's `curve` on every backbone that the pretraining in the block exports, in a thread.
+def follow_backbones(study: Study, url: str, run_id: str, full: threading.Event) -> Iterator[None]:
+    """Measures the recipe's `curve` on each backbone that the pretraining in the block exports.
 
-    One at a time, where cores or GPUs are free that the pretraining does not want: not while it is starting anew or has
-    fewer processes than it wishes for. When the block has ended, what is left is measured, but for a block that failed.
-    A failure of a measurement is logged, stands in its child run, and does not touch the pretraining; the same words
-    again try it anew.
+    A thread measures one backbone at a time, on cores and GPUs that the pretraining does not want.
+    It waits while the pretraining restarts or has fewer processes than requested. When the block
+    ends without an error, the remaining backbones are measured before this returns.
+
+    A failed measurement is logged and recorded in its child run; the pretraining continues. The
+    same command retries it.
 
     Args:
         study: the run.
-        url: folder of its pretraining.
-        run_id: of the pretraining in MLflow, which gets the curve as metrics `curve/TRANSFER/METRIC` over epochs.
-        whole: set while the pretraining has all its processes.
+        url: URL of its pretraining's folder.
+        run_id: MLflow's id of the pretraining, which receives the metrics
+            `curve/TRANSFER/METRIC` by epoch.
+        full: set while the pretraining has all the processes it requested.
     """
     if not study.recipe.curve:
         yield
         return
-    watch = _Watch(whole, threading.Event(), threading.Event())
+    watch = _Watch(full, threading.Event(), threading.Event())
     thread = threading.Thread(
         target=_follow, args=(study, url, run_id, watch), name="hemoco-curve", daemon=True
     )
@@ -67,59 +71,62 @@ def follow_backbones(study: Study, url: str, run_id: str, whole: threading.Event
 
 
 class _Watch(NamedTuple):
-    """What becomes of the pretraining."""
+    """State of the pretraining."""
 
-    whole: threading.Event
-    """It has all the processes it wishes for."""
+    full: threading.Event
+    """It has all the processes it requested."""
     done: threading.Event
     """It has ended."""
     failed: threading.Event
-    """It has ended by an error."""
+    """It has ended with an error."""
 
 
 def _follow(study: Study, url: str, run_id: str, watch: _Watch) -> None:
     try:
         measured: set[int] = set()
         while not (study.stopping.is_set() or watch.failed.is_set()):
-            last = (
-                watch.done.is_set()
-            )  # before looking: what the pretraining exported at its end is seen
+            # Asked before listing: the last list must include what was exported at the very end.
+            last = watch.done.is_set()
             new = sorted(_epochs(url) - measured)
             for epoch, name in itertools.product(new, study.recipe.curve):
-                _wait_for_spare(study.recipe.transfers[name], watch, study.stopping)
+                _wait_for_free_resources(study.recipe.transfers[name], watch, study.stopping)
                 if not (study.stopping.is_set() or watch.failed.is_set()):
                     _measure(study, url, run_id, name, epoch)
             measured |= set(new)
             if last and not new:
                 return
             watch.done.wait(_LOOK_S)
-    except Exception:  # of any kind: it must not touch the pretraining, and must be seen
-        logger.exception("event=curve_ended; the same words again measure what is missing")
+    except Exception:  # of any kind: the pretraining must continue, and the error be visible
+        logger.exception("event=curve_ended; the same command measures what is missing")
 
 
-def _wait_for_spare(config: TransferConfig, watch: _Watch, stopping: threading.Event) -> None:
-    """Returns when what a transfer needs was free for some time, or the pretraining has ended."""
+def _wait_for_free_resources(
+    config: TransferConfig, watch: _Watch, stopping: threading.Event
+) -> None:
+    """Waits until a transfer's resources were free for some time or the pretraining has ended."""
     workers = config.workers if isinstance(config, TrainedConfig) else 1
     needs = ResourcesConfig(
         workers=workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus
     )
-    seen = 0
-    while seen < _LOOKS and not watch.done.is_set() and not stopping.is_set():
-        seen = seen + 1 if watch.whole.is_set() and fitting_workers(needs) >= workers else 0
+    looks = 0
+    while looks < _LOOKS and not watch.done.is_set() and not stopping.is_set():
+        are_free = watch.full.is_set() and fitting_workers(needs) >= workers
+        looks = looks + 1 if are_free else 0
         watch.done.wait(_LOOK_S)
 
 
 def _epochs(url: str) -> set[int]:
-    """Of the backbones exported so far."""
-    found = (_BACKBONE.fullmatch(name) for name in list_names(join_url(url, BACKBONES)))
-    return {int(match[1]) for match in found if match}
+    """Returns the epochs of the backbones exported so far."""
+    matches = map(_BACKBONE.fullmatch, list_names(join_url(url, BACKBONES)))
+    return {int(match[1]) for match in matches if match}
 
 
 def _measure(study: Study, url: str, run_id: str, name: str, epoch: int) -> None:
     config = dataclasses.replace(study.recipe.transfers[name], inits=("pretrained",))
     origin = Origin(epoch_backbone(url, epoch), run_id)
     tags = {Tag.PHASE: "curve", Tag.TRANSFER: name, Tag.EPOCH: str(epoch)}
-    folder = join_url(study.url, f"curve_{name}_epoch_{epoch:04d}")  # no deeper: `sync` looks there
+    # directly below the run's folder, where `sync` looks for unsent metrics
+    folder = join_url(study.url, f"curve_{name}_epoch_{epoch:04d}")
     try:
         tags[f"{Tag.MODEL_PREFIX}pretrained"] = record_snapshot(
             study, run_id, origin.backbone_url, epoch
@@ -133,13 +140,12 @@ def _measure(study: Study, url: str, run_id: str, name: str, epoch: int) -> None
 def _add_to_curve(
     study: Study, run_id: str, child: str, name: str, metric: str, epoch: int
 ) -> None:
-    """Puts the mean over the seeds into the pretraining's run, at the epoch as its step, once."""
+    """Logs the mean over the seeds to the pretraining's run, with the epoch as its step, once."""
     key = f"curve/{name}/{metric}"
     if epoch in dict(tracking.metric_history(study.uri, run_id, key)):
         return
     metrics = tracking.run_facts(study.uri, child).metrics
     values = seed_values(metrics, PRETRAINED, metric)
-    with metric_queue.Tracker(
-        study.uri, run_id, join_url(study.url, "curve", "unsent_metrics", run_id)
-    ) as tracker:
+    unsent = join_url(study.url, "curve", "unsent_metrics", run_id)
+    with metric_queue.Tracker(study.uri, run_id, unsent) as tracker:
         tracker.log(epoch, {key: sum(values) / len(values)})

@@ -1,4 +1,4 @@
-"""The fan-out: transfers side by side from one driver, each a child run that fails and is tried again alone."""
+"""Fan-out of transfers from one driver: each is a child run, and fails and is retried by itself."""
 
 import logging
 import threading
@@ -20,14 +20,15 @@ from pipeline.transfer.units import headline_metric, measure_transfer
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 10.0
+"""Seconds that interrupted threads have to close their MLflow runs."""
 _POLL_S = 0.2
 
 
 def transfer_once(study: Study, name: str, origin: Origin, models: BackboneModels) -> None:
-    """One transfer of a run: measured, unless it is recorded already.
+    """Measures one transfer of a run, unless its result is recorded already.
 
     Raises:
-        HemocoError: it failed; the reason stands in its run.
+        HemocoError: it failed; its run in MLflow has the reason.
     """
     config = study.recipe.transfers[name]
     tags = {Tag.PHASE: "transfer", Tag.TRANSFER: name} | models.tags(config)
@@ -43,15 +44,19 @@ def record_transfer(
     tags: dict[str, str],
     url: str,
 ) -> str:
-    """Measures a transfer in a child run of its own, unless one with these tags is finished; returns the child's id.
+    """Measures a transfer in its own child run, unless one with these tags is finished.
 
     Args:
-        study: the run it belongs to.
-        name: of the transfer in the recipe.
+        study: the run to which the transfer belongs.
+        name: name of the transfer in the recipe.
         config: what is measured.
         origin: the backbone.
-        tags: of the child run, by which it is found again; `hemoco.model/INIT` names an init's logged model.
-        url: of its folder.
+        tags: tags that identify the child run, and `hemoco.model/INIT` with the id of each init's
+            logged model.
+        url: URL of the transfer's folder.
+
+    Returns:
+        The id of the child run.
     """
     data = transfer_data(study.recipe, config)
     index = study.indexes.at(data.shards)
@@ -69,7 +74,12 @@ def record_transfer(
         return run_id
     measured_on = Data(data_name(data), index.digest)
     tracking.log_dataset_input(
-        *(study.uri, run_id, measured_on.name, data.shards, index.digest, "transfer"),
+        study.uri,
+        run_id,
+        measured_on.name,
+        data.shards,
+        index.digest,
+        "transfer",
         counts=data_counts(index),
     )
     link_models(study, run_id, tags)
@@ -95,14 +105,15 @@ def record_transfer(
 def in_threads(
     calls: Mapping[str, Callable[[], None]], *, at_once: int, stopping: threading.Event
 ) -> dict[str, Exception]:
-    """Makes all calls, some at the same time, and returns the exceptions of those that failed.
-
-    Daemon threads: one that waits for Ray cannot be ended, and must not keep an interrupted process alive.
+    """Makes calls in threads and waits for them.
 
     Args:
-        calls: by name.
-        at_once: how many, at most.
-        stopping: is set when this thread is interrupted; the calls must then come to their end.
+        calls: the calls by name.
+        at_once: most calls that run at the same time.
+        stopping: set when this thread is interrupted; the calls must then end.
+
+    Returns:
+        The exceptions of the calls that failed, by name.
     """
     failed: dict[str, Exception] = {}
     slots = threading.Semaphore(at_once)
@@ -113,19 +124,20 @@ def in_threads(
                 return
             try:
                 call()
-            except Exception as error:  # whatever it is: the other calls go on, and it is reported
+            except Exception as error:  # of any kind: it is returned, and the other calls continue
                 failed[name] = error
 
+    # Daemon threads: a thread that waits for Ray cannot be interrupted, and must not keep this
+    # process alive after Ctrl-C (test_interrupt).
     threads = [
-        threading.Thread(target=work, args=item, name=item[0], daemon=True)
-        for item in calls.items()
+        threading.Thread(target=work, args=(name, call), name=name, daemon=True)
+        for name, call in calls.items()
     ]
     try:
         for thread in threads:
             thread.start()
-        while any(
-            thread.is_alive() for thread in threads
-        ):  # a join without end would hold Ctrl-C back on some systems
+        # Polling, since a join without a timeout can hold back Ctrl-C.
+        while any(thread.is_alive() for thread in threads):
             time.sleep(_POLL_S)
     except BaseException:
         stopping.set()

@@ -1,4 +1,4 @@
-"""What one transfer needs, and the recording of what it measured."""
+"""Values that describe one transfer and its units, and the recording of their results."""
 
 import dataclasses
 
@@ -20,25 +20,25 @@ from hemoco.transfer.result import TransferResult
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferJob:
-    """All that one transfer needs; pickles."""
+    """Everything one transfer needs; it can be pickled."""
 
     name: str
     config: TransferConfig
     data: DataConfig
-    """With `shards` filled in."""
+    """The transfer's own data or the recipe's; `shards` is set."""
     backbone_url: str
     encoder: EncoderConfig
     views: ViewsConfig
-    """Of the pretraining: image size and normalisation."""
+    """The views of the pretraining, for their image size and normalisation."""
     url: str
-    """Folder of this transfer, for checkpoints."""
+    """URL of this transfer's folder, which has its checkpoints."""
     tracking_uri: str
     run_id: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferUnit:
-    """One init and one seed of a transfer: what is measured, done or not done, as a whole."""
+    """One init and one seed of a transfer, which is measured and recorded as a whole."""
 
     job: TransferJob
     init: str
@@ -46,29 +46,38 @@ class TransferUnit:
 
     @property
     def prefix(self) -> str:
-        """Of its metrics' names."""
+        """Prefix of the names of its metrics, INIT/seed_N."""
         return f"{init_label(self.init)}/seed_{self.seed}"
 
     @property
     def url(self) -> str:
-        """Its folder."""
+        """URL of its folder."""
         return join_url(self.job.url, f"{init_label(self.init)}_seed_{self.seed}")
 
     def backbone(self) -> Backbone:
-        """What it starts from, on the CPU."""
+        """Loads or draws the backbone that it starts from, on the CPU."""
         return init_backbone(
             self.init, self.job.backbone_url, self.job.encoder, self.job.views, self.seed
         )
 
 
 def calibration_images(unit: TransferUnit, index: ShardIndex, size: int) -> Tensor:
-    """Training images (M, 3, S, S) of that size S, to calibrate a random backbone by that stays frozen."""
+    """Returns training images to calibrate the BN statistics of a frozen random backbone.
+
+    Args:
+        unit: the unit of the backbone.
+        index: index of the transfer's shards.
+        size: side length S of the images, in pixels.
+
+    Returns:
+        Images (M, 3, S, S).
+    """
     data = unit.job.data
     return some_images(data.shards, index, data.train_split, size=size, count=CALIBRATION_IMAGES)
 
 
 def open_units(job: TransferJob) -> list[TransferUnit]:
-    """The inits and seeds that are not yet recorded."""
+    """Returns the units that are not yet recorded as done."""
     done = run_facts(job.tracking_uri, job.run_id).tags
     every = [
         TransferUnit(job=job, init=init, seed=seed)
@@ -79,33 +88,33 @@ def open_units(job: TransferJob) -> list[TransferUnit]:
 
 
 def begin_attempt(unit: TransferUnit) -> None:
-    """Counts the starts of a unit in the tag `hemoco.attempt/INIT/seed_N` of its run, which learns of the machine."""
+    """Counts a start of a unit in the tag `hemoco.attempt/INIT/seed_N`, and tags the machine."""
     tag = f"{Tag.ATTEMPT_PREFIX}{unit.prefix}"
     before = run_facts(unit.job.tracking_uri, unit.job.run_id).tags.get(tag, "0")
     set_tags(unit.job.tracking_uri, unit.job.run_id, {tag: str(int(before) + 1)} | machine_facts())
 
 
 def unit_tracker(unit: TransferUnit) -> Tracker:
-    """Sends a unit's metrics; what MLflow does not take is kept in the unit's folder."""
+    """Returns a tracker of a unit's metrics, which its folder keeps if MLflow refuses them."""
     job = unit.job
     return Tracker(job.tracking_uri, job.run_id, join_url(unit.url, "unsent_metrics", job.run_id))
 
 
 def log_values(tracker: Tracker, unit: TransferUnit, step: int, values: dict[str, float]) -> None:
-    """Sends a unit's values to MLflow under its prefix."""
+    """Logs a unit's values under its prefix."""
     tracker.log(step, {f"{unit.prefix}/{name}": value for name, value in values.items()})
 
 
 def record_result(unit: TransferUnit, result: TransferResult, last_step: int) -> None:
-    """Sends what a unit measured to MLflow, metrics and files, and then marks it as done.
+    """Sends a unit's metrics and files to MLflow, and then marks the unit as done.
 
     Args:
-        unit: that was measured.
-        result: its history included.
-        last_step: at which the final metrics are recorded.
+        unit: the measured unit.
+        result: its result, with the history of its training.
+        last_step: step of the final metrics.
 
     Raises:
-        TrackingError: MLflow did not take all of it; the unit is not done then.
+        TrackingError: MLflow did not accept all of it; the unit is not marked as done.
     """
     job = unit.job
     with unit_tracker(unit) as tracker:
@@ -121,7 +130,7 @@ def record_result(unit: TransferUnit, result: TransferResult, last_step: int) ->
 
 
 def result_line(unit: TransferUnit, result: TransferResult) -> str:
-    """What a unit measured, for a person who waits."""
+    """Returns a unit's headline result as a line of the log."""
     return f"{unit.job.name} {unit.prefix}: {result.metric} {result.value:.4f}"
 
 

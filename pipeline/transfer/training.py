@@ -1,15 +1,13 @@
-"""A trained transfer of one init and seed: what every training process runs, in one Ray task or as ranks of Ray Train.
+"""Training and measuring one unit of a trained transfer, in a Ray task or as ranks of Ray Train.
 
-It goes on from its newest checkpoint by itself.
-
-Shapes: N images of a batch, S x S pixels each.
+A unit that is started again resumes from its newest checkpoint.
 """
 
 import dataclasses
 import logging
 import time
 from collections.abc import Iterable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 
 import torch
@@ -66,6 +64,7 @@ from pipeline.workers.tasks import Interrupted
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 20.0
+"""Seconds between two progress lines in the log."""
 _LESS_MEMORY = (
     "take more workers for this transfer or machines with more memory; "
     "the same command resumes it from the last checkpoint"
@@ -73,24 +72,23 @@ _LESS_MEMORY = (
 
 
 def train_as_rank(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:
-    """What each of several processes of Ray Train runs; the result in a line, the only one."""
+    """Trains a unit as one of several processes of Ray Train; returns its result as one line."""
     if rank() == 0:
         begin_attempt(unit)
     return _train(unit, process)
 
 
 def train_alone(unit: TransferUnit) -> list[str] | Interrupted:
-    """What a Ray task runs; the result in a line, the only one."""
+    """Trains a unit in a Ray task; returns its result as one line."""
     config = unit.job.config
     begin_attempt(unit)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("pipeline").setLevel(logging.INFO)  # Ray brings the lines to the driver
+    logging.getLogger("pipeline").setLevel(logging.INFO)  # Ray prints the lines at the driver
     torch.set_num_threads(config.cpus)
-    alone = ResourcesConfig(cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
+    resources = ResourcesConfig(cpus_per_worker=config.cpus, gpus_per_worker=config.gpus)
+    device = torch.device("cuda" if config.gpus else "cpu")
     with sigterm_noted():
-        return _train(
-            unit, TrainingProcess(torch.device("cuda" if config.gpus else "cpu"), alone, [1])
-        )
+        return _train(unit, TrainingProcess(device, resources, [1]))
 
 
 def _train(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrupted:
@@ -109,7 +107,7 @@ def _train(unit: TransferUnit, process: TrainingProcess) -> list[str] | Interrup
 
 
 class _Log:
-    """Takes the values of steps; only rank 0 has a tracker."""
+    """Log of a unit's steps; only rank 0 has a tracker and sends the values."""
 
     def __init__(self, unit: TransferUnit, tracker: Tracker | None) -> None:
         self._unit, self._tracker = unit, tracker
@@ -121,7 +119,7 @@ class _Log:
             log_values(self._tracker, self._unit, step, values)
 
     def keep(self) -> None:
-        """Makes sure that what was logged outlives this process."""
+        """Sends what was logged, or writes it to the unit's folder, so that it survives a kill."""
         if self._tracker is not None:
             self._tracker.keep()
 
@@ -130,20 +128,21 @@ class _Checkpoints:
     """Saves a training every few steps, at its end and when it is interrupted, on rank 0."""
 
     def __init__(self, unit: TransferUnit, config: TrainedConfig, state: TrainingState) -> None:
-        self._unit = unit
-        self._url, self._every, self._state = (
-            join_url(unit.url, "checkpoints"),
-            config.checkpoint_every_steps,
-            state,
-        )
+        self._unit, self._state = unit, state
+        self._url = join_url(unit.url, "checkpoints")
+        self._every = config.checkpoint_every_steps
         self._attempt = resume_newest(self._url, state)
         self._saved = state.step
 
     def follow(
         self, steps: Iterable[LoggedStep], process: TrainingProcess, log: _Log, *, total_steps: int
     ) -> Interrupted | None:
-        """Takes the steps to their end, or to an interruption; rank 0 prints now and then how long is left."""
-        time_left, printed_s = TimeLeft(total_steps), time.monotonic()
+        """Runs the steps to their end or to an interruption.
+
+        Rank 0 also prints a progress line from time to time.
+        """
+        time_left = TimeLeft(total_steps)
+        printed_s = time.monotonic()
         for step in steps:
             log(*step)
             now_s = time.monotonic()
@@ -160,13 +159,14 @@ class _Checkpoints:
                 self._save(log)
             if reason:
                 return Interrupted(reason, step.step)
-        log(self._state.step, {})  # also where all steps were done before
+        # Also where a resumed training has no steps left: the results are logged at its last step.
+        log(self._state.step, {})
         self._save(log)
         return None
 
     def _save(self, log: _Log) -> None:
         if rank() == 0 and self._saved != self._state.step:
-            log.keep()
+            log.keep()  # first: values before a checkpoint are not computed again
             save = partial(
                 save_checkpoint, self._state, self._url, attempt=self._attempt, keep_last=1
             )
@@ -177,7 +177,7 @@ class _Checkpoints:
 def train_classifier(
     unit: TransferUnit, process: TrainingProcess, log: _Log
 ) -> TransferResult | Interrupted:
-    """Trains a classifier to the end, and measures it on the test split."""
+    """Trains a classifier to the end and measures it on the test split."""
     config, data, device = unit.job.config, unit.job.data, process.device
     assert isinstance(config, ClassifierConfig)
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
@@ -191,39 +191,35 @@ def train_classifier(
     )
     checkpoints = _Checkpoints(unit, config, state)
     plan = classifier_plan(config, unit.seed)
-    with (
-        closing(
-            BadSampleFile(join_url(unit.url, "bad_samples", f"rank_{rank():04d}.jsonl"))
-        ) as bad_samples,
-        closing(
-            batches(
-                data.shards,
-                index,
-                data.train_split,
-                plan,
-                rank=rank(),
-                world_size=world_size(),
-                start=state.position,
-                device=device,
-                bad_samples=bad_samples,
-            )
-        ) as source,
-    ):
+    bad_samples_url = join_url(unit.url, "bad_samples", f"rank_{rank():04d}.jsonl")
+    with ExitStack() as stack:
+        bad_samples = stack.enter_context(closing(BadSampleFile(bad_samples_url)))
+        stream = batches(
+            data.shards,
+            index,
+            data.train_split,
+            plan,
+            rank=rank(),
+            world_size=world_size(),
+            start=state.position,
+            device=device,
+            bad_samples=bad_samples,
+        )
+        source = stack.enter_context(closing(stream))
         per_epoch = steps_per_epoch(index, data.train_split, plan)
         steps = classifier_steps(state, source, per_epoch)
         interrupted = checkpoints.follow(steps, process, log, total_steps=config.epochs * per_epoch)
     if interrupted:
         return interrupted
     scores = classify(state, data.shards, index.split(data.test_split))
-    return classification_result(
-        count_predictions(scores.logits, scores.labels), index.classes, also={}
-    )
+    counts = count_predictions(scores.logits, scores.labels)
+    return classification_result(counts, index.classes, also={})
 
 
 def train_detector(
     unit: TransferUnit, process: TrainingProcess, log: _Log
 ) -> TransferResult | Interrupted:
-    """Trains a detector to the end, and measures it on the test split."""
+    """Trains a detector to the end and measures it on the test split."""
     config, data = unit.job.config, unit.job.data
     assert isinstance(config, DetectionConfig)
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
@@ -242,15 +238,12 @@ def train_detector(
     )
     steps = detection_steps(state, train.samples, sorted_category_ids(index.categories))
     total_steps = scaled_schedule(config).steps
-    interrupted = _Checkpoints(unit, config, state).follow(
-        steps, process, log, total_steps=total_steps
-    )
+    checkpoints = _Checkpoints(unit, config, state)
+    interrupted = checkpoints.follow(steps, process, log, total_steps=total_steps)
     if interrupted:
         return interrupted
     result = evaluate_detector(state, train.samples, test.samples, index.categories)
-    counts = {
-        f"{split}/{name}": count
-        for split, found in (("train", train), ("test", test))
-        for name, count in found.counts.items()
-    }
-    return dataclasses.replace(result, metrics=result.metrics | counts)
+    metrics = dict(result.metrics)
+    for split, samples in (("train", train), ("test", test)):
+        metrics |= {f"{split}/{name}": count for name, count in samples.counts.items()}
+    return dataclasses.replace(result, metrics=metrics)

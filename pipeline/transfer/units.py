@@ -1,4 +1,9 @@
-"""The transfer stage: the units of one transfer, side by side where one process does for each; it fails as a whole."""
+"""The transfer stage: the units of one transfer, measured in Ray tasks or by a group of workers.
+
+A unit is one init and one seed. Units that one process can measure run in parallel; a transfer that
+trains on several workers trains one unit after another. Each unit is tried, also after another has
+failed; then the transfer fails as a whole, and the measured units stay recorded.
+"""
 
 import logging
 import threading
@@ -43,57 +48,64 @@ from pipeline.workers.tasks import CancelledError, Outcome, attempt_tasks, try_a
 
 logger = logging.getLogger(__name__)
 
-_LESS_MEMORY = "lower max_parallel_transfers or take machines with more memory: the same words try only what is missing"
+_LESS_MEMORY = (
+    "lower max_parallel_transfers or take machines with more memory; "
+    "the same command measures only what is missing"
+)
 
 
 def measure_transfer(job: TransferJob, stopping: threading.Event) -> None:
-    """Measures all units of a transfer that are not yet recorded, on Ray; every one is tried.
+    """Measures all units of a transfer that are not yet recorded, on Ray.
 
     Args:
         job: the transfer.
-        stopping: gives it up.
+        stopping: cancels the transfer when it is set.
 
     Raises:
-        TrainingError: units failed, named with their reasons; the others are recorded.
+        TrainingError: units failed; the message names them with their reasons.
         CancelledError: `stopping` was set.
     """
-    units, config = open_units(job), job.config
+    units = open_units(job)
     logger.info("transfer %s: %d to measure", job.name, len(units))
     failed: dict[TransferUnit, HemocoError] = {}
-    for outcome in _measure_units(units, config, stopping):
+    for outcome in _measure_units(units, job.config, stopping):
         for line in outcome.result or []:
             logger.info("transfer %s", line)
         if outcome.error is not None:
             failed |= dict.fromkeys(_units_of(outcome), outcome.error)
-    left = _still_open(job, list(failed)) if failed else []
-    if left:
-        raise TrainingError(
-            "; ".join(sorted(f"{unit.prefix}: {first_line(failed[unit])}" for unit in left))
-        )
+    still_open = _still_open(job, list(failed)) if failed else []
+    if still_open:
+        reasons = [f"{unit.prefix}: {first_line(failed[unit])}" for unit in still_open]
+        raise TrainingError("; ".join(sorted(reasons)))
 
 
 def _measure_units(
     units: list[TransferUnit], config: TransferConfig, stopping: threading.Event
 ) -> Iterator[Outcome]:
-    """What became of the units: lines of results, or the error of those that are not recorded."""
+    """Yields an outcome for each task: its lines of results, or its error."""
     run = partial(attempt_tasks, cpus=config.cpus, gpus=config.gpus, stopping=stopping)
     if not isinstance(config, TrainedConfig):
-        by_init = [[unit for unit in units if unit.init == init] for init in config.inits]
-        yield from run(measure_frozen, [(some,) for some in by_init if some])
+        # One task for all seeds of an init: they share the features of the frozen backbone.
+        arguments = []
+        for init in config.inits:
+            of_init = [unit for unit in units if unit.init == init]
+            if of_init:
+                arguments.append((of_init,))
+        yield from run(measure_frozen, arguments)
     elif config.workers == 1:
         yield from run(train_alone, [(unit,) for unit in units])
     else:
-        for unit in units:  # each takes as many processes as were wished for
+        for unit in units:  # one after another: each takes all the workers of the transfer
             if stopping.is_set():
                 raise CancelledError("cancelled with its run")
             yield try_again(partial(_train_together, unit, config), (unit,))
 
 
 def _still_open(job: TransferJob, failed: list[TransferUnit]) -> list[TransferUnit]:
-    """Those that are not recorded: of units measured together some may be."""
+    """Returns the failed units that are not recorded; a task may fail after recording some."""
     try:
         return [unit for unit in failed if unit in open_units(job)]
-    except TrackingError:  # likely what they failed of, and their own errors say more
+    except TrackingError:  # probably the cause of the failures, which name it
         return failed
 
 
@@ -103,19 +115,22 @@ def _units_of(outcome: Outcome) -> list[TransferUnit]:
 
 
 def headline_metric(config: TransferConfig) -> str:
-    """The metric a comparison shows for this kind of transfer."""
+    """Returns the metric that a comparison shows for a transfer."""
     return detections.headline_metric(config) if isinstance(config, DetectionConfig) else "top1"
 
 
 def measure_frozen(units: list[TransferUnit]) -> list[str]:
-    """Units of one transfer from one frozen backbone: what a Ray task runs; the results in lines.
+    """Measures units of one transfer that start from the same frozen backbone, in a Ray task.
+
+    Returns:
+        A line for each result.
 
     Raises:
-        HemocoError: as the first unit that failed raised it; all were tried.
+        HemocoError: the error of the first unit that failed; all units were tried.
     """
     job = units[0].job
     torch.set_num_threads(job.config.cpus)
-    still_open = open_units(job)  # it may be a second attempt
+    still_open = open_units(job)  # a first attempt may have recorded some
     data, size = job.data, job.views.size
     index = read_index(data.shards, patience_s=EVALUATION_PATIENCE_S)
     train, test = (
@@ -138,13 +153,13 @@ def measure_frozen(units: list[TransferUnit]) -> list[str]:
 
 
 def _train_together(unit: TransferUnit, config: TrainedConfig) -> list[str]:
-    batch = config.global_batch_size
+    """Trains a unit on several workers of Ray Train."""
     resources = ResourcesConfig(
         workers=config.workers, cpus_per_worker=config.cpus, gpus_per_worker=config.gpus
     )
-    size = GroupSize(
-        resources, [workers for workers in range(1, config.workers + 1) if batch % workers == 0]
-    )
+    # each worker has an equal part of the batch
+    allowed = [n for n in range(1, config.workers + 1) if config.global_batch_size % n == 0]
+    size = GroupSize(resources, allowed)
     name = f"{unit.job.name}-{unit.prefix.replace('/', '-')}"
     lines: list[str] = run_workers(train_as_rank, unit, name=name, size=size, storage=unit.url)
     return lines
@@ -153,11 +168,10 @@ def _train_together(unit: TransferUnit, config: TrainedConfig) -> list[str]:
 def _measure(
     unit: TransferUnit, index: ShardIndex, train: LabelledSplit, test: LabelledSplit
 ) -> TransferResult:
-    config, backbone = (
-        unit.job.config,
-        unit.backbone().to("cuda" if unit.job.config.gpus else "cpu"),
-    )
+    config = unit.job.config
+    backbone = unit.backbone().to("cuda" if config.gpus else "cpu")
     if unit.init == "random":
+        # Its BN statistics are those of no data; without this, its features are badly scaled.
         calibrate_batch_norm(backbone, calibration_images(unit, index, train.size))
     cache = FeatureCache(home() / "features")
     if isinstance(config, KnnConfig):

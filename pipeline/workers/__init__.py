@@ -1,1 +1,4 @@
-"""The pipeline's door to Ray (sweeps also use Ray Tune): worker groups, tasks, capacity, interruption."""
+"""The pipeline's door to Ray: worker groups, tasks, capacity and interruption.
+
+Only `pipeline.sweep` uses Ray elsewhere, for Ray Tune's draws and early stops.
+"""

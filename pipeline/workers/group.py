@@ -1,8 +1,8 @@
-"""The only door to ray.train: run one function on n training processes and bring back rank 0's result.
+"""The only door to ray.train: runs a function on n training processes, returns rank 0's result.
 
-Ray's own checkpoints, reports and restarts are not used: `report()` is a slow barrier, its restart forgets what it has
-not yet polled, and it retries errors that cannot go away. A group that lost a process is started anew here, and the
-function resumes from hemoco's newest checkpoint.
+Ray's own checkpoints, reports and restarts are not used. `report()` is a slow barrier, a restart
+loses reports that were not yet polled, and errors are retried that would occur again. Here, a group
+that lost a process is started anew, and the function resumes from hemoco's newest checkpoint.
 """
 
 import contextlib
@@ -24,30 +24,33 @@ from hemoco.config import ResourcesConfig
 from hemoco.distributed import rank
 from hemoco.errors import HemocoError, LostLoaderError, StorageError, TrainingError, memory_errors
 from hemoco.storage.objects import filesystem, join_url, list_names, remove
-from pipeline.workers.capacity import wait_for_room
+from pipeline.workers.capacity import wait_for_capacity
 from pipeline.workers.interruption import TrainingProcess, note_sigterm
 from pipeline.workers.tasks import Interrupted
 
 logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
+"""Starts that may fail in a row without a new checkpoint."""
 _LESS_MEMORY = (
-    "take more workers or machines with more memory: the same words go on from the last checkpoint"
+    "take more workers or machines with more memory; "
+    "the same command resumes from the last checkpoint"
 )
 
 
 class GroupSize:
-    """How many processes a training may have, and whether it has them.
+    """Number of processes that a training may have, and whether it has all of them.
 
     Args:
-        resources: what one process needs, and how many are wished for.
-        allowed: numbers of processes with which it computes the same.
+        resources: resources of one process, and the requested number of processes.
+        allowed: numbers of processes with which the training computes the same.
     """
 
     def __init__(self, resources: ResourcesConfig, allowed: Sequence[int]) -> None:
         self.resources, self.allowed = resources, list(allowed)
-        self.whole = threading.Event()
-        """Set while it runs with as many as were wished for: what others leave free is not wanted then."""
+        self.full = threading.Event()
+        """Set while the requested number of processes runs; other work may use what is free then.
+        """
 
 
 def run_workers(
@@ -58,37 +61,43 @@ def run_workers(
     size: GroupSize,
     storage: str,
 ) -> Any:
-    """What `function(job, process)` returns on rank 0, run on every training process in one process group.
+    """Runs `function(job, process)` on every training process and returns rank 0's result.
 
-    After a loss it goes on with as many processes as fit the cluster then, and with more when there is room again. A
-    function that returns `Interrupted` is begun again.
+    The processes form one process group. After a loss, the function is started again with as many
+    processes as fit the cluster; when it returns `Interrupted`, because more would fit or its node
+    goes away, likewise.
 
     Args:
-        function: of an importable module; resumes by itself when it was interrupted.
-        job: its argument; must pickle.
-        name: shows in Ray's lists.
-        size: of the group; follows what becomes of it.
-        storage: URL of the training's folder, which all nodes reach: its checkpoints, and Ray's marker files.
+        function: function of an importable module, which resumes by itself.
+        job: its argument; it is pickled.
+        name: name in Ray's lists.
+        size: size of the group; its event `full` is kept up to date.
+        storage: URL of the training's folder, which all nodes can reach. It has the checkpoints,
+            and Ray writes marker files there.
 
     Raises:
-        HemocoError: as `function` raised it; never retried, since the same would happen again. A LostLoaderError is.
+        HemocoError: the error of `function`. It would occur again, so it is not retried, except
+            for a LostLoaderError.
         TrainingError: the processes died more than 3 times without a new checkpoint in between.
     """
-    failures, lost, saved = 0, False, _checkpoints(storage)
+    failures, lost = 0, False
+    saved = _checkpoints(storage)
+    work = _Work(function, job, size.resources, size.allowed)
     while True:
-        workers = wait_for_room(size.resources, size.allowed, lost=lost)
-        begun = _Work(function, job, size.resources, size.allowed)
+        workers = wait_for_capacity(size.resources, size.allowed, lost=lost)
         try:
-            with _noting(size.whole, workers == size.resources.workers):
-                result = _fit(begun, name=name, workers=workers, storage=storage)
-        except (TrainingFailedError, RayActorError) as error:  # the latter: the controller was lost
+            with _set_during(size.full, workers == size.resources.workers):
+                result = _fit(work, name=name, workers=workers, storage=storage)
+        # Ray Train raises a RayActorError if its controller, an actor of its own, is lost.
+        except (TrainingFailedError, RayActorError) as error:
             for cause in _causes(error):
                 if isinstance(cause, HemocoError) and not isinstance(cause, LostLoaderError):
                     raise cause from None
-            if _found_no_room(error):
+            if _startup_timed_out(error):
                 continue
-            before, saved = saved, _checkpoints(storage)
-            failures, lost = failures + 1 if saved == before else 1, True
+            saved_before, saved = saved, _checkpoints(storage)
+            failures = failures + 1 if saved == saved_before else 1
+            lost = True
             reason = str(error).strip().splitlines()[-1][:300]
             if failures > _MAX_FAILURES:
                 raise TrainingError(
@@ -105,7 +114,7 @@ def run_workers(
 
 
 class _Work(NamedTuple):
-    """What each process runs; pickles."""
+    """What each process runs; it is pickled."""
 
     function: Callable[[Any, TrainingProcess], Any]
     job: Any
@@ -114,8 +123,9 @@ class _Work(NamedTuple):
 
 
 @contextlib.contextmanager
-def _noting(event: threading.Event, holds: bool) -> Iterator[None]:
-    if holds:
+def _set_during(event: threading.Event, condition: bool) -> Iterator[None]:
+    """Sets an event until the block ends, if a condition holds."""
+    if condition:
         event.set()
     try:
         yield
@@ -124,9 +134,8 @@ def _noting(event: threading.Event, holds: bool) -> Iterator[None]:
 
 
 def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
-    unique = (
-        f"{name}-{uuid.uuid4().hex[:8]}"  # a name Ray knows would resume Ray's idea of that run
-    )
+    # A name that Ray has seen before would make it resume its own state of that run.
+    unique_name = f"{name}-{uuid.uuid4().hex[:8]}"
     folder = join_url(storage, "ray")
     arrow, path = _arrow_filesystem(folder)
     resources = work.resources
@@ -143,10 +152,11 @@ def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
             },
         ),
         run_config=RunConfig(
-            name=unique,
+            name=unique_name,
             storage_path=path,
             storage_filesystem=arrow,
-            # not by Ray: what fits the cluster is looked at again before each start
+            # Ray must not restart the group by itself: the size that fits the cluster is decided
+            # before each start, in run_workers.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -155,10 +165,9 @@ def _fit(work: _Work, *, name: str, workers: int, storage: str) -> Any:
         return trainer.fit().return_value
     finally:
         try:
-            remove(join_url(folder, unique))
-        except (
-            StorageError
-        ) as error:  # the storage may be what the training failed of, which says more
+            remove(join_url(folder, unique_name))
+        except StorageError as error:
+            # must not replace the error of the training, which the storage may have caused
             logger.warning("event=ray_markers_left %s", error)
 
 
@@ -166,14 +175,18 @@ def _worker(config: dict[str, Any]) -> Any:
     work: _Work = config["work"]
     logging.basicConfig(format="%(message)s")
     for name in ("hemoco", "pipeline"):
-        logging.getLogger(name).setLevel(logging.INFO)  # Ray brings the lines to the driver
+        logging.getLogger(name).setLevel(logging.INFO)  # Ray prints the lines at the driver
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with memory_errors(lambda: f"rank {rank()}, outside of its steps", _LESS_MEMORY):
         return work.function(work.job, TrainingProcess(get_device(), work.resources, work.sizes))
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Leaves Ctrl-C alone: Ray's handler swallows it, ends the process with status 0, and stays after the training."""
+    """Ray Train's trainer without its handler of Ctrl-C.
+
+    That handler swallows the KeyboardInterrupt, ends the process with status 0, and stays installed
+    after the training. tests/unit/test_private_apis.py fails when Ray renames the method.
+    """
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
@@ -182,8 +195,13 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 _TorchBackend: Any = TorchConfig().backend_cls
 
 
-class _NotingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types there
-    """Has SIGTERM noted in each process: the training runs in a thread, which cannot, and Ray's own handler ends it."""
+class _SigtermBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types there
+    """Ray's torch backend, which also installs our SIGTERM handler in each process.
+
+    Ray runs the training function in a thread, where no handler can be installed, and Ray's own
+    handler would end the process before the training could save a checkpoint. `execute` runs in
+    the main thread.
+    """
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
@@ -193,30 +211,32 @@ class _NotingBackend(_TorchBackend):  # type: ignore[misc]  # Ray has no types t
 @dataclasses.dataclass
 class _TorchConfig(TorchConfig):  # type: ignore[misc]
     @property
-    def backend_cls(self) -> type[_NotingBackend]:
-        return _NotingBackend
+    def backend_cls(self) -> type[_SigtermBackend]:
+        return _SigtermBackend
 
 
 def _checkpoints(storage: str) -> list[str]:
     return list_names(join_url(storage, "checkpoints"))
 
 
-def _found_no_room(error: TrainingFailedError) -> bool:
-    """Whether others took the place between our look at the cluster and the start."""
-    return (
-        type(getattr(error, "controller_failure", None)).__name__
-        == "WorkerGroupStartupTimeoutError"
-    )
+def _startup_timed_out(error: TrainingFailedError) -> bool:
+    """Whether other work took the resources between wait_for_capacity and the start."""
+    failure = getattr(error, "controller_failure", None)
+    # compared by name: Ray does not export the class
+    return type(failure).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def _arrow_filesystem(url: str) -> tuple[FileSystem, str]:
-    """Arrow's view of our own filesystem: arrow's S3 client fails on servers without directory markers."""
-    made, path = filesystem(url)
-    return PyFileSystem(FSSpecHandler(made)), path
+    """Wraps our filesystem for Arrow and returns it with the URL's path.
+
+    Arrow's own S3 client fails on servers that have no directory markers.
+    """
+    fsspec_filesystem, path = filesystem(url)
+    return PyFileSystem(FSSpecHandler(fsspec_filesystem)), path
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception of Ray Train and everything it wraps."""
+    """Yields an exception of Ray Train and everything it wraps."""
     failures = getattr(error, "worker_failures", {})
     inner = [
         *failures.values(),

@@ -1,6 +1,7 @@
-"""What makes a training stop before its end: its process is told to go away, or there is room for more processes.
+"""Interruption of a training: by SIGTERM, by a stop request, or to restart with more processes.
 
-Every process asks after each step and gets the same answer, so that all stop at the same one, with a checkpoint of it.
+Every process calls `TrainingProcess.interruption` after each step. All get the same answer, so they
+stop at the same step, with a checkpoint of it.
 """
 
 import contextlib
@@ -17,61 +18,70 @@ from pipeline.workers.capacity import fitting_workers
 from pipeline.workers.tasks import Reason
 
 _REASONS: tuple[Reason, ...] = ("stopped", "preempted", "grow")
-_told = threading.Event()  # a signal belongs to the process, not to any part of it
+_sigterm_received = threading.Event()  # global, since a signal is sent to the process as a whole
 
 
 def note_sigterm() -> None:
-    """From now on SIGTERM asks this process to stop in order; to be called in its main thread."""
-    _told.clear()
-    signal.signal(signal.SIGTERM, _tell)
+    """Makes SIGTERM set a flag instead of ending this process; call it in the main thread."""
+    _sigterm_received.clear()
+    signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[None]:
-    """As `note_sigterm`, until the block ends."""
+    """Does the same as `note_sigterm`, until the block ends."""
     before = signal.getsignal(signal.SIGTERM)
     note_sigterm()
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        _told.clear()  # the next task of this process has not been told
+        _sigterm_received.clear()  # Ray reuses the process: the signal was not for its next task
 
 
 class TrainingProcess:
-    """One process of a training: where it computes, and whether all are to stop.
+    """One process of a training: its device, and whether the training is to stop.
 
     Args:
-        device: of its tensors.
-        resources: what one process needs, and how many are wished for.
-        sizes: numbers of processes the training may have.
+        device: device of its tensors.
+        resources: resources of one process, and the requested number of processes.
+        sizes: allowed numbers of processes.
     """
 
     def __init__(self, device: torch.device, resources: ResourcesConfig, sizes: list[int]) -> None:
         self.device = device
         self._resources, self._sizes = resources, sizes
-        self._had_room = False
+        self._could_grow_before = False
 
     def interruption(self, *, at_checkpoint: bool, stop: bool = False) -> Reason | None:
-        """Why all processes are to stop now, the same on each of them; every one must ask, after the same steps.
+        """Returns why all processes are to stop now, or None; a collective operation.
+
+        Every rank must call it after the same steps. One rank's reason is enough.
 
         Args:
-            at_checkpoint: whether a checkpoint is due anyway; growing waits for one.
-            stop: whether this process knows that the training is to end for good.
+            at_checkpoint: whether a checkpoint is due; only then can the training grow.
+            stop: whether this process knows of a request to stop for good.
         """
-        mine = (stop, _told.is_set(), at_checkpoint and rank() == 0 and self._has_room())
-        found = sum_over_ranks(torch.tensor(mine, dtype=torch.float32, device=self.device)).tolist()
-        return next((reason for reason, votes in zip(_REASONS, found, strict=True) if votes), None)
+        grow = at_checkpoint and rank() == 0 and self._can_grow()
+        flags = (stop, _sigterm_received.is_set(), grow)
+        votes = sum_over_ranks(torch.tensor(flags, dtype=torch.float32, device=self.device))
+        for reason, count in zip(_REASONS, votes.tolist(), strict=True):
+            if count:
+                return reason
+        return None
 
-    def _has_room(self) -> bool:
-        """Whether more processes fit, now and at the checkpoint before: a new start costs many steps."""
+    def _can_grow(self) -> bool:
+        """Whether more processes fit now and did at the last checkpoint.
+
+        A restart costs many steps, so resources that are free for a moment do not count.
+        """
         if world_size() >= self._resources.workers:
             return False
         fitting = world_size() + fitting_workers(self._resources)
-        has_room = any(world_size() < size <= fitting for size in self._sizes)
-        had_room, self._had_room = self._had_room, has_room
-        return had_room and has_room
+        can_grow = any(world_size() < size <= fitting for size in self._sizes)
+        could_grow_before, self._could_grow_before = self._could_grow_before, can_grow
+        return could_grow_before and can_grow
 
 
-def _tell(signum: int, frame: FrameType | None) -> None:
-    _told.set()
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    _sigterm_received.set()

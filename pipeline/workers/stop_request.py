@@ -1,7 +1,7 @@
-"""A pretraining that is asked to end for good: a file in its folder says by whom.
+"""Request to stop a pretraining for good: a file in its folder that names who requested it.
 
-In storage, which its processes reach wherever they run, and where the request outlives whoever made it: the training
-ends also when it is begun again.
+The file is in storage, which the processes can reach wherever they run. It outlives the process
+that wrote it, so a pretraining that is started again also stops.
 """
 
 import logging
@@ -20,42 +20,54 @@ _LOOK_S = 5.0
 
 
 class StoppedError(TrainingError):
-    """A pretraining ended before its last epoch because it was asked to."""
+    """A pretraining stopped before its last epoch because of a request."""
 
 
 def request_stop(url: str, by: str) -> None:
-    """Asks the pretraining below a URL to end, within seconds.
+    """Requests that a pretraining stops; it does so within seconds.
 
     Args:
-        url: folder of the pretraining.
-        by: who asks, for its error: "the sweep".
+        url: URL of the pretraining's folder.
+        by: origin of the request for the error message, e.g. "the sweep".
     """
     write_bytes(join_url(url, _FILE), by.encode())
 
 
 class StopRequest:
-    """Whether a pretraining is to end, as one of its processes knows it."""
+    """The stop request of a pretraining, as seen by one of its processes.
+
+    Args:
+        url: URL of the pretraining's folder.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = join_url(url, _FILE)
         self.seen = threading.Event()
 
     def error(self, epoch: int) -> StoppedError:
-        """What a training ends by that obeys it after so many epochs."""
+        """Returns the error with which the training stops after an epoch."""
         by = read_bytes(self.url).decode()
         return StoppedError(
-            f"stopped by {by} at epoch {epoch}; without the file {self.url} it would go on"
+            f"stopped by {by} at epoch {epoch}; remove the file {self.url} to let it continue"
         )
 
 
 @contextmanager
 def watched_request(url: str) -> Iterator[StopRequest]:
-    """A request for the pretraining below a URL; rank 0 looks for it in a thread, so that no step waits for storage."""
+    """Watches for the stop request of a pretraining until the block ends.
+
+    Rank 0 looks in a thread, so that no step waits for storage. Other ranks learn of the request
+    through `TrainingProcess.interruption`.
+
+    Args:
+        url: URL of the pretraining's folder.
+    """
     request, done = StopRequest(url), threading.Event()
     if rank() == 0:
-        threading.Thread(
+        thread = threading.Thread(
             target=_look, args=(request, done), name="hemoco-stop-request", daemon=True
-        ).start()
+        )
+        thread.start()
     try:
         yield request
     finally:
@@ -67,6 +79,6 @@ def _look(request: StopRequest, done: threading.Event) -> None:
         try:
             if exists(request.url):
                 request.seen.set()
-        except StorageError as error:  # training itself finds out whether that is grave
+        except StorageError as error:  # if it lasts, the training fails by itself
             logger.warning("event=stop_request_unknown reason=%s", error)
         done.wait(_LOOK_S)

@@ -1,4 +1,4 @@
-"""Ray tasks, their results as they get ready."""
+"""Ray tasks whose results are returned as they finish, with retries of what is transient."""
 
 import logging
 import threading
@@ -18,14 +18,14 @@ _POLL_S = 1.0
 
 
 class Progress(NamedTuple):
-    """How far work over shards is."""
+    """Progress of work over shards."""
 
     done: int
     total: int
 
 
 class Outcome(NamedTuple):
-    """What became of one call."""
+    """Outcome of one call: its result or its error."""
 
     arguments: tuple[Any, ...]
     result: Any
@@ -33,11 +33,11 @@ class Outcome(NamedTuple):
 
 
 class LostWorkerError(HemocoError):
-    """A Ray worker ended without a word: killed, out of memory, or its node is gone."""
+    """A Ray worker ended without an error: killed, out of memory, or its node is gone."""
 
 
 class CancelledError(HemocoError):
-    """The work was given up because the whole run is."""
+    """The work was cancelled because its run is stopping."""
 
 
 def run_tasks(
@@ -47,43 +47,44 @@ def run_tasks(
     cpus: int = 1,
     gpus: int = 0,
 ) -> Generator[ResultT, None, None]:
-    """Yields what the function returns on Ray workers, in any order; closing it stops the rest.
+    """Calls a function on Ray workers and yields its results, in any order.
 
-    After an error no more are begun, and those that run come to their end before it is raised.
+    After an error no more calls are started, and the error is raised when the running ones have
+    ended. Closing the generator cancels the rest.
 
     Args:
-        function: of an importable module.
-        arguments: of each call.
+        function: function of an importable module.
+        arguments: arguments of each call.
         cpus: cores of each call.
         gpus: GPUs of each call.
 
     Raises:
-        HemocoError: as the function raised it, or workers were lost again and again.
+        HemocoError: the error of a call, or workers were lost in all attempts of a call.
     """
-    import ray  # seconds to import, and what only names the progress does without
+    import ray  # takes seconds, and modules that import only `Progress` do not need it
 
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS - 1)(function)
     waiting = iter(arguments)
-    # some more than cores, so that no core waits for this process
+    # Not all at once, since there may be a task for each of thousands of shards; a few more than
+    # there are cores, so that no core waits for this process.
     in_flight = int(ray.cluster_resources().get("CPU", 1)) + 2
-    running = [task.remote(*words) for words in islice(waiting, in_flight)]
+    running = [task.remote(*call) for call in islice(waiting, in_flight)]
     try:
         while running:
             (ready,), running = ray.wait(running)
-            running += [task.remote(*words) for words in islice(waiting, 1)]
+            running += [task.remote(*call) for call in islice(waiting, 1)]
             yield _result(ready)
     except HemocoError:
+        # The caller may clean up: after this, no task writes anything more.
         if running:
-            ray.wait(
-                running, num_returns=len(running)
-            )  # so that whoever cleans up finds all that they wrote
+            ray.wait(running, num_returns=len(running))
         running = []
         raise
     finally:
+        # By force: an interrupt during `import torch` would leave the worker broken for its next
+        # task.
         for reference in running:
-            ray.cancel(
-                reference, force=True
-            )  # an interrupt in the midst of `import torch` spoils a worker for others
+            ray.cancel(reference, force=True)
 
 
 def attempt_tasks(
@@ -94,17 +95,18 @@ def attempt_tasks(
     gpus: int,
     stopping: threading.Event,
 ) -> Generator[Outcome, None, None]:
-    """Yields what became of every call, in any order: one that fails leaves the others alone.
+    """Calls a function on Ray workers and yields the outcome of every call, in any order.
 
-    What may pass is tried again, twice: a lost worker or loader, storage or MLflow that did not answer. A call that
-    returns `Interrupted` is begun again.
+    A call that fails does not affect the others. Transient errors (a lost worker or loader, storage
+    or MLflow that did not answer) are retried twice. A call that returns `Interrupted` is started
+    again.
 
     Args:
-        function: of an importable module.
-        arguments: of each call.
+        function: function of an importable module.
+        arguments: arguments of each call.
         cpus: cores of each call.
         gpus: GPUs of each call.
-        stopping: ends it; what runs is cancelled.
+        stopping: when set, running calls are cancelled.
 
     Raises:
         CancelledError: `stopping` was set.
@@ -112,24 +114,21 @@ def attempt_tasks(
     import ray
 
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(function)
-    running = {task.remote(*words): (words, 0) for words in arguments}
+    running = {task.remote(*call): (call, 0) for call in arguments}
     try:
         while running:
             ready, _ = ray.wait(list(running), timeout=_POLL_S)
             if stopping.is_set():
                 raise CancelledError("cancelled with its run")
             for reference in ready:
-                words, failures = running.pop(reference)
-                outcome = _outcome(reference, words)
+                call, failures = running.pop(reference)
+                outcome = _outcome(reference, call)
+                error = outcome.error
                 if isinstance(outcome.result, Interrupted):
-                    running[task.remote(*words)] = words, failures
-                elif (
-                    outcome.error is not None
-                    and failures + 1 < _ATTEMPTS
-                    and _RETRIES.is_transient(outcome.error)
-                ):
-                    logger.warning("event=retry attempt=%d reason=%s", failures + 2, outcome.error)
-                    running[task.remote(*words)] = words, failures + 1
+                    running[task.remote(*call)] = call, failures
+                elif error is not None and failures + 1 < _ATTEMPTS and _is_transient(error):
+                    logger.warning("event=retry attempt=%d reason=%s", failures + 2, error)
+                    running[task.remote(*call)] = call, failures + 1
                 else:
                     yield outcome
     finally:
@@ -138,19 +137,25 @@ def attempt_tasks(
 
 
 def try_again(call: Callable[[], Any], arguments: tuple[Any, ...]) -> Outcome:
-    """What became of a call in this process, tried again as by `attempt_tasks`."""
+    """Returns the outcome of a call in this process, with the retries of `attempt_tasks`.
+
+    Args:
+        call: the call.
+        arguments: its arguments, which the outcome names.
+    """
     try:
-        return Outcome(arguments, retrying(_RETRIES).copy(before_sleep=_log_retry)(call), None)
+        result = retrying(_RETRIES).copy(before_sleep=_log_retry)(call)
     except HemocoError as error:
         return Outcome(arguments, None, error)
+    return Outcome(arguments, result, None)
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _is_transient(error: BaseException | None) -> bool:
     return isinstance(error, StorageError | TrackingError | LostLoaderError | LostWorkerError)
 
 
 _ATTEMPTS = 3
-_RETRIES = RetryPolicy(is_transient=_may_pass, first_wait_s=0.0, max_attempts=_ATTEMPTS)
+_RETRIES = RetryPolicy(is_transient=_is_transient, first_wait_s=0.0, max_attempts=_ATTEMPTS)
 
 
 def _log_retry(state: RetryCallState) -> None:
@@ -160,21 +165,18 @@ def _log_retry(state: RetryCallState) -> None:
     )
 
 
-def _outcome(reference: Any, words: tuple[Any, ...]) -> Outcome:
+def _outcome(reference: Any, arguments: tuple[Any, ...]) -> Outcome:
     import ray
 
     try:
-        return Outcome(words, _result(reference), None)
+        return Outcome(arguments, _result(reference), None)
     except HemocoError as error:
-        return Outcome(words, None, error)
+        return Outcome(arguments, None, error)
     except ray.exceptions.RayTaskError as error:
         logger.debug("%s", error)  # with the traceback of the worker
         cause = error.cause
-        return Outcome(
-            words,
-            None,
-            HemocoError(f"{type(cause).__name__}: {first_line(cause)} (this looks like a bug)"),
-        )
+        reason = f"{type(cause).__name__}: {first_line(cause)} (this looks like a bug)"
+        return Outcome(arguments, None, HemocoError(reason))
 
 
 def _result(reference: Any) -> Any:
@@ -197,7 +199,7 @@ Reason = Literal["stopped", "preempted", "grow"]
 
 
 class Interrupted(NamedTuple):
-    """A training that stopped before its end: begun again, it goes on from the checkpoint it has saved."""
+    """Returned by a training that saved a checkpoint and stopped, to be started again."""
 
     reason: Reason
     step: int
@@ -205,25 +207,24 @@ class Interrupted(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What was met once or more."""
+    """A reason that occurred once or more, for example for which images were left out."""
 
     reason: str
     times: int
     first: str
-    """The first it was met at."""
+    """Name of the first item for which it occurred."""
 
 
 def count_reasons(cases: Iterable[tuple[str, str]]) -> list[Finding]:
-    """The findings of (name, reason) pairs, one for each reason, in alphabetical order."""
+    """Counts (name, reason) pairs; returns one finding for each reason, sorted by reason."""
     return unite_findings(Finding(reason, 1, name) for name, reason in cases)
 
 
 def unite_findings(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings of several tasks, one for each reason, in alphabetical order; the first one's example stays."""
+    """Adds up the findings of several tasks; returns one for each reason, sorted by reason."""
     united: dict[str, Finding] = {}
     for finding in findings:
         known = united.get(finding.reason)
-        united[finding.reason] = (
-            finding if known is None else known._replace(times=known.times + finding.times)
-        )
+        times = finding.times if known is None else known.times + finding.times
+        united[finding.reason] = (known or finding)._replace(times=times)
     return [united[reason] for reason in sorted(united)]

@@ -121,7 +121,7 @@ def test_second_driver_of_a_run_is_refused_while_the_first_is_at_it(
         if other == "on this cluster":  # from another machine
             monkeypatch.setenv("HEMOCO_HOME", str(tmp_path))
         with (
-            pytest.raises(UsageError, match="'twice' is being worked at by another process"),
+            pytest.raises(UsageError, match="'twice' is in use by another process"),
             only_driver("twice"),
         ):
             pass

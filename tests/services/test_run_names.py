@@ -159,7 +159,7 @@ def test_home_working_folder_what_is_above_them_and_buckets_are_never_removed(
         Path(os.environ["HEMOCO_HOME"]),
         "/",
     ):
-        with pytest.raises(UsageError, match="is or lies in it"):
+        with pytest.raises(UsageError, match="it is or contains"):
             check_run_folder(str(place), "a")
     with pytest.raises(UsageError, match="it is a whole bucket"):
         check_run_folder("s3://" + bucket.removeprefix("s3://").partition("/")[0], "a")

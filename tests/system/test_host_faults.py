@@ -287,7 +287,7 @@ def test_a_second_driver_is_refused_by_ray_alone_where_there_is_no_home(
     monkeypatch.setattr(run_lock, "_GONE_S", 1.0)
     with (
         only_driver("homeless"),
-        pytest.raises(UsageError, match="'homeless' is being worked at by another process"),
+        pytest.raises(UsageError, match="'homeless' is in use by another process"),
         only_driver("homeless"),
     ):
         pass

@@ -198,10 +198,10 @@ def test_startup_timeout():
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    from pipeline.workers.group import _found_no_room
+    from pipeline.workers.group import _startup_timed_out
 
-    assert _found_no_room(ControllerError(WorkerGroupStartupTimeoutError(2)))
-    assert not _found_no_room(ControllerError(ValueError("something else")))
+    assert _startup_timed_out(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    assert not _startup_timed_out(ControllerError(ValueError("something else")))
 
 
 PUBLIC = ("_asdict", "_make", "_replace")
