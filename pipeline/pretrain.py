@@ -193,9 +193,9 @@ def _batches(
 
 
 def _ends_epoch(step: int, per_epoch: int, config: PretrainConfig, *, every: int) -> bool:
-    """Whether a step ends the last epoch or one whose number is a multiple of `every`.
+    """Returns whether a step ends the last epoch or one whose number is a multiple of `every`.
 
-    False for all steps if `every` is 0.
+    If `every` is 0, no step does.
     """
     epoch, rest = divmod(step, per_epoch)
     return every > 0 and rest == 0 and (epoch % every == 0 or epoch == config.epochs)

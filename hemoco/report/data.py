@@ -41,7 +41,7 @@ class TransferImage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunDetail:
-    """What a report shows of one of the compared runs, besides its results."""
+    """One of the compared runs, with everything a report shows besides its results."""
 
     run: Run
     params: dict[str, str]
@@ -113,7 +113,7 @@ def _detail(uri: str, run: Run) -> RunDetail:
 
 
 def _differ(first: RunDetail, other: RunDetail) -> bool:
-    """Whether two runs of one pretraining differ in more than its seed, e.g. in their transfers."""
+    """Returns whether two runs of one pretraining differ in more than its seed."""
     changed = config_difference(first.params, other.params)
     return any(not change.startswith("pretrain.seed:") for change in changed)
 

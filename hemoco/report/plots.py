@@ -77,7 +77,7 @@ class Panel:
     until: tuple[float, str] | None = None
     """End and label of a shaded range of x, which begins at 0."""
     shares: bool = False
-    """Whether values are in [0, 1], so that intervals are clipped there."""
+    """True for values in [0, 1], where intervals are clipped."""
     ticks: Sequence[tuple[float, str]] = ()
     """Position and label of the ticks of x; matplotlib chooses them if empty."""
 

@@ -207,7 +207,7 @@ def _pretraining_columns(runs: Sequence[Run]) -> tuple[Column, ...]:
 
 
 def _repeats(run: Run, group: Sequence[Run]) -> bool:
-    """Whether a run repeats a group's pretraining: all settings agree, and the seed is new."""
+    """Returns whether a run repeats a group's pretraining: same settings, but a new seed."""
     ours, theirs = run.settings, group[0].settings
     if ours is None or theirs is None or run.seed in {other.seed for other in group}:
         return False

@@ -50,7 +50,7 @@ class TransferTime:
     wall_s: float
     """nan unless the transfer is finished."""
     again: bool
-    """Whether a unit of it was started more than once."""
+    """True if a unit of it was started more than once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class RunStatus:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether this is a sweep."""
+        """True for a sweep, False for a run."""
         return self.parent.tags[Tag.PHASE] == "sweep"
 
     @property

@@ -90,7 +90,7 @@ def search_settings(params: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_over(trial: RunFacts) -> bool:
-    """Whether a trial is finished or was stopped for good; the same command resumes the others."""
+    """Returns whether a trial is finished or stopped for good; the others can be resumed."""
     return trial.status == "FINISHED" or Tag.STOPPED in trial.tags
 
 

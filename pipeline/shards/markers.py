@@ -45,7 +45,7 @@ def begin(dest: str) -> None:
 
 
 def is_begun(dest: str) -> bool:
-    """Whether a pack to `dest` has begun and is not finished."""
+    """Returns whether a pack to `dest` has begun and is not finished."""
     return bool(list_names(join_url(dest, UNFINISHED)))
 
 

@@ -306,7 +306,7 @@ def existing_index(dest: str) -> ShardIndex | None:
 
 
 def _could_be(existing: ShardIndex, plans: Sequence[_ShardPlan], source: Source) -> bool:
-    """Whether the pack could give the existing index, judged by names, classes and categories."""
+    """Returns whether a pack could give the existing index, by names, classes and categories."""
     names = {plan.name for plan in plans}
     same_meaning = (existing.classes, existing.categories) == (source.classes, source.categories)
     return (

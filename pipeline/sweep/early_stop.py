@@ -87,13 +87,13 @@ class Watched:
     steps_per_epoch: int
     """Steps of the watched metric in an epoch."""
     live: bool
-    """Whether it can still be stopped."""
+    """True while it can be stopped."""
     recorded: frozenset[int] = frozenset()
     """Epochs whose values the trial has in MLflow."""
     judged: set[int] = dataclasses.field(default_factory=set)
     """Epochs whose values have been judged."""
     is_bad: bool = False
-    """Whether it was judged to stop."""
+    """True once it was judged to stop."""
 
 
 class EarlyStop:

@@ -74,7 +74,7 @@ class Trial(NamedTuple):
     run_id: str
     """MLflow's id of the trial, the parent of its run there."""
     over: bool
-    """Whether it is finished or was stopped for good."""
+    """True if it is finished or was stopped for good."""
 
 
 def run_sweep(

@@ -114,7 +114,7 @@ def run_workers(
 
 
 class _Work(NamedTuple):
-    """What each process runs; it is pickled."""
+    """The function that each process runs, with its arguments; it is pickled."""
 
     function: Callable[[Any, TrainingProcess], Any]
     job: Any
@@ -220,7 +220,7 @@ def _checkpoints(storage: str) -> list[str]:
 
 
 def _startup_timed_out(error: TrainingFailedError) -> bool:
-    """Whether other work took the resources between wait_for_capacity and the start."""
+    """Returns whether other work took the resources between wait_for_capacity and the start."""
     failure = getattr(error, "controller_failure", None)
     # compared by name: Ray does not export the class
     return type(failure).__name__ == "WorkerGroupStartupTimeoutError"

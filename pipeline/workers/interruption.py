@@ -71,7 +71,7 @@ class TrainingProcess:
         return None
 
     def _can_grow(self) -> bool:
-        """Whether more processes fit now and did at the last checkpoint.
+        """Returns whether more processes fit now and did at the last checkpoint.
 
         A restart costs many steps, so resources that are free for a moment do not count.
         """

@@ -1,4 +1,4 @@
-"""Finding a secret where it must not be: in what was written and printed, plain or in the encodings of URLs and JSON.
+"""Search for a secret in files and output, in plain text and in the encodings of URLs and JSON.
 
 leaks = places_with(secret, ray_session_folder, stdout, database)
 assert leaks == []
@@ -14,14 +14,14 @@ from urllib.parse import quote, quote_plus
 
 
 def places_with(canary: str, *places: Path | str | bytes) -> list[str]:
-    """Where a secret stands: file (and how it is encoded), or for a text what stands around it.
+    """Returns where a secret occurs: the file, the encoding, and the text before it.
 
     Args:
-        canary: the secret, at least 12 characters so that it is nowhere by chance.
-        places: folders, with all files in them, also those in zip archives; files; texts.
+        canary: the secret, at least 12 characters, so that it does not occur by chance.
+        places: folders (all files below them, also inside zip archives), files and texts.
 
     Raises:
-        ValueError: the secret is too short, or a folder holds no file: then a search proves nothing.
+        ValueError: the secret is too short or a folder has no file, so a search proves nothing.
     """
     if len(canary) < 12:
         raise ValueError(
@@ -39,7 +39,7 @@ def places_with(canary: str, *places: Path | str | bytes) -> list[str]:
 
 
 def _forms(canary: str) -> dict[str, bytes]:
-    """Patterns to search for, by the name of the encoding."""
+    """Returns the patterns to search for, by the name of the encoding."""
     data = canary.encode()
     forms = {
         "plain": data,
@@ -50,13 +50,13 @@ def _forms(canary: str) -> dict[str, bytes]:
         "hex": data.hex().encode(),
         "UTF-16": canary.encode("utf-16-le"),
     }
-    for shift in range(3):  # in a longer text it begins at any of base64's three places
+    for shift in range(3):  # in a longer text it begins at any of base64's three offsets
         for kind, encode in (
             ("base64", base64.b64encode),
             ("base64 for URLs", base64.urlsafe_b64encode),
         ):
             whole = encode(b"\0" * shift + data)
-            # the first and last letters are also of the neighbours
+            # the first and last letters also depend on the bytes beside it
             forms[f"{kind}, shifted by {shift}"] = whole[
                 -(-shift * 8 // 6) : len(whole) - 4 or None
             ]

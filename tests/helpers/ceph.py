@@ -1,7 +1,8 @@
-"""A second S3 server that shares no code with the first: Ceph's, on loopback, one process of each kind.
+"""Ceph's S3 server on loopback, a second S3 server that shares no code with the first.
 
-Debian packages: ceph-mon ceph-osd radosgw (16.2 was tried). No systemd, no cephadm, no manager; objects are in memory.
-It ends with the block that started it, as the servers of `cluster.local.servers` do.
+It needs the Debian packages ceph-mon, ceph-osd and radosgw (16.2 was tried), and neither systemd
+nor cephadm nor a manager. There is one process of each kind, and objects are in memory. It ends
+with the block that started it, as the servers of `cluster.local.servers` do.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ rgw run sync thread = false
 
 @contextlib.contextmanager
 def ceph_server(folder: Path) -> Iterator[S3Server]:
-    """Ceph's S3 server with a new random key and no bucket; `add_user` gives others keys.
+    """Starts the server with a new random key and no bucket; `add_user` makes further keys.
 
     Raises:
         RuntimeError: a package is missing, or one of its processes does not start.
@@ -65,7 +66,8 @@ def ceph_server(folder: Path) -> Iterator[S3Server]:
     ]
     if missing:
         raise RuntimeError(
-            f"{missing[0]} is missing: apt-get install --no-install-recommends ceph-mon ceph-osd radosgw"
+            f"{missing[0]} is missing: "
+            "apt-get install --no-install-recommends ceph-mon ceph-osd radosgw"
         )
     v2, v1, port = _free_ports(3)
     fsid = str(uuid.uuid4())
@@ -97,14 +99,14 @@ def ceph_server(folder: Path) -> Iterator[S3Server]:
 
 
 def add_user(folder: Path, name: str) -> tuple[str, str]:
-    """Access key and secret key of a new user of the server that runs in `folder`; no bucket is open to it."""
+    """Returns access key and secret key of a new user, who has access to no bucket."""
     words = ("user", "create", "--uid", name, "--display-name", name)
     made = json.loads(_run(folder, "radosgw-admin", "-c", "ceph.conf", "-n", "client.rgw", *words))
     return made["keys"][0]["access_key"], made["keys"][0]["secret_key"]
 
 
 def _make_monitor(folder: Path, fsid: str, address: str) -> None:
-    """Keys and the empty data base of the monitor, which the others find each other by."""
+    """Makes the keys and the empty database of the monitor, which connects the other processes."""
     everything = ("--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *")
     _run(folder, "ceph-authtool", "-C", "mon.key", "-g", "-n", "mon.", "--cap", "mon", "allow *")
     _run(folder, "ceph-authtool", "-C", "admin.key", "-g", "-n", "client.admin", *everything)
@@ -126,7 +128,7 @@ def _make_monitor(folder: Path, fsid: str, address: str) -> None:
 
 
 def _make_store(folder: Path) -> None:
-    """Key and the empty store of the one place where objects are."""
+    """Makes the key and the empty store of the process that has the objects."""
     name = str(uuid.uuid4())
     (folder / "osd").mkdir()
     _ask(folder, "osd", "new", name)  # waits for the monitor

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, over its DevTools protocol: what it logs, what it asks for, how wide it is."""
+"""Pages in headless Chromium, over its DevTools protocol: their log, requests and sizes."""
 
 import asyncio
 import base64
@@ -21,18 +21,18 @@ _LISTENS = re.compile(rb"DevTools listening on (ws://127\.0\.0\.1:\d+)/")
 
 @dataclasses.dataclass
 class Shown:
-    """What came of showing a page."""
+    """Facts of a page that was shown."""
 
     complaints: list[str]
-    """Of the console and the log."""
+    """Errors and warnings of the console and the log."""
     requests: list[str]
-    """For anything but the page itself and what it contains."""
+    """URLs that were requested, except for the page itself and the data it contains."""
     width: int
-    """Of the document, in CSS pixels."""
+    """Width of the document, in CSS pixels."""
     broken: list[str]
-    """Words of the images that were not drawn."""
+    """Alternative texts of the images that were not drawn."""
     smallest: float
-    """Pixels of the smallest text."""
+    """Size of the smallest text, in pixels."""
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def chromium(folder: Path) -> Iterator[str]:
 
 
 def show(address: str, page: Path, *, width: int, picture: Path) -> Shown:
-    """Shows a file at a width, and draws all of it into a PNG."""
+    """Shows a file at a width, and saves a screenshot of all of it."""
     return asyncio.run(asyncio.wait_for(_show(address, page.as_uri(), width, picture), 120))
 
 
@@ -90,12 +90,13 @@ async def _show(address: str, url: str, width: int, picture: Path) -> Shown:
 
 _WIDTH = "document.documentElement.scrollWidth"
 _BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt)"
-_SMALLEST = """Math.min(...[...document.querySelectorAll('p, li, td, th, dt, dd, figcaption, summary, span')]
+_SMALLEST = """Math.min(...[...document.querySelectorAll(
+    'p, li, td, th, dt, dd, figcaption, summary, span')]
   .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
 
 
 class _Tab:
-    """A tab and all that it has told."""
+    """A tab and the messages it has sent."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._numbers = socket, itertools.count(1)

@@ -1,4 +1,4 @@
-"""Labelled splits of plain colours, and a digest of a backbone."""
+"""Labelled splits of plain colours, and a backbone's digest."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ TINY = EncoderConfig(architecture="resnet10t", stem="small")
 
 
 def coloured(count: int, seed: int) -> LabelledSplit:
-    """Noisy images of four shades; neighbouring classes overlap."""
+    """Makes noisy images of four shades, so that neighbouring classes overlap."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     shades = torch.tensor([[90, 120, 120], [120, 90, 120], [120, 120, 90], [120, 120, 120]])[labels]

@@ -1,10 +1,11 @@
-r"""Runs services of compose.yaml without containers, in namespaces of its own, where they have their names.
+r"""Runs services of compose.yaml without containers, in their own namespaces, under their names.
 
     unshare --net --mount --pid --fork --kill-child --mount-proc \
         python -m tests.helpers.compose_services FOLDER IMAGE POSTGRES
 
-FOLDER is empty, IMAGE is an environment with the image's packages, POSTGRES has the server's programs. Prints what was
-found as JSON. Their commands, environment and health checks are those of the file; PostgreSQL itself is the machine's.
+FOLDER is empty, IMAGE is an environment with the image's packages, and POSTGRES has the server's
+programs. Prints the results as JSON. Commands, environment and health checks are those of the file;
+PostgreSQL itself is the machine's.
 """
 
 import json
@@ -46,7 +47,7 @@ print(client.get_run(run).data.metrics["top1"], [file.path for file in client.li
 
 
 class Stack:
-    """The services, with new secrets."""
+    """The running services, with new secrets."""
 
     def __init__(self, folder: Path, image: Path, postgres: Path) -> None:
         self.folder = folder
@@ -63,7 +64,7 @@ class Stack:
         self.environment = image_variables() | places
 
     def filled(self, text: str) -> str:
-        """Text of the file with its variables, as compose fills them in."""
+        """Fills variables into a text of the file, as compose does."""
         given = re.sub(
             r"\$\{(\w+)(?::[?-][^}]*)?\}", lambda found: self.secrets.get(found[1], ""), text
         )
@@ -74,7 +75,7 @@ class Stack:
         return self.environment | {name: self.filled(str(value)) for name, value in given.items()}
 
     def start_database(self) -> None:
-        """PostgreSQL with the user, the password and the database that its image would make."""
+        """Starts PostgreSQL with the user, password and database that its image would make."""
         data, password = self.folder / "data", self.folder / "password"
         variables = self.variables("database")
         data.mkdir()
@@ -104,7 +105,7 @@ class Stack:
         self.wait(service)
 
     def wait(self, service: str) -> None:
-        """Until the service's own health check succeeds."""
+        """Waits until the service's own health check succeeds."""
         check, variables = (
             COMPOSE["services"][service]["healthcheck"]["test"][1:],
             self.variables(service),
@@ -117,7 +118,7 @@ class Stack:
             time.sleep(0.5)
 
     def ask(self, *command: str) -> str:
-        """What a command of the driver prints, errors too."""
+        """Runs a command as the driver and returns its output, with errors if it fails."""
         done = subprocess.run(
             command, env=self.variables("driver"), cwd=ROOT, capture_output=True, text=True
         )
@@ -131,7 +132,7 @@ class Stack:
 
 
 def own_network(folder: Path) -> None:
-    """Loopback, on which every service has its name, and a /run of its own."""
+    """Sets up loopback, on which every service has its name, and a separate /run."""
     names = [*COMPOSE["services"], os.uname().nodename, "localhost"]
     (folder / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in names))
     for command in (

@@ -1,7 +1,8 @@
-"""The deployment files as values, and what their real schemas say of them, unknown fields refused.
+"""The deployment files as values, and their validation by the real schemas.
 
-KubeRay and compose: tests/data/schemas. AWS: the schema of Ray's launcher, and the one of EC2 for what it passes on.
-No document here reaches a server, so rules that only an API server evaluates, and whether an image exists, stay open.
+Unknown fields are refused. The schemas of KubeRay and compose are in tests/data/schemas; those of
+AWS are Ray's launcher's, and EC2's for the parts that the launcher forwards. No document reaches a
+server, so rules that only an API server evaluates, and whether an image exists, are not tested.
 """
 
 import copy
@@ -36,7 +37,7 @@ AWS = documents("ray-aws.yaml")[0]
 
 
 def closed(schema: Any) -> Any:
-    """A schema of Kubernetes that refuses unknown fields, as its API server does when it validates strictly."""
+    """Returns a Kubernetes schema that refuses unknown fields, as strict validation does."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -60,7 +61,10 @@ def schema(name: str) -> Any:
 
 @functools.cache
 def kubernetes_schema(kind: str) -> Any:
-    """Of RayJob, RayCluster or NetworkPolicy; KubeRay's has the parts of the last one."""
+    """Returns the schema of RayJob, RayCluster or NetworkPolicy.
+
+    KubeRay's schema has the parts of the last one.
+    """
     cluster = closed(schema("raycluster"))
     spec = cluster["properties"]["spec"]["properties"]
     metadata = spec["headGroupSpec"]["properties"]["template"]["properties"]["metadata"]
@@ -86,7 +90,7 @@ def kubernetes_schema(kind: str) -> Any:
 
 
 def problems(file: str, index: int, document: Any) -> list[str]:
-    """What the schema of a file's document refuses."""
+    """Returns the errors of a file's document under its schema."""
     if file == "ray-aws.yaml":
         return aws_problems(document)
     if file == "compose.yaml":
@@ -102,7 +106,7 @@ def problems(file: str, index: int, document: Any) -> list[str]:
 
 @functools.cache
 def run_instances() -> Any:
-    """EC2's model of the request that Ray's launcher makes from `node_config`."""
+    """Returns EC2's model of the request that Ray's launcher makes from `node_config`."""
     return (
         botocore.session.get_session()
         .get_service_model("ec2")
@@ -132,7 +136,10 @@ def aws_problems(document: Any) -> list[str]:
 
 
 def changed(document: Any, path: str, value: Any) -> Any:
-    """A copy with another value at a dotted path; `old>new` as its last part renames a field."""
+    """Returns a copy with another value at a dotted path.
+
+    `old>new` as the last part of the path renames a field.
+    """
     made = copy.deepcopy(document)
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
     place = made
@@ -144,7 +151,7 @@ def changed(document: Any, path: str, value: Any) -> Any:
 
 
 def scalars(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every value of a document with the name it goes by; in lists of {name, value}, that one."""
+    """Yields every value of a document with its name, which lists of {name, value} give."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from scalars(
@@ -158,14 +165,14 @@ def scalars(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def literal_secrets(document: Any) -> list[str]:
-    """Names of values that are secrets, or hold one, beside what the environment puts in."""
+    """Returns the names of values that are or contain a secret not taken from the environment."""
     plain = [(name, re.sub(r"\$\{[^}]*\}", "", value)) for name, value in scalars(document)]
     named = [name for name, value in plain if _NAMED_SECRET.search(name) and value.strip('",')]
     return named + [name for name, value in plain if _LOOKS_SECRET.search(value)]
 
 
 def pods(file: str) -> dict[str, dict[str, Any]]:
-    """The pod specs of head and worker."""
+    """Returns the pod specs of head and worker."""
     spec = documents(file)[0]["spec"]
     ray_spec = spec.get("rayClusterSpec", spec)
     (workers,) = ray_spec["workerGroupSpecs"]
@@ -176,5 +183,5 @@ def pods(file: str) -> dict[str, dict[str, Any]]:
 
 
 def image_variables() -> dict[str, str]:
-    """What the image sets."""
+    """Returns the environment variables that the image sets."""
     return dict(re.findall(r"^(?:ENV|   ) +(\w+)=(\S+)", DOCKERFILE, re.M))

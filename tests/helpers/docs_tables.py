@@ -7,7 +7,7 @@ _TESTS = Path(__file__).parents[1]
 
 
 def read_tables(page: str) -> list[list[dict[str, str]]]:
-    """All tables of a page: their rows, as the cells by the name of their column."""
+    """Returns all tables of a page, as rows of cells by the name of their column."""
     tables: list[list[dict[str, str]]] = []
     names: list[str] = []
     for line in (_TESTS.parent / "docs" / page).read_text().splitlines():
@@ -23,12 +23,12 @@ def read_tables(page: str) -> list[list[dict[str, str]]]:
 
 
 def named_tests(cell: str) -> list[str]:
-    """Tests that a cell names as `module.test`."""
+    """Returns the tests that a cell names as `module.test`."""
     return re.findall(r"`(\w+\.test_\w+)`", cell)
 
 
 def is_a_test(name: str) -> bool:
-    """Whether there is a test of this name in the module, which may be in any folder of the tests."""
+    """Returns whether there is a test `module.test`, in any folder of the tests."""
     module, test = name.split(".")
     pattern = re.compile(rf"^ *def {test}\(", re.MULTILINE)
     return any(pattern.search(path.read_text()) for path in _TESTS.rglob(f"test_{module}.py"))

@@ -1,7 +1,7 @@
 """Draws docs/architecture.svg from the imports: `uv run python -m tests.helpers.draw_house`.
 
-A matrix: the packages from the top of the house to its bottom, one row each; a mark in a column says that the row's
-package imports the column's. Packages import downwards only, so all marks lie above the diagonal.
+The picture is a matrix with a row and a column for each package. A mark means that the row's
+package imports the column's. Packages import downwards only, so all marks are above the diagonal.
 """
 
 from tests.helpers.house import ORDER, ROOMS, ROOT, imports_of, package_of
@@ -30,7 +30,7 @@ _TEXTS = {
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Pairs (importing package, imported package)."""
+    """Returns pairs (importing package, imported package)."""
     pairs = set()
     for room in ROOMS:
         for found in imports_of(room):
@@ -44,42 +44,45 @@ def arrows() -> set[tuple[str, str]]:
 
 
 def draw() -> str:
-    """The picture as SVG."""
-    places = ["jobs", "pipeline", "cluster", *reversed(ORDER)]
+    """Returns the picture as SVG."""
+    packages = ["jobs", "pipeline", "cluster", *reversed(ORDER)]
     pairs = arrows()
-    size = len(places) * _CELL
+    size = len(packages) * _CELL
     width, height = _LEFT + size + 150, _TOP + size + 20
+    title = "Who imports whom: the package of the row imports that of the column"
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        '<text x="10" y="24" font-size="15">Who imports whom: the package of the row imports that of the column</text>',
+        f'<text x="10" y="24" font-size="15">{title}</text>',
     ]
-    for row, importer in enumerate(places):
+    for row, importer in enumerate(packages):
         y = _TOP + row * _CELL
-        fill = _FILL[importer.partition(".")[0]]
+        room = importer.partition(".")[0]
         name = importer if importer != "hemoco" else "hemoco/*.py"
-        lines.append(
-            f'<rect x="5" y="{y + 1}" width="{_LEFT - 10}" height="{_CELL - 2}" rx="4" fill="{fill}"/>'
-        )
+        box = f'x="5" y="{y + 1}" width="{_LEFT - 10}" height="{_CELL - 2}"'
+        lines.append(f'<rect {box} rx="4" fill="{_FILL[room]}"/>')
         lines.append(f'<text x="12" y="{y + 17}" font-size="12" font-weight="bold">{name}</text>')
         lines.append(f'<text x="150" y="{y + 17}" font-size="10">{_TEXTS[importer]}</text>')
         x = _LEFT + row * _CELL
         turned = f'transform="translate({x + 16} {_TOP - 8}) rotate(-50)"'
         lines.append(f'<text {turned} font-size="11">{name}</text>')
-        for column, imported in enumerate(places):
+        for column, imported in enumerate(packages):
             x = _LEFT + column * _CELL
-            colour = "#888" if row == column else "#f6f6f6" if column > row else "white"
+            colour = "white"
+            if column == row:
+                colour = "#888"
+            elif column > row:
+                colour = "#f6f6f6"
             box = f'x="{x + 1}" y="{y + 1}" width="{_CELL - 2}" height="{_CELL - 2}"'
             lines.append(f'<rect {box} fill="{colour}"/>')
             if (importer, imported) in pairs:
-                lines.append(
-                    f'<circle cx="{x + 13}" cy="{y + 13}" r="6" fill="{_MARK[importer.partition(".")[0]]}"/>'
-                )
+                lines.append(f'<circle cx="{x + 13}" cy="{y + 13}" r="6" fill="{_MARK[room]}"/>')
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def _place(package: str) -> str:
-    """The row of a package: rooms other than hemoco are one row each."""
+    """Returns the row of a package: everything outside hemoco is one row for each room."""
     room = package.partition(".")[0]
     return package if room == "hemoco" else room
 

@@ -1,6 +1,6 @@
-"""Data sets that tests draw: class folders like CIFAR-10's, and COCO JSON in the forms real sets have.
+"""Data sets that tests draw: class folders like CIFAR-10's, and COCO JSON as in real data sets.
 
-They stand in for CIFAR-10 and COCO, whose photos may not be passed on with this repository.
+They stand in for CIFAR-10 and COCO, whose photos may not be distributed with this repository.
 """
 
 import io
@@ -16,19 +16,21 @@ from PIL import Image, ImageDraw
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _ABSENT = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 SPARSE_IDS = tuple(number for number in range(1, 91) if number not in _ABSENT)
-"""The 80 category ids of COCO, which leave ten of 1 to 90 out."""
+"""The 80 category ids of COCO, which omit ten of 1 to 90."""
 _HEIGHT, _WIDTH = 240, 320
 
 
 def write_class_zip(path: Path, split: str, *, per_class: int, seed: int) -> Path:
-    """Writes `<split>/<class>/<nnnn>.jpg` of 32 x 32 pixels; a class has its tint, an image its pattern."""
+    """Writes `<split>/<class>/<nnnn>.jpg` of 32 x 32 pixels into a zip archive.
+
+    All images of a class have its tint, and each has its own pattern.
+    """
     rng = np.random.default_rng(seed)
     with zipfile.ZipFile(path, "w") as archive:
         for label, name in enumerate(CLASSES):
             tint = np.array([25 * label, 250 - 25 * label, 60 * (label % 4)])
-            patterns = (0.4 * tint + 0.6 * rng.integers(0, 256, (per_class, 8, 8, 3))).astype(
-                np.uint8
-            )
+            noise = rng.integers(0, 256, (per_class, 8, 8, 3))
+            patterns = (0.4 * tint + 0.6 * noise).astype(np.uint8)
             for number, pattern in enumerate(patterns):
                 buffer = io.BytesIO()
                 Image.fromarray(pattern).resize((32, 32), Image.Resampling.BILINEAR).save(
@@ -39,9 +41,10 @@ def write_class_zip(path: Path, split: str, *, per_class: int, seed: int) -> Pat
 
 
 def write_sparse_coco(folder: Path) -> Path:
-    """Writes splits `train` and `val` with COCO's sparse ids, objects in parts, and crowds as uncompressed runs.
+    """Writes splits `train` and `val` with COCO's sparse ids.
 
-    Objects are small to large; some images have none.
+    Objects are small to large and may have several parts, crowds are uncompressed runs, and some
+    images have no objects.
     """
     rng = np.random.default_rng(0)
     categories = [{"id": number, "name": f"thing {number}"} for number in SPARSE_IDS]
@@ -71,9 +74,10 @@ def write_sparse_coco(folder: Path) -> Path:
 
 
 def write_polygon_coco(folder: Path) -> Path:
-    """Writes one set without a split: polygons only, medium and large objects of 3 categories, image ids from 0.
+    """Writes one set without a split, with image ids from 0.
 
-    Objects lie apart and a category has its colour, so a detector can learn them in few steps.
+    It has medium and large objects of 3 categories, as polygons only. Objects do not overlap and
+    each category has its colour, so a detector can learn them in few steps.
     """
     rng = np.random.default_rng(1)
     (folder / "images").mkdir(parents=True)
@@ -103,7 +107,7 @@ def _described(image_id: int, name: str) -> dict[str, Any]:
 
 
 def _touch(first: list[float], second: list[float]) -> bool:
-    """Whether two boxes [x, y, width, height] overlap."""
+    """Returns whether two boxes [x, y, width, height] overlap."""
     return all(
         first[axis] < second[axis] + second[axis + 2]
         and second[axis] < first[axis] + first[axis + 2]
@@ -112,7 +116,7 @@ def _touch(first: list[float], second: list[float]) -> bool:
 
 
 def _outlined(rng: np.random.Generator, *, smallest: float, largest: float) -> dict[str, Any]:
-    """An object of one or two polygons, with the box and the area of their corners."""
+    """Returns an object of one or two polygons, with the box and the area of their corners."""
     radius = float(np.exp(rng.uniform(np.log(smallest), np.log(largest))))
     parts = [_polygon(rng, radius)]
     if rng.random() < 0.2:
@@ -130,7 +134,7 @@ def _outlined(rng: np.random.Generator, *, smallest: float, largest: float) -> d
 
 
 def _polygon(rng: np.random.Generator, radius: float) -> NDArray[np.float64]:
-    """Corners (P, 2) around a point of the image, none of them outside of it."""
+    """Returns corners (P, 2) around a point of the image, all inside the image."""
     angles = np.linspace(0, 2 * np.pi, int(rng.integers(7, 16)), endpoint=False)
     distances = radius * rng.uniform(0.8, 1.2, len(angles))
     centre = rng.uniform((radius, radius), (_WIDTH - radius, _HEIGHT - radius))
@@ -139,13 +143,16 @@ def _polygon(rng: np.random.Generator, radius: float) -> NDArray[np.float64]:
 
 
 def _enclosed(corners: NDArray[np.float64]) -> float:
-    """Area by the shoelace formula."""
+    """Returns the area by the shoelace formula."""
     (x, y), (next_x, next_y) = corners.T, np.roll(corners, -1, axis=0).T
     return abs(float((x * next_y - next_x * y).sum())) / 2
 
 
 def _crowd(rng: np.random.Generator) -> dict[str, Any]:
-    """A crowd that fills an ellipse, as uncompressed runs down the columns, which begin with those outside."""
+    """Returns a crowd that fills an ellipse.
+
+    Its mask is uncompressed runs down the columns, of which the first is outside.
+    """
     centre_x, centre_y = rng.uniform((60, 60), (_WIDTH - 60, _HEIGHT - 60))
     rows, columns = np.ogrid[:_HEIGHT, :_WIDTH]
     inside = ((columns - centre_x) / 55) ** 2 + ((rows - centre_y) / 35) ** 2 <= 1
@@ -165,12 +172,13 @@ def _crowd(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _draw(rng: np.random.Generator, objects: list[dict[str, Any]]) -> Image.Image:
-    """The objects, each in the colour of its category, on a dull ground."""
+    """Draws objects, each in the colour of its category, on a dull background."""
     coarse = rng.integers(60, 120, (12, 16, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((_WIDTH, _HEIGHT), Image.Resampling.BILINEAR)
     canvas = ImageDraw.Draw(image)
     for item in objects:
-        colour = f"hsv({137.5 * item['category_id'] % 360:.0f}, 85%, 95%)"  # far from that of the next id
+        # the golden angle: far from the colour of the next id
+        colour = f"hsv({137.5 * item['category_id'] % 360:.0f}, 85%, 95%)"
         if item["iscrowd"]:
             x, y, width, height = item["bbox"]
             canvas.ellipse((x, y, x + width, y + height), colour)

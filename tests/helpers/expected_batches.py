@@ -12,7 +12,7 @@ from hemoco.train.pretrain import batch_fingerprint
 
 
 def fingerprints(shards: str, split: str, config: PretrainConfig) -> dict[int, float]:
-    """`batch_fingerprint` of every step, from 1, as MLflow has it of a run that nothing has broken."""
+    """Returns `batch_fingerprint` of every step, from 1, of a run that is never interrupted."""
     plan = pretraining_plan(config)
     source = batches(
         shards,

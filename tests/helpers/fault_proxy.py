@@ -1,6 +1,7 @@
 """An HTTP proxy with faults on command, in front of the S3 server of the tests.
 
-Clients use the proxy's address as their endpoint; it passes the Host header on unchanged, which signatures cover.
+Clients use the proxy's address as their endpoint. It forwards the Host header unchanged, since
+signatures cover it.
 
     with fault_proxy(upstream_endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -8,7 +9,7 @@ Clients use the proxy's address as their endpoint; it passes the Host header on 
         ...
         assert [request.start for request in proxy.requests] == [0, 0, 0, 0]
 
-Faults are used up in the order in which they were set; requests that none of them is for go through.
+Faults are used up in the order in which they were set; requests that match none are forwarded.
 """
 
 import contextlib
@@ -29,15 +30,15 @@ Kind = Literal["status", "reset", "truncate", "stall", "trickle", "damage", "con
 
 
 class Request(NamedTuple):
-    """A request as it came to the proxy."""
+    """A request that the proxy received."""
 
     method: str
     path: str
-    """Without the query."""
+    """Path without the query."""
     start: int | None
     """First byte of its range."""
     fault: Kind | None
-    """What the proxy did to it."""
+    """The fault that the proxy applied, if any."""
 
 
 @dataclass
@@ -52,20 +53,20 @@ class _Fault:
 
 
 class FaultProxy:
-    """What a test says to the proxy and asks it.
+    """The proxy as a test controls it.
 
     Args:
-        upstream: the endpoint that it stands for.
+        upstream: the endpoint behind it.
     """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream)
         self.endpoint = ""
-        """Its own address."""
+        """Address of the proxy."""
         self.requests: list[Request] = []
-        """All that came, in their order."""
+        """All requests in the order of their arrival."""
         self.sent_bytes: Counter[str] = Counter()
-        """Bytes of the bodies of answers that came from the server, by path."""
+        """Bytes in the bodies of the server's answers, by path."""
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
 
@@ -80,26 +81,26 @@ class FaultProxy:
         status: int = 503,
         match: str = ".tar",
     ) -> None:
-        """Does something to the next GET requests.
+        """Applies a fault to the next GET requests.
 
         Args:
-            kind: status: answers with it; reset, truncate, stall: after some bytes of the body resets the
-                connection, ends it in order, or sends nothing for some time; trickle: sends the body in small
-                pieces with pauses; damage: flips a bit of one byte; content_range: announces a range that begins
-                one byte later.
-            times: to how many requests.
-            for_s: seconds from now on.
-            after: bytes of the body before the fault, or between the pauses of a trickle.
-            seconds: of a stall or of a pause.
-            status: of `status`.
-            match: part of the paths of the requests.
+            kind: the fault. `status` answers with an HTTP status. `reset`, `truncate` and `stall`
+                reset the connection, close it, or send nothing for some time, after some bytes of
+                the body. `trickle` sends the body in small pieces with pauses. `damage` flips a
+                bit of one byte. `content_range` announces a range that begins one byte later.
+            times: number of requests.
+            for_s: seconds for which the fault is active.
+            after: bytes of the body before the fault, or between the pauses of `trickle`.
+            seconds: duration of `stall`, or of each pause of `trickle`.
+            status: the HTTP status of `status`.
+            match: part of the path of the requests.
         """
         self._faults.append(
             _Fault(kind, times, time.monotonic() + for_s, after, seconds, status, match)
         )
 
     def heal(self) -> None:
-        """Forgets all faults."""
+        """Removes all faults."""
         self._faults.clear()
 
     def note_answer(self, path: str, length: int) -> None:
@@ -108,7 +109,7 @@ class FaultProxy:
             self.sent_bytes[path] += length
 
     def take(self, method: str, path: str, start: int | None) -> _Fault | None:
-        """Notes a request and says what to do to it."""
+        """Records a request and returns its fault, if any."""
         with self._lock:
             self._faults = [f for f in self._faults if f.times > 0 and time.monotonic() < f.until]
             fault = next((f for f in self._faults if method == "GET" and f.match in path), None)
@@ -155,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._forward(fault)
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the client had enough
+            self.close_connection = True  # the client hung up
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
@@ -209,6 +210,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _reset(self) -> None:
-        """Closes the connection by RST."""
+        """Closes the connection with RST."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         socket.close(self.connection.detach())

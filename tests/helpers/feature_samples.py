@@ -1,4 +1,4 @@
-"""Made samples of features."""
+"""Samples of features with known classes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from hemoco.features.sample import FeatureSample
 
 
 def sample_of(images: int) -> FeatureSample:
-    """Two classes whose features lie apart."""
+    """Returns a sample of two classes whose features are far apart."""
     labels = torch.arange(images) % 2
     features = (
         torch.randn(images, 8, generator=torch.Generator().manual_seed(0)) * 0.1

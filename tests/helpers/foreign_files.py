@@ -12,7 +12,7 @@ State = dict[str, Tensor]
 
 
 def hollow(architecture: str, start: int) -> State:
-    """torchvision's state dict, each tensor full of a number of its own; few bytes in memory and in a file."""
+    """Returns torchvision's state dict; each tensor repeats one number, so that it is small."""
     with torch.device("meta"):
         tensors = getattr(torchvision.models, architecture)().state_dict()
     return {

@@ -1,10 +1,12 @@
-"""Several hosts on one machine, for root: network namespaces on a bridge, each with an address, a name, folders and
-/dev/shm of its own. The test process reaches them all and they reach each other, but nothing else.
+"""Several hosts on one machine, made by root.
+
+Each is a network namespace on a bridge, with its own address, name, folders and /dev/shm. They can
+reach each other and the test process, but nothing else.
 
     with hosts(tmp_path, 3) as (head, first, second):
         first.run("python", "-c", "...")
-        second.cut()  # from the network
-        first.kill()  # all that runs there
+        second.cut()  # disconnects it
+        first.kill()  # ends all its processes
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """One of them; `folder` is bound over `shared`, which has the same name on all of them."""
+    """One host; `folder` is mounted over `shared`, a path that is the same on all hosts."""
 
     name: str
     address: str
@@ -30,7 +32,7 @@ class Host:
     started: "list[subprocess.Popen[bytes]]" = dataclasses.field(default_factory=list)
 
     def command(self, *words: str) -> list[str]:
-        """The words as a command of that host: its network, name and folders."""
+        """Wraps a command to run on the host, with its network, name and folders."""
         mount = (
             f"mount -t tmpfs -o size=1g tmpfs /dev/shm && mount --bind {self.folder} {self.shared} "
             f'&& hostname {self.name} && exec "$@"'
@@ -40,7 +42,7 @@ class Host:
     def start(
         self, *words: str, log: Path, environment: dict[str, str]
     ) -> "subprocess.Popen[bytes]":
-        """A process of the host, that goes on in the background."""
+        """Starts a process on the host, in the background."""
         with log.open("ab") as output:
             process = subprocess.Popen(
                 self.command(*words),
@@ -55,11 +57,11 @@ class Host:
         return process
 
     def pids(self) -> list[int]:
-        """Of all its processes."""
+        """Returns the ids of all processes on the host."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def kill(self) -> None:
-        """The power goes off."""
+        """Kills all processes at once, as a power failure does."""
         while pids := self.pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -69,16 +71,19 @@ class Host:
             self.started.pop().wait()
 
     def cut(self) -> None:
-        """Takes its cable out."""
+        """Disconnects the host from the network."""
         _ip("link", "set", self.link, "down")
 
     def heal(self) -> None:
-        """Puts it back."""
+        """Connects the host again."""
         _ip("link", "set", self.link, "up")
 
 
 def lose_packets(host: Host, *, times: int, seconds: float) -> None:
-    """Loses all packets of a host for so long, so many times; netem, which loses some, is not in every kernel."""
+    """Drops all packets of a host for some time, repeatedly.
+
+    netem could drop a share of them, but not every kernel has it.
+    """
     for _ in range(times):
         host.cut()
         time.sleep(seconds)
@@ -88,7 +93,7 @@ def lose_packets(host: Host, *, times: int, seconds: float) -> None:
 
 @contextlib.contextmanager
 def hosts(folder: Path, count: int) -> Iterator[tuple[Host, ...]]:
-    """Makes that many; at the end of the block all that runs on them is killed, and they are gone."""
+    """Makes hosts; at the end of the block their processes are killed and they are removed."""
     token = secrets.token_hex(2)
     net, bridge = f"10.77.{int(token[:2], 16)}", f"hmb{token}"
     shared = Path(f"/tmp/hm{token}")  # short: a socket's path has at most 107 bytes

@@ -1,4 +1,4 @@
-"""The rooms of the code, their order, and the imports between them as they stand in the files."""
+"""The top-level packages of the code, their order, and the imports in their files."""
 
 import ast
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Import(NamedTuple):
 
 
 def imports_of(room: str) -> Iterator[Import]:
-    """Every module that the files of a room import, wherever in the file."""
+    """Yields every module that a package's files import, anywhere in the file."""
     for path in sorted((ROOT / room).rglob("*.py")):
         file = path.relative_to(ROOT).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -55,7 +55,10 @@ def imports_of(room: str) -> Iterator[Import]:
 
 
 def package_of(module: str) -> str:
-    """`hemoco.data` of `hemoco.data.stream.order`, `hemoco` of a file at its root."""
+    """Returns the package of a module: `hemoco.data` for `hemoco.data.stream.order`.
+
+    A file at the root of hemoco belongs to `hemoco`.
+    """
     parts = module.split(".")
     return (
         ".".join(parts[:2])

@@ -1,4 +1,4 @@
-"""A finished run with all that a report shows, written into MLflow."""
+"""A finished run in MLflow, with everything that a report shows."""
 
 import io
 
@@ -50,7 +50,7 @@ def png() -> bytes:
 
 
 def fill(run: MadeRun) -> None:
-    """All that a finished run has, and a transfer that failed."""
+    """Writes everything that a finished run has, and a transfer that failed."""
     log_curve(run, "loss", {step: 6 - step / 10 for step in range(1, 28)})
     for name, value in (
         ("embedding_std", 0.875),

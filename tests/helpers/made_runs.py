@@ -1,4 +1,4 @@
-"""Runs as the pipeline records them, written to MLflow in a moment: settings, values and times are the test's."""
+"""Runs as the pipeline records them, written to MLflow with a test's settings, values and times."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 Values = Mapping[tuple[str, int], float]
-"""By init and seed."""
+"""Values by init and seed."""
 START_S = 1_700_000_000
-"""When a made pretraining begins, in seconds since 1970."""
+"""Start of a made pretraining, in seconds since 1970."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MadeRun:
 
 
 def begin_run(uri: str, name: str, recipe: Recipe, *, digest: str = "d1") -> MadeRun:
-    """The parent run, and that of the pretraining, which began at START_S."""
+    """Writes the parent run and the pretraining's run, which began at START_S."""
     tags = {"hemoco.run": name, "hemoco.recipe": recipe.name}
     of_parent = tags | {"hemoco.phase": "parent"}
     params = flat_params(recipe)
@@ -49,7 +49,7 @@ def begin_run(uri: str, name: str, recipe: Recipe, *, digest: str = "d1") -> Mad
 
 
 def log_rate(run: MadeRun, *, step: int, at_s: float, images_per_s: float) -> None:
-    """A record of the pretraining, so many seconds after START_S."""
+    """Writes a record of the pretraining, some seconds after START_S."""
     timestamp = int((START_S + at_s) * 1000)
     values = {"loss": 3.0, "images_per_s": images_per_s, "knn_top1": 0.5}
     points = [
@@ -69,16 +69,16 @@ def write_transfer(
     error: str = "",
     open_: int = 0,
 ) -> str:
-    """A transfer that measured these values, of a backbone exported after an epoch if one is given.
+    """Writes a transfer that measured these values; returns the id of its MLflow run.
 
     Args:
-        run: whose it is.
-        name: of the transfer in its recipe.
-        values: that are done.
-        epoch: None: it is no point of the curve.
-        labelled: images, where it is low-shot.
-        error: why it failed.
-        open_: it goes on, and has recorded a value of this seed that is not done.
+        run: the run of the transfer.
+        name: name of the transfer in its recipe.
+        values: values of the units that are done.
+        epoch: epoch of the backbone, for a point of the curve.
+        labelled: labelled images, for a low-shot transfer.
+        error: reason of its failure.
+        open_: a seed; the transfer is running, and a unit of this seed is not done.
     """
     config: AnyTransferConfig = run.recipe.transfers[name]
     tags = {
@@ -120,13 +120,13 @@ def write_transfer(
 
 
 def end_pretraining(run: MadeRun, *, at_s: float) -> None:
-    """Ends it so many seconds after START_S."""
+    """Ends the pretraining some seconds after START_S."""
     end = int((START_S + at_s) * 1000)
     ask(run.uri, lambda client: client.set_terminated(run.pretraining, "FINISHED", end_time=end))
 
 
 def log_curve(run: MadeRun, name: str, values: Mapping[int, float]) -> None:
-    """A metric of the pretraining, by step, a step per second."""
+    """Writes a metric of the pretraining by step, one step a second."""
     points = [
         MetricPoint(key=name, value=v, timestamp=(START_S + s) * 1000, step=s)
         for s, v in values.items()

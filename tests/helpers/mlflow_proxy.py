@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an MLflow server that does to every request what a test says.
+"""An HTTP proxy in front of an MLflow server, which applies a test's fault to every request.
 
 with mlflow_proxy(server.uri) as proxy:
     proxy.mode = "error"
@@ -14,17 +14,18 @@ from urllib.parse import urlsplit
 
 
 class MlflowProxy:
-    """What a test says to the proxy and asks it."""
+    """The proxy as a test controls it."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.uri = ""
-        """Its own address."""
+        """Address of the proxy."""
         self.mode: Literal["pass", "hold", "error", "lose", "down"] = "pass"
-        """hold: waits for `go_on`; error: answers 500; lose: passes it on and loses the answer; down: hangs up."""
+        """`hold` waits for `go_on`, `error` answers 500, `lose` forwards the request but drops the
+        answer, `down` hangs up."""
         self.go_on = threading.Event()
         self.requests: list[str] = []
-        """The modes that requests met, in their order."""
+        """The mode at the time of each request."""
 
 
 @contextlib.contextmanager

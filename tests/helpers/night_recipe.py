@@ -1,4 +1,4 @@
-"""A pretraining over two hosts and its transfers, small enough for two cores: what the cluster tests submit."""
+"""The recipe of the cluster tests: a pretraining over two hosts that fits two cores."""
 
 from hemoco.config import (
     EncoderConfig,

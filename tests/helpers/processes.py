@@ -1,4 +1,4 @@
-"""Looking for processes and ports of this machine."""
+"""Search for processes and ports of this machine."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def alive(text: str) -> list[int]:
-    """Processes with `text` in their command line."""
+    """Returns processes with `text` in their command line."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -22,6 +22,6 @@ def alive(text: str) -> list[int]:
 
 @contextmanager
 def busy_port() -> Iterator[int]:
-    """A port of this machine that somebody listens on."""
+    """A port of this machine that a process listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]

@@ -1,6 +1,7 @@
-"""Run a function on n processes of one gloo group, on this machine and without ports.
+"""Calls of a function on n processes of one gloo group, on this machine and without ports.
 
-The processes are kept for the next call, because each takes seconds to import torch; after an error they are ended.
+The processes are kept for the next call, since each takes seconds to import torch. After an error
+they are ended.
 """
 
 import multiprocessing
@@ -19,9 +20,10 @@ _pool: ProcessPoolExecutor | None = None
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each rank; it must be importable, its arguments and result picklable.
+    """Returns the result of `function(*args)` on each rank.
 
-    The function must leave nothing changed in its process.
+    The function must be importable, and its arguments and result are pickled. It must not change
+    the state of its process, which later calls use.
     """
     global _pool
     if _pool is None:
@@ -33,7 +35,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
             for rank in range(world_size)
         ]
         done, waiting = wait(ranks, return_when=FIRST_EXCEPTION)
-        # others wait for a rank that failed, in a collective; a pool of which a process has died is of no use
+        # After a failure, other ranks may wait in a collective for ever; and a pool that lost a
+        # process cannot be used again.
         if waiting or any(rank.exception() is not None for rank in done):
             for process in list((_pool._processes or {}).values()):
                 process.kill()

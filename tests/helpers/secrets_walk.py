@@ -1,4 +1,4 @@
-"""What hemoco does with storage, tracking and checkpoints, in one process, saying all that it can: for test_secrets.
+"""Uses of storage, tracking and checkpoints in one process with full logging, for test_secrets.
 
 python tests/helpers/secrets_walk.py STORAGE MLFLOW_THAT_REFUSES SQLITE
 """
@@ -40,7 +40,7 @@ CONFIG = PretrainConfig(
 
 
 def expect_error(act: Callable[[], object]) -> None:
-    """Prints an error in every way there is."""
+    """Prints an expected error in every form in which it could be shown."""
     try:
         act()
     except HemocoError as error:

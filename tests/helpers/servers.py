@@ -1,4 +1,4 @@
-"""One S3 server, one Ray and one MLflow store for a whole test session; each is started when a test first asks."""
+"""One S3 server, one Ray and one MLflow store for a test session, started when first needed."""
 
 import uuid
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from cluster.local.servers import BUCKET, s3_environment, s3_server
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running S3 server that the environment names; the URL of its bucket."""
+    """URL of a bucket on a running S3 server, which the environment names."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in s3_environment(server).items():
             patch.setenv(name, value)
@@ -26,14 +26,14 @@ def bucket(s3: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: str) -> Iterator[str]:
-    """A running Ray with at least 2 logical cores whose workers know the S3 server; its address."""
+    """Address of a running Ray with at least 2 logical cores, whose workers know the S3 server."""
     with local_ray() as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of an MLflow store with its schema made, named by the environment."""
+    """URI of an MLflow store with its schema, which the environment names."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("mlflow")

@@ -1,4 +1,4 @@
-"""Small shard folders for tests of reading: images 0, 1, 2, ..., whose keys are their numbers."""
+"""Small shard folders for tests of reading; images are 0, 1, 2, ..., and so are their keys."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from hemoco.storage.objects import join_url, write_bytes
 
 
 def png(number: int) -> bytes:
-    """A 12 x 10 image whose every pixel has the value `number` (modulo 256)."""
+    """Returns a 12 x 10 image in which every pixel has the value `number` (modulo 256)."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((10, 12, 3), number % 256, np.uint8)).save(buffer, "png")
     return buffer.getvalue()
@@ -23,7 +23,10 @@ def png(number: int) -> bytes:
 def write_shards(
     url: str, sizes: Sequence[int], *, bad: Container[int] = (), labelled: bool = True
 ) -> str:
-    """Writes shards of these sizes and their index; images whose number is in `bad` are none. Returns the URL."""
+    """Writes shards of these sizes and their index; returns the URL.
+
+    Samples whose number is in `bad` are not images.
+    """
     numbers, shards = itertools.count(), []
     for place, size in enumerate(sizes):
         rows = [next(numbers) for _ in range(size)]

@@ -1,4 +1,4 @@
-"""A detector so small that a test can train it."""
+"""A detector small enough to be trained in a test."""
 
 from hemoco.config import MaskRcnnConfig
 

@@ -1,4 +1,7 @@
-"""A pretraining of eight steps in this process, to whose host something happens; every second one has a checkpoint."""
+"""A pretraining of eight steps in this process, with a checkpoint at every second one.
+
+An action can be called after a step, for example one that damages the host's disk.
+"""
 
 import os
 import subprocess
@@ -44,7 +47,7 @@ CONFIG = PretrainConfig(
 
 
 class Troubled(TrainingProcess):
-    """A training process to whose host something happens after a step, before its checkpoint is written."""
+    """A training process that calls an action after a step, before its checkpoint is written."""
 
     def __init__(self, trouble: Callable[[], None] = lambda: None, *, after: int = 4) -> None:
         super().__init__(CPU, ResourcesConfig(), [1])
@@ -58,12 +61,12 @@ class Troubled(TrainingProcess):
 
 
 def write_images(folder: Path) -> str:
-    """Shards for it; their URL."""
+    """Writes shards for the pretraining; returns their URL."""
     return write_shards(folder.as_uri(), [32, 32, 32, 32])
 
 
 def new_job(shards: str, tracking: str, url: str) -> PretrainJob:
-    """It, with a run of its own in MLflow."""
+    """Returns the pretraining's job, with a new run in MLflow."""
     run_id = open_run(
         tracking, connect(tracking), name=uuid.uuid4().hex, parent=None, tags={}, params={}
     )
@@ -73,7 +76,7 @@ def new_job(shards: str, tracking: str, url: str) -> PretrainJob:
 
 
 def same_result(job: PretrainJob, other: PretrainJob) -> bool:
-    """Whether backbones are equal bit for bit, and all losses of all attempts."""
+    """Returns whether backbones and the losses of all attempts are equal, bit for bit."""
     found, wanted = (
         load_backbone(f"{each.url}/backbone.safetensors").state_dict() for each in (job, other)
     )
@@ -87,7 +90,7 @@ def losses(job: PretrainJob) -> set[tuple[int, float]]:
 
 
 def python(*words: str, before: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Runs Python in the checkout, behind a command of the shell."""
+    """Runs Python in the checkout, prefixed by a shell command."""
     command = [sys.executable, *words]
     if before:
         command = ["unshare", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *command]

@@ -1,4 +1,4 @@
-"""A whole run that is small: digits on S3, a pretraining of 2 workers, five transfers; and what MLflow has of it."""
+"""A small run with digits on S3, a pretraining of 2 workers and five transfers, and its records."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ INTERVAL = 5
 
 
 def pack_digits(s3: str, folder: Path) -> str:
-    """Shards of the digits; their URL."""
+    """Packs the digits; returns the URL of the shards."""
     write_digits(folder, 0)
     url = join_url(s3, f"{folder.parent.name}/{folder.name}")
     pack((str(folder),), url, split="train", samples_per_shard=500, seed=0)
@@ -40,7 +40,7 @@ def pack_digits(s3: str, folder: Path) -> str:
 
 
 def small_recipe(shards: str) -> Recipe:
-    """A step of its pretraining takes a good part of a second."""
+    """Returns the recipe; a step of its pretraining takes most of a second."""
     pretrain = PretrainConfig(
         epochs=1,
         global_batch_size=128,
@@ -79,7 +79,7 @@ def small_recipe(shards: str) -> Recipe:
 
 
 def child(run: str, phase: str, **tags: str) -> RunFacts:
-    """The newest MLflow run of a phase."""
+    """Returns the newest MLflow run of a phase."""
     uri = tracking_uri()
     wanted = {"hemoco.run": run, "hemoco.phase": phase} | {
         f"hemoco.{name}": value for name, value in tags.items()
@@ -90,6 +90,6 @@ def child(run: str, phase: str, **tags: str) -> RunFacts:
 
 
 def losses(run: str) -> list[tuple[int, float]]:
-    """Every recorded (step, loss), redone steps several times."""
+    """Returns every recorded (step, loss); repeated steps occur several times."""
     history = MlflowClient(tracking_uri()).get_metric_history(child(run, "pretrain").run_id, "loss")
     return [(point.step, point.value) for point in history]

@@ -1,4 +1,4 @@
-"""A TCP relay on loopback that loses connections on command, in front of a server of the tests."""
+"""A TCP relay on loopback that cuts connections on command, in front of a server of the tests."""
 
 import contextlib
 import socket
@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 
 class Relay(socketserver.ThreadingTCPServer):
-    """Passes bytes on in both directions.
+    """Relay that forwards bytes in both directions.
 
     Args:
-        upstream: URL of the server that it stands for.
+        upstream: URL of the server behind it.
     """
 
     daemon_threads = True
@@ -22,11 +22,11 @@ class Relay(socketserver.ThreadingTCPServer):
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname, parts.port)
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        """Where it listens."""
+        """URL of the relay."""
         self.cuts: list[tuple[bytes, int]] = []
-        """Connections still to be cut: what their request contains, and after how many bytes of the answer."""
+        """Connections to cut, as (bytes that the request contains, bytes of the answer to send)."""
         self.lost_after_cut = False
-        """Whether the first cut is the end of all connections, of new ones too."""
+        """True if the first cut ends all connections, including new ones."""
         self.closed = threading.Event()
 
 

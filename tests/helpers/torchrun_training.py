@@ -1,6 +1,8 @@
-"""A pretraining without Ray: `torchrun --nproc-per-node 2 tests/helpers/torchrun_training.py SHARDS OUT`.
+"""A pretraining without Ray, in the loop that runs in Ray's workers.
 
-Writes the losses of all steps to OUT. The loop is the one that runs in Ray's workers.
+    torchrun --nproc-per-node 2 tests/helpers/torchrun_training.py SHARDS OUT
+
+It writes the losses of all steps to OUT.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ CONFIG = PretrainConfig(
 
 
 def train(shards: str) -> list[float]:
-    """The losses of one epoch, on every rank the same."""
+    """Returns the losses of one epoch, the same on every rank."""
     index, device = read_index(shards), torch.device("cpu")
     state = build_state(CONFIG, device, data_digest=index.digest)
     plan = pretraining_plan(CONFIG)

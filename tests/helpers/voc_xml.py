@@ -1,4 +1,4 @@
-"""What the XML and lists of a folder in Pascal VOC's layout hold, read without hemoco."""
+"""Content of the XML files and lists of a folder in Pascal VOC's layout, read without hemoco."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,7 +8,7 @@ Corners = tuple[int, int, int, int]
 
 
 def listed_splits(folder: Path) -> dict[str, int]:
-    """Images in each of the lists that are splits of their own."""
+    """Returns the number of images in each list that is a split."""
     lists = {
         name: (folder / "ImageSets" / "Main" / f"{name}.txt") for name in ("train", "val", "test")
     }
@@ -16,7 +16,7 @@ def listed_splits(folder: Path) -> dict[str, int]:
 
 
 def count_objects(folder: Path) -> "Counter[tuple[str, str, Corners]]":
-    """Every object of every XML file, by the image's name, the class and the corners as they stand there."""
+    """Counts the objects in all XML files, by (image name, class, corners as written)."""
     found: Counter[tuple[str, str, Corners]] = Counter()
     for path in (folder / "Annotations").iterdir():
         for node in minidom.parse(str(path)).getElementsByTagName("object"):

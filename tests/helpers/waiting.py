@@ -1,4 +1,4 @@
-"""Waiting for what other threads and processes do."""
+"""Waiting for other threads and processes."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ _POLL_S = 0.1
 
 
 def within(seconds: float, holds: Callable[[], object]) -> bool:
-    """Whether something comes to hold in time."""
+    """Returns whether a condition becomes true in time."""
     deadline = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -15,5 +15,5 @@ def within(seconds: float, holds: Callable[[], object]) -> bool:
 
 
 def wait_until(holds: Callable[[], object], seconds: float) -> None:
-    """Fails unless something comes to hold in time."""
-    assert within(seconds, holds), "it did not come to pass"
+    """Fails unless a condition becomes true in time."""
+    assert within(seconds, holds), f"not true within {seconds} s"

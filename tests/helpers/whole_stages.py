@@ -1,4 +1,4 @@
-"""Stages run to their end, as the verbs run them under a progress bar."""
+"""Stages run to the end, as the verbs run them with a progress bar."""
 
 from collections.abc import Generator, Sequence
 from typing import TypeVar
@@ -11,7 +11,7 @@ ResultT = TypeVar("ResultT")
 
 
 def finish(steps: Generator[Progress, None, ResultT]) -> ResultT:
-    """What the steps return in the end."""
+    """Returns the result of a stage."""
     while True:
         try:
             next(steps)
@@ -29,7 +29,7 @@ def pack(
     seed: int,
     overwrite: bool = False,
 ) -> Packed:
-    """Packs to a URL or path."""
+    """Packs sources into shards at a URL or path."""
     return finish(
         pack_steps(
             sources,

@@ -1,4 +1,4 @@
-"""Backbones of other libraries go to and come from object storage."""
+"""Backbones of other libraries are written to and read from object storage."""
 
 from pathlib import Path
 

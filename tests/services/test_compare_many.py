@@ -1,4 +1,4 @@
-"""Made runs in a real MLflow store come back side by side: columns, differences, curves, cost, and all file formats."""
+"""Runs in a real MLflow store are compared: columns, differences, curves, cost, file formats."""
 
 import csv
 import dataclasses
@@ -63,13 +63,13 @@ def variant(seed: int = 0, lr: float = 0.03, **transfers: object) -> Recipe:
 
 
 def values(ours: float, random: float) -> dict[tuple[str, int], float]:
-    """Of three seeds; the noise of the seed is in both, and the pretrained has some of its own."""
+    """Returns values of three seeds; both inits have the seed's noise, pretrained some more."""
     of_init = {("pretrained", s): ours + noise + 0.002 * s for s, noise in enumerate(NOISE)}
     return of_init | {("random", s): random + noise for s, noise in enumerate(NOISE)}
 
 
 def fill(run: MadeRun, quality: float) -> None:
-    """All transfers of a run, and its pretraining's records: 20 steps of 32 images, 10 s each ten."""
+    """Writes all transfers of a run, and its pretraining: 20 steps of 32 images, a second each."""
     log_rate(run, step=10, at_s=15, images_per_s=32)
     log_rate(run, step=20, at_s=27, images_per_s=32)
     end_pretraining(run, at_s=30)
@@ -84,7 +84,7 @@ def fill(run: MadeRun, quality: float) -> None:
 
 @dataclasses.dataclass
 class Names:
-    """Of two repetitions of one pretraining, and of one with another learning rate that is not finished."""
+    """Names of two repetitions of a pretraining, and of an unfinished one with another rate."""
 
     first: str
     second: str
@@ -127,7 +127,7 @@ def cells(comparison: Comparison, name: str, row: str) -> dict[str, str]:
 
 
 def significance(comparison: Comparison, row: str) -> dict[str, tuple[str, str]]:
-    """Cells of the differences: (difference, significant) by the name of the difference."""
+    """Returns (difference, significant) cells of a row, by the name of the difference."""
     found = section(comparison, "differences")
     (line,) = (line for line in found.rows if line[0] == row)
     return dict(zip(found.columns[1::2], zip(line[1::2], line[2::2], strict=True), strict=True))

@@ -1,4 +1,4 @@
-"""Runs written to a real MLflow store come back as the comparison and its files."""
+"""Runs in a real MLflow store are read back as a comparison and its files."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Embedding on Ray: a second call does what is missing, too many bad samples stop it, S3 to S3 by the command."""
+"""Embedding on Ray: resuming, too many bad samples, and the command from S3 to S3."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CONFIG = EmbedConfig(size=10, resize=10, batch_size=4)
 
 @pytest.fixture
 def backbone(tmp_path: Path) -> str:
-    """A file of random weights."""
+    """Path of a backbone with random weights."""
     url = str(tmp_path / "backbone.safetensors")
     tiny = EncoderConfig(architecture="resnet10t", stem="small")
     export_backbone(
@@ -39,7 +39,7 @@ def planned(shards: str, backbone: str, dest: Path) -> EmbedPlan:
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file."""
+    """Returns bytes and modification time of every file."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
@@ -83,9 +83,13 @@ def test_the_command_embeds_from_s3_to_s3_and_says_what_came_of_it(
     write_bytes(f"{bucket}/backbone", Path(backbone).read_bytes())
     words = ["embed", shards, f"{bucket}/backbone", f"{bucket}/features"]
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", *words], cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ray_cluster},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "jobs", *words],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     warning, where, result, again = done.stdout.splitlines()
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert (

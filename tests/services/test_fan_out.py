@@ -1,4 +1,4 @@
-"""Units side by side from one driver: each fails, is tried again and is given up alone; all together on Ctrl-C."""
+"""Units in parallel from one driver: each fails and is retried alone; Ctrl-C ends them all."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from tests.helpers.waiting import wait_until
 
 
 def outcomes(function, arguments, stopping=None):
-    """By their argument; None where there was no error."""
+    """Returns the outcomes of calls by their first argument."""
     found = attempt_tasks(
         function, arguments, cpus=1, gpus=0, stopping=stopping or threading.Event()
     )

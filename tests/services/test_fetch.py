@@ -1,4 +1,4 @@
-"""Fetching against real servers with real faults: the bytes are those that were written, or the error is clear."""
+"""Fetching from real servers with real faults: the bytes are correct, or the error is clear."""
 
 import hashlib
 import multiprocessing
@@ -56,7 +56,7 @@ def running_proxy(s3: str) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def proxy(running_proxy: FaultProxy) -> FaultProxy:
-    """A proxy through which the S3 server is reached, without faults and with no requests so far."""
+    """A proxy in front of the S3 server, without faults and without requests so far."""
     running_proxy.heal()
     running_proxy.requests.clear()
     return running_proxy
@@ -64,7 +64,7 @@ def proxy(running_proxy: FaultProxy) -> FaultProxy:
 
 @pytest.fixture
 def shard(proxy: FaultProxy, bucket: str) -> str:
-    """The URL of an object of DATA behind the proxy."""
+    """URL of an object with DATA behind the proxy."""
     write_bytes(f"{bucket}/a shard+ö.tar", DATA)
     proxy.requests.clear()
     return f"{bucket}/a shard+ö.tar"
@@ -72,14 +72,14 @@ def shard(proxy: FaultProxy, bucket: str) -> str:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[ThreadingHTTPServer, Path]]:
-    """A web server that knows no ranges, and its folder."""
+    """A web server without range requests, and its folder."""
     handler = type(
         "Quiet",
         (SimpleHTTPRequestHandler,),
         {"log_message": lambda *_: None, "protocol_version": "HTTP/1.1"},
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path))) as server:
-        server.handle_error = lambda *_: None  # clients that hang up are no news
+        server.handle_error = lambda *_: None  # clients hang up on purpose
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server, tmp_path
@@ -89,7 +89,7 @@ def web(tmp_path: Path) -> Iterator[tuple[ThreadingHTTPServer, Path]]:
 
 @pytest.fixture(params=["s3", "file", "memory", "http"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an object of DATA."""
+    """URL of an object with DATA."""
     if request.param == "s3":
         return str(request.getfixturevalue("shard"))
     if request.param == "http":

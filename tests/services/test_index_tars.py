@@ -1,4 +1,4 @@
-"""The index of tars that others made, on a real Ray: what is read, what is named, what is refused, what is left."""
+"""Indexing of others' tars on a real Ray: what is read, reported, refused and left behind."""
 
 import io
 import tarfile
@@ -70,7 +70,7 @@ def indexed(dest: Path | str, *sources: Path | str, overwrite: bool = False) -> 
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file."""
+    """Returns bytes and modification time of every file."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -276,9 +276,10 @@ def test_a_person_sees_what_was_left_out(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{(tmp_path / 'out').as_uri()}: 4 shards, ")
     assert lines[1:] == [
-        "warning: 1 members left out: several images under one key (first: p (.1.jpg, .2.jpg) in x.tar)",
-        "warning: 1 images cannot be decoded: not an image (first: ?[2J in x.tar); they stay in: training replaces "
-        "them, an evaluation of their split refuses",
+        "warning: 1 members left out: several images under one key "
+        "(first: p (.1.jpg, .2.jpg) in x.tar)",
+        "warning: 1 images cannot be decoded: not an image (first: ?[2J in x.tar); "
+        "they stay in: training replaces them, an evaluation of their split refuses",
     ]
 
 

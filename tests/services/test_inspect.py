@@ -1,4 +1,4 @@
-"""Inspecting: what a person is told about a shard folder, every kind of damage, and the contact sheet."""
+"""`inspect`: its report on a shard folder, every kind of damage, and the contact sheet."""
 
 import dataclasses
 import io
@@ -25,9 +25,11 @@ from tests.helpers.whole_stages import finish, pack
 
 ROOT = Path(__file__).parents[2]
 DAMAGES = {
-    "flipped": r"checksum differs from the index.* \(1 of 3 samples differ: training leaves them out\)",
+    "flipped": r"checksum differs from the index.* "
+    r"\(1 of 3 samples differ: training leaves them out\)",
     "cut": r"2048 bytes, the index says \d+",
-    "replaced": r"checksum differs from the index.* \(3 of 3 samples differ: training stops at it\)",
+    "replaced": r"checksum differs from the index.* "
+    r"\(3 of 3 samples differ: training stops at it\)",
     "missing": r"not found",
     "table missing": r"the sample table of train-\d+\.tar is missing",
     "table cut": r"the sample table of train-\d+\.tar is damaged",
@@ -36,7 +38,7 @@ DAMAGES = {
 
 
 def damage(folder: Path, number: int, kind: str) -> None:
-    """Damages one shard of a folder; all are of one size, so that another's content has the right one."""
+    """Damages one shard of a folder, whose shards all have the same size."""
     shards = read_index(str(folder)).shards
     shard, other = shards[number], shards[0]
     path, (table,) = folder / shard.name, (folder / "samples").glob(f"{shard.sha256}.*")
@@ -66,7 +68,7 @@ def rewrite_index(folder: Path, **changes: object) -> ShardIndex:
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], str]:
-    """Exit status, lines and error of `jobs inspect`."""
+    """Runs `jobs inspect`; returns its exit status, output lines and error."""
     status = main(["inspect", *words])
     out, err = capsys.readouterr()
     return status, out.splitlines(), err
@@ -173,7 +175,10 @@ def test_every_damage_is_found_and_named(tmp_path: Path, kind: str) -> None:
 def test_an_image_that_cannot_be_decoded_is_damage_of_our_shards_only(tmp_path: Path) -> None:
     write_shards(str(tmp_path), [3, 3], bad={1, 2})
     ours = read_index(str(tmp_path))
-    where = f"{tmp_path}/train-000000.tar: 2 images cannot be decoded, first 1: its 12 bytes are not an image"
+    where = (
+        f"{tmp_path}/train-000000.tar: 2 images cannot be decoded, "
+        "first 1: its 12 bytes are not an image"
+    )
     assert finish(verify_steps(str(tmp_path), ours))[:3] == ((where,), 1, ())
     assert finish(verify_steps(str(tmp_path), dataclasses.replace(ours, packed=False)))[:3] == (
         (),

@@ -1,4 +1,4 @@
-"""The live display, of runs as the pipeline records them: what it says, and that it leaves the terminal as it was."""
+"""The live display of runs as the pipeline records them, and the terminal after it."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ DEMO = load_recipe("demo")
 RECIPE = dataclasses.replace(DEMO, pretrain=dataclasses.replace(DEMO.pretrain, epochs=12))
 BEGAN_S = time.time()
 DONE = {("pretrained", 0): 0.98, ("random", 0): 0.91}
-# two displays of the run named, one after the other: that of a block that fails, and of one that waits for Ctrl-C
+# two displays of a run, one after the other: of a block that fails, and of one that Ctrl-C ends
 PROGRAM = """
 import logging, sys, threading, time
 from hemoco.data.shards.index import ShardIndexes
@@ -69,7 +69,9 @@ connect(tracking_uri())
 recipe = load_recipe("demo")
 for ending in ("fail", "interrupt"):
     try:
-        with live_display(sys.argv[1], pretrain=recipe, transfers=recipe.transfers, indexes=ShardIndexes()):
+        with live_display(
+            sys.argv[1], pretrain=recipe, transfers=recipe.transfers, indexes=ShardIndexes()
+        ):
             work()
             if ending == "fail":
                 raise ValueError("no luck")
@@ -92,7 +94,7 @@ def facts(made: MadeRun) -> Facts:
 
 
 class Watched:
-    """The view of a run, and the clock it looks at."""
+    """The view of a run, and its clock."""
 
     def __init__(self, **changes) -> None:
         plan = {"run": "r", "began_s": BEGAN_S, "pretrain": RECIPE.pretrain, "steps_per_epoch": 10}
@@ -109,7 +111,7 @@ class Watched:
         return lines_of(self.view, width)
 
     def line(self, name: str, width: int = 100) -> str:
-        """The row of a phase without its bar, spaces as one."""
+        """Returns the row of a phase without its bar, with single spaces."""
         row = next(each for each in self.drawn(width) if each.startswith(name))
         return " ".join(re.sub("[━╸╺]", " ", row).split())
 
@@ -283,7 +285,7 @@ def test_where_output_is_no_terminal_nothing_changes(capsys):
 
 @contextmanager
 def in_terminal(kind: str = "xterm") -> Iterator[None]:
-    """This process writes to a pseudo-terminal."""
+    """Connects this process's output to a pseudo-terminal."""
     ours, theirs = pty.openpty()
     with (
         os.fdopen(ours, "rb", 0),
@@ -350,7 +352,7 @@ def test_handlers_that_hold_a_stream_get_it_back(tracking):
 
 @pytest.fixture(scope="module")
 def sessions(tracking) -> tuple[str, str]:
-    """All that two displays in a terminal of their own have written: one ended by an error, one by Ctrl-C."""
+    """Output of two displays in their own terminal: one ended by an error, one by Ctrl-C."""
     made = begin_run(tracking, "live-session", RECIPE)
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
@@ -372,7 +374,7 @@ def sessions(tracking) -> tuple[str, str]:
 
 @pytest.fixture(params=["fail", "interrupt"])
 def session(request, sessions) -> str:
-    """What one of them has written."""
+    """Output of one of them."""
     return sessions[request.param == "interrupt"]
 
 
@@ -384,7 +386,7 @@ def _read(terminal: int) -> bytes:
 
 
 def printed(session: str) -> list[str]:
-    """Its lines without what controls the terminal; those of each picture are among them."""
+    """Returns the lines of an output without control codes, including those of each redraw."""
     return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", session.replace("\r\x1b[2K", "\n")).splitlines()
 
 

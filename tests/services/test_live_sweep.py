@@ -53,7 +53,7 @@ def measure(uri: str, run_id: str, *, step: int, **values: float) -> None:
 
 @pytest.fixture(scope="module")
 def half_done(tracking: str) -> tuple[str, SweepFacts]:
-    """Of six trials one has finished, one was stopped, one failed, two run, one was never opened."""
+    """Six trials: one finished, one stopped, one failed, two running, one never opened."""
     sweep = f"live_sweep-{time.time_ns()}"
     finished = trial(tracking, sweep, 0, "FINISHED")
     measure(tracking, finished, step=0, objective=0.6123)
@@ -69,7 +69,7 @@ def half_done(tracking: str) -> tuple[str, SweepFacts]:
 
 
 def drawn(view: SweepView, width: int = 100) -> list[str]:
-    """Its rows without their bars, spaces as one."""
+    """Returns the rows without their bars, with single spaces."""
     file = io.StringIO()
     Console(file=file, force_terminal=True, width=width, no_color=True, _environ={}).print(view)
     text = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())

@@ -1,4 +1,4 @@
-"""The embedded stack: it starts, says what is wrong, and leaves no process behind, however it ends."""
+"""The local stack: it starts, reports errors, and leaves no process behind, however it ends."""
 
 import os
 import subprocess

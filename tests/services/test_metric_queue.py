@@ -1,4 +1,4 @@
-"""The queue of metrics alone: what it keeps in storage, when, and what becomes of it."""
+"""The queue of metrics alone: what it writes to storage, when, and how it is sent later."""
 
 import dataclasses
 import logging
@@ -30,7 +30,7 @@ def quick(monkeypatch):
 
 
 class Server:
-    """Takes points, or raises what it is told to."""
+    """Accepts points, or raises a given error."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.calls = error, 0

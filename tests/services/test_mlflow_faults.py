@@ -1,4 +1,4 @@
-"""Faults of a real MLflow server: every point arrives, once, and training never waits for it."""
+"""Faults of a real MLflow server: every point arrives once, and training never waits for it."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ class Lab:
         self.port = int(self.server.uri.rpartition(":")[2])
 
     def kill(self) -> None:
-        """All its processes at once, by SIGKILL."""
+        """Ends all processes of the server at once, with SIGKILL."""
         os.killpg(self.server.process.pid, signal.SIGKILL)
         self._stack.close()
 
@@ -74,7 +74,7 @@ def proxy(lab: Lab) -> Iterator[MlflowProxy]:
 
 @pytest.fixture
 def run_id(lab: Lab, request: pytest.FixtureRequest, bucket: str) -> str:
-    """A child run of a run that is called like the test."""
+    """MLflow's id of a child run; its run has the name of the test."""
     uri, name = lab.server.uri, request.node.name
     tags = {"hemoco.run": name, "hemoco.phase": "parent", "hemoco.storage": bucket}
     parent = open_run(uri, connect(uri), name=name, parent=None, tags=tags, params={})
@@ -93,7 +93,7 @@ def log_steps(tracker: Tracker, steps: range) -> None:
 
 
 def arrived(lab: Lab, run_id: str) -> list[tuple[int, float]]:
-    """Every point that MLflow has, as often as it has it."""
+    """Returns every point that MLflow has, with duplicates."""
     history = MlflowClient(lab.server.uri).get_metric_history(run_id, "loss")
     return sorted((point.step, point.value) for point in history)
 
@@ -103,7 +103,7 @@ def each_once(count: int) -> list[tuple[int, float]]:
 
 
 def kept_in_an_outage(proxy: MlflowProxy, run_id: str, unsent: str, count: int) -> None:
-    """Leaves points in storage as a training that ended in an outage does."""
+    """Leaves points in storage, as a training does that ends during an outage."""
     proxy.mode = "down"
     tracker = Tracker(proxy.uri, run_id, unsent)
     log_steps(tracker, range(count))

@@ -1,4 +1,4 @@
-"""Packing on a real Ray: what is written, what is left out, what is refused, and what an interruption leaves."""
+"""Packing on a real Ray: what is written, left out and refused, and interruptions."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def keys(dest: Path, index: ShardIndex) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file."""
+    """Returns bytes and modification time of every file."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -60,7 +60,10 @@ def test_every_image_comes_back_with_its_class(photos: Path, tmp_path: Path) -> 
     index = packed(photos, tmp_path / "out").index
     assert read_index(str(tmp_path / "out")) == index
     assert [(shard.name, shard.samples) for shard in index.shards] == [
-        ("test-000000.tar", 2), ("train-000000.tar", 4), ("train-000001.tar", 4), ("train-000002.tar", 4)
+        ("test-000000.tar", 2),
+        ("train-000000.tar", 4),
+        ("train-000001.tar", 4),
+        ("train-000002.tar", 4),
     ]  # fmt: skip
     for shard in index.shards:
         for sample in read_shard(str(tmp_path / "out"), shard):
@@ -176,7 +179,7 @@ def test_an_interrupted_pack_goes_on_with_what_is_missing(photos: Path, tmp_path
     )
     list(itertools.islice(steps, 5))
     steps.close()
-    # a shard that was under way when the pack was closed may be there without its mark: that one is written again
+    # a shard in progress when the pack was closed may exist without its marker: it is written again
     marks = [json.loads(path.read_bytes()) for path in (out / "unfinished").glob("*.json")]
     times = {mark["name"]: (out / mark["name"]).stat().st_mtime_ns for mark in marks}
     index = packed(photos, out, samples_per_shard=2).index

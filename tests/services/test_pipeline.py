@@ -1,4 +1,4 @@
-"""Pretraining, transfers and their record on a real Ray, a real S3 server and a real MLflow."""
+"""Pretraining, transfers and their records on a real Ray, S3 server and MLflow."""
 
 import dataclasses
 import time
@@ -39,7 +39,7 @@ def recipe(s3, ray_cluster, tracking, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(recipe, s3):
-    """The whole way, undisturbed; its losses are what a broken run must repeat."""
+    """A run without interruption, whose losses an interrupted run must repeat."""
     pretrain_then_transfer(
         recipe,
         indexes=ShardIndexes(),

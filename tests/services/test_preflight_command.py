@@ -1,4 +1,4 @@
-"""`python -m jobs preflight`: one line for each check, all of them run, and every fault told apart from the others."""
+"""`python -m jobs preflight`: it runs all checks, prints a line for each, and names each fault."""
 
 import contextlib
 import subprocess
@@ -57,7 +57,7 @@ def shards(s3: str) -> str:
 
 @pytest.fixture
 def forget() -> Iterator[None]:
-    """fsspec keeps clients by their arguments, which do not hold the keys."""
+    """Clears fsspec's cache of clients, whose arguments do not contain the keys."""
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -65,7 +65,7 @@ def forget() -> Iterator[None]:
 
 @contextlib.contextmanager
 def web_server(status: int, body: bytes = b"", **headers: str) -> Iterator[str]:
-    """A server that gives everybody the same answer; its address."""
+    """Runs a server with the same answer to every request; yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -373,8 +373,12 @@ def test_a_recipe_that_would_not_travel_is_named(
 
 
 def test_the_checks_of_a_node_need_only_the_standard_library_to_be_read():
-    # without site-packages; ray pickles them by reference, on a node whose dependencies are what is in doubt
-    read = f"import sys; sys.path.append({str(ROOT)!r}); import cluster.preflight.node; print('hemoco' in sys.modules)"
+    # without site-packages: ray pickles the checks by reference, and they must be importable on a
+    # node whose dependencies are not known to be there
+    read = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import cluster.preflight.node; "
+        "print('hemoco' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", read], capture_output=True, text=True, check=False
     )

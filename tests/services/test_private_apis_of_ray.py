@@ -1,4 +1,4 @@
-"""Private APIs of Ray that need a cluster: the table in tests/unit/test_private_apis.py lists them."""
+"""Private APIs of Ray that need a cluster; tests/unit/test_private_apis.py lists them."""
 
 from pathlib import Path
 

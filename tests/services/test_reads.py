@@ -1,4 +1,4 @@
-"""What commands read over the network beside the images, counted at a proxy in front of a real S3 server."""
+"""Reads of commands besides the images, counted at a proxy in front of a real S3 server."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ recipe = dataclasses.replace(whole, pretrain=pretrain, transfers={{}}, curve=())
 
 
 class Reads(NamedTuple):
-    """GET requests for an object, and the bytes that came of it."""
+    """Returns the GET requests for an object, and the bytes of their answers."""
 
     gets: int
     bytes: int

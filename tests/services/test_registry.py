@@ -1,4 +1,4 @@
-"""Backbones in MLflow's registry, on real SQLite stores: recorded once, read by any of their names, listed, deleted."""
+"""Backbones in MLflow's registry, on real SQLite stores: logged, read, listed and deleted."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def uri(schema, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_id(uri, tmp_path):
-    """A pretraining below the parent run that knows its folder."""
+    """MLflow's id of a pretraining, whose parent run has the folder."""
     experiment, storage = connect(uri), f"{tmp_path}/runs/a"
     tags = {"hemoco.run": "a", "hemoco.phase": "parent", "hemoco.storage": storage}
     parent = open_run(uri, experiment, name="a", parent=None, tags=tags, params={})
@@ -73,7 +73,7 @@ def url(tmp_path, run_id):
 
 
 def record(uri, url, run_id):
-    """The id of the model."""
+    """Logs a backbone; returns the id of its model."""
     about = backbone_metadata(url)
     tags = {"hemoco.run": "a", "hemoco.recipe": "small"}
     described = BackboneRecord(
@@ -204,7 +204,7 @@ def test_every_run_name_makes_an_alias_that_mlflow_takes(uri, url, run_id, run, 
 
 @pytest.fixture
 def measured(uri, url, run_id):
-    """The id of a registered model with the result of a transfer."""
+    """Id of a registered model with the result of a transfer."""
     model_id = record(uri, url, run_id)
     register(uri, model_id)
     transfer = open_run(

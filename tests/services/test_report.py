@@ -1,4 +1,4 @@
-"""The report is one well-formed page that loads nothing and shows what was measured, of runs in a real MLflow."""
+"""The report of runs in a real MLflow: a well-formed page that loads nothing else."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""Names of runs and what `--fresh` removes: never anything but the folder of that very run."""
+"""Names of runs, and `--fresh`, which removes nothing but that run's folder."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def run_written_before(url: str) -> None:
-    """What runs wrote before they had a mark: a pretraining, a transfer with units, a curve, a copied backbone."""
+    """Writes what runs without a marker had: a pretraining, a transfer, a curve, a backbone."""
     for name in (
         "pretrain/checkpoints/step_00000010_a0/manifest.json",
         "pretrain/backbones/epoch_0001.safetensors",

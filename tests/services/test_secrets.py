@@ -1,4 +1,4 @@
-"""Secrets of the environment come to no file, no message, no log and no record in MLflow."""
+"""Secrets of the environment appear in no file, message or log, and not in MLflow."""
 
 import base64
 import http.server
@@ -32,7 +32,7 @@ RAY_TOKEN = "canary-of-the-token-of-ray"
 
 
 class _Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers as an MLflow server with basic-auth does to a wrong password."""
+    """Answers like an MLflow server with basic-auth that received a wrong password."""
 
     asked: list[str]
 
@@ -52,11 +52,11 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
 
 
 class Walk(NamedTuple):
-    """What became of tests/helpers/secrets_walk.py."""
+    """Result of tests/helpers/secrets_walk.py."""
 
     output: str
     folder: Path
-    """All that was written: S3 server with its log, MLflow, $HEMOCO_HOME, temporary files."""
+    """Folder of all written files: S3 server and its log, MLflow, $HEMOCO_HOME, temporary files."""
     server: S3Server
     asked: list[str]
     """Authorization headers of the requests to the MLflow server that refuses."""

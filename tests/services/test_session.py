@@ -1,4 +1,4 @@
-"""What a finished run leaves: files in a folder, and the results on its page in MLflow."""
+"""Output of a finished run: files in a folder, and the results on its page in MLflow."""
 
 import uuid
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The shard cache on real disks: one fetch for all, a bound that holds, and never a wrong byte."""
+"""The shard cache on real disks: one fetch for all readers, a bounded size, correct bytes."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ NAMES = [hashlib.sha256(data).hexdigest() for data in SHARDS]
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    """The URL of a folder of shards, 0.tar to 4.tar."""
+    """URL of a folder of shards, 0.tar to 4.tar."""
     url = (tmp_path / "source").as_uri()
     for number, data in enumerate(SHARDS):
         write_bytes(f"{url}/{number}.tar", data)
@@ -44,7 +44,7 @@ def read(cache: ShardCache, source: str, number: int, counts: FetchCounts | None
 
 
 def kept(folder: Path) -> set[int]:
-    """The numbers of the shards on disk."""
+    """Returns the numbers of the shards on disk."""
     return {NAMES.index(path.name) for path in folder.iterdir() if path.name in NAMES}
 
 
@@ -113,7 +113,7 @@ def test_the_files_never_exceed_the_bound(source, folder):
 
 
 def used(folder: Path) -> int:
-    """Bytes of all files; one may be removed while they are counted."""
+    """Returns the bytes of all files; files may be removed meanwhile."""
     total = 0
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -205,7 +205,7 @@ def test_what_a_living_process_makes_counts_and_is_left_alone(source, folder, ca
 
 
 def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, reason: str) -> None:
-    """Asserts that shards come although the cache is of no use, and that it says so once."""
+    """Asserts that shards are read although the cache fails, with one warning."""
     caplog.set_level(logging.WARNING)
     counts = FetchCounts()
     assert [read(cache, source, number, counts) for number in (0, 1, 0)] == [

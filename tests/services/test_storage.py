@@ -1,4 +1,4 @@
-"""Storage against a real S3 server and the disk: what goes round, and what a user reads when it does not."""
+"""Storage on a real S3 server and on disk: round trips, and messages of failures."""
 
 import http.client
 import multiprocessing
@@ -33,7 +33,7 @@ from hemoco.storage.retry import is_transient
 
 @pytest.fixture
 def forget() -> Iterator[None]:
-    """fsspec keeps filesystems by their arguments, which do not hold the keys: forget those of other tests."""
+    """Clears fsspec's cache of filesystems, whose arguments do not contain the keys."""
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -41,7 +41,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture(params=["s3", "file"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty folder."""
+    """URL of an empty folder."""
     return (
         request.getfixturevalue("bucket") if request.param == "s3" else (tmp_path / "new").as_uri()
     )
@@ -227,7 +227,7 @@ def test_a_forked_child_leaves_the_connections_of_its_parent_alone(bucket):
 
 
 class _Answer(Exception):
-    """As the errors of aiohttp, Azure and gcsfs carry a status."""
+    """Error with a status like those of aiohttp, Azure and gcsfs."""
 
     def __init__(self, **fields: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Batches over a storage that misbehaves: they are those of a sound one, or a named error ends the run."""
+"""Batches from faulty storage: they equal those of sound storage, or a named error is raised."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ SIZES = [40, 40, 40, 40]
 
 @pytest.fixture
 def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A proxy before the S3 server, which the environment names."""
+    """A proxy in front of the S3 server, which the environment names."""
     import os
 
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as made:

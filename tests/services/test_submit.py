@@ -1,4 +1,4 @@
-"""The words of `submit`, `status` and `stop`: what is refused before anything is sent, and what is sent."""
+"""Arguments of `submit`, `status` and `stop`: what they refuse, and what they send."""
 
 import os
 import shlex
@@ -37,7 +37,7 @@ RUN = ("run", "demo", "--storage", "s3://b/runs", "--data.shards", "s3://b/shard
 
 
 def error_of(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> str:
-    """The one line that `submit` ends with, and the exit status that belongs to it."""
+    """Runs `submit`, checks its exit status, and returns its single line of error."""
     assert main(["submit", *words]) == status
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
@@ -278,7 +278,10 @@ def test_a_recipe_given_by_its_path_is_resumed_by_it(tracking, capsys, tmp_path)
     (tmp_path / "mine.py").write_text("raise SystemExit('status needs no recipe')")
     open_run(tracking, connect(tracking), name="r", parent=None, tags=tags, params={})
     assert main(["status", "by-path"]) == 0
-    again = f"python -m jobs run {tmp_path}/mine.py --data.shards s3://b/x --pretrain.epochs 7 --run by-path"
+    again = (
+        f"python -m jobs run {tmp_path}/mine.py "
+        "--data.shards s3://b/x --pretrain.epochs 7 --run by-path"
+    )
     assert f"resume      {again}" in capsys.readouterr().out
 
 

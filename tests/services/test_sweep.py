@@ -1,4 +1,4 @@
-"""Sweeps: the search space, what ASHA decides, how a pretraining is stopped, and a whole one on a real Ray."""
+"""Sweeps: the space, ASHA's decisions, stopped pretrainings, and a sweep on a real Ray."""
 
 import dataclasses
 import math
@@ -206,7 +206,7 @@ def test_nothing_is_stopped_before_the_grace_epochs():
 
 
 def watched(uri, folder, number, values, **changes):
-    """A trial of 8 epochs of 10 steps whose pretraining has recorded these kNN accuracies, one an epoch."""
+    """Returns a trial of 8 epochs of 10 steps; its pretraining has these accuracies by epoch."""
     run, experiment = f"{folder}/trial_{number}", connect(uri)
     tags = {"hemoco.run": run, "hemoco.phase": "pretrain"}
     pretraining = open_run(uri, experiment, name="pretrain", parent=None, tags=tags, params={})
@@ -277,7 +277,7 @@ def test_trial_that_has_done_all_epochs_is_left_to_its_transfer(judge, tracking,
 
 @pytest.fixture(scope="module")
 def recipe(s3, ray_cluster, tracking, tmp_path_factory):
-    """Digits on S3."""
+    """URL of shards of the digits on S3."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder, 0)
     url = join_url(s3, "sweep/digits")

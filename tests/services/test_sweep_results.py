@@ -1,4 +1,4 @@
-"""What a sweep came to: its table, its status and its words, of sweeps as the pipeline records them."""
+"""Results of sweeps as the pipeline records them: table, status and messages."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.helpers.made_sweep import LR, RECIPE, record
 
 @pytest.fixture
 def made(tracking):
-    """A sweep of four trials as MLflow has it: two finished, one stopped, one that could not be built."""
+    """A sweep of four trials in MLflow: two finished, one stopped, one that could not be built."""
     experiment = connect(tracking)
     name = f"made-{time.time_ns()}"
     tags = {"hemoco.recipe": "swept", "hemoco.data_digest": "d", "hemoco.metric": "top1"}

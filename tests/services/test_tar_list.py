@@ -1,4 +1,4 @@
-"""Which tars there are below a URL, and of which split each is."""
+"""Lists of the tars below a URL, with their splits."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""MLflow as a run meets it: real SQLite stores, several writers, outages."""
+"""MLflow as runs use it: real SQLite stores, several writers, outages."""
 
 import json
 import math

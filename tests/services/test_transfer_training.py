@@ -1,4 +1,4 @@
-"""Trained transfers as a Ray task runs them, without Ray: interrupted, resumed, recorded."""
+"""Trained transfers as a Ray task runs them, but without Ray: interruption, resuming, records."""
 
 import dataclasses
 import os
@@ -54,7 +54,7 @@ class Broken(Exception):
 
 
 class Recorded:
-    """Takes values as `_Log` does, and ends the training at a step, or has this process told to go away after one."""
+    """Log like `_Log` that ends the training at a step, or sends SIGTERM to itself after one."""
 
     def __init__(self, last: int = 10**6, told_after: int = 0) -> None:
         self.values: dict[int, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""The time left in progress lines."""
+"""The estimate of the time left in progress lines."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Active time by hand: records of a training that ran through, paused, was killed and resumed."""
+"""Active time, computed by hand for trainings that ran through, paused, or were killed."""
 
 import math
 
@@ -10,7 +10,8 @@ from hemoco.results.cost import Activity, RateRecord, measure_activity
 @pytest.mark.parametrize(
     ("rates", "ended_s", "expected"),
     [
-        # 10 steps of 32 images at 32 images/s take 10 s; 5 s of start, 2 s between the records, 3 s at the end
+        # 10 steps of 32 images at 32 images/s take 10 s; 5 s of start, 2 s between records, 3 s at
+        # the end
         ([(15, 10, 32), (27, 20, 32)], 30, (30, 20, 640, 0)),
         # it runs: up to the last record
         ([(15, 10, 32), (27, 20, 32)], None, (27, 20, 640, 0)),

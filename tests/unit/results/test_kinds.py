@@ -1,4 +1,4 @@
-"""The recorded method and kind are read back, and those of runs that recorded none are inferred from settings."""
+"""The recorded method and kind are read back; for older runs they are inferred from settings."""
 
 from typing import get_args
 
