@@ -129,17 +129,14 @@ def data_name(data: DataConfig) -> str:
 
 def data_counts(index: ShardIndex) -> dict[str, int]:
     """Returns the sizes of a data set for MLflow: samples, shards, bytes, classes or categories."""
-    counts = {
-        f"samples/{split}": sum(shard.samples for shard in index.split(split))
-        for split in index.splits
-    }
-    shards = index.shards
-    return counts | {
-        "samples": sum(shard.samples for shard in shards),
-        "shards": len(shards),
-        "bytes": sum(shard.bytes for shard in shards),
-        "classes": len(index.classes or index.categories),
-    }
+    counts = {}
+    for split in index.splits:
+        counts[f"samples/{split}"] = sum(shard.samples for shard in index.split(split))
+    counts["samples"] = sum(shard.samples for shard in index.shards)
+    counts["shards"] = len(index.shards)
+    counts["bytes"] = sum(shard.bytes for shard in index.shards)
+    counts["classes"] = len(index.classes or index.categories)
+    return counts
 
 
 def link_models(study: Study, run_id: str, tags: Mapping[str, str]) -> None:

@@ -96,8 +96,8 @@ def open_study(
             check_run_folder(url, run)
             raise UsageError(
                 f"{url} has what a run of this name saved, but MLflow at {shown(uri)} does not "
-                "know it: set MLFLOW_TRACKING_URI to the one that does, choose another --run name, "
-                "or --fresh to remove it"
+                "have this run: set MLFLOW_TRACKING_URI to the one that has it, choose another "
+                "--run name, or --fresh to remove it"
             )
         parent_id = tracking.open_run(
             uri,

@@ -99,15 +99,15 @@ def _transfer_times(comparison: Comparison) -> Section:
     if any(record["started_again"] for record in records):
         notes.append("+: part of it was started more than once")
     labels = [run.label for run in comparison.runs]
-    transfers = dict.fromkeys(transfer for _, transfer in cells)
+    rows = []
+    for transfer in dict.fromkeys(transfer for _, transfer in cells):
+        times = [cells.get((label, transfer), "-") for label in labels]
+        rows.append((transfer, *times))
     return Section(
         name="transfer_times",
         title="Wall time of the transfers",
         columns=("transfer", *labels),
-        rows=tuple(
-            (transfer, *(cells.get((label, transfer), "-") for label in labels))
-            for transfer in transfers
-        ),
+        rows=tuple(rows),
         notes=tuple(notes),
         records=tuple(records),
     )
@@ -125,10 +125,10 @@ def _curve(comparison: Comparison) -> Section:
     several = len({cell.column for cell in cells}) > 1
     rows = []
     for epoch in sorted({epoch for epoch, _ in curve}):
-        values = [curve.get((epoch, cell)) for cell in cells]
-        rows.append(
-            (str(epoch), *("-" if found is None else spread_cell(found) for found in values))
-        )
+        row = [str(epoch)]
+        for cell in cells:
+            row.append(spread_cell(curve[epoch, cell]) if (epoch, cell) in curve else "-")
+        rows.append(tuple(row))
     metrics = {line.label: line.metric for line in comparison.lines}
     records = []
     for (epoch, cell), measured in sorted(curve.items()):
@@ -173,17 +173,20 @@ def _label_efficiency(comparison: Comparison) -> list[Section]:
 def sweep_section(result: SweepResult) -> Section:
     """Returns a table of a sweep's trials, best first."""
     names = list(dict.fromkeys(name for trial in result.trials for name in trial.settings))
-    rows = [
-        (
-            str(trial.trial),
-            *(trial.settings.get(name, "") for name in names),
-            "" if math.isnan(trial.objective) else f"{trial.objective:.4f}",
-            str(trial.epochs),
-            trial.outcome,
-            trial.reason,
+    rows = []
+    for trial in result.trials:
+        settings = [trial.settings.get(name, "") for name in names]
+        objective = "" if math.isnan(trial.objective) else f"{trial.objective:.4f}"
+        rows.append(
+            (
+                str(trial.trial),
+                *settings,
+                objective,
+                str(trial.epochs),
+                trial.outcome,
+                trial.reason,
+            )
         )
-        for trial in result.trials
-    ]
     watched = f"early stops by {result.watch}" if result.watch else "no early stops"
     short_names = [name.removeprefix("pretrain.") for name in names]
     return Section(

@@ -137,7 +137,7 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UsageError(f"run {', '.join(sorted(twice))} is named twice: name each run once")
-    every = [read_records(uri, name) for name in names]
+    all_records = [read_records(uri, name) for name in names]
     unlabelled = [
         Run(
             label="",
@@ -146,7 +146,7 @@ def compare_runs(uri: str, names: Sequence[str]) -> Comparison:
             settings=pretraining_settings(uri, records),
             cost=run_cost(uri, records),
         )
-        for records in every
+        for records in all_records
     ]
     pretrainings = _pretraining_columns(unlabelled)
     labelled = [run for column in pretrainings for run in column.runs]

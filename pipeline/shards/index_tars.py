@@ -164,7 +164,8 @@ def _sum_up(results: Sequence[_IndexedTar]) -> Indexed:
     if not any(shard.samples for shard in shards):
         odd = f"; {left_out[0].reason}: {left_out[0].first}" if left_out else ""
         raise ShardError(f"none of the {len(shards)} tars holds a sample{odd}")
-    classes = tuple(str(label) for label in range(max(result.last_label for result in ordered) + 1))
+    last_label = max(result.last_label for result in ordered)
+    classes = tuple(str(label) for label in range(last_label + 1))
     empty = tuple(shard.name for shard in shards if shard.samples == 0)
     return Indexed(ShardIndex(shards, classes, (), packed=False), left_out, undecodable, empty)
 

@@ -79,12 +79,12 @@ def calibration_images(unit: TransferUnit, index: ShardIndex, size: int) -> Tens
 def open_units(job: TransferJob) -> list[TransferUnit]:
     """Returns the units that are not yet recorded as done."""
     done = run_facts(job.tracking_uri, job.run_id).tags
-    every = [
+    units = [
         TransferUnit(job=job, init=init, seed=seed)
         for init in job.config.inits
         for seed in job.config.seeds
     ]
-    return [unit for unit in every if _done_tag(unit) not in done]
+    return [unit for unit in units if _done_tag(unit) not in done]
 
 
 def begin_attempt(unit: TransferUnit) -> None:
