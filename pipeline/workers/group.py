@@ -49,8 +49,7 @@ class GroupSize:
     def __init__(self, resources: ResourcesConfig, allowed: Sequence[int]) -> None:
         self.resources, self.allowed = resources, list(allowed)
         self.full = threading.Event()
-        """Set while the requested number of processes runs; other work may use what is free then.
-        """
+        """Set while the requested number runs; only then may other work take free resources."""
 
 
 def run_workers(
@@ -63,9 +62,8 @@ def run_workers(
 ) -> Any:
     """Runs `function(job, process)` on every training process and returns rank 0's result.
 
-    The processes form one process group. After a loss, the function is started again with as many
-    processes as fit the cluster; when it returns `Interrupted`, because more would fit or its node
-    goes away, likewise.
+    The processes form one process group. After a loss of processes, and when the function returns
+    `Interrupted`, it is started again with as many processes as fit the cluster.
 
     Args:
         function: function of an importable module, which resumes by itself.
