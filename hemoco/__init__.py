@@ -11,7 +11,7 @@ __all__ = ["__version__", "load_backbone"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load_backbone` when it is first asked for: `import hemoco` alone must stay light."""
+    """Imports `load_backbone` on first use, so that `import hemoco` does not import torch."""
     if name == "load_backbone":
         from hemoco.backbones.file import load_backbone
 

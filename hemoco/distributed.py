@@ -1,6 +1,9 @@
-"""Collectives of the default process group; without one, the world is this process and they change nothing.
+"""Collectives of the default process group.
 
-Shapes: N rows on this rank, G on all ranks.
+Without a process group the world size is 1 and every collective returns its input, so the same
+code runs in one process, under torchrun and under Ray.
+
+Shapes: N rows on this rank, G rows over all ranks.
 """
 
 import warnings
@@ -18,17 +21,20 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of training processes."""
+    """The number of training processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_gather_cat(tensor: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, (N, ...) -> (G, ...); without gradient. N is the same on every rank."""
+    """Rows of all ranks in rank order, (N, ...) -> (G, ...), without gradient.
+
+    N must be the same on every rank.
+    """
     if world_size() == 1:
         return tensor.detach()
     gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])  # (G, ...)
@@ -37,15 +43,15 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
 
 
 def all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Sends rows to all ranks and returns what they sent here, in rank order; without gradient.
+    """Sends rows to every rank and returns the rows received from them, without gradient.
 
     Args:
-        rows: (sum(sent), ...), those for rank 0 first.
+        rows: (sum(sent), ...), in the order of the receiving ranks.
         sent: number of rows for each rank.
         received: number of rows from each rank.
 
     Returns:
-        Rows (sum(received), ...), those from rank 0 first.
+        Rows (sum(received), ...), in the order of the sending ranks.
     """
     if world_size() == 1:
         return rows.detach()
@@ -55,7 +61,7 @@ def all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The element-wise sum over the ranks, equal on all of them; without gradient."""
+    """The element-wise sum over the ranks, equal on all of them, without gradient."""
     total = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -63,7 +69,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_with_gradient(values: Tensor) -> Tensor:
-    """As `sum_over_ranks`, with gradient: each rank's values get the sum of what the ranks' losses say of the sum."""
+    """The element-wise sum over the ranks, with gradient.
+
+    The sum enters the loss of every rank, so backward sums the ranks' gradients of the sum.
+    """
     summed: Tensor = _Sum.apply(values) if world_size() > 1 else values
     return summed
 
@@ -79,12 +88,12 @@ class _Sum(torch.autograd.Function):
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The element-wise mean over the ranks, equal on all of them; without gradient."""
+    """The element-wise mean over the ranks, equal on all of them, without gradient."""
     return sum_over_ranks(values) / world_size()
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value on every rank; what the others give is not used. It must pickle."""
+    """Returns rank 0's value on every rank; it must pickle, and the others' values are ignored."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -92,7 +101,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all ranks in rank order, on every rank; they must pickle."""
+    """Returns the values of all ranks in rank order, on every rank; they must pickle."""
     gathered = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(gathered, value)
@@ -100,11 +109,13 @@ def gather_objects(value: T) -> list[T]:
 
 
 def compute_on_all(compute: Callable[[], T]) -> list[T]:
-    """What each rank computes, in rank order, on every rank.
+    """Runs `compute` on every rank and returns all results in rank order, on every rank.
 
     Raises:
-        HemocoError: as the first rank that failed raised it, on all of them: none waits for one that is gone.
+        HemocoError: the error of the first rank that failed, raised on all ranks.
     """
+    # An error travels through the gather like a result. If the failing rank raised at once, the
+    # others would wait for it in the gather until the process group times out.
     mine: T | HemocoError
     try:
         mine = compute()
@@ -119,23 +130,27 @@ def compute_on_all(compute: Callable[[], T]) -> list[T]:
 
 
 def wrap_for_gradients(model: torch.nn.Module) -> torch.nn.Module:
-    """The module to call instead of `model` so that backward averages gradients over the ranks."""
+    """Returns the module to call in place of `model`, so that backward averages gradients."""
     if world_size() == 1:
         return model
     with warnings.catch_warnings():
-        # its successor, forward_sync_buffers, is not in all the versions of torch we allow
+        # The replacement, forward_sync_buffers, is missing in the oldest torch that we allow.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return torch.nn.parallel.DistributedDataParallel(
             model,
-            # no device_ids: inputs are where they belong, and one that belongs on the CPU is not moved
-            broadcast_buffers=False,  # BN statistics are each rank's own, and the queue is alike already
+            # No device_ids: with them DDP moves all inputs to the GPU, even those meant for the CPU
+            # No broadcast: BN statistics are per rank, and the queue is the same on all already
+            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 
 
 def without_reduction(wrapped: torch.nn.Module) -> AbstractContextManager[None]:
-    """Backward within it adds to this rank's gradients only; the next one outside it averages what came together."""
+    """A context in which backward accumulates gradients on this rank only.
+
+    The next backward outside the context averages all that was accumulated over the ranks.
+    """
     if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
-        found: AbstractContextManager[None] = wrapped.no_sync()
-        return found
+        no_sync: AbstractContextManager[None] = wrapped.no_sync()
+        return no_sync
     return nullcontext()

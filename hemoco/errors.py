@@ -1,4 +1,4 @@
-"""Errors a user can act on. Every message says what was given, what is allowed and what to do."""
+"""Errors a user can act on: each message gives what was given, what is allowed and what to do."""
 
 import contextlib
 import re
@@ -11,11 +11,11 @@ class HemocoError(Exception):
 
 
 class ConfigError(HemocoError):
-    """A setting is out of its range or contradicts another; begins with the setting's dotted name."""
+    """A setting is out of range or contradicts another; the message starts with its dotted name."""
 
 
 class StorageError(HemocoError):
-    """A URL cannot be read, written or listed; begins with the URL."""
+    """A URL cannot be read, written or listed; the message starts with the URL."""
 
 
 class ShardError(HemocoError):
@@ -23,15 +23,23 @@ class ShardError(HemocoError):
 
 
 class CheckpointError(HemocoError):
-    """A checkpoint or backbone cannot be used; says which and why."""
+    """A checkpoint or backbone cannot be used; the message names it and the reason."""
 
 
 class TrackingError(HemocoError):
     """The MLflow server or store cannot be used."""
 
 
+class RefusedError(TrackingError):
+    """MLflow refused a request and would refuse it again: a deleted run, a wrong password."""
+
+
 class TrainingError(HemocoError):
-    """Training cannot go on (non-finite loss, collapse, lost workers)."""
+    """Training cannot continue (non-finite loss, collapse, lost workers)."""
+
+
+class LostLoaderError(HemocoError):
+    """A loader process died without an error, most likely killed; another attempt may succeed."""
 
 
 class UsageError(HemocoError):
@@ -39,32 +47,27 @@ class UsageError(HemocoError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a message."""
+    """The first line of an error's text, cut to 300 characters; its class name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-class RefusedError(TrackingError):
-    """MLflow answered, and would answer the same again: the run was deleted, the password is wrong."""
-
-
-_SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
-"""Of torch's allocators; torch and NumPy raise a MemoryError only now and then."""
-_PREFIX = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")
-
-
-class LostLoaderError(HemocoError):
-    """A loader process ended without a word, killed most likely: another attempt may go well."""
+# Texts of torch's allocators. Most failed allocations of torch and NumPy are RuntimeErrors with
+# one of these texts; few are a MemoryError.
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+# torch's CPU allocator puts the C++ file and line before its message
+_ENFORCE_PREFIX = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")
 
 
 @contextlib.contextmanager
 def memory_errors(doing: Callable[[], str], advice: str) -> Iterator[None]:
-    """Names what was being done where an allocation in the block fails, on the host or on a GPU.
+    """Turns out-of-memory errors in the block into one line of advice, for host and GPU memory.
 
-    What the kernel kills for its memory says nothing; who waits for such a process has to.
+    A process that the kernel kills for its memory raises nothing: the process that waits for it
+    must report that.
 
     Args:
-        doing: asked after the failure, as "step 7".
-        advice: what needs less memory.
+        doing: returns what was being done, such as "step 7"; called after the failure only.
+        advice: what to change so that less memory is needed.
 
     Raises:
         TrainingError: memory ran out in the block.
@@ -72,31 +75,28 @@ def memory_errors(doing: Callable[[], str], advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(
+            known in text for known in _OUT_OF_MEMORY_TEXTS
+        ):
             raise
-        said = _out_of_memory(doing(), error, advice)
-        # what the block held is free again, for whoever looks for a checkpoint now
+        reason = _ENFORCE_PREFIX.sub("", first_line(error))
+        advised = TrainingError(
+            f"out of memory at {doing()}: {reason}; {_memory_in_use()}; {advice}"
+        )
+        # The traceback keeps the block's local variables alive, and with them the memory that the
+        # caller needs for what it does next, such as looking for a checkpoint.
         traceback.clear_frames(error.__traceback__)
-        raise said from error
+        raise advised from error
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    return isinstance(error, MemoryError) or any(
-        saying in str(error).lower() for saying in _SAYINGS
-    )
-
-
-def _out_of_memory(doing: str, error: BaseException, advice: str) -> TrainingError:
-    reason = _PREFIX.sub("", first_line(error))
-    return TrainingError(f"out of memory at {doing}: {reason}; {_held()}; {advice}")
-
-
-def _held() -> str:
-    """Memory in use by this process and free on the machine."""
+def _memory_in_use() -> str:
+    """Memory that this process uses and memory free on the machine, for a message."""
     try:
         import psutil  # missing where only the models are installed
 
-        own, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
-    except Exception as error:  # the advice must not be lost because of this detail
+        own = psutil.Process().memory_info().rss
+        free = psutil.virtual_memory().available
+    except Exception as error:  # the advice matters more than this detail
         return f"the memory in use is unknown ({first_line(error)})"
     return f"this process holds {own / 1e9:.2f} GB, {free / 1e9:.2f} GB of the machine are free"

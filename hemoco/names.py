@@ -1,4 +1,7 @@
-"""One rule for the names of runs, sweeps, recipes and transfers: they become folders, so none may lead out of one."""
+"""The rule for names of runs, sweeps, recipes and transfers.
+
+Names become folders, so no name may contain a slash or be `.` or `..`.
+"""
 
 import re
 
@@ -8,20 +11,20 @@ _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]+")
 NAME_RULE = (
     "letters (A-Z, a-z), digits, '.', '_' and '-', and not dots alone; for example moco-v2.seed_1"
 )
-"""What a name consists of, for error messages."""
+"""The rule in words, for error messages."""
 
 
 def is_name(text: str) -> bool:
-    """Whether a text follows the rule for names."""
+    """Returns True if the text follows the rule for names."""
     return _NAME.fullmatch(text) is not None
 
 
 def check_new_name(what: str, name: str) -> None:
-    """Refuses a name that a run or sweep may not be given.
+    """Refuses an invalid name for a new run or sweep.
 
     Args:
-        what: the flag or argument that gave it, for the message.
-        name: what was given.
+        what: the flag or argument the name came from, for the message.
+        name: the name as given.
 
     Raises:
         UsageError: it does not follow the rule.
@@ -31,17 +34,18 @@ def check_new_name(what: str, name: str) -> None:
 
 
 def check_run_name(what: str, name: str) -> None:
-    """Refuses what can be neither the name of a run nor SWEEP/TRIAL, the name of a sweep's trial.
+    """Refuses a name that is neither a run's nor, as SWEEP/TRIAL, that of a trial in a sweep.
 
     Args:
-        what: the flag or argument that gave it, for the message.
-        name: what was given.
+        what: the flag or argument the name came from, for the message.
+        name: the name as given.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is neither of the two.
     """
     parts = name.split("/")
     if len(parts) > 2 or not all(map(is_name, parts)):
         raise UsageError(
-            f"{what} is {name!r}: allowed are {NAME_RULE}; or SWEEP/TRIAL, for example lr-search/trial_0003"
+            f"{what} is {name!r}: allowed are {NAME_RULE}; or SWEEP/TRIAL, "
+            "for example lr-search/trial_0003"
         )
