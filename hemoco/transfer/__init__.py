@@ -1,1 +1,4 @@
-"""Transfers: what a backbone is worth on labelled data, frozen (kNN, linear probe, low-shot) or fine-tuned."""
+"""Transfers: the quality of a backbone on labelled data, frozen or fine-tuned.
+
+Frozen features are measured by kNN, a linear probe and low-shot classification.
+"""

@@ -220,7 +220,7 @@ def test_a_backbone_of_another_architecture_is_refused_with_the_setting_to_chang
 
 
 def test_supervised_weights_that_cannot_fit_are_refused(job: TransferJob) -> None:
-    with pytest.raises(ConfigError, match="not of the small stem"):
+    with pytest.raises(ConfigError, match="not of one with the small stem"):
         init_backbone("supervised", "", ENCODER, VIEWS, 0)
 
 

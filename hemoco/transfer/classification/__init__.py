@@ -1,1 +1,1 @@
-"""Transfers that classify: kNN, linear probe, low-shot, fine-tuning."""
+"""Classification transfers: kNN, linear probe, low-shot, linear classification, fine-tuning."""

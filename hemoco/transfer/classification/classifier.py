@@ -1,6 +1,7 @@
-"""Classifiers trained on images: on a frozen backbone, as the papers' linear protocol has it, or with all of it.
+"""Classifiers trained on augmented images: on a frozen backbone, or fine-tuned together with it.
 
-Sources: He et al. 2020, section 4.1; Chen, Xie, He 2021, section 4.
+The frozen form is the linear classification protocol of He et al. 2020, section 4.1, and of Chen,
+Xie, He 2021, section 4. `linear_probe` is its fast substitute on cached features.
 
 Shapes: N images, F features, C classes, S x S pixels.
 """
@@ -26,12 +27,12 @@ from hemoco.train.optim import cosine_lr, step_lr, warmup_factor
 from hemoco.train.state import TrainingState
 
 _MOMENTUM = 0.9
-_INIT_STD = 0.01  # of the classifier's weights, as the official code
+_INIT_STD = 0.01  # standard deviation of the classifier's initial weights, as in the official code
 _STAGES = 5  # the stem and layer1 to layer4
 
 
 class Classifier(nn.Module):
-    """Backbone and linear classifier: normalised images (N, 3, S, S) -> logits (N, C) in float32."""
+    """Backbone and linear classifier: normalised images (N, 3, S, S) -> float32 logits (N, C)."""
 
     def __init__(
         self, backbone: Backbone, classes: int, config: ClassifierConfig, seed: int
@@ -47,46 +48,50 @@ class Classifier(nn.Module):
         backbone.requires_grad_(not self.frozen)
 
     def train(self, mode: bool = True) -> "Classifier":
-        """A frozen backbone stays in evaluation mode: else its BN statistics would move (trap 28)."""
+        """Sets the mode, but keeps a frozen backbone in evaluation mode.
+
+        In training mode its BN statistics would change although no weight does (trap 28 of
+        docs/traps.md; test_a_frozen_backbone_stays_bit_for_bit).
+        """
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C)."""
+        """Normalised images (N, 3, S, S) -> logits (N, C)."""
         images = images.contiguous(memory_format=torch.channels_last)
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
             torch.autocast(images.device.type, torch.bfloat16, enabled=self.lower),
         ):
             features = self.backbone(images)  # (N, F)
-        logits: Tensor = self.head(features.float())
+        logits: Tensor = self.head(features.float())  # (N, C)
         return logits
 
 
 @dataclasses.dataclass(kw_only=True)
 class ClassifierState(TrainingState):
-    """Of a classifier's training."""
+    """State of a classifier's training."""
 
     config: ClassifierConfig
     model: Classifier
     seed: int
-    """Of classifier, sample order and crops."""
+    """Seed of the classifier's weights, the sample order and the crops."""
     position: StreamPosition | None = None
-    """Of the last batch consumed; None before the first."""
+    """Position of the last batch consumed; None before the first."""
 
     @property
     def params(self) -> dict[str, str]:
-        """With `transfer` for the transfer's name."""
+        """Settings as flat dotted names, all below `transfer`, and the seed."""
         return flat_params({"transfer": self.config, "seed": self.seed})
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every training, with the position."""
+        """The state common to all trainings, and the position in the data."""
         return super().state_dict() | {"position": tuple(self.position) if self.position else None}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Restores the state that `state_dict` returned.
 
         Raises:
             CheckpointError: it was trained on other shards.
@@ -103,14 +108,14 @@ def build_classifier_state(
     seed: int,
     data_digest: str,
 ) -> ClassifierState:
-    """The state before the first step, on the backbone's device.
+    """Builds the state before the first step, on the backbone's device.
 
     Args:
-        config: a `FineTuneConfig` trains the backbone, too, with batch statistics over all ranks.
-        backbone: becomes part of the model.
+        config: a `FineTuneConfig` also trains the backbone, with BN statistics over all ranks.
+        backbone: becomes part of the model and is modified.
         classes: C.
-        seed: of the training.
-        data_digest: the shard index's.
+        seed: seed of the training.
+        data_digest: digest of the shard index.
     """
     device = backbone.pixel_mean.device
     model = Classifier(backbone, classes, config, seed)
@@ -134,10 +139,10 @@ def build_classifier_state(
 
 
 def parameter_groups(model: Classifier, config: ClassifierConfig) -> list[dict[str, Any]]:
-    """The classifier's two tensors with its learning rate; in fine-tuning a group for each stage of the backbone.
+    """One parameter group for the classifier and, in fine-tuning, one for each backbone stage.
 
-    `base_lr` is what a schedule scales. Stage i of 0 (stem) to 4 (layer4) learns at backbone_lr * layer_decay^(4 - i)
-    (after Clark et al. 2020, section 3.3).
+    `base_lr` is the rate that the schedule scales. Stage i, from 0 (stem) to 4 (layer4), has the
+    rate backbone_lr * layer_decay^(4 - i) (after Clark et al. 2020, section 3.3).
     """
     groups: list[dict[str, Any]] = [
         {"params": list(model.head.parameters()), "base_lr": config.lr, "lr": config.lr}
@@ -146,8 +151,9 @@ def parameter_groups(model: Classifier, config: ClassifierConfig) -> list[dict[s
         return groups
     stages: list[list[nn.Parameter]] = [[] for _ in range(_STAGES)]
     for name, parameter in model.backbone.encoder.named_parameters():
-        top = name.partition(".")[0]
-        stages[int(top[-1]) if top.startswith("layer") else 0].append(parameter)
+        module = name.partition(".")[0]  # conv1, bn1 or layer1 to layer4
+        stage = int(module.removeprefix("layer")) if module.startswith("layer") else 0
+        stages[stage].append(parameter)
     for stage, parameters in enumerate(stages):
         lr = config.backbone_lr * config.layer_decay ** (_STAGES - 1 - stage)
         groups.append({"params": parameters, "base_lr": lr, "lr": lr})
@@ -155,7 +161,7 @@ def parameter_groups(model: Classifier, config: ClassifierConfig) -> list[dict[s
 
 
 def classifier_views(config: ClassifierConfig) -> ViewsConfig:
-    """Random resized crop and flip, nothing else."""
+    """The augmentation of the training images: a random resized crop and a flip."""
     return ViewsConfig(
         size=config.size,
         crop_scale=config.crop_scale,
@@ -167,7 +173,7 @@ def classifier_views(config: ClassifierConfig) -> ViewsConfig:
 
 
 def classifier_plan(config: ClassifierConfig, seed: int) -> CropPlan:
-    """What the training asks of the stream: one crop of each image."""
+    """The stream's plan for the training: one crop of each image."""
     return CropPlan(
         seed=seed,
         epochs=config.epochs,
@@ -179,7 +185,10 @@ def classifier_plan(config: ClassifierConfig, seed: int) -> CropPlan:
 
 
 def classifier_lr_factor(config: ClassifierConfig, *, step: int, steps_per_epoch: int) -> float:
-    """Share of each base learning rate at an optimiser step; the warm-up is per step, the rest per epoch."""
+    """The factor of all base learning rates at an optimiser step, in [0, 1].
+
+    The warm-up is linear per step; the schedule after it changes once per epoch.
+    """
     epoch, warmup = step // steps_per_epoch, config.warmup_epochs
     if config.schedule == "step":
         scheduled = step_lr(epoch, config.epochs, 1.0)

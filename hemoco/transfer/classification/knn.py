@@ -1,10 +1,10 @@
-"""Weighted nearest-neighbour vote on frozen features (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+"""Weighted kNN classification of frozen features (Wu et al. 2018, arXiv:1805.01978, section 3.4).
 
-Numbers compare only with the same neighbours, temperature, layer and image size; here the layer is the backbone's
-pooled output.
+Accuracies are comparable only for equal k, temperature, layer and image size. The layer here is the
+backbone's pooled output.
 
-Shapes: M images in the bank, Q queries, F features, C classes, k neighbours, B queries at a time, P images of the bank
-at a time.
+Shapes: M images in the bank, Q queries, F features, C classes, k neighbours, B queries in a part,
+P images of the bank in a part.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ from hemoco.transfer.classification.scores import (
 )
 from hemoco.transfer.result import TransferResult
 
-# similarities of so many queries and images take 67 MB in float32, however many there are of both
+# A (256, 65536) float32 part of the similarities takes 67 MB, whatever the size of bank and split.
 _QUERIES_AT_ONCE, _IMAGES_AT_ONCE = 256, 65536
-_BLOCK = 8
+_BLOCK = 8  # columns whose maximum stands for them in the search
 
 
 class Bank(NamedTuple):
@@ -46,7 +46,14 @@ class Bank(NamedTuple):
 def make_bank(
     features: Tensor, labels: Tensor, classes: int, dtype: torch.dtype = torch.float32
 ) -> Bank:
-    """A bank of features (M, F) of any length, which are normalised in float32 and then get the `dtype`."""
+    """Makes a bank of features (M, F), normalised in float32 and then cast to `dtype`.
+
+    Args:
+        features: (M, F), of any norm.
+        labels: classes (M,).
+        classes: C.
+        dtype: precision of the similarities.
+    """
     return Bank(functional.normalize(features.float(), dim=1).to(dtype), labels.cpu(), classes)
 
 
@@ -54,12 +61,13 @@ def make_bank(
 def knn_votes(
     bank: Bank, queries: Tensor, *, neighbours: int, temperature: float
 ) -> Iterator[Tensor]:
-    """Votes (B, C) for the classes of the queries, in their order, at most 256 at a time, float32 on the CPU.
+    """Yields the votes for each class, float32 (B, C) on the CPU, for 256 queries at a time.
 
-    The k nearest by cosine vote for their classes with weight exp(similarity / T), relative to that of the nearest.
+    The k nearest images by cosine similarity vote for their class with the weight
+    exp(similarity / T), relative to the weight of the nearest.
 
     Args:
-        bank: searched whole.
+        bank: labelled images, all of which are searched.
         queries: features (Q, F), on the bank's device.
         neighbours: k, at most M.
         temperature: T > 0.
@@ -73,26 +81,25 @@ def knn_votes(
     for part in torch.split(queries, _QUERIES_AT_ONCE):
         unit = functional.normalize(part.float(), dim=1).to(bank.features.dtype)
         similarities, nearest = _nearest_images(unit, bank.features, neighbours)  # (B, k)
-        # relative to the nearest: the vote is the same and exp does not overflow at a low temperature
-        weights = (
-            ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp().cpu()
-        )
-        # on the CPU, where the sum has one order
-        yield torch.zeros(len(part), bank.classes).scatter_add_(
-            1, bank.labels[nearest.cpu()], weights
-        )
+        # Relative to the nearest, which leaves the winner the same: exp(similarity / T) itself
+        # overflows at a low temperature.
+        relative = similarities - similarities.amax(dim=1, keepdim=True)
+        weights = (relative / temperature).exp().cpu()  # (B, k)
+        # On the CPU, since scatter_add_ on a GPU sums in no fixed order.
+        votes = torch.zeros(len(part), bank.classes)
+        yield votes.scatter_add_(1, bank.labels[nearest.cpu()], weights)  # (B, C)
 
 
 def check_neighbours(neighbours: int, images: int) -> None:
-    """Refuses k where the bank has not so many images.
+    """Refuses a k that is larger than the number of images in the bank.
 
     Raises:
-        ConfigError: it has fewer.
+        ConfigError: k is not between 1 and the number of images.
     """
     if not 1 <= neighbours <= images:
         raise ConfigError(
-            f"knn.neighbours is {neighbours}: it must be between 1 and the {images} images of the bank; "
-            f"set knn.neighbours to at most {images} or use a larger train_split"
+            f"knn.neighbours is {neighbours}: it must be between 1 and the {images} images of the "
+            f"bank; set knn.neighbours to at most {images} or use a larger train_split"
         )
 
 
@@ -105,9 +112,21 @@ def knn_accuracy(
     neighbours: int,
     temperature: float,
 ) -> float:
-    """Fraction of queries (Q, F) whose predicted class is theirs (Q,), in float32; the rest as `knn_votes`."""
-    made = make_bank(bank, labels, int(labels.max()) + 1)
-    votes = knn_votes(made, queries, neighbours=neighbours, temperature=temperature)
+    """The fraction of queries whose class is predicted correctly, in float32.
+
+    Args:
+        bank: features (M, F).
+        labels: classes of the bank (M,).
+        queries: features (Q, F), on the bank's device.
+        query_labels: classes of the queries (Q,).
+        neighbours: k, at most M.
+        temperature: T > 0.
+
+    Raises:
+        ConfigError: as `knn_votes`.
+    """
+    float32_bank = make_bank(bank, labels, int(labels.max()) + 1)
+    votes = knn_votes(float32_bank, queries, neighbours=neighbours, temperature=temperature)
     predictions = torch.cat([part.argmax(dim=1) for part in votes])
     return (predictions == query_labels.cpu()).double().mean().item()
 
@@ -120,9 +139,9 @@ def run_knn(
     seed: int,
     cache: FeatureCache | None = None,
 ) -> TransferResult:
-    """kNN accuracy of the test images with the training images as the bank.
+    """Measures the kNN accuracy on the test split, with the training split as the bank.
 
-    Nothing here is drawn: `seed` makes the signature that of all transfers.
+    Nothing is random here; `seed` is unused and only keeps the signature common to all transfers.
 
     Raises:
         ShardError: as `check_labels`.
@@ -139,37 +158,49 @@ def run_knn(
 
 
 def _nearest_images(queries: Tensor, bank: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Float32 similarities of queries (B, F) to their k nearest of a bank (M, F), and these (B, k); in no order."""
-    found: list[tuple[Tensor, Tensor]] = []
+    """The k nearest images of a bank (M, F) for queries (B, F), in no order.
+
+    Returns:
+        Float32 similarities (B, k) and rows in the bank (B, k).
+    """
+    best = torch.empty(0)
+    nearest = torch.empty(0, dtype=torch.int64)
     for start in range(0, len(bank), _IMAGES_AT_ONCE):
-        similarities = queries @ bank[start : start + _IMAGES_AT_ONCE].T  # (B, P)
-        highest, places = _highest(similarities, min(neighbours, similarities.shape[1]))
-        found.append((highest.float(), places + start))
-        if len(found) > 1:  # at once, so that a large bank does not pile candidates up
-            every, images = (
-                torch.cat(parts, dim=1) for parts in zip(*found, strict=True)
-            )  # (B, <= 2 k)
-            highest, places = every.topk(min(neighbours, every.shape[1]), dim=1, sorted=False)
-            found = [(highest, images.gather(1, places))]
-    return found[0]
+        part = queries @ bank[start : start + _IMAGES_AT_ONCE].T  # (B, P)
+        highest, columns = _highest(part, min(neighbours, part.shape[1]))
+        similarities, rows = highest.float(), columns + start
+        if start > 0:
+            # Merged after every part, so that the candidates of a large bank do not accumulate.
+            candidates = torch.cat([best, similarities], dim=1)  # (B, at most 2 k)
+            candidate_rows = torch.cat([nearest, rows], dim=1)
+            count = min(neighbours, candidates.shape[1])
+            similarities, chosen = candidates.topk(count, dim=1, sorted=False)
+            rows = candidate_rows.gather(1, chosen)
+        best, nearest = similarities, rows
+    return best, nearest
 
 
 def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest values of each row (B, P) and their columns (B, count), as `topk` finds them, in no order.
+    """The `count` highest values of each row of (B, P), in no order.
 
-    `topk` alone would take longer than the bfloat16 similarities. No more than `count` blocks hold them, those of the
-    highest maxima; so it searches the maxima of blocks of 8 and then only these blocks.
+    `topk` over all columns takes longer than the bfloat16 similarities themselves. The columns are
+    therefore divided into blocks of 8: the highest values lie in the `count` blocks with the
+    highest maxima, so `topk` runs over the maxima and then over these blocks only.
+
+    Returns:
+        The values (B, count) and their columns (B, count).
     """
     rows, columns = values.shape
-    blocks = columns // _BLOCK
-    if columns < 4 * _BLOCK * count:  # the blocks would hold most of the columns
+    if columns < 4 * _BLOCK * count:  # the selected blocks would hold most of the columns
         return values.topk(count, dim=1, sorted=False)
-    # a block is every blocks-th column, so that the maxima are taken over rows that lie whole in memory
-    maxima = values[:, : _BLOCK * blocks].view(rows, _BLOCK, blocks).amax(dim=1)
+    blocks = columns // _BLOCK
+    blocked = _BLOCK * blocks  # columns in blocks; the few beyond are all candidates
+    # Block i is columns i, i + blocks, ...: so amax reads whole contiguous rows of memory.
+    maxima = values[:, :blocked].view(rows, _BLOCK, blocks).amax(dim=1)  # (B, blocks)
     best = maxima.topk(count, dim=1, sorted=False).indices  # (B, count)
-    firsts = torch.arange(0, _BLOCK * blocks, blocks, device=values.device)
+    firsts = torch.arange(0, blocked, blocks, device=values.device)  # (8,)
     inside = (best[:, None] + firsts[:, None]).flatten(1)  # (B, 8 count)
-    beyond = torch.arange(_BLOCK * blocks, columns, device=values.device).expand(rows, -1)
+    beyond = torch.arange(blocked, columns, device=values.device).expand(rows, -1)
     candidates = torch.cat([inside, beyond], dim=1)
-    highest, places = values.gather(1, candidates).topk(count, dim=1, sorted=False)
-    return highest, candidates.gather(1, places)
+    highest, chosen = values.gather(1, candidates).topk(count, dim=1, sorted=False)
+    return highest, candidates.gather(1, chosen)  # (B, count)

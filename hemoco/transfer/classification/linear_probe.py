@@ -1,11 +1,13 @@
 """Linear probe on cached features (after He et al. 2020, section 4.1).
 
-From the paper: frozen backbone in evaluation mode, pooled features as they are (not normalised, so the learning rate
-is large), SGD with momentum 0.9, classifier N(0, 0.01) with zero bias. Departures: features of the centre view are
-cached, so there is no augmentation; cosine instead of step decay; learning rate and weight decay are chosen on a
+As in the paper: a frozen backbone in evaluation mode, pooled features without normalisation (hence
+the large learning rate), SGD with momentum 0.9, and a classifier initialised from N(0, 0.01) with
+zero bias. Departures: the features of the centre view are cached, so there is no augmentation; the
+learning rate follows a cosine instead of steps; learning rate and weight decay are chosen on a
 held-out fifth of the training split, never on the test split.
 
-Shapes: M images, F features, C classes, H heads trained side by side, one per setting, B features of a step.
+Shapes: M images, F features, C classes, H heads trained together (one per setting), B images of a
+step.
 """
 
 import logging
@@ -34,26 +36,27 @@ from hemoco.transfer.result import TransferResult
 logger = logging.getLogger(__name__)
 
 _MOMENTUM = 0.9
-_FLOOR = -60.0  # of a log-likelihood in the gradient: 1e-26, which no float32 sum beside it notices
-_HELD_OUT = 5  # every fifth image
-_LOGITS_AT_ONCE = 2**24  # 67 MB; those of a grid on ImageNet's held-out fifth would take 33 TB
+# Floor of a log-likelihood in the gradient. exp(-60) is 1e-26, too small to change a float32 sum.
+_FLOOR = -60.0
+_HELD_OUT = 5  # every fifth image is held out
+_LOGITS_AT_ONCE = 2**24  # 67 MB; all logits of a grid on ImageNet's held-out fifth take 33 TB
 
 
 class Setting(NamedTuple):
-    """What tells a head from the others."""
+    """The hyperparameters of one head."""
 
     lr: float
     weight_decay: float
 
 
 class Heads:
-    """H independent linear classifiers that see the same batches, each trained with its own setting.
+    """H independent linear classifiers, trained on the same batches with one setting each.
 
     Args:
         settings: one per head.
         classes: C.
         features: F.
-        generator: of the initial weights, on the CPU; all heads start alike.
+        generator: CPU generator of the initial weights, which are the same for all heads.
     """
 
     def __init__(
@@ -67,46 +70,58 @@ class Heads:
         self._lrs, self._decays = torch.tensor(self.settings).T.contiguous()  # (H,)
 
     def to(self, device: torch.device) -> "Heads":
-        """Moves everything to a device; itself."""
+        """Moves all tensors to a device and returns the object itself."""
         self.weight, self.bias = self.weight.to(device), self.bias.to(device)
         self._velocities = [velocity.to(device) for velocity in self._velocities]
         self._lrs, self._decays = self._lrs.to(device), self._decays.to(device)
         return self
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, F) -> (B, C, H); one product of matrices for all heads."""
+        """Logits of all heads by one matrix product: (B, F) -> (B, C, H)."""
         flat = torch.addmm(self.bias.flatten(), features, self.weight.flatten(0, 1).T)  # (B, C H)
-        # the classes not last: softmax over ten numbers that lie side by side would take longer than the product
-        return flat.view(len(features), *self.bias.shape)
+        # The classes are not the last dimension: a softmax over ten contiguous numbers takes longer
+        # than the matrix product.
+        return flat.view(len(features), *self.bias.shape)  # (B, C, H)
 
     def step(self, features: Tensor, labels: Tensor, factor: float) -> Tensor:
-        """One step of torch's SGD for each head, at `factor` times its learning rate; the losses before it (H,)."""
-        likelihoods = self.logits(features).log_softmax(dim=1)  # (B, C, H), logarithms
-        own = labels.view(-1, 1, 1).expand(-1, 1, len(self.settings))  # (B, 1, H)
-        losses = -likelihoods.gather(1, own).mean(dim=0).squeeze(0)
-        # the gradient of cross-entropy in closed form, which is faster than autograd's; without the floor, denormal
-        # numbers would make the product below take several times as long
-        slopes = likelihoods.clamp_(min=_FLOOR).exp_()
-        slopes.scatter_add_(1, own, slopes.new_full(own.shape, -1.0))
-        slopes = slopes.div_(len(features)).flatten(1)  # (B, C H)
-        of_weight, of_bias = self._velocities
-        # momentum and gradient in one pass over the weights, which are more than a core's caches hold
-        of_weight.flatten(0, 1).addmm_(slopes.T, features, beta=_MOMENTUM)
-        of_bias.mul_(_MOMENTUM).add_(slopes.sum(dim=0).view_as(of_bias))
-        for parameter, velocity in ((self.weight, of_weight), (self.bias, of_bias)):
-            shape = [-1, *[1] * (parameter.ndim - 2)]  # of a number for each head
-            velocity.addcmul_(parameter, self._decays.view(shape))
-            parameter.addcmul_(velocity, (self._lrs * -factor).view(shape))
+        """One SGD step of all heads, equal to torch's SGD with momentum and weight decay.
+
+        Args:
+            features: (B, F).
+            labels: (B,).
+            factor: scales the learning rate of every head.
+
+        Returns:
+            Mean cross-entropy of each head before the step (H,).
+        """
+        log_likelihoods = self.logits(features).log_softmax(dim=1)  # (B, C, H)
+        index = labels.view(-1, 1, 1).expand(-1, 1, len(self.settings))  # (B, 1, H)
+        losses = -log_likelihoods.gather(1, index).mean(dim=0).squeeze(0)  # (H,)
+        # The gradient with respect to the logits is (softmax - one-hot) / B; written out it is
+        # faster than autograd. Without the floor, the softmax has denormal numbers, which make the
+        # matrix product below several times slower.
+        gradient = log_likelihoods.clamp_(min=_FLOOR).exp_()
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+        gradient = gradient.div_(len(features)).flatten(1)  # (B, C H)
+        weight_velocity, bias_velocity = self._velocities
+        # Momentum and gradient in one pass, since the weights do not fit a core's cache.
+        weight_velocity.flatten(0, 1).addmm_(gradient.T, features, beta=_MOMENTUM)
+        bias_velocity.mul_(_MOMENTUM).add_(gradient.sum(dim=0).view_as(bias_velocity))
+        decays, lrs = self._decays, self._lrs * -factor
+        weight_velocity.addcmul_(self.weight, decays[:, None])
+        self.weight.addcmul_(weight_velocity, lrs[:, None])
+        bias_velocity.addcmul_(self.bias, decays)
+        self.bias.addcmul_(bias_velocity, lrs)
         return losses
 
 
 class Evaluation(NamedTuple):
-    """Of each head."""
+    """Loss and accuracy of each head."""
 
     losses: Tensor
     """Mean cross-entropy (H,)."""
     accuracies: Tensor
-    """(H,)."""
+    """Fraction of images classified correctly (H,)."""
 
 
 def run_linear_probe(
@@ -117,18 +132,19 @@ def run_linear_probe(
     seed: int,
     cache: FeatureCache | None = None,
 ) -> TransferResult:
-    """Test accuracy after the last epoch of a linear classifier trained on the backbone's features.
+    """Measures the test accuracy of a linear classifier trained on the backbone's features.
 
-    The history has train_loss, test_loss and top1 after each epoch, counted from 1. Further metrics: the setting chosen
-    (`lr`, `weight_decay`), its `held_out_top1`, and `lbfgs_top1` where the check is wanted.
+    The history has train_loss, test_loss and top1 after each epoch, counted from 1. Further
+    metrics: the setting chosen (`lr`, `weight_decay`), `held_out_top1` of it and of every setting
+    tried, and `lbfgs_top1` if `config.lbfgs_check`.
 
     Args:
-        config: epochs, batch size and the settings tried.
-        backbone: stays bit for bit as it is.
-        train: fits the classifier; every fifth image of a class chooses the setting first.
-        test: evaluated, nothing is chosen on it.
-        seed: of the split, the initial weights and the order.
-        cache: of features; None: they are computed.
+        config: epochs, batch size and the settings to try.
+        backbone: not changed by a single bit.
+        train: the split to fit on; first, every fifth image is held out to choose the setting.
+        test: the split to evaluate; nothing is chosen on it.
+        seed: seed of the held-out images, the initial weights and the order.
+        cache: cache of features; None computes them.
 
     Raises:
         ShardError: as `check_labels`.
@@ -138,15 +154,18 @@ def run_linear_probe(
     classes = check_labels(train, test)
     features, test_features = (split_features(backbone, split, cache) for split in (train, test))
     labels, test_labels = (split.labels.to(features.device) for split in (train, test))
-    chosen, sweep = search_grid(config, classes, features, labels, seed)
-    head, history = new_heads([chosen], classes, features, seed), []
+    chosen, held_out_top1 = search_grid(config, classes, features, labels, seed)
+    head = new_heads([chosen], classes, features, seed)
+    history = []
     for epoch, train_loss in train_heads(head, features, labels, config, seed):
         losses, accuracies = evaluate_heads(head, test_features, test_labels)
         values = {"train_loss": train_loss, "test_loss": losses.item(), "top1": accuracies.item()}
         history.append((epoch, values))
-    counts = count_predictions(head.logits(test_features).squeeze(2), test_labels)
-    also = {**chosen._asdict(), "held_out_top1": sweep[chosen]}
-    also |= {f"held_out_top1/lr_{lr:g}_wd_{decay:g}": top1 for (lr, decay), top1 in sweep.items()}
+    logits = head.logits(test_features).squeeze(2)  # (M, C)
+    counts = count_predictions(logits, test_labels)
+    also = {**chosen._asdict(), "held_out_top1": held_out_top1[chosen]}
+    for (lr, decay), top1 in held_out_top1.items():
+        also[f"held_out_top1/lr_{lr:g}_wd_{decay:g}"] = top1
     if config.lbfgs_check:
         also["lbfgs_top1"] = _lbfgs_top1(features, labels, test_features, test_labels)
     return classification_result(counts, train.classes, also=also, history=history)
@@ -155,7 +174,17 @@ def run_linear_probe(
 def search_grid(
     config: LinearProbeConfig, classes: int, features: Tensor, labels: Tensor, seed: int
 ) -> tuple[Setting, dict[Setting, float]]:
-    """The best setting on a held-out fifth of features (M, F) with labels (M,), and the accuracy of each there.
+    """Trains all settings on four fifths of the features and compares them on the held-out fifth.
+
+    Args:
+        config: epochs, batch size and the settings to try.
+        classes: C.
+        features: (M, F).
+        labels: (M,), on the same device.
+        seed: seed of the held-out images, the initial weights and the order.
+
+    Returns:
+        The best setting, and the held-out accuracy of every setting.
 
     Raises:
         ConfigError: fewer than 5 features.
@@ -171,22 +200,24 @@ def search_grid(
 
 def new_heads(settings: Sequence[Setting], classes: int, features: Tensor, seed: int) -> Heads:
     """Untrained heads for features (M, F), on their device."""
-    return Heads(settings, classes, features.shape[1], torch.Generator().manual_seed(seed)).to(
-        features.device
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return Heads(settings, classes, features.shape[1], generator).to(features.device)
 
 
 def train_heads(
     heads: Heads, features: Tensor, labels: Tensor, config: LinearProbeConfig, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Trains in `config.epochs` passes, and yields after each its number, from 1, and the first head's mean loss.
+    """Trains for `config.epochs` epochs and yields after each one.
 
     Args:
         heads: changed in place.
         features: (M, F), on the device of the heads.
-        labels: (M,), there too.
+        labels: (M,), on the same device.
         config: epochs and batch size; the settings are those of the heads.
-        seed: of the order.
+        seed: seed of the order.
+
+    Yields:
+        The number of the epoch, from 1, and its mean training loss for the first head.
     """
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(config.epochs):
@@ -199,19 +230,26 @@ def train_heads(
 
 
 def evaluate_heads(heads: Heads, features: Tensor, labels: Tensor) -> Evaluation:
-    """All heads on features (M, F) with labels (M,), of any number: the logits of some at a time are held."""
-    losses, right = torch.zeros(2, len(heads.settings), dtype=torch.float64, device=features.device)
+    """Evaluates all heads on features (M, F) with labels (M,).
+
+    It works in parts of B rows, so memory does not grow with M.
+    """
+    count = len(heads.settings)
+    losses, correct = torch.zeros(2, count, dtype=torch.float64, device=features.device)  # (H,)
     rows = max(1, _LOGITS_AT_ONCE // heads.bias.numel())
-    for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
+    for part, targets in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
         logits = heads.logits(part)  # (B, C, H)
-        every = own[:, None].expand(-1, len(heads.settings))  # (B, H)
-        losses += functional.cross_entropy(logits, every, reduction="none").sum(dim=0)
-        right += (logits.argmax(dim=1) == every).sum(dim=0)
-    return Evaluation(losses / len(labels), right / len(labels))
+        targets_by_head = targets[:, None].expand(-1, count)  # (B, H)
+        losses += functional.cross_entropy(logits, targets_by_head, reduction="none").sum(dim=0)
+        correct += (logits.argmax(dim=1) == targets_by_head).sum(dim=0)
+    return Evaluation(losses / len(labels), correct / len(labels))
 
 
 def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and every fifth row held out, each class in proportion.
+    """Draws the rows to hold out, a fifth of each class, from labels (M,).
+
+    Returns:
+        The rows to fit on and the rows held out.
 
     Raises:
         ConfigError: fewer than 5 labels.
@@ -222,7 +260,8 @@ def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
             "as a fifth is held out to choose the learning rate"
         )
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    # In order of class, in each class shuffled: so every fifth row takes a fifth of each class.
+    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]  # (M,)
     held_out = torch.arange(len(labels)) % _HELD_OUT == _HELD_OUT - 1
     return by_class[~held_out], by_class[held_out]
 
@@ -230,27 +269,34 @@ def stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def _best_setting(
     heads: Heads, features: Tensor, labels: Tensor
 ) -> tuple[Setting, dict[Setting, float]]:
-    """The most accurate setting that did not diverge, of equals that of lower loss; and the accuracy of each."""
+    """The best setting that did not diverge, and the accuracy of every setting.
+
+    The best has the highest accuracy and, among equals, the lowest loss.
+    """
     losses, accuracies = (values.tolist() for values in evaluate_heads(heads, features, labels))
-    every = zip(accuracies, losses, heads.settings, strict=True)
-    found = [(top1, -loss, setting) for top1, loss, setting in every if math.isfinite(loss)]
-    if not found:
-        tried = sorted({setting.lr for setting in heads.settings})
-        raise TrainingError(f"linear_probe.lrs {tried}: all diverge; add lower learning rates")
-    setting = max(found)[2]
-    lrs = sorted({each.lr for each in heads.settings})
-    if len(lrs) > 1 and setting.lr in (lrs[0], lrs[-1]):
+    results = zip(accuracies, losses, heads.settings, strict=True)
+    ranked = [(top1, -loss, setting) for top1, loss, setting in results if math.isfinite(loss)]
+    lrs = sorted({setting.lr for setting in heads.settings})
+    if not ranked:
+        raise TrainingError(f"linear_probe.lrs {lrs}: all diverge; add lower learning rates")
+    best = max(ranked)[2]
+    if len(lrs) > 1 and best.lr in (lrs[0], lrs[-1]):
         logger.warning(
-            "event=linear_probe_edge lr=%g tried=%s: the best is at the edge of what was tried; widen linear_probe.lrs",
-            *(setting.lr, lrs),
+            "event=linear_probe_edge lr=%g tried=%s: the best learning rate is at the edge of the "
+            "range tried; widen linear_probe.lrs",
+            best.lr,
+            lrs,
         )
-    return setting, dict(zip(heads.settings, accuracies, strict=True))
+    return best, dict(zip(heads.settings, accuracies, strict=True))
 
 
 def _lbfgs_top1(
     features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> float:
-    """Accuracy of a logistic regression on standardised features, with the penalty of scikit-learn's default C = 1."""
+    """Test accuracy of a logistic regression on standardised features, fitted by L-BFGS.
+
+    The penalty is that of scikit-learn's default, C = 1.
+    """
     scale = Standardisation.of(features)
     classes = int(labels.max()) + 1
     weight, bias = fit_logistic_regression(

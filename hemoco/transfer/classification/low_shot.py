@@ -1,7 +1,7 @@
-"""Low-shot classification: logistic regression on frozen features of a few labelled images per class.
+"""Low-shot classification: logistic regression on frozen features of a few images per class.
 
-Features are standardised by the mean and deviation of all training images, which takes no labels, so that one penalty
-suits backbones of different feature scales.
+Features are standardised with the mean and deviation over all training images, so that one penalty
+suits backbones with different feature scales. This uses no labels.
 
 Shapes: M images, F features, C classes, n images drawn.
 """
@@ -30,11 +30,11 @@ from hemoco.transfer.classification.scores import (
 from hemoco.transfer.result import TransferResult
 
 _MAX_ITERATIONS = 500
-_ROWS = 65536  # standardised at a time where all are needed only for their mean
+_ROWS = 65536  # rows converted to float64 at a time when only their sum is needed
 
 
 class Standardisation(NamedTuple):
-    """Shifts and scales each feature; calling it does so, in float64."""
+    """Per-feature shift and scale; call it to apply them, in float64."""
 
     mean: Tensor
     """float64 (F,)."""
@@ -43,22 +43,20 @@ class Standardisation(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor) -> "Standardisation":
-        """That which gives features (M, F) mean 0 and deviation 1."""
+        """The standardisation that gives features (M, F) mean 0 and deviation 1."""
         parts = torch.split(features, _ROWS)
-        mean = sum(
-            (part.double().sum(dim=0) for part in parts),
-            start=torch.zeros_like(features[0]).double(),
-        )
+        mean = torch.zeros_like(features[0], dtype=torch.float64)  # (F,)
+        for part in parts:
+            mean += part.double().sum(dim=0)
         mean /= len(features)
-        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(
-            dim=0
-        )
-        deviation = (squares / len(features)).sqrt()
-        # a unit that is dead in training would otherwise rule wherever it is alive in test
+        squares = [(part.double() - mean).square().sum(dim=0) for part in parts]
+        deviation = (torch.stack(squares).sum(dim=0) / len(features)).sqrt()  # (F,)
+        # A feature that is constant in training keeps its scale: divided by almost 0 it would
+        # outweigh all others in a test image where it is not constant.
         return cls(mean, torch.where(deviation > 1e-6, deviation, 1.0))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(M, F) -> (M, F)."""
+        """Standardises features: (M, F) -> float64 (M, F)."""
         return (features.double() - self.mean) / self.deviation
 
 
@@ -70,18 +68,19 @@ def run_low_shot(
     seed: int,
     cache: FeatureCache | None = None,
 ) -> TransferResult:
-    """Mean test accuracy over several draws of a few training images per class.
+    """Measures the mean test accuracy over several draws of a few training images per class.
 
-    Accuracies are means over the draws, files count the predictions of all. With two draws or more, `std` is the
-    deviation of top1 and `ci95` half of its mean's 95% confidence interval by Student's t; `labelled_images` is n.
+    Accuracies are means over the draws; the files count the predictions of all draws together. With
+    two draws or more, `std` is the standard deviation of top1 and `ci95` half the 95% confidence
+    interval of its mean by Student's t. `labelled_images` is n.
 
     Args:
         config: images per class, draws and penalty.
-        backbone: stays bit for bit as it is.
-        train: images are drawn from it.
-        test: evaluated whole, each time.
-        seed: of the draws; backbones compared at the same seed see the same images.
-        cache: of features; None: they are computed.
+        backbone: not changed by a single bit.
+        train: the split from which images are drawn.
+        test: evaluated whole for each draw.
+        seed: seed of the draws; two backbones measured with one seed get the same images.
+        cache: cache of features; None computes them.
 
     Raises:
         ShardError: as `check_labels`.
@@ -94,20 +93,26 @@ def run_low_shot(
     labels, test_labels = (split.labels.to(features.device) for split in (train, test))
     test_features = scale(test_features)
     generator = torch.Generator().manual_seed(seed)
-    measured = []
+    counts_by_draw = []
     for _ in range(config.draws):
         rows = draw_shots(train.labels, counts_by_class, generator).to(features.device)
         weight, bias = fit_logistic_regression(
             scale(features[rows]), labels[rows], classes, config.weight_decay
         )
-        measured.append(count_predictions(test_features @ weight.T + bias, test_labels))
-    spread = _spread([class_metrics(counts)["top1"] for counts in measured])
-    also = {"labelled_images": float(sum(counts_by_class)), **spread}
-    return classification_result(sum_counts(measured), train.classes, also=also)
+        logits = test_features @ weight.T + bias  # (M, C)
+        counts_by_draw.append(count_predictions(logits, test_labels))
+    also = {"labelled_images": float(sum(counts_by_class))}
+    if config.draws > 1:
+        top1 = [class_metrics(counts)["top1"] for counts in counts_by_draw]
+        also |= {"std": statistics.stdev(top1), "ci95": confidence_half_width(top1)}
+    return classification_result(sum_counts(counts_by_draw), train.classes, also=also)
 
 
 def count_shots(train: LabelledSplit, config: LowShotConfig) -> list[int]:
-    """Images drawn of each class (C,): `fraction` of its images but at least one, or `shots`; none where it has none.
+    """The number of images to draw from each class, by label.
+
+    It is `fraction` of the class's images but at least one, or `shots`; 0 for a class without
+    images.
 
     Raises:
         ConfigError: a class has fewer images than `shots`.
@@ -119,10 +124,11 @@ def count_shots(train: LabelledSplit, config: LowShotConfig) -> list[int]:
     if few:
         least = min(few, key=lambda label: counts[label])
         name = f" ({train.classes[least]})" if least < len(train.classes) else ""
+        others = f", and {len(few) - 1} more classes have too few" if len(few) > 1 else ""
         raise ConfigError(
-            f"low_shot.shots is {config.shots}: class {least}{name} has {counts[least]} images in train_split"
-            f"{f', and {len(few) - 1} more classes have too few' if few[1:] else ''}; set low_shot.shots to at most "
-            f"{counts[least]} or give the class more images"
+            f"low_shot.shots is {config.shots}: class {least}{name} has {counts[least]} images in "
+            f"train_split{others}; set low_shot.shots to at most {counts[least]} or give the class "
+            "more images"
         )
     return [config.shots if count else 0 for count in counts]
 
@@ -130,24 +136,27 @@ def count_shots(train: LabelledSplit, config: LowShotConfig) -> list[int]:
 def draw_shots(
     labels: Tensor, counts_by_class: Sequence[int], generator: torch.Generator
 ) -> Tensor:
-    """Rows (n,) of different images, so many of each class, class 0 first."""
+    """Draws rows (n,) of distinct images, `counts_by_class` from each class, in order of class."""
     drawn = []
     for label, count in enumerate(counts_by_class):
         rows = (labels.cpu() == label).nonzero().squeeze(1)
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
-    return torch.cat(drawn)
+    return torch.cat(drawn)  # (n,)
 
 
 def fit_logistic_regression(
     features: Tensor, labels: Tensor, classes: int, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    """Weight (C, F) and bias (C,) that minimise mean cross-entropy + weight_decay / 2 * |weight|^2.
+    """Minimises mean cross-entropy + weight_decay / 2 * |weight|^2 by L-BFGS.
 
     Args:
         features: float64 (M, F).
         labels: (M,).
         classes: C.
-        weight_decay: > 0, for the minimum to exist where classes are separable.
+        weight_decay: > 0; with 0 there is no minimum when the classes are separable.
+
+    Returns:
+        Weight (C, F) and bias (C,).
     """
     weight = features.new_zeros(classes, features.shape[1]).requires_grad_()
     bias = features.new_zeros(classes).requires_grad_()
@@ -161,19 +170,10 @@ def fit_logistic_regression(
 
     def loss() -> float:
         optimizer.zero_grad()
-        value = (
-            functional.cross_entropy(features @ weight.T + bias, labels)
-            + weight_decay / 2 * weight.square().sum()
-        )
+        entropy = functional.cross_entropy(features @ weight.T + bias, labels)
+        value = entropy + weight_decay / 2 * weight.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value.item()
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Deviation of the draws, and half the confidence interval of their mean; nothing of a single draw."""
-    if len(values) < 2:
-        return {}
-    return {"std": statistics.stdev(values), "ci95": confidence_half_width(values)}

@@ -1,9 +1,10 @@
-"""The training and evaluation of a classifier.
+"""Training and evaluation of a classifier.
 
-As in `hemoco.train`, the loop is a generator that yields after each optimiser step, at which the state is a consistent
-checkpoint; it runs alike in one process and on many ranks.
+As in `hemoco.train`, the loop is a generator that yields after each optimiser step. At a yield the
+state is a consistent checkpoint. The same loop runs in one process and on many ranks.
 
-Shapes: N images on this rank, M of a split, B of an evaluation batch, C classes, S x S pixels.
+Shapes: N images of a step on this rank, M images of a split, B images of an evaluation batch,
+C classes, S x S pixels.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from hemoco.transfer.classification.classifier import (
 
 
 class Scores(NamedTuple):
-    """Of M images."""
+    """Scores and labels of M images."""
 
     logits: Tensor
     """float32 (M, C), on the CPU."""
@@ -49,10 +50,10 @@ class Scores(NamedTuple):
 def classifier_steps(
     state: ClassifierState, batches: Iterable[Batch], steps_per_epoch: int
 ) -> Iterator[LoggedStep]:
-    """Trains on the batches, one optimiser step each, and yields after every step.
+    """Trains with one optimiser step per batch and yields after every step.
 
     Raises:
-        ShardError: an image has no label, or one that is no class.
+        ShardError: an image has no label, or a label outside 0 to C - 1; raised on all ranks.
         TrainingError: the loss is not finite; raised on all ranks before the optimiser step.
     """
     config = state.config
@@ -61,13 +62,12 @@ def classifier_steps(
         factor = classifier_lr_factor(config, step=state.step, steps_per_epoch=steps_per_epoch)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss, right = _optimise(state, batch)
+        loss, accuracy = _optimise(state, batch)
         state.step += 1
         state.position = batch.position
-        logged = state.step == total or state.step % config.log_every_steps == 0
-        values = (
-            {"train_loss": loss, "train_top1": right, "lr": config.lr * factor} if logged else {}
-        )
+        values: dict[str, float] = {}
+        if state.step == total or state.step % config.log_every_steps == 0:
+            values = {"train_loss": loss, "train_top1": accuracy, "lr": config.lr * factor}
         yield LoggedStep(state.step, values)
 
 
@@ -75,10 +75,18 @@ def classifier_steps(
 def classify(
     state: ClassifierState, data_url: str, shards: Sequence[Shard], batch_size: int = 256
 ) -> Scores:
-    """Scores of all images of some shards; each rank computes some shards, and all get all.
+    """Computes the scores of all images of the shards; returns them all on every rank.
+
+    Every rank must call it, and computes every world_size-th shard.
+
+    Args:
+        state: its model is left in evaluation mode.
+        data_url: URL of the shard folder.
+        shards: shards of that folder.
+        batch_size: B.
 
     Raises:
-        ShardError: an image has no label or cannot be decoded; on all ranks.
+        ShardError: an image has no label or cannot be decoded; raised on all ranks.
     """
     state.model.eval()
     mine = shards[rank() :: world_size()]
@@ -93,55 +101,64 @@ def _scores(
 ) -> Scores:
     config, model = state.config, state.model
     views = labelled_views(data_url, shards, size=config.size, shorter=config.resize)
-    scores, labels = [torch.empty(0, model.head.out_features)], []
-    while some := list(itertools.islice(views, batch_size)):
-        images = torch.stack([view.image for view in some])  # (B, 3, S, S)
-        scores.append(model(model.backbone.normalise(images)).cpu())
-        labels += [view.label for view in some]
-    return Scores(torch.cat(scores), torch.tensor(labels, dtype=torch.int64))
+    logits = [torch.empty(0, model.head.out_features)]  # with no shards, torch.cat needs a tensor
+    labels: list[int] = []
+    while batch := list(itertools.islice(views, batch_size)):
+        images = torch.stack([view.image for view in batch])  # (B, 3, S, S)
+        logits.append(model(model.backbone.normalise(images)).cpu())  # (B, C)
+        labels += [view.label for view in batch]
+    return Scores(torch.cat(logits), torch.tensor(labels, dtype=torch.int64))
 
 
 def _optimise(state: ClassifierState, batch: Batch) -> tuple[float, float]:
-    """One step; loss and accuracy of the batch before it, over all ranks."""
+    """One optimiser step; returns the batch's loss and accuracy before it, over all ranks."""
     model = state.model
-    device = model.head.weight.device
-    images, labels = _augmented(batch, state), _labels(batch, model.head.out_features, device)
-    model.train()
+    images = _augmented(batch, state)  # (N, 3, S, S)
+    labels = _labels(batch, model.head.out_features, model.head.weight.device)  # (N,)
+    model.train()  # the caller may have evaluated the model since the last step
     logits = state.forward(images)  # (N, C)
     loss = functional.cross_entropy(logits, labels)
-    right = (logits.detach().argmax(dim=1) == labels).float().mean()
-    value, accuracy = mean_over_ranks(torch.stack([loss.detach(), right])).tolist()
-    if not math.isfinite(value):
+    accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
+    # The mean over the ranks is the same on all of them, so all raise below or none does.
+    mean_loss, mean_accuracy = mean_over_ranks(torch.stack([loss.detach(), accuracy])).tolist()
+    if not math.isfinite(mean_loss):
         raise TrainingError(
-            f"the loss is {value} at step {state.step + 1}: lower the transfer's lr or add warmup_epochs"
+            f"the loss is {mean_loss} at step {state.step + 1}: lower the transfer's lr or add "
+            "warmup_epochs"
         )
     state.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
-    return value, accuracy
+    return mean_loss, mean_accuracy
 
 
 def _augmented(batch: Batch, state: ClassifierState) -> Tensor:
-    """The batch's crops flipped and normalised, float32 (N, 3, S, S)."""
-    count, (epoch, step) = len(batch.crops), batch.position
-    config, backbone = state.config, state.model.backbone
-    views = dataclasses.replace(classifier_views(config), mean=backbone.mean, std=backbone.std)
+    """The batch's crops, flipped and normalised, float32 (N, 3, S, S)."""
+    count = len(batch.crops)
+    epoch, step = batch.position
+    backbone = state.model.backbone
+    views = dataclasses.replace(
+        classifier_views(state.config), mean=backbone.mean, std=backbone.std
+    )
+    # The draw depends on the slot in the global batch, so it is the same for any number of ranks.
     slots = (rank() * count, (rank() + 1) * count)
     draws = draw_augmentation(views, seed=state.seed, epoch=epoch, step=step, slots=slots, view=0)
     return augment(batch.crops[:, 0], draws, views)
 
 
 def _labels(batch: Batch, classes: int, device: torch.device) -> Tensor:
-    """Labels (N,) on the device."""
+    """The batch's labels (N,) on the device, after checking that each is a class."""
     labels = torch.tensor(batch.labels, dtype=torch.int64)
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
-    # over the ranks: all of them must stop
+    # Summed over the ranks, since all must stop: one rank alone would leave the others waiting.
     if sum_over_ranks(torch.tensor(len(wrong), device=device)).item():
-        named = [
-            f"sample {batch.keys[place]} has the label {batch.labels[place]}" for place in wrong[:1]
-        ]
-        first = next(iter(itertools.chain(*gather_objects(named))))
+        first = ""
+        if wrong:
+            index = wrong[0]
+            first = f"sample {batch.keys[index]} has the label {batch.labels[index]}"
+        first_of_all = next(text for text in gather_objects(first) if text)
         raise ShardError(
-            f"{first}: 0 to {classes - 1} are classes; pack class folders, or name a labelled split"
+            f"{first_of_all}: allowed are 0 to {classes - 1}; pack class folders, or name a "
+            "labelled split"
         )
     return labels.to(device)

@@ -1,1 +1,1 @@
-"""Transfers that detect and segment: Faster and Mask R-CNN, COCO and VOC metrics."""
+"""Detection and segmentation transfers: Faster and Mask R-CNN, COCO and VOC metrics."""

@@ -1,6 +1,6 @@
-"""What a detector finds in images: as COCO results, as metrics and as a picture.
+"""Predictions of a detector as COCO results, metrics and a picture.
 
-Shapes: H x W an image, D its detections.
+Shapes: images are H x W pixels with D detections.
 """
 
 import json
@@ -22,9 +22,9 @@ from hemoco.transfer.detection.drawing import draw_scenes
 from hemoco.transfer.detection.voc_metric import voc_metrics
 from hemoco.transfer.result import TransferResult
 
-_DRAWN_SCENES = 4
+_SCENES_DRAWN = 4
 _BOX_METRICS = {"coco": "box_ap", "voc": "box_ap50", "voc07": "box_ap50_11point"}
-_MASKS_AT_ONCE = 16  # pasted into the image; all of a crowded one would take gigabytes
+_MASKS_AT_ONCE = 16  # dense masks of the image's size; all of a crowded image take gigabytes
 
 
 @torch.no_grad()
@@ -34,10 +34,19 @@ def predict(
     category_ids: Sequence[int],
     config: DetectionConfig,
 ) -> list[dict[str, Any]]:
-    """What is found in this rank's share of the images, as COCO results; gather those of all ranks.
+    """Predicts this rank's share of the images; gather the results of all ranks.
 
-    The share are the images whose place in their split, modulo the world size, is the rank. An image is evaluated by
-    itself: padded beside others it would be another.
+    The share is every world_size-th image of the split. Each image is evaluated alone: in a batch
+    it would be padded to the largest image, which changes its predictions.
+
+    Args:
+        model: left in evaluation mode.
+        samples: all samples of the split.
+        category_ids: ids of all categories, in order.
+        config: for the precision.
+
+    Returns:
+        COCO results.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -45,8 +54,8 @@ def predict(
     for sample in samples:
         if (sample.image_id - 1) % world_size() == rank():
             with autocast(config, device):
-                found = detect(model, sample.decode().to(device).float() / 255)
-            results.extend(_coco_results(sample, found, category_ids))
+                detections = detect(model, sample.decode().to(device).float() / 255)
+            results.extend(_coco_results(sample, detections, category_ids))
     return results
 
 
@@ -56,79 +65,88 @@ def measure(
     predictions: Sequence[dict[str, Any]],
     categories: Sequence[dict[str, Any]],
 ) -> TransferResult:
-    """Average precision of the predictions of all ranks, scenes drawn, and the predictions as a file.
+    """Computes the average precision from the predictions of all ranks.
 
-    Beside precisions it has `images_over_max_detections`: images with more objects than the detections that count, of
-    which not all can be found. `predictions.json` has the images' own COCO ids if they all have one and no two the
-    same, else their places in the split from 1.
+    The result also has a picture of a few images and the file `predictions.json` (see
+    `_results_file` for its image ids). The metric `images_over_max_detections` counts images with
+    more objects than `config.max_detections`, which therefore cannot all be found.
+
+    Args:
+        config: the metric and its number of detections.
+        samples: all samples of the split.
+        predictions: COCO results of all ranks, in any order.
+        categories: COCO categories.
     """
     masks = isinstance(config, MaskRcnnConfig)
     truth = ground_truth_of(
         ((s.image_id, s.height, s.width, s.annotations) for s in samples), categories
     )
-    predictions = sorted(
-        predictions, key=lambda item: int(item["image_id"])
-    )  # on any number of ranks the same
+    # Sorted, so that the result does not depend on the number of ranks.
+    predictions = sorted(predictions, key=lambda item: int(item["image_id"]))
     if config.metric == "coco":
         metrics = coco_metrics(
             truth, predictions, masks=masks, max_detections=config.max_detections
         )
     else:
         metrics = voc_metrics(truth, predictions)
+    over_max_detections = 0
+    for sample in samples:
+        objects = sum(not item["iscrowd"] for item in sample.annotations)
+        over_max_detections += objects > config.max_detections
     metric = headline_metric(config)
-    over = sum(
-        sum(not item["iscrowd"] for item in s.annotations) > config.max_detections for s in samples
-    )
     return TransferResult(
         metric=metric,
         value=metrics[metric],
-        metrics=metrics | {"images_over_max_detections": float(over)},
-        images={"detections": _draw(samples[:_DRAWN_SCENES], predictions, categories)},
+        metrics=metrics | {"images_over_max_detections": float(over_max_detections)},
+        images={"detections": _draw(samples[:_SCENES_DRAWN], predictions, categories)},
         files={"predictions.json": _results_file(samples, predictions)},
     )
 
 
 def headline_metric(config: DetectionConfig) -> str:
-    """The metric that a detector is compared by."""
+    """The name of the metric by which detectors are compared."""
     return "mask_ap" if isinstance(config, MaskRcnnConfig) else _BOX_METRICS[config.metric]
 
 
 def detect(model: GeneralizedRCNN, image: Tensor) -> dict[str, Tensor]:
-    """What torchvision finds in an image (3, H, W) in [0, 1], with masks (D, 1, 28, 28) not yet pasted into it."""
+    """Runs torchvision's detector on an image (3, H, W) in [0, 1].
+
+    These are the steps of `GeneralizedRCNN.forward` without its last: that would paste all masks
+    into the image at once, D * H * W floats.
+
+    Returns:
+        boxes (D, 4) as x0, y0, x1, y1 in the image, labels (D,), scores (D,) and, from Mask R-CNN,
+        masks (D, 1, 28, 28) relative to the boxes.
+    """
     scaled, _ = model.transform([image])
     features = model.backbone(scaled.tensors)
     proposals, _ = model.rpn(scaled, features)
-    (found,), _ = model.roi_heads(features, proposals, scaled.image_sizes)
-    boxes: Tensor = resize_boxes(found["boxes"], scaled.image_sizes[0], image.shape[-2:])
-    detections: dict[str, Tensor] = found | {"boxes": boxes}
+    (in_scaled_image,), _ = model.roi_heads(features, proposals, scaled.image_sizes)
+    detections: dict[str, Tensor] = dict(in_scaled_image)
+    detections["boxes"] = resize_boxes(detections["boxes"], scaled.image_sizes[0], image.shape[-2:])
     return detections
 
 
 def _coco_results(
-    sample: DetectionSample, found: dict[str, Tensor], category_ids: Sequence[int]
+    sample: DetectionSample, detections: dict[str, Tensor], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """An image's detections: boxes (D, 4), labels (D,), scores (D,), perhaps masks (D, 1, 28, 28)."""
-    boxes = found["boxes"].clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    detections = zip(
-        boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
-    )
-    results: list[dict[str, Any]] = [
-        {
-            "image_id": sample.image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": box,
-            "score": score,
-        }
-        for box, label, score in detections
-    ]
-    if "masks" in found:
+    """Converts the output of `detect` to COCO results."""
+    boxes = detections["boxes"].clone()
+    boxes[:, 2:] -= boxes[:, :2]  # corners to width and height
+    labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
+    results: list[dict[str, Any]] = []
+    for box, label, score in zip(boxes.tolist(), labels, scores, strict=True):
+        category_id = category_ids[label - 1]  # label 0 is the background
+        results.append(
+            {"image_id": sample.image_id, "category_id": category_id, "bbox": box, "score": score}
+        )
+    if "masks" in detections:
         for first in range(0, len(results), _MASKS_AT_ONCE):
-            some = slice(first, first + _MASKS_AT_ONCE)
+            part = slice(first, first + _MASKS_AT_ONCE)
             pasted = paste_masks_in_image(
-                found["masks"][some], found["boxes"][some], (sample.height, sample.width)
-            )
-            for result, mask in zip(results[some], pasted, strict=True):
+                detections["masks"][part], detections["boxes"][part], (sample.height, sample.width)
+            )  # (part of D, 1, H, W)
+            for result, mask in zip(results[part], pasted, strict=True):
                 result["segmentation"] = encode_mask((mask[0] > 0.5).cpu().numpy())
     return results
 
@@ -138,10 +156,18 @@ def _draw(
     predictions: Sequence[dict[str, Any]],
     categories: Sequence[dict[str, Any]],
 ) -> bytes:
-    """A PNG of the samples with their objects to the left and what was found to the right."""
-    shown = [item for sample in samples for item in _best_predictions(predictions, sample)]
+    """A PNG of the samples: objects on the left, the best-scored predictions on the right.
+
+    As many predictions are drawn as the image has objects. A fixed score as the threshold would
+    draw nothing for a weak model.
+    """
+    best: list[dict[str, Any]] = []
+    for sample in samples:
+        of_image = [item for item in predictions if item["image_id"] == sample.image_id]
+        of_image.sort(key=lambda item: -float(item["score"]))
+        best += of_image[: len(sample.annotations)]
     names = {int(category["id"]): str(category["name"]) for category in categories}
-    return draw_scenes([(s.decode(), s.annotations, s.image_id) for s in samples], shown, names)
+    return draw_scenes([(s.decode(), s.annotations, s.image_id) for s in samples], best, names)
 
 
 def _results_file(
@@ -149,17 +175,10 @@ def _results_file(
 ) -> bytes:
     """COCO results as JSON.
 
-    Image ids are COCO's own if every sample has one and no two the same, else the samples' places in the split.
+    Image ids are the data set's own COCO ids if every sample has one and all are different;
+    otherwise they are the samples' indices in the split, from 1.
     """
-    own = {sample.image_id: sample.source_id for sample in samples}
-    if None not in own.values() and len(set(own.values())) == len(own):
-        predictions = [item | {"image_id": own[item["image_id"]]} for item in predictions]
+    source_ids = {sample.image_id: sample.source_id for sample in samples}
+    if None not in source_ids.values() and len(set(source_ids.values())) == len(source_ids):
+        predictions = [item | {"image_id": source_ids[item["image_id"]]} for item in predictions]
     return json.dumps(predictions, separators=(",", ":")).encode()
-
-
-def _best_predictions(
-    predictions: Sequence[dict[str, Any]], sample: DetectionSample
-) -> list[dict[str, Any]]:
-    """The highest-scored predictions of an image, as many as it has objects: a fixed score would hide a weak model."""
-    found = [item for item in predictions if item["image_id"] == sample.image_id]
-    return sorted(found, key=lambda item: -float(item["score"]))[: len(sample.annotations)]

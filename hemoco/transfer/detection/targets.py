@@ -1,6 +1,6 @@
-"""An image's objects as the tensors that torchvision's detectors train on, scaled and mirrored with their image.
+"""Training targets in the form of torchvision's detectors, scaled and mirrored with their image.
 
-Shapes: H x W an image, D its objects.
+Shapes: images are H x W pixels with D objects.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.nn import functional
 from hemoco.transfer.detection.coco_metric import decode_mask
 
 Example = tuple[Tensor, dict[str, Tensor]]
-"""An image (3, H, W) in [0, 1] and its target, as torchvision takes them."""
+"""An image (3, H, W) in [0, 1] and its target, as torchvision's detectors take them."""
 
 
 def build_target(
@@ -25,18 +25,18 @@ def build_target(
     *,
     masks: bool,
 ) -> dict[str, Tensor]:
-    """What torchvision trains on; crowds are left out.
+    """Converts COCO annotations to torchvision's target; crowds are left out.
 
     Args:
-        annotations: clean ones, see `clean_annotations`.
+        annotations: annotations as returned by `clean_annotations`.
         height: H.
         width: W.
-        category_ids: of all categories, with or without objects here.
-        masks: whether masks are learnt, too.
+        category_ids: ids of all categories of the data set, in order.
+        masks: include masks.
 
     Returns:
-        boxes float32 (D, 4) as x0, y0, x1, y1; labels int64 (D,), places in the category ids from 1 for 0 is the
-        background; with masks also masks uint8 (D, H, W).
+        boxes float32 (D, 4) as x0, y0, x1, y1; labels int64 (D,), where i + 1 stands for
+        `category_ids[i]` and 0 for the background; if `masks`, also masks uint8 (D, H, W).
     """
     objects = [item for item in annotations if not item["iscrowd"]]
     boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
@@ -53,31 +53,29 @@ def build_target(
 
 
 def scale(image: Tensor, target: dict[str, Tensor], *, shorter: int, longest: int) -> Example:
-    """An image (3, H, W) and its target, scaled as torchvision's detectors scale an image they are given.
+    """Scales an image and its target, as torchvision's detectors do in evaluation.
 
     Args:
-        image: floats.
-        target: of `build_target`.
-        shorter: length that the shorter side gets, if the longer one then is within its limit.
-        longest: that limit.
+        image: float32 (3, H, W).
+        target: a target as returned by `build_target`.
+        shorter: length of the shorter side after scaling, in pixels.
+        longest: limit of the longer side, in pixels; if it is exceeded, the image becomes smaller.
     """
     height, width = image.shape[-2:]
     factor = min(shorter / min(height, width), longest / max(height, width))
     size = [max(1, int(height * factor)), max(1, int(width * factor))]
     scaled = functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
     ratio_y, ratio_x = size[0] / height, size[1] / width
-    target = target | {
-        "boxes": target["boxes"] * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-    }
+    ratios = torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    target = target | {"boxes": target["boxes"] * ratios}
     if "masks" in target:
-        target["masks"] = functional.interpolate(target["masks"][:, None], size, mode="nearest")[
-            :, 0
-        ]
+        masks = target["masks"][:, None]  # (D, 1, H, W)
+        target["masks"] = functional.interpolate(masks, size, mode="nearest")[:, 0]
     return scaled, target
 
 
 def flip_horizontally(image: Tensor, target: dict[str, Tensor]) -> Example:
-    """An image (3, H, W) and its target, mirrored."""
+    """Mirrors an image (3, H, W) and its target."""
     left, top, right, bottom = target["boxes"].unbind(dim=1)
     width = image.shape[-1]
     flipped = target | {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}

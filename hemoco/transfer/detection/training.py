@@ -1,13 +1,14 @@
-"""Detection transfer: a detector fine-tuned from a pretrained ResNet, and what it then finds.
+"""Training and evaluation of a detector, fine-tuned from a backbone.
 
-As in `hemoco.train`, the loop is a generator that yields after each optimiser step, at which the state is a consistent
-checkpoint; it runs alike in one process and on many ranks.
+As in `hemoco.train`, the loop is a generator that yields after each optimiser step. At a yield the
+state is a consistent checkpoint. The same loop runs in one process and on many ranks.
 
-Shapes: N images on this rank, H x W an image.
+Shapes: N images on this rank, H x W pixels of an image.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -35,34 +36,35 @@ from hemoco.transfer.detection.detector import (
 from hemoco.transfer.detection.predictions import measure, predict
 from hemoco.transfer.result import TransferResult
 
-_TRAINING, _AVERAGING = 0, 1  # tell the random streams of a seed apart
+_TRAINING, _AVERAGING = 0, 1  # keys of independent random streams
 
 Targets = list[dict[str, Tensor]]
+"""The targets of N images, as `build_target` returns them."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class DetectionState(TrainingState):
-    """Of a detector's training."""
+    """State of a detector's training."""
 
     config: DetectionConfig
     model: GeneralizedRCNN
     seed: int
-    """Of the new layers, the order of the samples, and the sampling of anchors and proposals."""
+    """Seed of the new layers, the sample order, and the sampling of anchors and proposals."""
 
     @property
     def params(self) -> dict[str, str]:
-        """With `transfer` for the transfer's name."""
+        """Settings as flat dotted names, all below `transfer`, and the seed."""
         return flat_params({"transfer": self.config, "seed": self.seed})
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
 
 def sorted_category_ids(categories: Iterable[dict[str, Any]]) -> list[int]:
-    """Ids of COCO categories; a category's place among them, from 1, is its label in a detector."""
+    """Ids of COCO categories in ascending order; label i of a detector, from 1, is the i-th."""
     return sorted(int(category["id"]) for category in categories)
 
 
@@ -75,15 +77,15 @@ def build_detection_state(
     seed: int,
     data_digest: str,
 ) -> DetectionState:
-    """The state before the first step, on every rank the same.
+    """Builds the state before the first step, the same on every rank.
 
     Args:
-        config: of the transfer.
-        backbone: becomes part of the model.
-        categories: COCO's.
-        device: of the model.
-        seed: of the training.
-        data_digest: the shard index's.
+        config: settings of the transfer.
+        backbone: becomes part of the model and is modified.
+        categories: COCO categories.
+        device: device of the model.
+        seed: seed of the training.
+        data_digest: digest of the shard index.
     """
     with seeded(seed):
         model = build_detector(backbone, config, len(categories) + 1)
@@ -103,46 +105,51 @@ def build_detection_state(
 def detection_steps(
     state: DetectionState, samples: Sequence[DetectionSample], category_ids: Sequence[int]
 ) -> Iterator[LoggedStep]:
-    """Trains to the end of the schedule, on all ranks alike, and yields after every step.
+    """Trains to the end of the schedule and yields after every step; every rank must run it.
 
     Raises:
         ShardError: no image has an object, or one cannot be decoded.
         TrainingError: the loss is not finite; raised on all ranks before the optimiser step.
     """
-    config, total = state.config, scaled_schedule(state.config).steps
+    total = scaled_schedule(state.config).steps
     with contextlib.closing(_batches(state, samples, category_ids)) as batches:
         while state.step < total:
-            values = take_step(state, *next(batches))
-            logged = state.step == total or state.step % config.log_every_steps == 0
+            images, targets = next(batches)
+            values = take_step(state, images, targets)
+            logged = state.step == total or state.step % state.config.log_every_steps == 0
             yield LoggedStep(state.step, values if logged else {})
 
 
 def take_step(state: DetectionState, images: list[Tensor], targets: Targets) -> dict[str, float]:
-    """One optimiser step.
+    """Runs one optimiser step.
 
     Args:
         state: changed.
-        images: this rank's, N of (3, H, W) in [0, 1].
-        targets: as `build_target` makes them.
+        images: N images (3, H, W) in [0, 1], those of this rank.
+        targets: as returned by `build_target`.
 
     Returns:
-        Each loss, mean over the ranks; their sum `loss`; `lr`.
+        Each part of the loss, as the mean over the ranks; their sum as `loss`; and `lr`.
+
+    Raises:
+        TrainingError: the loss is not finite; raised on all ranks before the optimiser step.
     """
-    state.model.train()  # whoever iterates may have evaluated it
+    state.model.train()  # the caller may have evaluated the model since the last step
     lr = detection_lr(state.step, scaled_schedule(state.config), state.config.milestones)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     with _sampling(state.seed, _TRAINING, state.step, rank(), device=state.device):
         losses = _forward(state.forward, images, targets, state)
     state.optimizer.zero_grad()
-    loss = torch.stack(list(losses.values()))  # one for each part
+    loss = torch.stack(list(losses.values()))  # (number of parts,)
     loss.sum().backward()  # type: ignore[no-untyped-call]
-    # over the ranks: all of them must stop
+    # The mean over the ranks is the same on all of them, so all raise below or none does.
     means = mean_over_ranks(loss).tolist()
     if not math.isfinite(sum(means)):
+        name = "mask_rcnn" if isinstance(state.config, MaskRcnnConfig) else "faster_rcnn"
         raise TrainingError(
-            f"the loss is {sum(means)} at step {state.step + 1} (lr {lr:g}): lower {_name(state.config)}.lr or add "
-            f"{_name(state.config)}.warmup_steps"
+            f"the loss is {sum(means)} at step {state.step + 1} (lr {lr:g}): lower {name}.lr or "
+            f"add {name}.warmup_steps"
         )
     state.optimizer.step()
     state.step += 1
@@ -151,30 +158,30 @@ def take_step(state: DetectionState, images: list[Tensor], targets: Targets) -> 
 
 @torch.no_grad()
 def average_batch_norm(state: DetectionState, batches: Iterable[Batch], steps: int) -> None:
-    """Replaces running statistics by their plain average over training batches with the weights as they are.
+    """Replaces the BN running statistics with their mean over training batches.
 
-    This is detectron2's precise BN (Wu and Johnson 2021, arXiv:2105.07576, section 3): running averages lag behind the
-    weights. The normalisation is over all ranks, so every rank must call it, and gets the same.
+    This is detectron2's precise BN (Wu and Johnson 2021, arXiv:2105.07576, section 3). The running
+    averages of training lag behind the weights; here the weights stay fixed. BN statistics are
+    taken over all ranks, so every rank must call this, and all get the same result.
 
     Args:
         state: its model is changed.
-        batches: of this rank, more than `steps`.
-        steps: batches taken, > 0.
+        batches: batches of this rank, at least `steps`.
+        steps: number of batches to use, > 0.
     """
     norms = [module for module in state.model.modules() if isinstance(module, BatchNorm)]
-    statistics = [
-        buffer
-        for norm in norms
-        for buffer in (norm.running_mean, norm.running_var)
-        if buffer is not None
-    ]
+    statistics: list[Tensor] = []
+    for norm in norms:
+        statistics += [
+            buffer for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+        ]
     sums = [torch.zeros_like(buffer) for buffer in statistics]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0  # so that they become those of the batch
+        norm.momentum = 1.0  # with 1, the running statistics become those of the last batch
     state.model.train()
-    for place, (images, targets) in zip(range(steps), batches, strict=False):
-        with _sampling(_AVERAGING, place, rank(), device=state.device):
+    for step, (images, targets) in zip(range(steps), batches, strict=False):
+        with _sampling(_AVERAGING, step, rank(), device=state.device):
             _forward(state.model, images, targets, state)
         foreach.add_(sums, statistics)
     for buffer, total in zip(statistics, sums, strict=True):
@@ -189,26 +196,30 @@ def evaluate_detector(
     test: Sequence[DetectionSample],
     categories: Sequence[dict[str, Any]],
 ) -> TransferResult:
-    """What a trained detector finds in the test images, on every rank the same; every rank must call it.
+    """Evaluates a trained detector; every rank must call it, and all get the same result.
 
     Args:
-        state: its BN statistics are replaced by averages over `config.precise_bn_steps` training batches.
-        train: for those batches.
-        test: to predict.
-        categories: COCO's.
+        state: its BN statistics are replaced by their mean over `config.precise_bn_steps` batches.
+        train: training samples, for those batches.
+        test: samples to evaluate.
+        categories: COCO categories.
+
+    Raises:
+        ShardError: an image cannot be decoded; raised on all ranks.
     """
     config, category_ids = state.config, sorted_category_ids(categories)
     if config.precise_bn_steps:
         with contextlib.closing(_batches(state, train, category_ids)) as batches:
             average_batch_norm(state, batches, config.precise_bn_steps)
-    shares = compute_on_all(lambda: predict(state.model, test, category_ids, config))
-    return measure(config, test, [found for share in shares for found in share], categories)
+    by_rank = compute_on_all(lambda: predict(state.model, test, category_ids, config))
+    predictions = list(itertools.chain.from_iterable(by_rank))
+    return measure(config, test, predictions, categories)
 
 
 def _batches(
     state: DetectionState, samples: Sequence[DetectionSample], category_ids: Sequence[int]
 ) -> Generator[Batch]:
-    """This rank's, from the next step on."""
+    """This rank's batches from the next step on."""
     return detection_batches(
         samples,
         state.config,
@@ -220,29 +231,32 @@ def _batches(
     )
 
 
-def _name(config: DetectionConfig) -> str:
-    return "mask_rcnn" if isinstance(config, MaskRcnnConfig) else "faster_rcnn"
-
-
 def _forward(
     model: nn.Module, images: list[Tensor], targets: Targets, state: DetectionState
 ) -> dict[str, Tensor]:
-    """Losses of a batch, float32 ()."""
+    """The parts of the loss of a batch, by name, each a float32 scalar."""
     device = state.device
-    images = [image.to(device) for image in images]
-    targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+    images_on_device = [image.to(device) for image in images]
+    targets_on_device = []
+    for target in targets:
+        targets_on_device.append({name: value.to(device) for name, value in target.items()})
     with autocast(state.config, device):
-        losses: dict[str, Tensor] = model(images, targets)
+        losses: dict[str, Tensor] = model(images_on_device, targets_on_device)
     return losses
 
 
 @contextlib.contextmanager
 def _sampling(*key: int, device: torch.device) -> Iterator[None]:
-    """torchvision samples anchors and proposals by the device's global generator: within, seeded by the key alone."""
-    number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    """Seeds the global generators in the block with the key, and restores them after it.
+
+    torchvision samples anchors and proposals with the device's global generator, which is not part
+    of a checkpoint. Seeded by step, a resumed training takes the same samples
+    (test_a_resumed_training_goes_on_bit_for_bit).
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # torch.manual_seed would seed the CUDA generators of other devices too, which are not forked here
-        torch.default_generator.manual_seed(number)
+        # Not torch.manual_seed: it also seeds the generators of CUDA devices not forked here.
+        torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
-            torch.cuda.manual_seed(number)
+            torch.cuda.manual_seed(seed)
         yield

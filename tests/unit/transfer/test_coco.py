@@ -1,4 +1,4 @@
-"""COCO metrics: as pycocotools has them on random scenes, 1 for ground truth, and as counted by hand."""
+"""COCO metrics against pycocotools on random scenes, on ground truth, and counted by hand."""
 
 import contextlib
 import gc
@@ -35,7 +35,7 @@ SETS = {
     "polygons": "instances_all.json",
 }
 FAMILY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar")
-HEIGHT, WIDTH = 240, 320  # of random scenes: room for large objects
+HEIGHT, WIDTH = 240, 320  # of random scenes, large enough for COCO's large objects
 
 
 def truth_of(coco_sets: dict[str, Path], name: str) -> dict[str, Any]:
@@ -45,36 +45,40 @@ def truth_of(coco_sets: dict[str, Path], name: str) -> dict[str, Any]:
 
 
 def as_predictions(truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every object as if it had been found, with the mask passed through pixels."""
+    """A perfect prediction of every object, with its mask decoded and encoded again."""
     sides = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    return [
-        {
-            "image_id": item["image_id"],
-            "category_id": item["category_id"],
-            "bbox": item["bbox"],
-            "score": 0.9,
-            "segmentation": encode_mask(
-                decode_mask(item["segmentation"], *sides[item["image_id"]]).astype(bool)
-            ),
-        }
-        for item in truth["annotations"]
-        if not item["iscrowd"]
-    ]
+    predictions = []
+    for item in truth["annotations"]:
+        if item["iscrowd"]:
+            continue
+        height, width = sides[item["image_id"]]
+        mask = decode_mask(item["segmentation"], height, width).astype(bool)
+        predictions.append(
+            {
+                "image_id": item["image_id"],
+                "category_id": item["category_id"],
+                "bbox": item["bbox"],
+                "score": 0.9,
+                "segmentation": encode_mask(mask),
+            }
+        )
+    return predictions
 
 
 def ellipse(box: NDArray[np.float64]) -> NDArray[np.bool_]:
-    left, top, wide, high = box
+    left, top, width, height = box
     rows, columns = np.ogrid[:HEIGHT, :WIDTH]
-    across, down = (columns + 0.5 - left) * 2 / wide - 1, (rows + 0.5 - top) * 2 / high - 1
+    across, down = (columns + 0.5 - left) * 2 / width - 1, (rows + 0.5 - top) * 2 / height - 1
     inside: NDArray[np.bool_] = across**2 + down**2 <= 1
     return inside
 
 
 def three_forms(box: NDArray[np.float64], form: int) -> Any:
-    """An ellipse as compressed RLE, as runs, or the box as a polygon."""
-    left, top, wide, high = box.tolist()
+    """A segmentation: the box as a polygon, or its ellipse as compressed or uncompressed RLE."""
+    left, top, width, height = box.tolist()
     if form == 0:
-        return [[left, top, left + wide, top, left + wide, top + high, left, top + high]]
+        right, bottom = left + width, top + height
+        return [[left, top, right, top, right, bottom, left, bottom]]
     mask = ellipse(box)
     if form == 1:
         return encode_mask(mask)
@@ -84,15 +88,18 @@ def three_forms(box: NDArray[np.float64], form: int) -> Any:
 
 
 def random_scenes(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ground truth with crowds and small to large objects; predictions near them and anywhere, with equal scores."""
+    """Random ground truth and predictions.
+
+    Objects are small to large, some are crowds. Predictions lie near objects; a fifth have a wrong
+    category, and many have equal scores.
+    """
     rng = np.random.default_rng(seed)
     categories = [{"id": number, "name": f"class {number}"} for number in (1, 4, 9)]
     images, predictions = [], []
     for image_id in range(8):
         sides = np.exp(rng.uniform(np.log(6), np.log(200), (12, 2)))
-        boxes = np.concatenate(
-            [rng.uniform(0, (WIDTH - sides[:, 0], HEIGHT - sides[:, 1])).T, sides], axis=1
-        ).round(1)
+        corners = rng.uniform(0, (WIDTH - sides[:, 0], HEIGHT - sides[:, 1])).T
+        boxes = np.concatenate([corners, sides], axis=1).round(1)
         labels, crowds = rng.choice([1, 4], 12), rng.random(12) < 0.2
         objects = [
             {
@@ -100,39 +107,43 @@ def random_scenes(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 "bbox": box.tolist(),
                 "area": float(box[2] * box[3]),
                 "iscrowd": int(crowd),
+                "segmentation": three_forms(box, int(rng.integers(3))),
             }
-            | {"segmentation": three_forms(box, int(rng.integers(3)))}
             for box, label, crowd in zip(boxes, labels, crowds, strict=True)
         ]
         images.append((image_id, HEIGHT, WIDTH, objects))
-        for place in rng.integers(0, 12, 40):
-            box = boxes[place] + rng.normal(0, 0.06, 4) * boxes[place][[2, 3, 2, 3]]
-            found = {
-                "image_id": image_id,
-                "category_id": int(labels[place] if rng.random() < 0.8 else 9),
-            }
-            found |= {
-                "bbox": box.tolist(),
-                "score": float(rng.integers(20)) / 20,
-                "segmentation": three_forms(box, 1),
-            }
-            predictions.append(found)
+        for row in rng.integers(0, 12, 40):
+            box = boxes[row] + rng.normal(0, 0.06, 4) * boxes[row][[2, 3, 2, 3]]
+            category_id = labels[row] if rng.random() < 0.8 else 9
+            predictions.append(
+                {
+                    "image_id": image_id,
+                    "category_id": int(category_id),
+                    "bbox": box.tolist(),
+                    "score": float(rng.integers(20)) / 20,
+                    "segmentation": three_forms(box, 1),
+                }
+            )
     return ground_truth_of(images, categories), predictions
 
 
 def stock_evaluation(
     truth: dict[str, Any], predictions: list[dict[str, Any]], kind: str, max_detections: list[int]
 ) -> COCOeval:
-    """pycocotools' evaluation, of masks by the area of masks."""
+    """pycocotools' evaluation.
+
+    Predictions have boxes or masks but not both: given both, pycocotools takes the area of the box
+    for masks too.
+    """
     other = "segmentation" if kind == "bbox" else "bbox"
+    results = deepcopy(predictions)
+    for item in results:
+        del item[other]
     with contextlib.redirect_stdout(io.StringIO()):
         stock = COCO()
         stock.dataset = deepcopy(truth)
         stock.createIndex()
-        found = [
-            {key: value for key, value in item.items() if key != other} for item in predictions
-        ]
-        evaluation = COCOeval(stock, stock.loadRes(found), kind)
+        evaluation = COCOeval(stock, stock.loadRes(results), kind)
         evaluation.params.maxDets = max_detections
         evaluation.evaluate()
         evaluation.accumulate()
@@ -140,7 +151,7 @@ def stock_evaluation(
 
 
 def stock_metrics(evaluation: COCOeval, prefix: str) -> Iterator[tuple[str, float]]:
-    """What occurs, from pycocotools' curves at its last maxDets."""
+    """The defined metrics, from pycocotools' curves at its last maxDets."""
     precision, recall = evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
     curves = {
         "ap": precision[..., 0],
@@ -148,10 +159,10 @@ def stock_metrics(evaluation: COCOeval, prefix: str) -> Iterator[tuple[str, floa
         "ap75": precision[5, ..., 0],
         "ar": recall[..., 0],
     }
-    for place, name in enumerate(("small", "medium", "large"), 1):
-        curves[f"ap_{name}"] = precision[..., place]
-    for place, category_id in enumerate(evaluation.params.catIds):
-        curves[f"ap/{evaluation.cocoGt.cats[category_id]['name']}"] = precision[:, :, place, 0]
+    for index, name in enumerate(("small", "medium", "large"), 1):
+        curves[f"ap_{name}"] = precision[..., index]
+    for index, category_id in enumerate(evaluation.params.catIds):
+        curves[f"ap/{evaluation.cocoGt.cats[category_id]['name']}"] = precision[:, :, index, 0]
     for name, curve in curves.items():
         if (curve > -1).any():
             yield f"{prefix}_{name}", float(curve[curve > -1].mean())
@@ -165,10 +176,10 @@ def test_random_predictions_score_as_with_stock_pycocotools(seed: int, max_detec
     for kind, prefix in (("bbox", "box"), ("segm", "mask")):
         evaluation = stock_evaluation(truth, predictions, kind, [max_detections])
         expected |= dict(stock_metrics(evaluation, prefix))
-    found = coco_metrics(truth, predictions, masks=True, max_detections=max_detections)
-    assert found == pytest.approx(expected, abs=1e-6)
-    # the third category has predictions only
-    assert len(found) == 2 * (len(FAMILY) + 2)
+    metrics = coco_metrics(truth, predictions, masks=True, max_detections=max_detections)
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    # the third category has predictions only, so it has no metric
+    assert len(metrics) == 2 * (len(FAMILY) + 2)
 
 
 def test_box_metrics_are_those_that_pycocotools_prints() -> None:
@@ -176,10 +187,10 @@ def test_box_metrics_are_those_that_pycocotools_prints() -> None:
     evaluation = stock_evaluation(truth, predictions, "bbox", [1, 10, 100])
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
-    found = coco_metrics(truth, predictions, masks=False, max_detections=100)
-    # AR at 1 and at 10 come between
+    metrics = coco_metrics(truth, predictions, masks=False, max_detections=100)
+    # between them, pycocotools prints AR with 1 and 10 detections
     printed = [*evaluation.stats[:6], evaluation.stats[8]]
-    assert [found[f"box_{name}"] for name in FAMILY] == pytest.approx(printed, abs=1e-6)
+    assert [metrics[f"box_{name}"] for name in FAMILY] == pytest.approx(printed, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -195,11 +206,11 @@ def test_ground_truth_as_predictions_scores_one_in_all_metrics(
 def test_boxes_of_voc_xml_as_predictions_score_one(test_data: Path) -> None:
     source = open_source([str(test_data / "bccd")], "train")
     images = (
-        (place, 480, 640, image.annotations or []) for place, image in enumerate(source.items)
+        (index, 480, 640, image.annotations or []) for index, image in enumerate(source.items)
     )
     truth = ground_truth_of(images, source.categories)
-    found = [item | {"score": 0.9} for item in truth["annotations"]]
-    metrics = coco_metrics(truth, found, masks=False, max_detections=100)
+    predictions = [item | {"score": 0.9} for item in truth["annotations"]]
+    metrics = coco_metrics(truth, predictions, masks=False, max_detections=100)
     assert {"box_ap/RBC", "box_ap/WBC", "box_ap/Platelets"} < metrics.keys()
     assert metrics == dict.fromkeys(metrics, pytest.approx(1.0))
 
@@ -207,11 +218,11 @@ def test_boxes_of_voc_xml_as_predictions_score_one(test_data: Path) -> None:
 def test_shuffled_labels_score_nearly_zero(coco_sets: dict[str, Path]) -> None:
     truth = truth_of(coco_sets, "sparse")
     predictions = as_predictions(truth)
-    labels = (
-        np.random.default_rng(0).permutation([item["category_id"] for item in predictions]).tolist()
-    )
+    labels = [item["category_id"] for item in predictions]
+    shuffled_labels = np.random.default_rng(0).permutation(labels).tolist()
     shuffled = [
-        item | {"category_id": label} for item, label in zip(predictions, labels, strict=True)
+        item | {"category_id": label}
+        for item, label in zip(predictions, shuffled_labels, strict=True)
     ]
     metrics = coco_metrics(truth, shuffled, masks=True, max_detections=100)
     assert metrics["box_ap"] < 0.05 and metrics["mask_ap"] < 0.05
@@ -219,24 +230,21 @@ def test_shuffled_labels_score_nearly_zero(coco_sets: dict[str, Path]) -> None:
 
 def test_more_objects_than_max_detections_cannot_all_be_found(coco_sets: dict[str, Path]) -> None:
     truth = truth_of(coco_sets, "dsb2018")
-    found = [item | {"score": 0.9} for item in truth["annotations"]]
-    counts = np.unique([item["image_id"] for item in truth["annotations"]], return_counts=True)[1]
-    for cap in (5, 100, 400):
-        recall = np.minimum(counts, cap).sum() / counts.sum()
-        metrics = coco_metrics(truth, found, masks=False, max_detections=cap)
+    predictions = [item | {"score": 0.9} for item in truth["annotations"]]
+    image_ids = [item["image_id"] for item in truth["annotations"]]
+    _, counts = np.unique(image_ids, return_counts=True)
+    for max_detections in (5, 100, 400):
+        recall = np.minimum(counts, max_detections).sum() / counts.sum()
+        metrics = coco_metrics(truth, predictions, masks=False, max_detections=max_detections)
         assert metrics["box_ar"] == pytest.approx(recall)
 
 
-def test_what_is_not_predicted_scores_zero(coco_sets: dict[str, Path]) -> None:
+def test_without_predictions_all_metrics_are_zero(coco_sets: dict[str, Path]) -> None:
     truth = truth_of(coco_sets, "polygons")
-    names = [
-        *(f"{kind}_{name}" for kind in ("box", "mask") for name in FAMILY if name != "ap_small")
-    ]
-    names += [
-        f"{kind}_ap/{category['name']}"
-        for kind in ("box", "mask")
-        for category in truth["categories"]
-    ]
+    names: list[str] = []
+    for kind in ("box", "mask"):
+        names += [f"{kind}_{name}" for name in FAMILY if name != "ap_small"]
+        names += [f"{kind}_ap/{category['name']}" for category in truth["categories"]]
     assert coco_metrics(truth, [], masks=True, max_detections=100) == dict.fromkeys(names, 0.0)
 
 
@@ -253,7 +261,7 @@ ITEM = {
     "iscrowd": 0,
     "segmentation": square(20),
 }
-FOUND = {
+PREDICTION = {
     "image_id": 7,
     "category_id": 90,
     "bbox": [0, 0, 20, 20],
@@ -265,7 +273,7 @@ CATEGORIES = [{"id": 3, "name": "absent"}, {"id": 90, "name": "square"}]
 
 def test_a_mask_of_iou_0_8_and_a_perfect_box_score_as_counted_by_hand() -> None:
     truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES)
-    scores = coco_metrics(truth, [FOUND], masks=True, max_detections=10)
+    scores = coco_metrics(truth, [PREDICTION], masks=True, max_detections=10)
     names = ("ap", "ap50", "ap75", "ap_small", "ar", "ap/square")
     # thresholds 0.50 to 0.80 are met, 0.85 to 0.95 are not
     masks = dict(zip(names, (0.7, 1.0, 1.0, 0.7, 0.7, 0.7), strict=True))
@@ -278,10 +286,9 @@ def test_a_mask_of_iou_0_8_and_a_perfect_box_score_as_counted_by_hand() -> None:
 def test_a_crowd_neither_counts_nor_hurts() -> None:
     crowd = ITEM | {"iscrowd": 1, "bbox": [20, 0, 20, 40]}
     truth = ground_truth_of([(7, 40, 40, [ITEM, crowd])], CATEGORIES)
-    inside = FOUND | {"score": 0.9, "bbox": [25, 5, 5, 5]}
-    assert coco_metrics(truth, [FOUND, inside], masks=False, max_detections=10)[
-        "box_ap"
-    ] == pytest.approx(1.0)
+    inside = PREDICTION | {"score": 0.9, "bbox": [25, 5, 5, 5]}
+    metrics = coco_metrics(truth, [PREDICTION, inside], masks=False, max_detections=10)
+    assert metrics["box_ap"] == pytest.approx(1.0)
 
 
 def test_scoring_is_silent_and_leaves_its_arguments_as_they_were(
@@ -296,19 +303,15 @@ def test_scoring_is_silent_and_leaves_its_arguments_as_they_were(
 
 def test_garbage_is_collected_again_after_scoring_and_after_failing() -> None:
     truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES)
-    coco_metrics(truth, [FOUND], masks=True, max_detections=10)
+    coco_metrics(truth, [PREDICTION], masks=True, max_detections=10)
     assert gc.isenabled()
+    without_mask = {key: PREDICTION[key] for key in PREDICTION if key != "segmentation"}
     with pytest.raises(KeyError, match="segmentation"):
-        coco_metrics(
-            truth,
-            [{key: FOUND[key] for key in FOUND if key != "segmentation"}],
-            masks=True,
-            max_detections=1,
-        )
+        coco_metrics(truth, [without_mask], masks=True, max_detections=1)
     assert gc.isenabled()
 
 
-def test_ids_of_annotations_play_no_part() -> None:
+def test_ids_of_annotations_have_no_effect() -> None:
     truth, predictions = random_scenes(0)
     expected = coco_metrics(truth, predictions, masks=False, max_detections=100)
     for item in truth["annotations"]:
@@ -341,10 +344,10 @@ def test_ground_truth_that_evaluators_would_misread_is_refused(
 
 
 @pytest.mark.parametrize("change", [{"image_id": 8}, {"category_id": 4}])
-def test_predictions_of_what_the_ground_truth_has_not_are_refused(change: dict[str, Any]) -> None:
+def test_predictions_of_unknown_images_and_categories_are_refused(change: dict[str, Any]) -> None:
     truth = ground_truth_of([(7, 40, 40, [ITEM])], CATEGORIES)
     with pytest.raises(ShardError, match=f"predictions have {next(iter(change))}"):
-        coco_metrics(truth, [FOUND | change], masks=False, max_detections=10)
+        coco_metrics(truth, [PREDICTION | change], masks=False, max_detections=10)
 
 
 def test_names_of_categories_become_parts_of_metric_keys_that_differ() -> None:
@@ -379,10 +382,8 @@ def test_masks_of_sets_decode_as_with_stock_pycocotools(
         mask = decode_mask(item["segmentation"], image["height"], image["width"])
         expected = stock_rle.decode(stock.annToRLE(item))
         assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
-        assert (
-            encode_mask(mask.astype(bool))["counts"].encode()
-            == stock_rle.encode(expected)["counts"]
-        )
+        encoded = encode_mask(mask.astype(bool))
+        assert encoded["counts"].encode() == stock_rle.encode(expected)["counts"]
 
 
 def test_a_polygon_of_two_points_is_refused() -> None:
@@ -398,7 +399,7 @@ def drawn(
 
 def test_predictions_without_masks_are_drawn_as_boxes() -> None:
     grey = torch.full((3, 40, 40), 128, dtype=torch.uint8)
-    without = {key: value for key, value in FOUND.items() if key != "segmentation"}
+    without = {key: value for key, value in PREDICTION.items() if key != "segmentation"}
     pixels = np.asarray(drawn((grey, [ITEM], 7), predictions=[without]))
     truth, predicted = pixels[:, :288], pixels[:, 292:]
     inside = (slice(110, 130), slice(110, 130))

@@ -1,4 +1,4 @@
-"""Samples of a detector: what is read from shards, what is dropped and counted, targets, and the order of batches."""
+"""Detection samples from shards, the cleaning of annotations, targets, and the order of batches."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from hemoco.transfer.detection.annotations import clean_annotations
 from hemoco.transfer.detection.coco_metric import encode_mask
 from hemoco.transfer.detection.data import (
     DetectionSample,
-    Drawn,
+    Draw,
     detection_batches,
     draw,
     epoch_order,
@@ -116,13 +116,12 @@ def test_boxes_of_bccd_are_all_inside_by_vocs_convention_even_those_of_one_pixel
 ) -> None:
     single = 0
     for item in open_source([str(test_data / "bccd")], "train").items:
-        found = clean_annotations(item.annotations or [], 480, 640, masks=False)
-        assert [kept["bbox"] for kept in found.kept] == [
-            annotation["bbox"] for annotation in item.annotations or []
-        ]
-        assert not found.counts.total()
-        single += sum(kept["area"] == 1 for kept in found.kept)
-    assert single == 2  # their XML has xmin = xmax and ymin = ymax
+        given = item.annotations or []
+        clean = clean_annotations(given, 480, 640, masks=False)
+        assert [one["bbox"] for one in clean.annotations] == [one["bbox"] for one in given]
+        assert not clean.counts.total()
+        single += sum(one["area"] == 1 for one in clean.annotations)
+    assert single == 2  # in the XML they have xmin = xmax and ymin = ymax
 
 
 @pytest.mark.parametrize(
@@ -136,29 +135,27 @@ def test_boxes_of_bccd_are_all_inside_by_vocs_convention_even_those_of_one_pixel
     ],
 )
 def test_boxes_without_area_are_dropped(box: list[float]) -> None:
-    found = clean_annotations([square(0, 0, 9, bbox=box)], 48, 64, masks=True)
-    assert not found.kept and found.counts["annotations_dropped"] == 1
+    clean = clean_annotations([square(0, 0, 9, bbox=box)], 48, 64, masks=True)
+    assert not clean.annotations and clean.counts["annotations_dropped"] == 1
 
 
 def test_polygons_without_area_and_uncompressed_masks_of_the_wrong_length_are_dropped() -> None:
     line = square(0, 0, 9, segmentation=[[1, 1, 9, 9]])
     partly = square(0, 0, 9, segmentation=[[1, 1, 9, 9], [0, 0, 9, 0, 9, 9]])
     overlong = square(0, 0, 9, segmentation={"size": [48, 64], "counts": [0, 48 * 64 + 1]})
-    found = clean_annotations(
-        [line, partly, overlong, square(0, 0, 9, segmentation=[])], 48, 64, masks=True
-    )
-    assert [item["segmentation"] for item in found.kept] == [[[0, 0, 9, 0, 9, 9]]]
-    assert found.counts["annotations_dropped"] == 3 and found.counts["masks_of_another_size"] == 1
+    empty = square(0, 0, 9, segmentation=[])
+    clean = clean_annotations([line, partly, overlong, empty], 48, 64, masks=True)
+    assert [item["segmentation"] for item in clean.annotations] == [[[0, 0, 9, 0, 9, 9]]]
+    assert clean.counts["annotations_dropped"] == 3
+    assert clean.counts["masks_of_another_size"] == 1
 
 
-def test_boxes_alone_need_no_masks_and_keep_none() -> None:
+def test_without_masks_objects_need_none_and_lose_theirs() -> None:
     without = square(0, 0, 9)
     del without["segmentation"]
-    found = clean_annotations([without, square(1, 1, 9)], 48, 64, masks=False)
-    assert (
-        all("segmentation" not in item and item["area"] == 81 for item in found.kept)
-        and len(found.kept) == 2
-    )
+    clean = clean_annotations([without, square(1, 1, 9)], 48, 64, masks=False)
+    assert [item["area"] for item in clean.annotations] == [81, 81]
+    assert all("segmentation" not in item for item in clean.annotations)
 
 
 def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
@@ -180,13 +177,13 @@ def test_masks_of_data_that_has_boxes_only_are_refused(tmp_path: Path) -> None:
             [square(0, 0, 9, category_id=5)],
             "k0: annotation None is of category 5, which is none of the index's 2",
         ),
-        ([square(0, 0, 9, bbox=[1, 2, 3])], "k0: an annotation without a sound bbox"),
-        ([square(0, 0, 9, bbox=None)], "k0: an annotation without a sound bbox"),
-        ([{"category_id": 7}], r"k0: an annotation without a sound bbox .*KeyError"),
+        ([square(0, 0, 9, bbox=[1, 2, 3])], "k0: an annotation without a valid bbox"),
+        ([square(0, 0, 9, bbox=None)], "k0: an annotation without a valid bbox"),
+        ([{"category_id": 7}], r"k0: an annotation without a valid bbox .*KeyError"),
         ([square(0, 0, 9, segmentation={"counts": "0"})], r"k0: .*KeyError: 'size'"),
     ],
 )
-def test_annotations_that_are_none_are_named(
+def test_malformed_annotations_are_named(
     tmp_path: Path, annotations: list[dict[str, Any]] | None, message: str
 ) -> None:
     url = shards(tmp_path, [annotations])
@@ -196,17 +193,17 @@ def test_annotations_that_are_none_are_named(
 
 def test_an_image_without_a_header_is_named(tmp_path: Path) -> None:
     url = shards(tmp_path, [[square(0, 0, 9)]], image=b"no image")
-    with pytest.raises(ShardError, match=r"train-0.tar: k0: not an image with a sound header"):
+    with pytest.raises(ShardError, match=r"train-0.tar: k0: not an image with a valid header"):
         load_detection_samples(url, read_index(url), "train", masks=True)
 
 
 def test_damaged_pixels_and_masks_are_named_when_they_are_used() -> None:
     cut = dataclasses.replace(sample(), image=picture()[:-20])
     with pytest.raises(ShardError, match=r"train-000000\.tar: k1: damaged image"):
-        make_example(cut, BOXES, [3, 7], Drawn(flip=False, size=48))
+        make_example(cut, BOXES, [3, 7], Draw(flip=False, size=48))
     odd = sample(annotations=[square(0, 0, 9, segmentation={"size": [48, 64], "counts": "é"})])
     with pytest.raises(ShardError, match=r"train-000000\.tar: k1: damaged mask"):
-        make_example(odd, MASKS, [3, 7], Drawn(flip=False, size=48))
+        make_example(odd, MASKS, [3, 7], Draw(flip=False, size=48))
 
 
 def test_a_photo_held_sideways_has_the_size_it_is_seen_in(tmp_path: Path) -> None:
@@ -214,9 +211,9 @@ def test_a_photo_held_sideways_has_the_size_it_is_seen_in(tmp_path: Path) -> Non
     exif[0x0112] = 6
     Image.new("RGB", (64, 48)).save(buffer, "jpeg", exif=exif)
     url = shards(tmp_path, [[square(0, 0, 9)]], buffer.getvalue())
-    found = load_detection_samples(url, read_index(url), "train", masks=False)
-    (turned,) = found.samples
-    assert (turned.height, turned.width) == (64, 48) == turned.decode().shape[1:]
+    data = load_detection_samples(url, read_index(url), "train", masks=False)
+    (rotated,) = data.samples
+    assert (rotated.height, rotated.width) == (64, 48) == rotated.decode().shape[1:]
 
 
 def test_targets_have_corner_boxes_labels_of_sparse_ids_and_no_crowds() -> None:
@@ -229,12 +226,8 @@ def test_targets_have_corner_boxes_labels_of_sparse_ids_and_no_crowds() -> None:
     assert target["boxes"].tolist() == [[20, 10, 40, 30], [1, 2, 6, 7]]
     assert target["labels"].tolist() == [3, 2]
     expected = torch.zeros(2, 48, 64, dtype=torch.uint8)
-    for mask, (left, top, right, bottom) in zip(
-        expected, [(20, 10, 40, 30), (1, 2, 6, 7)], strict=True
-    ):
-        for y in range(top, bottom):
-            for x in range(left, right):
-                mask[y, x] = 1
+    expected[0, 10:30, 20:40] = 1
+    expected[1, 2:7, 1:6] = 1
     assert torch.equal(target["masks"], expected)
 
 
@@ -246,15 +239,13 @@ def test_difficult_objects_are_trained_on_and_boxes_need_no_masks() -> None:
 
 def test_flipping_moves_image_box_and_mask_alike() -> None:
     one = sample()
-    image, flipped = flip_horizontally(
-        one.decode(), build_target(one.annotations, 48, 64, [7], masks=True)
-    )
+    target = build_target(one.annotations, 48, 64, [7], masks=True)
+    image, flipped = flip_horizontally(one.decode(), target)
     left, top, right, bottom = flipped["boxes"][0].int().tolist()
     assert (left, top, right, bottom) == (24, 10, 44, 30)
     assert torch.equal(image[0] == 220, flipped["masks"][0].bool())
-    assert (flipped["masks"][0, top:bottom, left:right] == 1).all() and flipped[
-        "masks"
-    ].sum() == 400
+    assert (flipped["masks"][0, top:bottom, left:right] == 1).all()
+    assert flipped["masks"].sum() == 400
 
 
 @pytest.mark.parametrize(("shorter", "longest"), [(48, 999), (31, 999), (77, 999), (96, 90)])
@@ -262,31 +253,26 @@ def test_training_images_are_scaled_as_torchvision_scales_test_images(
     shorter: int, longest: int
 ) -> None:
     one = sample()
-    image, target = (
-        one.decode().float() / 255,
-        build_target(one.annotations, 48, 64, [7], masks=True),
-    )
-    transform = GeneralizedRCNNTransform(
-        shorter, longest, [0, 0, 0], [1, 1, 1], size_divisible=1
-    ).eval()
-    images, (expected,) = transform([image], [dict(target)])
-    scaled, found = scale(image, target, shorter=shorter, longest=longest)
-    torch.testing.assert_close(scaled, images.tensors[0])
-    torch.testing.assert_close(found["boxes"], expected["boxes"])
-    assert torch.equal(found["masks"], expected["masks"])
+    image = one.decode().float() / 255
+    target = build_target(one.annotations, 48, 64, [7], masks=True)
+    transform = GeneralizedRCNNTransform(shorter, longest, [0, 0, 0], [1, 1, 1], size_divisible=1)
+    images, (expected,) = transform.eval()([image], [dict(target)])
+    scaled_image, scaled = scale(image, target, shorter=shorter, longest=longest)
+    torch.testing.assert_close(scaled_image, images.tensors[0])
+    torch.testing.assert_close(scaled["boxes"], expected["boxes"])
+    assert torch.equal(scaled["masks"], expected["masks"])
 
 
 def rows(batches: Any, count: int) -> list[tuple[float, tuple[int, ...], list[list[float]]]]:
-    """What tells examples apart: a pixel, the size, and the boxes."""
-    found = []
-    for images, targets in (next(batches) for _ in range(count)):
+    """The number of the image, its shape and its boxes for each example of `count` batches."""
+    examples = []
+    for _ in range(count):
+        images, targets = next(batches)
         for image, target in zip(images, targets, strict=True):
-            # a corner of the background has the image's number
-            found.append(
-                (round(float(image[0, -1, -1]) * 255), tuple(image.shape), target["boxes"].tolist())
-            )
+            number = round(float(image[0, -1, -1]) * 255)  # the grey value of the background
+            examples.append((number, tuple(image.shape), target["boxes"].tolist()))
     batches.close()
-    return found
+    return examples
 
 
 def some_batches(start_step: int = 0, rank: int = 0, world_size: int = 1, seed: int = 3) -> Any:
@@ -308,37 +294,31 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(world_size: int) ->
     alone = rows(some_batches(), 3)
     shares = [rows(some_batches(rank=rank, world_size=world_size), 3) for rank in range(world_size)]
     count = 4 // world_size
-    together = [
-        row
-        for step in range(3)
-        for share in shares
-        for row in share[step * count : (step + 1) * count]
-    ]
+    together = []
+    for step in range(3):
+        for share in shares:
+            together += share[step * count : (step + 1) * count]
     assert together == alone
 
 
-def test_batches_go_on_where_they_stopped() -> None:
+def test_batches_can_start_at_any_step() -> None:
     assert rows(some_batches(), 2) + rows(some_batches(start_step=2), 3) == rows(some_batches(), 5)
     assert rows(some_batches(), 5) != rows(some_batches(seed=4), 5)
 
 
-def test_flips_and_sizes_are_drawn_for_each_place_of_each_step() -> None:
-    drawn = [
-        draw(BOXES, seed=0, step=step, place=place) for step in range(100) for place in range(10)
-    ]
+def test_flips_and_sizes_are_drawn_for_each_slot_of_each_step() -> None:
+    drawn = [draw(BOXES, seed=0, step=step, slot=slot) for step in range(100) for slot in range(10)]
     assert 450 < sum(each.flip for each in drawn) < 550
     assert {each.size for each in drawn} == {32, 48, 64}
     assert all(290 < sum(each.size == size for each in drawn) < 380 for size in (32, 48, 64))
-    assert not any(
-        draw(dataclasses.replace(BOXES, flip=0.0), seed=0, step=s, place=0).flip for s in range(50)
-    )
+    never = dataclasses.replace(BOXES, flip=0.0)
+    assert not any(draw(never, seed=0, step=step, slot=0).flip for step in range(50))
 
 
-def test_orders_of_epochs_are_permutations_of_their_own() -> None:
+def test_every_epoch_has_its_own_permutation() -> None:
     orders = [epoch_order(0, epoch, 9).tolist() for epoch in range(5)]
-    assert (
-        all(sorted(order) == list(range(9)) for order in orders) and len({*map(tuple, orders)}) == 5
-    )
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({*map(tuple, orders)}) == 5
 
 
 def test_batches_that_do_not_divide_or_have_no_objects_are_refused() -> None:
@@ -359,22 +339,13 @@ def test_masks_become_targets_within_their_boxes(coco_sets: dict[str, Path], nam
     (data,) = read_items([item])
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-    kept = clean_annotations(item.annotations or [], height, width, masks=True).kept
+    clean = clean_annotations(item.annotations or [], height, width, masks=True).annotations
     ids = [category["id"] for category in source.categories]
-    target = build_target(kept, height, width, ids, masks=True)
-    assert (
-        len(target["masks"])
-        == len(target["boxes"])
-        == sum(not item["iscrowd"] for item in kept)
-        > 0
-    )
-    for mask, (left, top, right, bottom) in zip(
-        target["masks"], target["boxes"].tolist(), strict=True
-    ):
+    target = build_target(clean, height, width, ids, masks=True)
+    objects = sum(not annotation["iscrowd"] for annotation in clean)
+    assert len(target["masks"]) == len(target["boxes"]) == objects > 0
+    boxes = target["boxes"].tolist()
+    for mask, (left, top, right, bottom) in zip(target["masks"], boxes, strict=True):
         y, x = torch.nonzero(mask, as_tuple=True)
-        assert (
-            left - 1 <= x.min()
-            and x.max() <= right + 1
-            and top - 1 <= y.min()
-            and y.max() <= bottom + 1
-        )
+        assert left - 1 <= x.min() and x.max() <= right + 1
+        assert top - 1 <= y.min() and y.max() <= bottom + 1

@@ -1,7 +1,6 @@
-"""The detectors: what is trained and how, and that the networks are those of the protocol."""
+"""Detectors: their networks, their trained parameters, and the learning-rate schedule."""
 
 import dataclasses
-import re
 from typing import NamedTuple
 
 import pytest
@@ -43,10 +42,8 @@ def batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         "labels": torch.tensor([1]),
         "masks": masks,
     }
-    return list(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))), [
-        target,
-        target,
-    ]
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return list(images), [target, target]
 
 
 @BOTH
@@ -55,11 +52,10 @@ def test_everything_is_trained_and_only_norms_do_not_decay(config: MaskRcnnConfi
     whole.requires_grad_(False)  # as a linear probe may have left it
     model = build_detector(whole, config, 3)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    decay = {
-        id(p): g["weight_decay"]
-        for g in detection_optimizer(model, config).param_groups
-        for p in g["params"]
-    }
+    decay = {}
+    for group in detection_optimizer(model, config).param_groups:
+        for parameter in group["params"]:
+            decay[id(parameter)] = group["weight_decay"]
     assert len(decay) == len(list(model.parameters()))
     for module in model.modules():
         norm = isinstance(module, nn.BatchNorm2d)
@@ -127,15 +123,10 @@ def test_c4_computes_layer4_on_regions_of_layer3_then_an_extra_norm() -> None:
     head = model.roi_heads.box_head
     torch.testing.assert_close(head.layer4(model.backbone(images)["0"]), expected)
     assert isinstance(head.norm, nn.BatchNorm2d) and head.norm.num_features == 512
-    names = [
-        name
-        for name, _ in model.named_parameters()
-        if "layer4" in name or re.search(r"box_head\.norm", name)
-    ]
-    assert names and all(
-        name.startswith(("roi_heads.box_head.layer4.", "roi_heads.box_head.norm."))
-        for name in names
-    )
+    names = [name for name, _ in model.named_parameters()]
+    of_head = [name for name in names if "layer4" in name or "box_head.norm" in name]
+    prefixes = ("roi_heads.box_head.layer4.", "roi_heads.box_head.norm.")
+    assert of_head and all(name.startswith(prefixes) for name in of_head)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +154,18 @@ def test_c4_has_the_strides_and_widths_of_its_network(
 
 def test_rpn_of_c4_looks_at_6000_boxes_and_keeps_1000() -> None:
     rpn = build_detector(backbone(), dataclasses.replace(C4, proposals=1000), 3).rpn
-    assert (rpn._pre_nms_top_n, rpn._post_nms_top_n) == (
-        {"training": 12_000, "testing": 6000},
-        {"training": 2000, "testing": 1000},
-    )
+    assert rpn._pre_nms_top_n == {"training": 12_000, "testing": 6000}
+    assert rpn._post_nms_top_n == {"training": 2000, "testing": 1000}
+
+
+def test_boxes_start_alike_with_and_without_masks() -> None:
+    without_masks = dataclasses.replace(BOXES, anchor_sizes=C4.anchor_sizes)
+    weights = []
+    for config in (C4, without_masks):
+        torch.manual_seed(0)
+        model = build_detector(backbone(), config, 3)
+        weights.append(model.roi_heads.box_predictor.cls_score.weight)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("architecture", ["fpn", "c4"])
@@ -179,9 +178,9 @@ def test_boxes_alone_and_boxes_with_masks_are_learnt_with_either_stem(
             kind, architecture=architecture, anchor_sizes=(8, 16, 24, 32, 64)
         )
         model = build_detector(backbone(stem=stem), config, 3).train()
-        found = model(*batch())
-        assert len(found) == losses and all(loss.isfinite() for loss in found.values())
-        sum(found.values()).backward()
+        parts = model(*batch())
+        assert len(parts) == losses and all(loss.isfinite() for loss in parts.values())
+        sum(parts.values()).backward()
         unused = [name for name, p in model.named_parameters() if p.grad is None]
         assert not unused, unused
 
@@ -218,11 +217,11 @@ def test_a_network_that_is_no_resnet_is_refused() -> None:
 
 
 class OnRank(NamedTuple):
-    """What one of two ranks found."""
+    """Results of one of two ranks."""
 
     output: Tensor
     statistics: tuple[Tensor, Tensor]
-    slope: Tensor
+    gradient: Tensor
     kinds: list[str]
 
 
@@ -240,7 +239,7 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def on_rank() -> OnRank:
-    """A normalisation whose ranks have images of other sizes, and a whole detector made one of all ranks."""
+    """Runs a synchronised BN whose ranks have different image sizes, and converts a detector."""
     norm = AllReduceBatchNorm(3)
     images = uneven_images()[rank()].requires_grad_()
     output = norm(images)
@@ -252,25 +251,24 @@ def on_rank() -> OnRank:
 
 
 def synchronised() -> list[str]:
-    """Kinds of the normalisations of a detector after `synchronise_batch_norms`, which keeps names and values."""
+    """Class names of a detector's BN layers after `synchronise_batch_norms`.
+
+    Checks that tensor names and values stay the same.
+    """
     model = build_detector(backbone(), C4, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     synchronise_batch_norms(model, torch.device("cpu"))
     after = model.state_dict()
-    assert after.keys() == before.keys() and all(
-        torch.equal(value, before[name]) for name, value in after.items()
-    )
-    return [
-        type(m).__name__
-        for m in model.modules()
-        if isinstance(m, nn.BatchNorm2d | AllReduceBatchNorm)
-    ]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    kinds = (nn.BatchNorm2d, AllReduceBatchNorm)
+    return [type(module).__name__ for module in model.modules() if isinstance(module, kinds)]
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[OnRank]:
-    found: list[OnRank] = run_ranks(on_rank, 2)
-    return found
+    by_rank: list[OnRank] = run_ranks(on_rank, 2)
+    return by_rank
 
 
 def test_ranks_with_images_of_other_sizes_share_the_statistics_of_all_pixels(
@@ -281,16 +279,15 @@ def test_ranks_with_images_of_other_sizes_share_the_statistics_of_all_pixels(
     expected = norm(pixels)
     expected.pow(3).sum().backward()
     assert pixels.grad is not None
-    for found, output, slope in zip(
-        ranks, expected.detach().split([48, 4]), pixels.grad.split([48, 4]), strict=True
-    ):
-        torch.testing.assert_close(as_pixels(found.output), output)
-        torch.testing.assert_close(found.statistics, (norm.running_mean, norm.running_var))
-        torch.testing.assert_close(as_pixels(found.slope), slope, atol=1e-4, rtol=1e-4)
+    outputs = expected.detach().split([48, 4])
+    gradients = pixels.grad.split([48, 4])
+    for actual, output, gradient in zip(ranks, outputs, gradients, strict=True):
+        torch.testing.assert_close(as_pixels(actual.output), output)
+        torch.testing.assert_close(actual.statistics, (norm.running_mean, norm.running_var))
+        torch.testing.assert_close(as_pixels(actual.gradient), gradient, atol=1e-4, rtol=1e-4)
 
 
 def test_every_batch_norm_is_over_all_ranks(ranks: list[OnRank]) -> None:
-    norms = sum(
-        isinstance(module, nn.BatchNorm2d) for module in build_detector(backbone(), C4, 3).modules()
-    )
+    modules = build_detector(backbone(), C4, 3).modules()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in modules)
     assert ranks[0].kinds == ranks[1].kinds == ["AllReduceBatchNorm"] * norms

@@ -37,16 +37,19 @@ def backbone() -> Backbone:
     return random_backbone(TINY, 0, MEAN, STD)
 
 
-def slow_votes(bank: list, labels: list, query: list, k: int, temperature: float) -> dict:  # type: ignore[type-arg]
+def slow_votes(
+    bank: list[list[float]], labels: list[int], query: list[float], k: int, temperature: float
+) -> dict[int, float]:
+    """Votes by class, by the definition, without torch."""
+
     def dot(a: list[float], b: list[float]) -> float:
         return sum(x * y for x, y in zip(a, b, strict=True))
 
     def cosine(a: list[float], b: list[float]) -> float:
         return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
-    ranked = sorted(
-        zip((cosine(query, image) for image in bank), labels, strict=True), reverse=True
-    )
+    cosines = [cosine(query, image) for image in bank]
+    ranked = sorted(zip(cosines, labels, strict=True), reverse=True)
     votes: dict[int, float] = {}
     for similarity, label in ranked[:k]:
         votes[label] = votes.get(label, 0.0) + math.exp(similarity / temperature)
@@ -56,70 +59,62 @@ def slow_votes(bank: list, labels: list, query: list, k: int, temperature: float
 @pytest.mark.parametrize("k", [1, 7, 60])
 def test_votes_equal_a_slow_loop(k: int) -> None:
     bank, queries, labels = draw(60, 5), draw(300, 5, seed=1) * 7, torch.arange(60) % 4
-    ours = torch.cat(
-        list(knn_votes(make_bank(bank, labels, 4), queries, neighbours=k, temperature=0.1))
-    )
-    theirs = torch.zeros(300, 4)
+    parts = knn_votes(make_bank(bank, labels, 4), queries, neighbours=k, temperature=0.1)
+    actual = torch.cat(list(parts))
+    expected = torch.zeros(300, 4)
     for row, query in enumerate(queries.tolist()):
         for label, vote in slow_votes(bank.tolist(), labels.tolist(), query, k, 0.1).items():
-            theirs[row, label] = vote
+            expected[row, label] = vote
+    # in shares, since ours are relative to the vote of the nearest image
     torch.testing.assert_close(
-        ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True)
+        actual / actual.sum(1, keepdim=True), expected / expected.sum(1, keepdim=True)
     )
 
 
 @pytest.mark.parametrize("k", [3, 2000, 69_000])
 @pytest.mark.parametrize("images", [70_003, 131_072])
-def test_bank_that_is_searched_in_parts_gives_the_votes_of_a_whole_sort(
+def test_a_bank_searched_in_parts_gives_the_votes_of_sorting_all_images(
     images: int, k: int
 ) -> None:
     bank, queries, labels = draw(images, 6), draw(5, 6, seed=1), torch.arange(images) % 7
-    (ours,) = knn_votes(make_bank(bank, labels, 7), queries, neighbours=k, temperature=0.3)
-    wide, narrow = bank.double().numpy(), queries.double().numpy()
-    norms = np.linalg.norm(narrow, axis=1)[:, None] * np.linalg.norm(wide, axis=1)
-    similarities = narrow @ wide.T / norms
+    (actual,) = knn_votes(make_bank(bank, labels, 7), queries, neighbours=k, temperature=0.3)
+    bank64, queries64 = bank.double().numpy(), queries.double().numpy()
+    norms = np.linalg.norm(queries64, axis=1)[:, None] * np.linalg.norm(bank64, axis=1)
+    similarities = queries64 @ bank64.T / norms
     for row, ranked in enumerate(np.argsort(-similarities, axis=1)[:, :k]):
-        votes = np.bincount(
-            ranked % 7, np.exp((similarities[row, ranked] - similarities[row].max()) / 0.3), 7
-        )
-        np.testing.assert_allclose(
-            ours[row], votes, rtol=1e-4
-        )  # two images may change places at the border
+        weights = np.exp((similarities[row, ranked] - similarities[row].max()) / 0.3)
+        expected = np.bincount(ranked % 7, weights, 7)
+        # not equal, since rounding may exchange the k-th image for the next
+        np.testing.assert_allclose(actual[row], expected, rtol=1e-4)
 
 
-def test_bfloat16_moves_few_votes() -> None:
+def test_bfloat16_changes_few_predictions() -> None:
     (bank, labels), (queries, own) = clusters(5000, 0), clusters(3000, 1)
-    exact, rounded = (
-        torch.cat(
-            [
-                part.argmax(1)
-                for part in knn_votes(
-                    make_bank(bank, labels, 10, dtype), queries, neighbours=100, temperature=0.1
-                )
-            ]
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert 0.7 < (exact == own).float().mean() < 0.99
+
+    def predict(dtype: torch.dtype) -> torch.Tensor:
+        made = make_bank(bank, labels, 10, dtype)
+        votes = knn_votes(made, queries, neighbours=100, temperature=0.1)
+        return torch.cat([part.argmax(1) for part in votes])
+
+    exact, rounded = predict(torch.float32), predict(torch.bfloat16)
+    exact_accuracy = (exact == own).float().mean().item()
+    rounded_accuracy = (rounded == own).float().mean().item()
+    assert 0.7 < exact_accuracy < 0.99
     assert (exact == rounded).float().mean() > 0.985
-    assert (exact == own).float().mean().item() == pytest.approx(
-        (rounded == own).float().mean().item(), abs=0.003
-    )
+    assert exact_accuracy == pytest.approx(rounded_accuracy, abs=0.003)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_length_of_features_does_not_count(dtype: torch.dtype) -> None:
     (bank, labels), (queries, _) = clusters(300, 0), clusters(20, 1)
     lengths = torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) + 1e-4
-    first, second = (
-        next(
-            knn_votes(
-                make_bank(features, labels, 10, dtype), queries, neighbours=9, temperature=0.1
-            )
-        )
-        for features in (bank, bank * lengths)
-    )
-    torch.testing.assert_close(first, second, atol=0.3 if dtype == torch.bfloat16 else 1e-3, rtol=0)
+
+    def votes(features: torch.Tensor) -> torch.Tensor:
+        made = make_bank(features, labels, 10, dtype)
+        return next(knn_votes(made, queries, neighbours=9, temperature=0.1))
+
+    tolerance = 0.3 if dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(votes(bank), votes(bank * lengths), atol=tolerance, rtol=0)
 
 
 def test_nearest_neighbour_of_an_image_is_itself() -> None:
@@ -154,9 +149,8 @@ def test_images_find_themselves_and_the_backbone_stays_as_it_is(
     backbone: Backbone, precision: str
 ) -> None:
     def digest() -> str:
-        return hashlib.sha256(
-            b"".join(t.numpy().tobytes() for t in backbone.state_dict().values())
-        ).hexdigest()
+        tensors = backbone.state_dict().values()
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
     before = digest()
     split = in_memory(noise_images(300), torch.arange(300) % 6, tuple("abcdef"))

@@ -47,7 +47,7 @@ def trained_by_torch(
     config: LinearProbeConfig,
     setting: Setting,
 ) -> tuple[torch.nn.Linear, list[float]]:
-    """One classifier, by autograd and torch's own SGD, in the order of seed 7; and the mean loss of each epoch."""
+    """A classifier trained by autograd and torch's SGD in the order of seed 7, and its losses."""
     linear = torch.nn.Linear(5, 3)
     linear.load_state_dict({"weight": weight, "bias": torch.zeros(3)})
     optimizer = torch.optim.SGD(
@@ -69,11 +69,10 @@ def trained_by_torch(
 
 
 def digits() -> tuple[LabelledSplit, LabelledSplit]:
-    """scikit-learn's scans of 8x8 pixels, 1,200 to train on and 597 to test."""
+    """scikit-learn's digits of 8x8 pixels: 1,200 training and 597 test images."""
     scans = load_digits()
-    images = (
-        torch.from_numpy(scans.images / 16 * 255).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-    )
+    grey = torch.from_numpy(scans.images / 16 * 255).to(torch.uint8)  # (1797, 8, 8)
+    images = grey[:, None].expand(-1, 3, -1, -1)
     labels = torch.from_numpy(scans.target).long()
     return in_memory(images[:1200], labels[:1200]), in_memory(images[1200:], labels[1200:])
 
@@ -92,11 +91,11 @@ def test_grid_equals_separate_runs_of_torchs_sgd() -> None:
     heads = new_heads(settings, 3, features, seed=5)
     start = heads.weight.clone()
     losses = [loss for _, loss in train_heads(heads, features, labels, config, seed=7)]
-    assert heads.weight[:, 3:6].isfinite().logical_not().any()  # diverged, and alone
+    # the heads with the learning rate 1e38 diverge, and leave the others alone
+    assert heads.weight[:, 3:6].isfinite().logical_not().any()
     for head in (0, 1, 2, 6, 7, 8):
-        linear, expected = trained_by_torch(
-            start[:, head], features, labels, config, settings[head]
-        )
+        setting = settings[head]
+        linear, expected = trained_by_torch(start[:, head], features, labels, config, setting)
         torch.testing.assert_close(heads.weight[:, head], linear.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(heads.bias[:, head], linear.bias, rtol=1e-4, atol=1e-5)
         if head == 0:
@@ -113,9 +112,8 @@ def test_head_of_a_grid_is_the_head_alone() -> None:
 
 
 def test_classifier_starts_as_in_the_paper() -> None:
-    heads = Heads(
-        [Setting(1.0, 0.0), Setting(2.0, 0.1)], 100, 500, torch.Generator().manual_seed(0)
-    )
+    settings = [Setting(1.0, 0.0), Setting(2.0, 0.1)]
+    heads = Heads(settings, 100, 500, torch.Generator().manual_seed(0))
     assert heads.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert torch.equal(heads.weight[:, 0], heads.weight[:, 1])
     assert heads.bias.eq(0).all()
@@ -129,16 +127,15 @@ def test_evaluation_in_parts_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPa
     losses, accuracies = evaluate_heads(heads, features, labels)
     for head in range(2):
         logits = features @ heads.weight[:, head].T + heads.bias[:, head]
-        assert losses[head].item() == pytest.approx(
-            torch.nn.functional.cross_entropy(logits, labels).item()
-        )
-        assert accuracies[head].item() == pytest.approx(
-            (logits.argmax(1) == labels).double().mean().item()
-        )
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        assert losses[head].item() == pytest.approx(loss)
+        assert accuracies[head].item() == pytest.approx(accuracy)
 
 
 def test_long_training_reaches_scikit_learns_minimum() -> None:
-    # 3 features and overlapping classes: the minimum without a penalty is finite and unique, stopping early is not it
+    # With 3 features and overlapping classes, the minimum without a penalty is finite and unique.
+    # Training that stops early does not reach it.
     colours = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     backbone = Backbone(colours, TINY, (0.45, 0.45, 0.45), (0.05, 0.05, 0.05)).eval()
     train, test = coloured(240, 0), coloured(400, 1)
@@ -148,16 +145,13 @@ def test_long_training_reaches_scikit_learns_minimum() -> None:
         extract_features(backbone, images_of(split)).numpy() for split in (train, test)
     )
     peer = LogisticRegression(C=np.inf, max_iter=5000, tol=1e-8).fit(features, train.labels.numpy())
+    train_loss = log_loss(train.labels, peer.predict_proba(features))
+    test_loss = log_loss(test.labels, peer.predict_proba(test_features))
+    top1 = peer.score(test_features, test.labels.numpy())
     final = result.history[-1][1]
-    assert final["train_loss"] == pytest.approx(
-        log_loss(train.labels, peer.predict_proba(features)), rel=1e-3
-    )
-    assert final["test_loss"] == pytest.approx(
-        log_loss(test.labels, peer.predict_proba(test_features)), rel=5e-3
-    )
-    assert result.value == pytest.approx(
-        peer.score(test_features, test.labels.numpy()), abs=0.005
-    )  # 2 images of 400
+    assert final["train_loss"] == pytest.approx(train_loss, rel=1e-3)
+    assert final["test_loss"] == pytest.approx(test_loss, rel=5e-3)
+    assert result.value == pytest.approx(top1, abs=0.005)  # 2 images of 400
     assert 0.5 < result.value < 1
 
 
@@ -170,16 +164,16 @@ def test_probe_agrees_with_scikit_learn_on_exported_features(tmp_path: Path) -> 
     )
     result = run_linear_probe(config, backbone, train, test, 0, FeatureCache(tmp_path))
     exported = [load_file(path) for path in tmp_path.glob("*.safetensors")]
-    fit, held = sorted(exported, key=lambda file: -len(file["labels"]))
-    peer = LogisticRegression(C=1 / (1e-2 * 1200), max_iter=5000).fit(
-        fit["features"], fit["labels"]
-    )
-    score = peer.score(held["features"], held["labels"])
+    larger, smaller = sorted(exported, key=lambda file: -len(file["labels"]))
+    features, labels = larger["features"], larger["labels"]
+    test_features, test_labels = smaller["features"], smaller["labels"]
+    peer = LogisticRegression(C=1 / (1e-2 * 1200), max_iter=5000).fit(features, labels)
+    score = peer.score(test_features, test_labels)
     assert 0.8 < score < 0.99
     assert result.value == pytest.approx(score, abs=0.005)
-    scaler = StandardScaler().fit(fit["features"])
-    peer = LogisticRegression(max_iter=5000).fit(scaler.transform(fit["features"]), fit["labels"])
-    score = peer.score(scaler.transform(held["features"]), held["labels"])
+    scaler = StandardScaler().fit(features)
+    peer = LogisticRegression(max_iter=5000).fit(scaler.transform(features), labels)
+    score = peer.score(scaler.transform(test_features), test_labels)
     assert result.metrics["lbfgs_top1"] == pytest.approx(score, abs=0.005)
 
 
@@ -201,12 +195,10 @@ def test_history_has_every_epoch_and_the_result_is_the_last(backbone: Backbone) 
     assert result.history[-1][1].keys() == {"train_loss", "test_loss", "top1"}
     assert result.value == result.metrics["top1"] == result.history[-1][1]["top1"]
     assert result.history[-1][1]["train_loss"] < result.history[0][1]["train_loss"]
-    sweep = {f"held_out_top1/lr_{lr:g}_wd_0" for lr in CONFIG.lrs}
-    assert (
-        result.metrics.keys()
-        == {"top1", "per_class_accuracy", "lr", "weight_decay", "held_out_top1"} | sweep
-    )
-    assert result.metrics["held_out_top1"] == max(result.metrics[name] for name in sweep)
+    held_out = {f"held_out_top1/lr_{lr:g}_wd_0" for lr in CONFIG.lrs}
+    others = {"top1", "per_class_accuracy", "lr", "weight_decay", "held_out_top1"}
+    assert result.metrics.keys() == others | held_out
+    assert result.metrics["held_out_top1"] == max(result.metrics[name] for name in held_out)
     assert result.files.keys() == {"classes.csv", "confusion.csv"}
 
 
@@ -214,10 +206,9 @@ def test_learning_rate_that_diverges_is_not_chosen(backbone: Backbone) -> None:
     config = dataclasses.replace(CONFIG, lrs=(1e38, 0.3))
     result = run_linear_probe(config, backbone, coloured(40, 0), coloured(40, 1), 0)
     assert result.metrics["lr"] == 0.3
+    only_diverging = dataclasses.replace(CONFIG, lrs=(1e38,))
     with pytest.raises(TrainingError, match="all diverge; add lower"):
-        run_linear_probe(
-            dataclasses.replace(CONFIG, lrs=(1e38,)), backbone, coloured(40, 0), coloured(40, 1), 0
-        )
+        run_linear_probe(only_diverging, backbone, coloured(40, 0), coloured(40, 1), 0)
 
 
 def test_learning_rate_is_chosen_without_the_test_split(backbone: Backbone) -> None:
@@ -232,16 +223,15 @@ def test_learning_rate_is_chosen_without_the_test_split(backbone: Backbone) -> N
 
 
 def test_weight_decay_is_chosen_with_the_learning_rate(backbone: Backbone) -> None:
-    config = dataclasses.replace(
-        CONFIG, lrs=(1e-9, 0.3), weight_decays=(100.0, 1e-3)
-    )  # one pair can learn
+    # only the pair 0.3 and 1e-3 can learn
+    config = dataclasses.replace(CONFIG, lrs=(1e-9, 0.3), weight_decays=(100.0, 1e-3))
     result = run_linear_probe(config, backbone, coloured(80, 0), coloured(40, 1), 0)
     assert (result.metrics["lr"], result.metrics["weight_decay"]) == (0.3, 1e-3)
 
 
 def test_one_class_is_refused(backbone: Backbone) -> None:
     one = in_memory(images_of(coloured(40, 0)), torch.zeros(40, dtype=torch.int64))
-    with pytest.raises(ShardError, match="nothing to tell apart"):
+    with pytest.raises(ShardError, match="name a split with at least two classes"):
         run_linear_probe(CONFIG, backbone, one, one, 0)
 
 

@@ -28,7 +28,7 @@ def backbone() -> Backbone:
 
 
 def labelled(counts: list[int]) -> LabelledSplit:
-    """So many images of each class."""
+    """A split with `counts` images of each class."""
     labels = torch.repeat_interleave(torch.tensor(counts))
     return in_memory(torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8), labels)
 
@@ -38,16 +38,15 @@ def test_minimum_is_that_of_scikit_learn(classes: int) -> None:
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(40) % classes
     weight, bias = fit_logistic_regression(features, labels, classes, weight_decay=0.1)
-    # its loss is C * sum of cross-entropies + |weight|^2 / 2
-    peer = LogisticRegression(C=1 / (0.1 * 40), tol=1e-10, max_iter=10_000).fit(
-        features.numpy(), labels.numpy()
-    )
-    ours = (features @ weight.T + bias).softmax(dim=1)
-    if classes > 2:  # for two classes it fits one vector, which is another penalty
-        torch.testing.assert_close(
-            ours, torch.from_numpy(peer.predict_proba(features.numpy())), atol=1e-4, rtol=0
-        )
-    gradient = (ours - torch.nn.functional.one_hot(labels)).T @ features / 40 + 0.1 * weight
+    # scikit-learn's loss is C * sum of cross-entropies + |weight|^2 / 2
+    peer = LogisticRegression(C=1 / (0.1 * 40), tol=1e-10, max_iter=10_000)
+    peer.fit(features.numpy(), labels.numpy())
+    probabilities = (features @ weight.T + bias).softmax(dim=1)
+    if classes > 2:  # for two classes scikit-learn fits one vector, which is another penalty
+        expected = torch.from_numpy(peer.predict_proba(features.numpy()))
+        torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
+    errors = probabilities - torch.nn.functional.one_hot(labels)
+    gradient = errors.T @ features / 40 + 0.1 * weight
     assert gradient.abs().max() < 1e-5
 
 
@@ -84,34 +83,30 @@ def test_class_with_too_few_images_is_named(second: int, others: str) -> None:
     message = (
         rf"low_shot.shots is 5: class 1 \(bee\) has 2 images in train_split{others}; .* at most 2"
     )
+    split = labelled([9, 2, second])._replace(classes=("ant", "bee", "cow"))
     with pytest.raises(ConfigError, match=message):
-        count_shots(
-            labelled([9, 2, second])._replace(classes=("ant", "bee", "cow")), LowShotConfig(shots=5)
-        )
+        count_shots(split, LowShotConfig(shots=5))
 
 
 def test_class_that_only_the_test_split_has_is_named(backbone: Backbone) -> None:
     train, test = coloured(40, 0), coloured(8, 1)
+    relabelled = in_memory(images_of(test), test.labels + 1)
     with pytest.raises(ShardError, match="lacks: 4: 2 images"):
-        run_low_shot(
-            LowShotConfig(), backbone, train, in_memory(images_of(test), test.labels + 1), 0
-        )
+        run_low_shot(LowShotConfig(), backbone, train, relabelled, 0)
 
 
 def test_standardisation_is_that_of_numpy() -> None:
-    features = (
-        torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100
-    )  # more than one part
-    wide = features.double().numpy()
-    expected = (wide[:9] - wide.mean(axis=0)) / wide.std(axis=0)
+    noise = torch.randn(70_000, 3, generator=torch.Generator().manual_seed(0))
+    features = noise * 5 + 100  # so many that they are summed in two parts
+    float64 = features.double().numpy()
+    expected = (float64[:9] - float64.mean(axis=0)) / float64.std(axis=0)
     np.testing.assert_allclose(Standardisation.of(features)(features[:9]), expected, rtol=1e-9)
 
 
 def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) -> None:
     train, test = coloured(80, 0), coloured(200, 1)
-    result = run_low_shot(
-        LowShotConfig(shots=5, draws=3, weight_decay=1e-2), backbone, train, test, seed=7
-    )
+    config = LowShotConfig(shots=5, draws=3, weight_decay=1e-2)
+    result = run_low_shot(config, backbone, train, test, seed=7)
     features, test_features = (
         extract_features(backbone, images_of(s)).double().numpy() for s in (train, test)
     )
@@ -123,18 +118,15 @@ def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(backbone: Backbone) 
         peer = LogisticRegression(C=1 / (1e-2 * 20), tol=1e-8, max_iter=10_000)
         peer.fit((features[rows] - mean) / deviation, train.labels.numpy()[rows])
         scores.append(peer.score((test_features - mean) / deviation, test.labels.numpy()))
-    assert result.value == pytest.approx(
-        statistics.fmean(scores), abs=0.005
-    )  # one image of 200 on a border
-    assert result.metrics["std"] == pytest.approx(statistics.stdev(scores), abs=0.005)
-    assert result.metrics["ci95"] == pytest.approx(
-        4.303 * result.metrics["std"] / 3**0.5, rel=1e-4
-    )  # t, 2 degrees
+    one_image = 1 / 200
+    assert result.value == pytest.approx(statistics.fmean(scores), abs=one_image)
+    assert result.metrics["std"] == pytest.approx(statistics.stdev(scores), abs=one_image)
+    quantile = 4.303  # Student's t with 2 degrees of freedom
+    half_width = quantile * result.metrics["std"] / 3**0.5
+    assert result.metrics["ci95"] == pytest.approx(half_width, rel=1e-4)
     assert result.metrics["labelled_images"] == 20
-    assert (
-        sum(int(line.split(b",")[2]) for line in result.files["classes.csv"].splitlines()[1:])
-        == 3 * 200
-    )
+    lines = result.files["classes.csv"].splitlines()[1:]
+    assert sum(int(line.split(b",")[2]) for line in lines) == 3 * 200
 
 
 def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(
@@ -152,23 +144,20 @@ def test_same_seed_gives_the_same_result_and_the_backbone_stays_as_it_is(
 
 def test_backbones_see_the_same_draws_of_a_fraction(backbone: Backbone) -> None:
     train, test = coloured(80, 0), coloured(40, 1)
-    first, again = (
-        run_low_shot(LowShotConfig(fraction=0.1, draws=2), backbone, train, test, 3)
-        for _ in range(2)
-    )
+    config = LowShotConfig(fraction=0.1, draws=2)
+    first, again = (run_low_shot(config, backbone, train, test, 3) for _ in range(2))
     assert first == again
     assert first.metrics["labelled_images"] == 8
 
 
 def test_one_draw_has_no_deviation(backbone: Backbone) -> None:
-    result = run_low_shot(
-        LowShotConfig(shots=2, draws=1), backbone, coloured(40, 0), coloured(40, 1), 0
-    )
+    config = LowShotConfig(shots=2, draws=1)
+    result = run_low_shot(config, backbone, coloured(40, 0), coloured(40, 1), 0)
     assert result.metrics.keys() == {"top1", "per_class_accuracy", "labelled_images"}
     assert (result.metric, result.history) == ("top1", [])
 
 
-def test_units_that_are_dead_in_training_do_not_rule(backbone: Backbone) -> None:
+def test_features_that_are_constant_in_training_do_not_dominate(backbone: Backbone) -> None:
     grey = in_memory(torch.full((8, 3, 8, 8), 120, dtype=torch.uint8), torch.arange(8) % 4)
     result = run_low_shot(LowShotConfig(shots=2, draws=2), backbone, grey, coloured(40, 1), 0)
-    assert result.value == 0.25  # nothing to learn: all test images get one class
+    assert result.value == 0.25  # nothing can be learnt, so all test images get the same class

@@ -1,4 +1,4 @@
-"""VOC's average precision: as a slow walk through the development kit's rules has it, and as counted by hand."""
+"""VOC's average precision against a slow copy of the development kit, and counted by hand."""
 
 import json
 from collections import defaultdict
@@ -50,19 +50,20 @@ def corners(bbox: list[float]) -> tuple[float, float, float, float]:
 
 
 def kit_overlap(first: list[float], second: list[float]) -> float:
-    """VOCevaldet.m: widths of boxes that include both their corners."""
+    """The IoU of VOCevaldet.m, whose boxes include both corner pixels."""
     a, b = corners(first), corners(second)
-    wide, high = min(a[2], b[2]) - max(a[0], b[0]) + 1, min(a[3], b[3]) - max(a[1], b[1]) + 1
-    if wide <= 0 or high <= 0:
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if width <= 0 or height <= 0:
         return 0.0
-    sizes = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
-    return wide * high / (sum(sizes) - wide * high)
+    areas = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
+    return width * height / (sum(areas) - width * height)
 
 
 def kit_curve(
-    objects: list[dict[str, Any]], found: list[dict[str, Any]], threshold: float
+    objects: list[dict[str, Any]], detections: list[dict[str, Any]], threshold: float
 ) -> tuple[list[float], list[float]]:
-    """VOCevaldet.m for one class, one detection after the other."""
+    """Recall and precision of one class by VOCevaldet.m, one detection after the other."""
     by_image = defaultdict(list)
     for item in objects:
         by_image[item["image_id"]].append(item)
@@ -70,13 +71,13 @@ def kit_curve(
     positives = sum(not item["difficult"] for item in objects)
     true = false = 0
     recall, precision = [], []
-    for item in sorted(found, key=lambda item: item["score"], reverse=True):
-        most, match = -1.0, None
+    for item in sorted(detections, key=lambda item: item["score"], reverse=True):
+        highest, match = -1.0, None
         for candidate in by_image[item["image_id"]]:
             overlap = kit_overlap(candidate["bbox"], item["bbox"])
-            if overlap > most:
-                most, match = overlap, candidate
-        if match is None or most < threshold or match["id"] in taken:
+            if overlap > highest:
+                highest, match = overlap, candidate
+        if match is None or highest < threshold or match["id"] in taken:
             false += 1
         elif not match["difficult"]:
             taken.add(match["id"])
@@ -88,42 +89,44 @@ def kit_curve(
 
 
 def kit_area(recall: list[float], precision: list[float]) -> float:
-    """VOCap.m."""
+    """The area under the curve by VOCap.m."""
     recalls, precisions = [0.0, *recall, 1.0], [0.0, *precision, 0.0]
-    for place in range(len(precisions) - 2, -1, -1):
-        precisions[place] = max(precisions[place], precisions[place + 1])
+    for index in range(len(precisions) - 2, -1, -1):
+        precisions[index] = max(precisions[index], precisions[index + 1])
     steps = zip(recalls, recalls[1:], precisions[1:], strict=False)
     return sum((after - before) * height for before, after, height in steps)
 
 
 def kit_eleven_points(recall: list[float], precision: list[float]) -> float:
-    """VOCevaldet.m of 2007."""
-    levels = [place / 10 for place in range(11)]
-    best = [
-        max((p for r, p in zip(recall, precision, strict=True) if r >= level), default=0.0)
-        for level in levels
-    ]
-    return sum(best) / 11
+    """The average precision by VOCevaldet.m of 2007."""
+    total = 0.0
+    for tenths in range(11):
+        points = zip(recall, precision, strict=True)
+        total += max((p for r, p in points if r >= tenths / 10), default=0.0)
+    return total / 11
 
 
 def random_scenes(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Whole pixels, crowded, so that boxes share objects, scores are equal and IoUs meet thresholds."""
+    """Random ground truth and predictions.
+
+    They are crowded and in whole pixels, so that detections compete for objects, scores are equal
+    and IoUs are equal to thresholds.
+    """
     rng = np.random.default_rng(seed)
     images, predictions = [], []
     for image_id in range(1, 16):
         boxes = rng.integers((0, 0, 6, 6), (50, 50, 30, 30), (8, 4)).tolist()
         labels = rng.choice([2, 5], 8).tolist()
-        hard = (rng.random(8) < 0.3).tolist()
-        rows = zip(boxes, labels, hard, strict=True)
-        images.append(
-            [thing(0, bbox=box, category_id=label, difficult=int(d)) for box, label, d in rows]
-        )
-        for place in rng.integers(0, 8, 25):
-            box = (np.array(boxes[place]) + rng.integers(-2, 3, 4)).tolist()
-            label = labels[place] if rng.random() < 0.7 else int(rng.choice([2, 5, 6]))
-            predictions.append(
-                seen(0, float(rng.integers(12)), image_id, bbox=box, category_id=label)
-            )
+        difficult = (rng.random(8) < 0.3).tolist()
+        objects = []
+        for box, label, hard in zip(boxes, labels, difficult, strict=True):
+            objects.append(thing(0, bbox=box, category_id=label, difficult=int(hard)))
+        images.append(objects)
+        for row in rng.integers(0, 8, 25):
+            box = (np.array(boxes[row]) + rng.integers(-2, 3, 4)).tolist()
+            label = labels[row] if rng.random() < 0.7 else int(rng.choice([2, 5, 6]))
+            score = float(rng.integers(12))
+            predictions.append(seen(0, score, image_id, bbox=box, category_id=label))
     return truth_of(*images), predictions
 
 
@@ -133,39 +136,34 @@ def test_random_predictions_score_as_the_development_kit_counts(seed: int) -> No
     areas, eleven = [], []
     for number in (2, 5):
         objects = [item for item in truth["annotations"] if item["category_id"] == number]
-        found = [item for item in predictions if item["category_id"] == number]
-        curves = [kit_curve(objects, found, percent / 100) for percent in range(50, 100, 5)]
+        detections = [item for item in predictions if item["category_id"] == number]
+        curves = [kit_curve(objects, detections, percent / 100) for percent in range(50, 100, 5)]
         areas.append([kit_area(*curve) for curve in curves])
         eleven.append([kit_eleven_points(*curve) for curve in curves])
-    means = [
-        value
-        for kind in (areas, eleven)
-        for m in [np.mean(kind, axis=0)]
-        for value in (m.mean(), m[0], m[5])
-    ]
+    means: list[float] = []
+    for by_category in (areas, eleven):
+        mean = np.mean(by_category, axis=0)
+        means += [mean.mean(), mean[0], mean[5]]
     expected = dict(zip(MEANS, means, strict=True))
     expected |= {"box_ap50/cat": areas[0][0], "box_ap50/dog": areas[1][0]}
-    # the third category has predictions only
+    # the third category has predictions only, so it has no metric
     assert voc_metrics(truth, predictions) == pytest.approx(expected, abs=1e-12)
 
 
 def test_hit_miss_hit_scores_as_counted_by_hand() -> None:
     # recall and precision: 1/2 and 1, 1/2 and 1/2, 1 and 2/3
-    metrics = voc_metrics(
-        truth_of([thing(0)], [thing(0)]), [seen(0, 0.9), seen(50, 0.8), seen(0, 0.7, image_id=2)]
-    )
+    truth = truth_of([thing(0)], [thing(0)])
+    metrics = voc_metrics(truth, [seen(0, 0.9), seen(50, 0.8), seen(0, 0.7, image_id=2)])
     area, eleven = 1 / 2 + 1 / 2 * 2 / 3, (6 * 1 + 5 * 2 / 3) / 11
-    assert metrics == pytest.approx(
-        dict(zip(MEANS, [area] * 3 + [eleven] * 3, strict=True)) | {"box_ap50/cat": area}
-    )
+    expected = dict(zip(MEANS, [area] * 3 + [eleven] * 3, strict=True)) | {"box_ap50/cat": area}
+    assert metrics == pytest.approx(expected)
 
 
 def test_eleven_points_are_at_recalls_of_exact_tenths() -> None:
-    truth = truth_of([thing(20 * place) for place in range(10)])
-    # recall 3/10 is met by the level 0.3
-    assert voc_metrics(truth, [seen(20 * place, 0.5) for place in range(3)])[
-        "box_ap50_11point"
-    ] == pytest.approx(4 / 11)
+    truth = truth_of([thing(20 * index) for index in range(10)])
+    metrics = voc_metrics(truth, [seen(20 * index, 0.5) for index in range(3)])
+    # a recall of 3/10 counts for the level 0.3, the fourth of the eleven
+    assert metrics["box_ap50_11point"] == pytest.approx(4 / 11)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +202,10 @@ def test_detections_are_counted_by_the_rules(
     assert voc_metrics(truth, predictions)["box_ap50"] == pytest.approx(expected)
 
 
-def test_a_detection_does_not_turn_to_its_second_best_object() -> None:
+def test_a_detection_is_compared_with_its_best_object_only() -> None:
     truth = truth_of([thing(0), thing(3)])
-    # the second has IoU 9/11 with the found object and 8/12 with the free one; COCO would match it with that
+    # The second detection has IoU 9/11 with the object matched already and 8/12 with the other one.
+    # COCO's rules would match it with the other one.
     assert voc_metrics(truth, [seen(0, 0.9), seen(1, 0.8)])["box_ap50"] == pytest.approx(0.5)
 
 
@@ -216,9 +215,8 @@ def test_difficult_objects_and_crowds_neither_count_nor_hurt(
     ignored: dict[str, int], extra: int, expected: float
 ) -> None:
     truth = truth_of([thing(0), thing(20), thing(40, **ignored)])
-    assert voc_metrics(truth, [seen(0, 0.5)] + [seen(40, 0.9)] * extra)[
-        "box_ap50"
-    ] == pytest.approx(expected)
+    metrics = voc_metrics(truth, [seen(0, 0.5)] + [seen(40, 0.9)] * extra)
+    assert metrics["box_ap50"] == pytest.approx(expected)
 
 
 def test_categories_without_objects_or_with_difficult_ones_only_are_left_out() -> None:
@@ -247,11 +245,11 @@ def test_scoring_leaves_its_arguments_as_they_were() -> None:
 
 
 def truth_of_set(name: str, test_data: Path, coco_sets: dict[str, Path]) -> dict[str, Any]:
-    """The ground truth of a data set, VOC or COCO."""
+    """The ground truth of a VOC or COCO data set."""
     if name == "bccd":
         source = open_source([str(test_data / name)], "train")
         images = (
-            (place, 480, 640, image.annotations or []) for place, image in enumerate(source.items)
+            (index, 480, 640, image.annotations or []) for index, image in enumerate(source.items)
         )
         return ground_truth_of(images, source.categories)
     content: dict[str, Any] = json.loads((coco_sets[name] / SETS[name]).read_text())
@@ -277,13 +275,9 @@ def test_ground_truth_as_predictions_scores_one_in_all_metrics(
 
 def test_shuffled_labels_score_nearly_zero(test_data: Path, coco_sets: dict[str, Path]) -> None:
     truth = truth_of_set("sparse", test_data, coco_sets)
-    labels = (
-        np.random.default_rng(0)
-        .permutation([item["category_id"] for item in truth["annotations"]])
-        .tolist()
-    )
-    rows = zip(truth["annotations"], labels, strict=True)
-    metrics = voc_metrics(
-        truth, [item | {"score": 0.9, "category_id": label} for item, label in rows]
-    )
+    labels = [item["category_id"] for item in truth["annotations"]]
+    shuffled = np.random.default_rng(0).permutation(labels).tolist()
+    rows = zip(truth["annotations"], shuffled, strict=True)
+    predictions = [item | {"score": 0.9, "category_id": label} for item, label in rows]
+    metrics = voc_metrics(truth, predictions)
     assert metrics["box_ap50"] < 0.05 and metrics["box_ap"] < 0.05
