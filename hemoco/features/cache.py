@@ -1,10 +1,11 @@
-"""Features of frozen backbones, cached on the disk of a machine.
+"""Features of frozen backbones, cached on a local disk.
 
-A file's name is the SHA-256 of all that its features follow from: the backbone's tensors, BN statistics included, its
-architecture and normalisation, the identity of the images and their size, the layer, and the arithmetic. So nothing
-stale is ever found, and what is found has the bits that were computed.
+The name of a file is the SHA-256 of everything that its features depend on: the backbone's tensors
+(including BN statistics), architecture and normalisation, the identity and size of the images, the
+layer, the torch version and the device type. A hit is therefore never stale, and has exactly the
+bits that were computed.
 
-Shapes: M images, S x S pixels each, F features.
+Shapes: M images of S x S pixels, F features.
 """
 
 import hashlib
@@ -27,25 +28,28 @@ from hemoco.storage.tensor_files import parse_safetensors
 logger = logging.getLogger(__name__)
 
 FEATURE_CACHE_BYTES = 20 * 10**9
-"""What a cache holds at most by default: ResNet-18 on 160 CIFAR-10s, or ResNet-50 on one ImageNet."""
+"""Default size limit of a cache: ResNet-18 features of 160 CIFAR-10s, or ResNet-50 of ImageNet."""
 _FORMAT = "hemoco-features-1"
 
 
 class FeatureCache:
-    """Files of features in a folder, shared by processes side by side and never larger than a bound.
+    """Feature files in a folder of limited size, which several processes may share.
 
-    What a full or broken disk cannot serve is computed; that is logged and no error.
+    A full or broken disk is logged and not an error: the features are then computed.
 
     Args:
-        folder: of the files; made when needed, closed to other users.
-        max_bytes: of all files together; those not used for longest make room.
+        folder: folder of the files; created on first use, not accessible to other users.
+        max_bytes: limit of all files together; the least recently used are removed.
     """
 
     def __init__(self, folder: Path, max_bytes: int = FEATURE_CACHE_BYTES) -> None:
         self._disk = DiskCache(folder, max_bytes, suffix=".safetensors")
 
     def load(self, key: str) -> Tensor | None:
-        """Features (M, F) on the CPU; None where there are none or their file is damaged, which is then removed."""
+        """Loads features (M, F) to the CPU; None if they are not in the cache.
+
+        A damaged file is removed and counts as missing.
+        """
         path = self._disk.path(key)
         try:
             file = self._disk.find(key)
@@ -69,19 +73,19 @@ class FeatureCache:
             self._warn(error)
         return None
 
-    def keep(self, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-        """Writes a file in one step: readers see all of it or none.
+    def store(self, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        """Writes a file atomically: a concurrent reader sees all of it or nothing.
 
         Args:
-            key: by which `load` finds it, 64 hexadecimal digits.
-            tensors: `features` (M, F), and what else readers of the file need.
-            about: for readers of the file.
+            key: the key for `load`, 64 hexadecimal digits.
+            tensors: `features` (M, F), and more for other readers of the file.
+            about: metadata for other readers of the file.
         """
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(on_cpu, {**about, "key": key, "sha256": _digest(on_cpu)})
         try:
             claim = self._disk.claim(key, len(data))
-            if claim is not None:  # else another process has just written it
+            if claim is not None:  # None: another process has just written the file
                 with claim, claim.finish(data):
                     pass
         except OSError as error:
@@ -94,7 +98,15 @@ class FeatureCache:
 
 
 def split_features(backbone: Backbone, split: LabelledSplit, cache: FeatureCache | None) -> Tensor:
-    """Pooled features (M, F) of a split in float32, on the backbone's device; the backbone stays bit for bit.
+    """Pooled features of a split, from the cache or computed; the backbone is not changed.
+
+    Args:
+        backbone: frozen backbone.
+        split: M images.
+        cache: None computes the features.
+
+    Returns:
+        float32 (M, F) on the backbone's device.
 
     Raises:
         TrainingError: the features are not finite.
@@ -102,11 +114,13 @@ def split_features(backbone: Backbone, split: LabelledSplit, cache: FeatureCache
     if cache is None:
         return _finite_features(backbone, split)
     about = _about(backbone, split)
-    key = _key(about, backbone, split)
+    # The labels are in the file too, so they are part of its key.
+    digest = _digest({**backbone.encoder.state_dict(), "hemoco.labels": split.labels})
+    key = hashlib.sha256(f"{json.dumps(about, sort_keys=True)} {digest}".encode()).hexdigest()
     features = cache.load(key)
     if features is None:
         features = _finite_features(backbone, split)
-        cache.keep(key, {"features": features, "labels": split.labels}, about)
+        cache.store(key, {"features": features, "labels": split.labels}, about)
     return features.to(backbone.pixel_mean.device)
 
 
@@ -114,13 +128,17 @@ def _finite_features(backbone: Backbone, split: LabelledSplit) -> Tensor:
     features = torch.cat([extract_features(backbone, images) for images in split.batches()])
     if not features.isfinite().all():
         raise TrainingError(
-            "the backbone's features are not finite: its training has diverged; take an earlier checkpoint"
+            "the backbone's features are not finite: its training has diverged; take an earlier "
+            "checkpoint"
         )
     return features
 
 
 def _about(backbone: Backbone, split: LabelledSplit) -> dict[str, str]:
-    """All but tensors that the features follow from; rounding differs between devices and versions of torch."""
+    """Everything but tensors that the features depend on.
+
+    The torch version and the device type are included since rounding differs between them.
+    """
     return {
         "format": _FORMAT,
         "layer": "pooled",
@@ -136,18 +154,13 @@ def _about(backbone: Backbone, split: LabelledSplit) -> dict[str, str]:
     }
 
 
-def _key(about: Mapping[str, str], backbone: Backbone, split: LabelledSplit) -> str:
-    tensors = {**backbone.encoder.state_dict(), "hemoco.labels": split.labels}
-    return hashlib.sha256(
-        f"{json.dumps(about, sort_keys=True)} {_digest(tensors)}".encode()
-    ).hexdigest()
-
-
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, kinds, shapes and values, hexadecimal."""
+    """SHA-256 of names, dtypes, shapes and values, hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        # as bytes: NumPy has no bfloat16; flat: a single number has no last dimension to view otherwise
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # Viewed as bytes, since NumPy has no bfloat16; flattened first, since a tensor of no
+        # dimensions cannot be viewed as another dtype.
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

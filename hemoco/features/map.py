@@ -1,4 +1,4 @@
-"""Features of some images in the plane, and which images are nearest to each other.
+"""A map of images by their features, and the nearest neighbours among them.
 
 Shapes: M images, F features, T x T pixels of a thumbnail.
 """
@@ -6,7 +6,7 @@ Shapes: M images, F features, T x T pixels of a thumbnail.
 import io
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,96 +15,95 @@ from PIL import Image
 from hemoco.features.sample import FeatureSample
 
 CLASS_COLOURS = (
-    "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB",
+    "#332288", "#88CCEE", "#44AA99", "#117733", "#999933",
+    "#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB",
 )  # fmt: skip
-"""Of the classes, as long as there are so few: Paul Tol's muted scheme, which colour-blind readers can tell apart."""
+"""Colours of up to ten classes: Paul Tol's muted scheme, which is safe for colour-blind readers."""
 MIN_IMAGES = 20
-"""For a map: fewer have no neighbourhoods."""
+"""Fewest images for a map: fewer have no neighbourhoods to see."""
 _WIDTH, _HEIGHT = 34, 24  # cells of the map
 _CELL = 44  # pixels
 _FRAME = 4  # pixels
 _PERPLEXITY = 20.0
-_ALIKE = 1e-3  # float16 of vectors of length 1 resolves no less
+_SMALLEST_DEVIATION = 1e-3  # the resolution of float16 for vectors of length 1
 
 
 class NearImage(NamedTuple):
-    """One neighbour."""
+    """A neighbour of an image of the sample."""
 
     row: int
     similarity: float
-    """Cosine."""
+    """Cosine similarity."""
 
 
 def draw_map(sample: FeatureSample) -> bytes:
-    """A PNG of the thumbnails where t-SNE (van der Maaten and Hinton 2008) puts them, framed in their class's colour.
+    """Draws the thumbnails at their t-SNE positions (van der Maaten and Hinton 2008), as a PNG.
 
-    Each has a cell of its own: the nearest one that is free.
+    Every thumbnail has a grid cell of its own, the nearest free one, and a frame in the colour of
+    its class.
 
     Args:
-        sample: of at least MIN_IMAGES images.
+        sample: at least MIN_IMAGES images.
     """
     cells = place_in_cells(_positions(sample), _WIDTH, _HEIGHT)
     canvas = Image.new("RGB", (_WIDTH * _CELL, _HEIGHT * _CELL), "white")
     coloured = has_colours(sample)
+    side = _CELL - 2 - 2 * _FRAME
     for row, (column, line) in enumerate(cells):
         label = int(sample.labels[row])
         known = coloured and 0 <= label < len(sample.classes)
-        frame = Image.new(
-            "RGB", (_CELL - 2, _CELL - 2), CLASS_COLOURS[label] if known else "#DDDDDD"
-        )
-        side = _CELL - 2 - 2 * _FRAME
-        frame.paste(
-            thumbnail(sample, row).resize((side, side), Image.Resampling.BICUBIC), (_FRAME, _FRAME)
-        )
+        colour = CLASS_COLOURS[label] if known else "#DDDDDD"
+        frame = Image.new("RGB", (_CELL - 2, _CELL - 2), colour)
+        small = thumbnail(sample, row).resize((side, side), Image.Resampling.BICUBIC)
+        frame.paste(small, (_FRAME, _FRAME))
         canvas.paste(frame, (column * _CELL + 1, line * _CELL + 1))
     return encode_png(canvas.quantize(256, dither=Image.Dither.NONE))
 
 
 def all_alike(sample: FeatureSample) -> bool:
-    """Whether all images have the same features: a collapsed backbone, of which there is no map."""
-    return bool((sample.features.float().std(dim=0, correction=0) < _ALIKE).all())
+    """Returns True if all features are equal: the backbone has collapsed, so there is no map."""
+    deviations = sample.features.float().std(dim=0, correction=0)  # (F,)
+    return bool((deviations < _SMALLEST_DEVIATION).all())
 
 
 def has_colours(sample: FeatureSample) -> bool:
-    """Whether there are so few classes that each has a colour."""
+    """Returns True if the sample has classes, and few enough for each to have a colour."""
     return 0 < len(sample.classes) <= len(CLASS_COLOURS)
 
 
 def nearest(sample: FeatureSample, k: int) -> list[list[NearImage]]:
-    """For each image the k others with the most similar features, the nearest first."""
-    similarities = _similarities(sample)
+    """The k nearest other images of each image, nearest first."""
+    unit = _unit(sample)
+    similarities = unit @ unit.T  # (M, M)
+    np.fill_diagonal(similarities, -np.inf)  # an image is not its own neighbour
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]  # (M, k)
-    return [
-        [NearImage(int(other), float(similarities[row, other])) for other in others]
-        for row, others in enumerate(order)
-    ]
+    neighbours = []
+    for row, others in enumerate(order.tolist()):
+        neighbours.append([NearImage(other, float(similarities[row, other])) for other in others])
+    return neighbours
 
 
 def chosen_rows(sample: FeatureSample, count: int) -> list[int]:
-    """Rows to show, from as many classes as there are, evenly spaced where there are no labels."""
+    """Chooses rows to show, one of each class in turn, or evenly spaced if there is one class."""
     labels: list[int] = sample.labels.tolist()
     by_class: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         by_class.setdefault(label, []).append(row)
     if len(by_class) == 1:
-        return sorted({place * len(labels) // count for place in range(min(count, len(labels)))})
-    rounds = max(len(rows) for rows in by_class.values())
-    in_turn = (
-        rows[turn]
-        for turn in range(rounds)
-        for _, rows in sorted(by_class.items())
-        if turn < len(rows)
-    )
-    return list(itertools.islice(in_turn, count))
+        return sorted({index * len(labels) // count for index in range(min(count, len(labels)))})
+    classes = [rows for _, rows in sorted(by_class.items())]
+    rounds = itertools.zip_longest(*classes)  # first rows of all classes, then second rows, ...
+    in_turn = [row for row in itertools.chain.from_iterable(rounds) if row is not None]
+    return in_turn[:count]
 
 
 def thumbnail(sample: FeatureSample, row: int) -> Image.Image:
-    """One of the images."""
+    """The thumbnail of a row as a Pillow image."""
     return Image.fromarray(sample.thumbnails[row].permute(1, 2, 0).numpy())  # (T, T, 3)
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """The image's file."""
+    """Encodes an image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -113,27 +112,37 @@ def encode_png(image: Image.Image) -> bytes:
 def place_in_cells(
     positions: NDArray[np.float64], width: int, height: int
 ) -> list[tuple[int, int]]:
-    """A cell (column, line) of a grid for each position (M, 2), the nearest that is free; M <= width x height.
+    """Assigns each position the nearest free cell of a grid.
 
-    Those in the middle choose first: what is pushed aside moves outwards, where there is room.
+    Positions near the centre choose first, so the others are displaced outwards, where cells are
+    free.
+
+    Args:
+        positions: (M, 2), with M <= width * height.
+        width: columns of the grid.
+        height: lines of the grid.
+
+    Returns:
+        The cell (column, line) of each position.
     """
     low, high = positions.min(axis=0), positions.max(axis=0)
     scaled = (positions - low) / np.maximum(high - low, 1e-12) * (width - 1, height - 1)  # (M, 2)
-    free = (
-        np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)
-        .reshape(-1, 2)
-        .astype(float)
-    )
+    columns, lines = np.meshgrid(np.arange(width), np.arange(height))
+    free = np.stack([columns.ravel(), lines.ravel()], axis=1).astype(float)  # (cells, 2)
     cells = [(0, 0)] * len(positions)
-    for row in np.argsort(((scaled - np.median(scaled, axis=0)) ** 2).sum(axis=1), kind="stable"):
-        place = int(((free - scaled[row]) ** 2).sum(axis=1).argmin())
-        cells[row] = (int(free[place, 0]), int(free[place, 1]))
-        free[place] = np.inf
+    from_centre = ((scaled - np.median(scaled, axis=0)) ** 2).sum(axis=1)  # (M,)
+    for row in np.argsort(from_centre, kind="stable"):
+        cell = int(((free - scaled[row]) ** 2).sum(axis=1).argmin())
+        cells[row] = (int(free[cell, 0]), int(free[cell, 1]))
+        free[cell] = np.inf  # taken
     return cells
 
 
 def same_label_share(sample: FeatureSample, near: Sequence[Sequence[NearImage]]) -> float | None:
-    """How often the nearest image has the same label; None where there are no labels."""
+    """The fraction of labelled images whose nearest image has the same label.
+
+    None if no image has a label.
+    """
     labels: list[int] = sample.labels.tolist()
     known = [row for row, label in enumerate(labels) if label >= 0]
     if not known:
@@ -142,7 +151,7 @@ def same_label_share(sample: FeatureSample, near: Sequence[Sequence[NearImage]])
 
 
 def _positions(sample: FeatureSample) -> NDArray[np.float64]:
-    """(M, 2)."""
+    """t-SNE positions (M, 2)."""
     from sklearn.manifold import TSNE
 
     perplexity = min(_PERPLEXITY, (len(sample.keys) - 1) / 3)
@@ -150,17 +159,8 @@ def _positions(sample: FeatureSample) -> NDArray[np.float64]:
     return np.asarray(tsne.fit_transform(_unit(sample)), dtype=np.float64)
 
 
-def _similarities(sample: FeatureSample) -> NDArray[Any]:
-    """Cosines (M, M), the diagonal below all others."""
-    unit = _unit(sample)
-    similarities = unit @ unit.T
-    np.fill_diagonal(similarities, -np.inf)
-    return similarities
-
-
 def _unit(sample: FeatureSample) -> NDArray[np.float32]:
+    """The features in float32, normalised again since float16 has rounded their length (M, F)."""
     features = sample.features.float().numpy()
-    return np.asarray(
-        features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12),
-        dtype=np.float32,
-    )
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)  # (M, 1)
+    return np.asarray(features / np.maximum(lengths, 1e-12), dtype=np.float32)

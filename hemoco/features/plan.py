@@ -1,4 +1,4 @@
-"""What features of a data set follow from, where they go, and which of them are there already."""
+"""The plan of an embedding: the inputs, the destination, and the files already written."""
 
 import dataclasses
 import hashlib
@@ -19,16 +19,16 @@ _IMAGENET_SIZE, _SMALL_SIZE = 224, 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """How images become features."""
+    """Settings of an embedding."""
 
     size: int
-    """S, pixels."""
+    """S, side of the centre view in pixels."""
     resize: int
-    """Pixels to which an image's shorter side is scaled before its centre is cut out."""
+    """Length in pixels of an image's shorter side before the centre is cut out."""
     precision: Precision = "float32"
-    """In which the backbone computes; features of the lower ones are stored as float16."""
+    """Precision of the backbone's arithmetic; below float32, features are stored as float16."""
     batch_size: int = 256
-    """Images computed at a time, N."""
+    """N, images per forward pass."""
 
     def __post_init__(self) -> None:
         require_positive(self, "embed", "size", "batch_size")
@@ -40,20 +40,23 @@ class EmbedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
-    """All that the features of a data set follow from, and where they go; it travels to other machines."""
+    """Everything that the features of a data set depend on, and their destination.
+
+    It is pickled and sent to other machines.
+    """
 
     shards_url: str
     data_digest: str
     classes: tuple[str, ...]
     backbone_url: str
     backbone_sha256: str
-    """Of the file, hexadecimal."""
+    """SHA-256 of the backbone's file, hexadecimal."""
     dest: str
     config: EmbedConfig
 
     @property
     def identity(self) -> dict[str, str]:
-        """Features that differ in none of this are equal, but for rounding."""
+        """Features with equal values for all of these are equal up to rounding."""
         return {
             "format": FORMAT,
             "backbone_sha256": self.backbone_sha256,
@@ -66,39 +69,42 @@ class EmbedPlan:
 
 
 def fixed_url(backbone: str) -> str:
-    """A backbone's name for other machines and for later: an absolute URL, or models:/m-... of one in the registry.
+    """A name of the backbone that stays valid later and on other machines.
+
+    It is the absolute URL or, for a backbone in MLflow's registry, models:/m-...
 
     Raises:
         UsageError, TrackingError: the registry has no such backbone, or cannot be used.
-        StorageError: the scheme is none of ours.
+        StorageError: the URL's scheme is not supported.
     """
     return pinned(backbone) if backbone.startswith(SCHEME) else absolute_url(backbone)
 
 
 def usual_size(backbone_url: str) -> int:
-    """Pixels of images for a backbone: those of its pretraining; if unknown, 32 for the small stem, else 224.
+    """The image size for a backbone in pixels, that of its pretraining.
+
+    If it is unknown, as for imported backbones, it is 32 for the small stem and 224 otherwise.
 
     Raises:
-        CheckpointError: the file is no backbone.
-        StorageError, TrackingError: it cannot be read.
+        CheckpointError: the file is not a backbone.
+        StorageError, TrackingError: the file cannot be read.
     """
     metadata = backbone_metadata(backbone_url)
-    return int(
-        metadata.get("size", _SMALL_SIZE if metadata.get("stem") == "small" else _IMAGENET_SIZE)
-    )
+    default = _SMALL_SIZE if metadata.get("stem") == "small" else _IMAGENET_SIZE
+    return int(metadata.get("size", default))
 
 
 def plan_embedding(
     shards: str, index: ShardIndex, backbone_url: str, dest: str, config: EmbedConfig
 ) -> EmbedPlan:
-    """The plan for the features of a data set.
+    """Makes the plan for the features of a data set; reads the backbone for its digest.
 
     Args:
         shards: URL of the shard folder.
-        index: its index.
-        backbone_url: as `fixed_url` gives it.
+        index: index of that folder.
+        backbone_url: as returned by `fixed_url`.
         dest: URL of the folder for the files.
-        config: how images become features.
+        config: settings of the embedding.
 
     Raises:
         StorageError, TrackingError: the backbone cannot be read.
@@ -118,25 +124,26 @@ def backbone_digest(url: str) -> str:
     """SHA-256 of a backbone's file, hexadecimal.
 
     Raises:
-        StorageError, TrackingError: it cannot be read.
+        StorageError, TrackingError: the file cannot be read.
     """
     return hashlib.sha256(read_backbone(url)).hexdigest()
 
 
 def finished_files(plan: EmbedPlan) -> dict[str, FeatureFile]:
-    """The files of this plan that are there, by name.
+    """The files of this plan that have been written already, by name.
 
     Raises:
-        UsageError: a Parquet file there is of other features, or not hemoco's.
+        UsageError: the destination has a Parquet file with other features or not from hemoco.
         StorageError: the storage refuses or does not answer.
     """
     names = list_files(plan.dest)
-    found = dict(zip(names, read_files(plan.dest, names), strict=True))
-    for name, file in found.items():
-        there = {key: file.about[key] for key in plan.identity if key in file.about}
-        if difference := config_difference(there, plan.identity):
+    files = dict(zip(names, read_files(plan.dest, names), strict=True))
+    for name, file in files.items():
+        identity = {key: file.about[key] for key in plan.identity if key in file.about}
+        difference = config_difference(identity, plan.identity)
+        if difference:
             raise UsageError(
-                f"{plan.dest} holds other features ({name}: {'; '.join(difference)}); choose another DEST, or remove "
-                "these"
+                f"{plan.dest} holds other features ({name}: {'; '.join(difference)}); choose "
+                "another DEST, or remove these"
             )
-    return found
+    return files

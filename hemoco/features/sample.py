@@ -1,6 +1,6 @@
-"""Some images of a data set with their features, small enough to be kept with a run: what a feature map is drawn from.
+"""A sample of images with their features, stored with a run to draw a feature map from.
 
-Shapes: M images, S x S pixels each, F features, T x T pixels of a thumbnail.
+Shapes: M images of S x S pixels, F features, T x T pixels of a thumbnail.
 """
 
 import json
@@ -21,83 +21,94 @@ from hemoco.models.resnet import Backbone
 from hemoco.storage.tensor_files import parse_safetensors
 
 FILE_NAME = "feature_sample.safetensors"
-_IMAGES = 400
-_THUMBNAIL = 48  # pixels, at most
+_MAX_IMAGES = 400
+_MAX_THUMBNAIL = 48  # pixels
 _FORMAT = "hemoco-feature-sample-1"
 
 
 class FeatureSample(NamedTuple):
-    """Images, by row."""
+    """M images with their features."""
 
     features: Tensor
-    """float16 (M, F), of length 1: their directions are what is compared; 0 where a backbone gives 0."""
+    """float16 (M, F), normalised to length 1 since only directions are compared; zeros stay 0."""
     thumbnails: Tensor
     """uint8 RGB (M, 3, T, T)."""
     labels: Tensor
-    """int64 (M,), -1 where there is none."""
+    """int64 (M,), -1 for an image without a label."""
     keys: tuple[str, ...]
     classes: tuple[str, ...]
-    """By label; empty where the data set has none."""
+    """Class names by label; empty if the data set has no classes."""
     split: str
 
 
 def sample_features(
     backbone: Backbone, data_url: str, index: ShardIndex, split: str, size: int
 ) -> FeatureSample:
-    """The features of at most 400 images of a split, evenly spaced; those that cannot be decoded are left out.
+    """Computes the features of at most 400 images of a split, evenly spaced.
+
+    Images that cannot be decoded are left out.
 
     Args:
-        backbone: on the device that computes; its mode is left as it was.
-        data_url: of the shard folder.
-        index: of the folder.
-        split: whose images.
-        size: S, of the centre view.
+        backbone: on the device to compute on; its mode is unchanged afterwards.
+        data_url: URL of the shard folder.
+        index: index of that folder.
+        split: name of the split.
+        size: S, side of the centre view.
 
     Raises:
-        ShardError: there is no such split, none of the images can be decoded, or they are not those that were packed.
+        ShardError: there is no such split, no image can be decoded, or the shards are not those
+            that were packed.
         StorageError: the storage refuses or does not answer.
         TrainingError: features are not finite.
     """
-    found = spread_samples(data_url, index.split(split), _IMAGES)
-    views = [_view(sample.image, size) for sample in found]
-    shown = [(sample, view) for sample, view in zip(found, views, strict=True) if view is not None]
-    if not shown:
+    samples = spread_samples(data_url, index.split(split), _MAX_IMAGES)
+    views, labels, keys = [], [], []
+    for sample in samples:
+        # One image at a time: large originals must not be in memory together.
+        try:
+            views.append(center_view(decode_image(sample.image), size, size))
+        except UndecodableImage:
+            continue
+        labels.append(sample.label)
+        keys.append(sample.key)
+    if not views:
         raise ShardError(
-            f"{data_url}: no image of split {split!r} can be decoded, of {len(found)} that were looked at"
+            f"{data_url}: no image of split {split!r} can be decoded, of {len(samples)} that were "
+            "tried"
         )
-    images = torch.stack([view for _, view in shown])  # (M, 3, S, S)
-    features = extract_features(backbone, images.to(next(backbone.parameters()).device))
+    images = torch.stack(views)  # (M, 3, S, S)
+    features = extract_features(backbone, images.to(next(backbone.parameters()).device))  # (M, F)
     if not features.isfinite().all():
         raise TrainingError("the backbone gives features that are not finite")
-    side = min(size, _THUMBNAIL)
+    side = min(size, _MAX_THUMBNAIL)
     return FeatureSample(
         features=functional.normalize(features).to("cpu", torch.float16),
         thumbnails=torch.stack([resize(view, (side, side)) for view in images]),
-        labels=torch.tensor([sample.label for sample, _ in shown]),
-        keys=tuple(sample.key for sample, _ in shown),
+        labels=torch.tensor(labels),
+        keys=tuple(keys),
         classes=index.classes,
         split=split,
     )
 
 
 def encode_sample(sample: FeatureSample) -> bytes:
-    """As a safetensors file."""
+    """Encodes a sample as a safetensors file."""
     tensors = {
-        "features": sample.features,
-        "thumbnails": sample.thumbnails,
-        "labels": sample.labels,
+        "features": sample.features.contiguous(),
+        "thumbnails": sample.thumbnails.contiguous(),
+        "labels": sample.labels.contiguous(),
     }
-    about = {"keys": sample.keys, "classes": sample.classes}
-    metadata = {"format": _FORMAT, "split": sample.split} | {
-        name: json.dumps(value) for name, value in about.items()
+    metadata = {
+        "format": _FORMAT,
+        "split": sample.split,
+        "keys": json.dumps(sample.keys),
+        "classes": json.dumps(sample.classes),
     }
-    return safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
-    )
+    return safetensors.torch.save(tensors, metadata)
 
 
 def decode_sample(data: bytes) -> FeatureSample:
-    """What `encode_sample` gave.
+    """Decodes a sample that `encode_sample` has encoded.
 
     Raises:
         CheckpointError: the file is damaged, or of another version.
@@ -113,11 +124,3 @@ def decode_sample(data: bytes) -> FeatureSample:
         classes=tuple(json.loads(metadata["classes"])),
         split=metadata["split"],
     )
-
-
-def _view(data: bytes, size: int) -> Tensor | None:
-    """The centre of an image, None if it cannot be decoded: large originals are not held side by side."""
-    try:
-        return center_view(decode_image(data), size, size)
-    except UndecodableImage:
-        return None

@@ -1,4 +1,4 @@
-"""Features as Parquet: what is in the files, what a second call does, what is refused, what bad samples do."""
+"""Embedding: the contents of the Parquet files, bad samples, refused inputs and file names."""
 
 import dataclasses
 import hashlib
@@ -48,7 +48,7 @@ CONFIG = EmbedConfig(size=10, resize=10, batch_size=4)
 
 @pytest.fixture
 def backbone(tmp_path: Path) -> str:
-    """A file of random weights."""
+    """The path of a backbone with random weights."""
     return saved(tmp_path / "backbone.safetensors", seed=0)
 
 
@@ -67,28 +67,21 @@ def planned(
 
 
 def embedded(plan: EmbedPlan) -> list[EmbeddedShard]:
-    """Without Ray."""
+    """Embeds all shards of the plan in this process, without Ray."""
     shards = read_index(plan.shards_url).shards
     return list(embed_shards(plan, shards, device=torch.device("cpu"), threads=2))
 
 
-def shards_of(url: str, images: dict[str, np.ndarray], **more: bytes) -> str:
-    """One shard of images (H, W, 3), and of what is none."""
-    encoded = {}
+def shards_of(url: str, images: dict[str, np.ndarray]) -> str:
+    """A folder with one shard of images (H, W, 3)."""
+    samples = []
     for key, pixels in images.items():
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "png")
-        encoded[key] = buffer.getvalue()
-    data = encode_shard(
-        [Sample(key, image, None, suffix="png") for key, image in (encoded | more).items()]
-    )
-    shard = Shard(
-        "train-000000.tar",
-        "train",
-        len(encoded | more),
-        len(data),
-        hashlib.sha256(data).hexdigest(),
-    )
+        samples.append(Sample(key, buffer.getvalue(), None, suffix="png"))
+    data = encode_shard(samples)
+    digest = hashlib.sha256(data).hexdigest()
+    shard = Shard("train-000000.tar", "train", len(samples), len(data), digest)
     write_bytes(f"{url}/{shard.name}", data)
     write_table(url, shard, parse_tar(data, shard.name).table)
     write_index(url, ShardIndex((shard,), (), ()))
@@ -105,13 +98,12 @@ def features(dest: Path | str) -> dict[str, np.ndarray]:
 
 
 def by_hand(backbone: str, crops: np.ndarray) -> np.ndarray:
-    """Features of crops (N, S, S, 3)."""
+    """Features of crops (N, S, S, 3), computed with the backbone itself."""
     inputs = ((crops / 255 - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
     with torch.no_grad():
-        found: np.ndarray = load_backbone(backbone)(
-            torch.from_numpy(inputs.astype(np.float32))
-        ).numpy()
-    return found
+        outputs = load_backbone(backbone)(torch.from_numpy(inputs.astype(np.float32)))
+    expected: np.ndarray = outputs.numpy()
+    return expected
 
 
 def test_features_are_the_backbone_of_the_normalised_centre(tmp_path: Path, backbone: str) -> None:
@@ -119,14 +111,15 @@ def test_features_are_the_backbone_of_the_normalised_centre(tmp_path: Path, back
     shards = shards_of(str(tmp_path / "shards"), {"wide": wide, "high": high})
     embedded(planned(shards, backbone, tmp_path / "out"))
     expected = by_hand(backbone, np.stack([wide[:, 3:13], high[2:12]]))
-    found = features(tmp_path / "out")
-    # batches of another size round differently
-    np.testing.assert_allclose(
-        np.stack([found["wide"], found["high"]]), expected, rtol=1e-4, atol=1e-5
-    )
+    by_key = features(tmp_path / "out")
+    actual = np.stack([by_key["wide"], by_key["high"]])
+    # not equal, since rounding depends on the batch size
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_centre_is_cut_from_the_image_at_the_asked_scale(tmp_path: Path, backbone: str) -> None:
+def test_the_image_is_scaled_to_resize_before_its_centre_is_cut_out(
+    tmp_path: Path, backbone: str
+) -> None:
     image = np.asarray(Image.fromarray(noise(3, 4, 3)).resize((40, 30), Image.Resampling.BICUBIC))
     shards = shards_of(str(tmp_path / "shards"), {"a": image})
     embedded(planned(shards, backbone, tmp_path / "out", dataclasses.replace(CONFIG, resize=12)))
@@ -148,18 +141,15 @@ def test_pandas_alone_reads_keys_splits_labels_and_classes(tmp_path: Path, backb
     assert np.stack(table["feature"]).shape == (7, 512)
 
 
-def test_what_has_no_label_has_null(tmp_path: Path, backbone: str) -> None:
-    embedded(
-        planned(
-            write_shards(str(tmp_path / "shards"), [2], labelled=False), backbone, tmp_path / "out"
-        )
-    )
+def test_images_without_labels_have_null(tmp_path: Path, backbone: str) -> None:
+    shards = write_shards(str(tmp_path / "shards"), [2], labelled=False)
+    embedded(planned(shards, backbone, tmp_path / "out"))
     table = pyarrow.parquet.read_table(tmp_path / "out" / "train-000000.parquet")
     assert table["label"].null_count == table["class_name"].null_count == 2
     assert str(table.schema.field("feature").type) == "fixed_size_list<element: float>[512]"
 
 
-def test_the_schema_says_what_the_features_follow_from(tmp_path: Path, backbone: str) -> None:
+def test_the_schema_records_the_origin_of_the_features(tmp_path: Path, backbone: str) -> None:
     shards = write_shards(str(tmp_path / "shards"), [2])
     embedded(planned(shards, backbone, tmp_path / "out"))
     about = pyarrow.parquet.read_schema(tmp_path / "out" / "train-000000.parquet").metadata
@@ -182,46 +172,41 @@ def test_features_do_not_depend_on_the_batch(
 ) -> None:
     shards = write_shards(str(tmp_path / "shards"), [5, 0, 3])
     config = dataclasses.replace(CONFIG, batch_size=batch_size)
-    assert [
-        one.images for one in embedded(planned(shards, backbone, tmp_path / "out", config))
-    ] == [5, 0, 3]
-    found = features(tmp_path / "out")
+    done = embedded(planned(shards, backbone, tmp_path / "out", config))
+    assert [shard.images for shard in done] == [5, 0, 3]
+    by_key = features(tmp_path / "out")
+    actual = np.stack([by_key[str(number)] for number in range(8)])
     crops = np.stack([np.full((10, 10, 3), number, np.uint8) for number in range(8)])
-    np.testing.assert_allclose(
-        np.stack([found[str(n)] for n in range(8)]), by_hand(backbone, crops), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(actual, by_hand(backbone, crops), rtol=1e-4, atol=1e-5)
 
 
 def test_lower_precision_is_near_and_stored_in_half(tmp_path: Path, backbone: str) -> None:
     shards = write_shards(str(tmp_path / "shards"), [4])
-    for name, config in (
-        ("full", CONFIG),
-        ("half", dataclasses.replace(CONFIG, precision="bfloat16")),
-    ):
-        embedded(planned(shards, backbone, tmp_path / name, config))
+    bfloat16 = dataclasses.replace(CONFIG, precision="bfloat16")
+    embedded(planned(shards, backbone, tmp_path / "full"))
+    embedded(planned(shards, backbone, tmp_path / "half", bfloat16))
     full, half = (np.stack([*features(tmp_path / name).values()]) for name in ("full", "half"))
     assert half.dtype == np.float16
-    # bfloat16 has 8 bits
+    # the tolerance is wide: bfloat16 has 8 significant bits
     np.testing.assert_allclose(half, full, rtol=0.1, atol=0.02 * full.max())
 
 
-def test_what_is_no_image_is_left_out_and_listed(tmp_path: Path, backbone: str) -> None:
+def test_undecodable_samples_are_left_out_and_listed(tmp_path: Path, backbone: str) -> None:
     shards = write_shards(str(tmp_path / "shards"), [3, 3], bad={1})
     plan = planned(shards, backbone, tmp_path / "out")
-    where = f"{plan.shards_url}/train-000000.tar"
-    assert embedded(plan)[0] == (2, (BadSample(where, "1", "not an image"),))
+    bad = BadSample(f"{plan.shards_url}/train-000000.tar", "1", "not an image")
+    assert embedded(plan)[0] == (2, (bad,))
     assert sorted(features(tmp_path / "out")) == ["0", "2", "3", "4", "5"]
-    assert finished_files(plan)["train-000000.parquet"].bad == (
-        BadSample(where, "1", "not an image"),
-    )
+    assert finished_files(plan)["train-000000.parquet"].bad == (bad,)
 
 
-def test_of_a_damaged_shard_the_sound_samples_are_used(tmp_path: Path, backbone: str) -> None:
+def test_undamaged_samples_of_a_damaged_shard_are_used(tmp_path: Path, backbone: str) -> None:
     shards = write_shards(str(tmp_path / "shards"), [3, 3])
     shard = read_index(shards).shards[1]
-    path, place = Path(shards) / shard.name, int(read_table(shards, shard).offsets[0]) + 50
-    data = path.read_bytes()
-    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    path = Path(shards) / shard.name
+    data = bytearray(path.read_bytes())
+    data[int(read_table(shards, shard).offsets[0]) + 50] ^= 1  # in the first image
+    path.write_bytes(data)
     whole, damaged = embedded(planned(shards, backbone, tmp_path / "out"))
     assert (whole.images, damaged.images) == (3, 2)
     assert [(bad.key, bad.reason) for bad in damaged.bad] == [("3", "damaged since packed")]
@@ -258,14 +243,12 @@ def other(plan: EmbedPlan, what: str, folder: Path) -> EmbedPlan:
         return planned(plan.shards_url, saved(folder / "other.safetensors", seed=1), plan.dest)
     if what == "data_digest":
         return planned(write_shards(str(folder / "more"), [2, 3]), plan.backbone_url, plan.dest)
-    changes: dict[str, Any] = {"precision": {"precision": "bfloat16"}, "resize": {"resize": 12}}[
-        what
-    ]
-    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **changes))
+    value: Any = {"precision": "bfloat16", "resize": 12}[what]
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, **{what: value}))
 
 
 @pytest.mark.parametrize("what", ["backbone_sha256", "data_digest", "precision", "resize"])
-def test_other_features_at_the_place_are_refused_with_the_difference(
+def test_other_features_in_the_folder_are_refused_with_the_difference(
     tmp_path: Path, backbone: str, what: str
 ) -> None:
     plan = planned(write_shards(str(tmp_path / "shards"), [2]), backbone, tmp_path / "out")
@@ -290,22 +273,22 @@ def test_a_parquet_file_that_is_not_ours_is_refused(
         pandas.DataFrame({"key": ["a"]}).to_parquet(path)
     else:
         path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"")
-    with pytest.raises(
-        UsageError,
-        match=r"train-000000\.parquet: (is no whole Parquet file|holds no features of hemoco)",
-    ):
+    reason = "is not a complete Parquet file|holds no features of hemoco"
+    with pytest.raises(UsageError, match=rf"train-000000\.parquet: ({reason})"):
         finished_files(plan)
 
 
-def test_files_of_tars_elsewhere_have_names_of_their_own() -> None:
-    names = ["train-000000.tar", "s3://a/x/0.tar", "s3://b/x/0.tar", "x/0.tar", "a b.tar", ".tar"]
-    found = [file_name(name) for name in names]
-    assert found[0] == "train-000000.parquet"
-    assert len(set(found)) == len(names)
-    assert not [name for name in found if "/" in name]
+def test_file_names_of_shards_are_unique_and_without_slashes() -> None:
+    shards = ["train-000000.tar", "s3://a/x/0.tar", "s3://b/x/0.tar", "x/0.tar", "a b.tar", ".tar"]
+    names = [file_name(shard) for shard in shards]
+    assert names[0] == "train-000000.parquet"
+    assert len(set(names)) == len(shards)
+    assert not [name for name in names if "/" in name]
 
 
-def test_the_size_is_that_of_the_pretraining_else_the_stems(tmp_path: Path, backbone: str) -> None:
+def test_the_size_is_that_of_the_pretraining_or_depends_on_the_stem(
+    tmp_path: Path, backbone: str
+) -> None:
     large = random_backbone(EncoderConfig(architecture="resnet10t"), 0, MEAN, STD)
     export_backbone(large, str(tmp_path / "imported"), {})
     export_backbone(large, str(tmp_path / "pretrained"), {"size": "48"})

@@ -1,4 +1,4 @@
-"""Samples of features: which images, what is kept, where they are drawn, which are nearest."""
+"""Feature samples: their images, their file, the map drawn from them, and nearest neighbours."""
 
 import io
 from pathlib import Path
@@ -57,12 +57,12 @@ def test_undecodable_images_are_left_out_and_labels_may_be_missing(
 def test_a_split_without_a_good_image_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     write_shards(str(tmp_path), [2], bad={0, 1})
     with pytest.raises(
-        ShardError, match="no image of split 'train' can be decoded, of 2 that were looked at"
+        ShardError, match="no image of split 'train' can be decoded, of 2 that were tried"
     ):
         sample_features(backbone, str(tmp_path), read_index(str(tmp_path)), "train", 16)
 
 
-def test_a_kept_sample_comes_back_and_a_damaged_one_is_refused() -> None:
+def test_an_encoded_sample_decodes_to_itself_and_a_damaged_one_is_refused() -> None:
     sample = sample_of(6)
     back = decode_sample(encode_sample(sample))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(sample[:3], back[:3], strict=True))
@@ -79,7 +79,7 @@ def test_a_sample_of_another_version_is_refused() -> None:
         decode_sample(data)
 
 
-def test_a_collapsed_backbone_is_seen() -> None:
+def test_a_collapsed_backbone_is_recognised() -> None:
     sample = sample_of(30)
     assert not all_alike(sample)
     assert all_alike(sample._replace(features=torch.zeros(30, 8, dtype=torch.float16)))
@@ -93,13 +93,11 @@ def test_nearest_agrees_with_a_loop_over_pairs() -> None:
         cosines = [
             float(torch.cosine_similarity(features[row], other, dim=0)) for other in features
         ]
-        expected = sorted(
-            (place for place in range(12) if place != row), key=lambda place: -cosines[place]
-        )[:3]
-        assert [other.row for other in near] == expected
-        assert [other.similarity for other in near] == pytest.approx(
-            [cosines[place] for place in expected], abs=1e-5
-        )
+        others = [other for other in range(12) if other != row]
+        others.sort(key=lambda other: -cosines[other])
+        expected = [cosines[other] for other in others[:3]]
+        assert [image.row for image in near] == others[:3]
+        assert [image.similarity for image in near] == pytest.approx(expected, abs=1e-5)
 
 
 def test_shown_images_take_turns_over_the_classes() -> None:
@@ -110,18 +108,19 @@ def test_shown_images_take_turns_over_the_classes() -> None:
     assert chosen_rows(without, 5) == [0, 2, 4, 6, 8]
 
 
-def test_each_image_has_a_cell_of_its_own_and_those_with_room_are_where_they_belong() -> None:
+def test_each_image_has_a_cell_of_its_own_the_nearest_where_it_is_free() -> None:
     corners = np.array([[0.0, 0.0], [0.0, 5.0], [10.0, 0.0], [10.0, 5.0]])
     assert place_in_cells(corners, 4, 3) == [(0, 0), (0, 2), (3, 0), (3, 2)]
     crowd = place_in_cells(np.zeros((12, 2)), 4, 3)
     assert len(set(crowd)) == 12
 
 
-def test_a_map_draws_the_classes_apart() -> None:
+def test_a_map_shows_two_separated_classes_in_different_regions() -> None:
     sample = sample_of(40)
     pixels = np.asarray(Image.open(io.BytesIO(draw_map(sample))).convert("RGB")).astype(int)
     colours = ((0x33, 0x22, 0x88), (0x88, 0xCC, 0xEE))
-    places = [np.argwhere((np.abs(pixels - colour) < 8).all(axis=2)) for colour in colours]
-    assert all(len(found) > 20 * 100 for found in places)
-    middles = [found.mean(axis=0) for found in places]
-    assert np.linalg.norm(middles[0] - middles[1]) > 300
+    first, second = (
+        np.argwhere((np.abs(pixels - colour) < 8).all(axis=2)) for colour in colours
+    )  # (pixels of that colour, 2)
+    assert len(first) > 20 * 100 and len(second) > 20 * 100
+    assert np.linalg.norm(first.mean(axis=0) - second.mean(axis=0)) > 300

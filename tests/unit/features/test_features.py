@@ -20,7 +20,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 class CountingBackbone(Backbone):
-    """Counts the images it has seen."""
+    """A backbone that counts the images it has computed."""
 
     seen = 0
 
@@ -64,9 +64,8 @@ def test_calibration_gives_the_first_norm_the_statistics_of_the_images() -> None
     weights = [parameter.clone() for parameter in backbone.parameters()]
     calibrate_batch_norm(backbone, images)
     norm, convolution = backbone.encoder.bn1, backbone.encoder.conv1
-    outputs = [
-        convolution(backbone.normalise(half)) for half in (images[::2], images[1::2])
-    ]  # 2 batches
+    halves = (images[::2], images[1::2])  # 300 images make two batches
+    outputs = [convolution(backbone.normalise(half)) for half in halves]
     torch.testing.assert_close(norm.running_mean, sum(o.mean((0, 2, 3)) for o in outputs) / 2)
     torch.testing.assert_close(norm.running_var, sum(o.var((0, 2, 3)) for o in outputs) / 2)
     assert (norm.momentum, norm.num_batches_tracked, backbone.training) == (0.1, 2, False)
@@ -87,7 +86,7 @@ def test_cached_features_are_the_live_ones_bit_for_bit_and_not_computed_again(
     assert (tmp_path / "new").stat().st_mode & 0o077 == 0
 
 
-def test_file_says_what_it_holds(tmp_path: Path) -> None:
+def test_the_metadata_of_a_file_describes_its_content(tmp_path: Path) -> None:
     features = split_features(tiny(), noise(), FeatureCache(tmp_path))
     with safe_open(only_file(tmp_path), "pt") as file:
         about = file.metadata()
@@ -104,13 +103,11 @@ def test_other_backbones_images_and_transforms_have_other_features(tmp_path: Pat
     counted.encoder.bn1.num_batches_tracked += 1
     relabelled = noise()._replace(labels=torch.zeros(10, dtype=torch.int64))
     backbones = [tiny(), tiny(seed=1), calibrated, counted, tiny(mean=(0.5, 0.5, 0.4))]
-    for backbone, split in [
-        *((each, noise()) for each in backbones),
-        *((tiny(), each) for each in (noise(size=9), noise(seed=1), relabelled)),
-    ]:
-        assert torch.equal(
-            split_features(backbone, split, cache), extract_features(backbone, images_of(split))
-        )
+    pairs: list[tuple[Backbone, LabelledSplit]] = [(backbone, noise()) for backbone in backbones]
+    pairs += [(tiny(), split) for split in (noise(size=9), noise(seed=1), relabelled)]
+    for backbone, split in pairs:
+        expected = extract_features(backbone, images_of(split))
+        assert torch.equal(split_features(backbone, split, cache), expected)
     assert len(list(tmp_path.glob("*.safetensors"))) == 8
 
 
@@ -125,25 +122,23 @@ def test_damaged_file_is_reported_and_replaced(
     split_features(backbone, noise(seed=1), cache)
     other = next(each for each in tmp_path.glob("*.safetensors") if each != path)
     flipped = data[:-2000] + bytes([data[-2000] ^ 1]) + data[-1999:]
-    path.write_bytes(
-        {"bit": flipped, "cut": data[:-5], "empty": b"", "foreign": other.read_bytes()}[damage]
-    )
+    damaged = {"bit": flipped, "cut": data[:-5], "empty": b"", "foreign": other.read_bytes()}
+    path.write_bytes(damaged[damage])
     assert torch.equal(split_features(backbone, noise(), cache), live)
     assert f"event=damaged_features_file path={path}" in caplog.text
     assert torch.equal(split_features(backbone, noise(), cache), live)
     assert backbone.seen == 30
 
 
-def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_file_is_removed(tmp_path: Path) -> None:
     split_features(tiny(), noise(), FeatureCache(tmp_path))
     size = only_file(tmp_path).stat().st_size
     backbone, cache = tiny(), FeatureCache(tmp_path, max_bytes=2 * size + size // 2)
     split_features(backbone, noise(seed=1), cache)
-    for age, path in enumerate(
-        sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    ):
-        os.utime(path, (1000 + age, 1000 + age))
-    split_features(backbone, noise(), cache)  # found, and so not the next to go
+    files = sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    for index, path in enumerate(files):
+        os.utime(path, (1000 + index, 1000 + index))
+    split_features(backbone, noise(), cache)  # a hit, so this file is no longer the oldest
     split_features(backbone, noise(seed=2), cache)
     assert backbone.seen == 20
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
@@ -151,7 +146,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
     assert backbone.seen == 20
 
 
-def test_features_beyond_the_bound_are_not_kept(
+def test_features_larger_than_the_limit_are_not_cached(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = FeatureCache(tmp_path, max_bytes=1000)
@@ -160,11 +155,11 @@ def test_features_beyond_the_bound_are_not_kept(
     assert "event=features_not_cached" in caplog.text
 
 
-def test_what_a_writer_left_that_died_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / f"{16 * '0123'}.partial"
-    left.write_bytes(b"half")
+def test_the_partial_file_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
+    partial = tmp_path / f"{16 * '0123'}.partial"
+    partial.write_bytes(b"half")
     split_features(tiny(), noise(), FeatureCache(tmp_path))
-    assert not left.exists()
+    assert not partial.exists()
     assert only_file(tmp_path).exists()
 
 
@@ -172,25 +167,23 @@ def test_folder_that_cannot_be_made_is_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert split_features(tiny(), noise(), FeatureCache(tmp_path / "file" / "features")).shape == (
-        10,
-        512,
-    )
+    cache = FeatureCache(tmp_path / "file" / "features")
+    assert split_features(tiny(), noise(), cache).shape == (10, 512)
     assert "event=features_not_cached" in caplog.text
 
 
-def test_several_at_once_write_whole_files(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_complete_files(tmp_path: Path) -> None:
     backbone = tiny()
     live = [split_features(backbone, noise(seed=seed), None) for seed in range(3)]
+
+    def cached(seed: int) -> torch.Tensor:
+        return split_features(backbone, noise(seed=seed), FeatureCache(tmp_path))
+
+    seeds = [index % 3 for index in range(12)]
     with ThreadPoolExecutor(4) as threads:
-        turns = [turn % 3 for turn in range(12)]
-        found = threads.map(
-            lambda seed: split_features(backbone, noise(seed=seed), FeatureCache(tmp_path)), turns
-        )
-        assert all(
-            torch.equal(features, live[seed]) for seed, features in zip(turns, found, strict=True)
-        )
-    assert len(list(tmp_path.iterdir())) == 4  # with the lock
+        for seed, features in zip(seeds, threads.map(cached, seeds), strict=True):
+            assert torch.equal(features, live[seed])
+    assert len(list(tmp_path.iterdir())) == 4  # three files and the lock
 
 
 def test_backbone_that_has_diverged_is_named(tmp_path: Path) -> None:
