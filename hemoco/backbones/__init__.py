@@ -1,1 +1,1 @@
-"""Backbones: the file a pretraining leaves, starting weights, export and import."""
+"""Backbones: their file format, the starting weights of transfers, export and import."""

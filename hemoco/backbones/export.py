@@ -1,8 +1,8 @@
-"""Backbones, and whole methods, in the files of other libraries.
+"""Export of backbones and of whole methods to the file formats of other libraries.
 
-All formats hold the backbone without a classifier. Images must be normalised as in pretraining: the exported file says
-so only in timm's format; for detectron2 set INPUT.FORMAT RGB, PIXEL_MEAN and PIXEL_STD to 255 times ours, and
-RESNETS.STRIDE_IN_1X1 False.
+All formats hold the backbone without a classifier. Images must be normalised as in pretraining;
+only timm's format records how. For detectron2 set INPUT.FORMAT to RGB, PIXEL_MEAN and PIXEL_STD to
+255 times ours, and RESNETS.STRIDE_IN_1X1 to False.
 """
 
 import io
@@ -23,7 +23,7 @@ from hemoco.train.checkpoint import load_method
 
 Format = Literal["torchvision", "timm", "detectron2", "moco"]
 
-# beginnings of our names -> of those in the official files
+# prefixes of our tensor names -> those of the official MoCo files
 _V1_V2 = {
     "query_encoder.encoder.": "encoder_q.",
     "query_encoder.head.": "encoder_q.fc.",
@@ -42,17 +42,19 @@ _V3 = {
 
 
 def export_checkpoint(backbone_url: str, dest: str, fmt: Format) -> None:
-    """Writes a backbone as a file that another library loads.
+    """Writes a backbone as a file that another library can load.
 
-    `torchvision`: a state dict for `torch.load`; set the model's `fc` to `nn.Identity()` and load it strictly.
-    `timm`: safetensors for `create_model(architecture, num_classes=0, checkpoint_path=...)`; metadata: mean and std.
+    `torchvision`: a state dict for `torch.load`; set the model's `fc` to `nn.Identity()` and load
+    it strictly.
+    `timm`: a safetensors file for `create_model(architecture, num_classes=0, checkpoint_path=...)`,
+    with mean and std in its metadata.
     `detectron2`: a pickle of NumPy arrays for MODEL.WEIGHTS.
-    `moco`: for `--pretrained` of the official main_lincls.py and its detection converter.
+    `moco`: a file for `--pretrained` of the official main_lincls.py and its detection converter.
 
     Args:
         backbone_url: URL or path of a backbone.safetensors.
         dest: URL or path of the file to write.
-        fmt: whose names and layout.
+        fmt: format of the file to write.
 
     Raises:
         CheckpointError: the other library has no such architecture or stem.
@@ -64,37 +66,40 @@ def export_checkpoint(backbone_url: str, dest: str, fmt: Format) -> None:
     if fmt == "torchvision":
         data = _torch_bytes(tensors)
     elif fmt == "timm":
-        kept = {name: metadata[name] for name in ("architecture", "mean", "std")}
-        data = safetensors.torch.save(tensors, {"format": "pt", **kept})
+        about = {name: metadata[name] for name in ("architecture", "mean", "std")}
+        data = safetensors.torch.save(tensors, {"format": "pt", **about})
     elif fmt == "detectron2":
         data = pickle.dumps(_detectron2_content(tensors))
     else:
-        named = {f"module.encoder_q.{name}": tensor for name, tensor in tensors.items()}
-        data = _torch_bytes({"epoch": 0, "arch": backbone.config.architecture, "state_dict": named})
+        state_dict = {f"module.encoder_q.{name}": tensor for name, tensor in tensors.items()}
+        data = _torch_bytes(
+            {"epoch": 0, "arch": backbone.config.architecture, "state_dict": state_dict}
+        )
     write_bytes(dest, data)
 
 
 def export_method(checkpoint_url: str, dest: str) -> None:
-    """Writes both encoders, their heads and the queue or the predictor of a checkpoint as the official code does.
+    """Writes a checkpoint's whole method in the format of the official MoCo code.
 
-    The optimiser stays behind: its state is another one than theirs.
+    The file has both encoders with their heads, and the queue (v1, v2) or the predictor (v3). The
+    optimiser is left out, since its state differs from that of the official code.
 
     Args:
         checkpoint_url: URL or path of a checkpoint's folder.
         dest: URL or path of the file to write.
 
     Raises:
-        CheckpointError: the checkpoint does not verify, or the official code has no such architecture, stem or head.
+        CheckpointError: the checkpoint fails its verification, or the official code has no such
+            architecture, stem or head.
     """
     saved = load_method(checkpoint_url)
     config = saved.encoder
     _check_exportable(checkpoint_url, config, "moco")
-    if "queue" in saved.tensors and any(
-        name.endswith("head.1.running_mean") for name in saved.tensors
-    ):
+    has_head_norm = any(name.endswith("head.1.running_mean") for name in saved.tensors)
+    if "queue" in saved.tensors and has_head_norm:
         raise CheckpointError(
-            f"{checkpoint_url}: its head has batch normalisation (moco.head mlp_bn), which no official v1 or v2 has; "
-            "export the backbone alone"
+            f"{checkpoint_url}: its head has batch normalisation (moco.head mlp_bn), which the "
+            "official v1 and v2 do not have; export the backbone alone"
         )
     content = {
         "epoch": saved.epoch,
@@ -105,42 +110,45 @@ def export_method(checkpoint_url: str, dest: str) -> None:
 
 
 def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a whole method under the names, and in the shapes, of the official MoCo v1, v2 or v3 files."""
+    """Converts the tensors of a method to the names and shapes of the official MoCo files.
+
+    A method with a queue becomes v1/v2, any other v3.
+    """
     prefixes = _V1_V2 if "queue" in tensors else _V3
-    named = {}
+    official = {}
     for name, tensor in tensors.items():
-        ours = next(prefix for prefix in prefixes if name.startswith(prefix))
-        named[f"module.{prefixes[ours]}{name.removeprefix(ours)}"] = (
-            tensor.detach().cpu().contiguous()
-        )
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        official_name = f"module.{prefixes[prefix]}{name.removeprefix(prefix)}"
+        official[official_name] = tensor.detach().cpu().contiguous()
     if "queue" in tensors:
-        named["module.queue_ptr"] = named["module.queue_ptr"].view(1)
-    return named
+        # ours is a scalar, theirs has shape (1,)
+        official["module.queue_ptr"] = official["module.queue_ptr"].view(1)
+    return official
 
 
 def _check_exportable(url: str, config: EncoderConfig, fmt: Format) -> None:
     if config.stem != "imagenet":
         raise CheckpointError(
-            f"{url}: its stem is {config.stem!r}, which {fmt} does not have; only backbones with encoder.stem imagenet "
-            "can be exported, this one can be used by hemoco.load_backbone"
+            f"{url}: its stem is {config.stem!r}, which {fmt} does not have; only backbones with "
+            "encoder.stem imagenet can be exported; load this one with hemoco.load_backbone"
         )
     if not config.shortcuts:
         raise CheckpointError(
-            f"{url}: has no shortcuts, and {fmt} no such ResNet; it can be used by hemoco.load_backbone"
+            f"{url}: it has no shortcuts, and {fmt} has no such ResNet; load it with "
+            "hemoco.load_backbone"
         )
     if fmt != "timm" and config.architecture not in PLAIN_ARCHITECTURES:
         raise CheckpointError(
-            f"{url}: {fmt} has no {config.architecture}; it has {', '.join(PLAIN_ARCHITECTURES)}; export this one with "
-            "format timm"
+            f"{url}: {fmt} has no {config.architecture}; it has {', '.join(PLAIN_ARCHITECTURES)}; "
+            "export this one with format timm"
         )
 
 
 def _detectron2_content(tensors: dict[str, Tensor]) -> dict[str, object]:
-    # detectron2 has no counters of batches
-    kept = {
-        name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")
-    }
-    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in kept.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("num_batches_tracked"):  # detectron2's BN does not count batches
+            arrays[detectron2_name(name)] = tensor.numpy()
     return {"model": arrays, "__author__": "hemoco", "matching_heuristics": True}
 
 

@@ -1,4 +1,4 @@
-"""The backbone file: one safetensors file with timm's names whose metadata say how to use it."""
+"""The backbone file: a safetensors file with timm's tensor names and metadata on its use."""
 
 import json
 
@@ -17,14 +17,15 @@ _FORMAT = "hemoco-backbone-1"
 
 
 def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> None:
-    """Writes one safetensors file.
+    """Writes a backbone as one safetensors file.
 
     Args:
-        backbone: its encoder's tensors get timm's names.
-        url: of the file.
-        metadata: `data_digest`, `run_id` and `size` of the images of the pretraining, and where else it comes from.
+        backbone: backbone whose encoder is written, under timm's names.
+        url: URL of the file.
+        metadata: origin of the backbone: for a pretraining `data_digest`, `run_id` and the `size`
+            of its images.
     """
-    # contiguous: training keeps them channels-last, which safetensors cannot say
+    # Contiguous, since training keeps weights in channels-last order, which safetensors refuses.
     tensors = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in backbone.encoder.state_dict().items()
@@ -42,9 +43,10 @@ def export_backbone(backbone: Backbone, url: str, metadata: dict[str, str]) -> N
 
 
 def backbone_metadata(url: str) -> dict[str, str]:
-    """format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id and the pretraining's size.
+    """Reads a backbone's metadata; from storage, only the header of the file is read.
 
-    Those of imports have a source and no size. From storage only the header of the file is read.
+    Keys: format, architecture, stem, shortcuts, zero_init_last, mean, std, data_digest, run_id and
+    the size of the pretraining's images. Imported backbones have a source and no size.
 
     Raises:
         CheckpointError: the file is not a hemoco backbone.
@@ -57,7 +59,11 @@ def backbone_metadata(url: str) -> dict[str, str]:
 
 
 def parse_metadata(url: str, data: bytes) -> dict[str, str]:
-    """The metadata in the bytes of a backbone's file, as `backbone_metadata` reads them from storage.
+    """Parses the metadata from the bytes of a backbone's file; keys as in `backbone_metadata`.
+
+    Args:
+        url: URL of the file, for messages.
+        data: content of the file.
 
     Raises:
         CheckpointError: the file is not a hemoco backbone.
@@ -66,36 +72,40 @@ def parse_metadata(url: str, data: bytes) -> dict[str, str]:
 
 
 def read_backbone(url: str) -> bytes:
-    """The bytes of a backbone's file, wherever `load_backbone` would read it."""
+    """Reads the bytes of a backbone's file from storage or from MLflow's registry."""
     return read_model(url) if url.startswith(SCHEME) else read_bytes(url)
 
 
 def load_backbone(url: str) -> Backbone:
-    """A backbone in evaluation mode on the CPU: normalised (N, 3, H, W) -> features (N, F).
+    """Loads a backbone to the CPU, in evaluation mode.
+
+    It maps normalised images (N, 3, H, W) to features (N, F).
 
     Args:
-        url: URL or path of a backbone.safetensors, or its name in MLflow's registry: models:/NAME@ALIAS,
-            models:/NAME/VERSION, models:/NAME/latest or models:/m-...
+        url: URL or path of a backbone.safetensors, or a name in MLflow's registry:
+            models:/NAME@ALIAS, models:/NAME/VERSION, models:/NAME/latest or models:/m-...
 
     Raises:
-        CheckpointError: the file is not a hemoco backbone, or its tensors are not exactly those of its architecture.
+        CheckpointError: the file is not a hemoco backbone, or its tensors are not exactly those of
+            its architecture.
         StorageError: the file cannot be read.
         TrackingError: MLflow has no such model, or cannot be used.
-        UsageError: a name beginning with models:/ is none of these.
+        UsageError: a name that starts with models:/ has none of these forms.
     """
     metadata, tensors = _parse_backbone(url, read_backbone(url))
     try:
         config = EncoderConfig(
             architecture=metadata["architecture"],
             stem="small" if metadata["stem"] == "small" else "imagenet",
-            shortcuts=json.loads(metadata.get("shortcuts", "true")),  # older files do not say so
+            shortcuts=json.loads(metadata.get("shortcuts", "true")),  # missing in older files
             zero_init_last=json.loads(metadata["zero_init_last"]),
         )
-        mean, std = (_triple(json.loads(metadata[name])) for name in ("mean", "std"))
+        mean, std = _triple(metadata["mean"]), _triple(metadata["std"])
         backbone = random_backbone(config, 0, mean, std)
-        # torch's strict loading lets BN's counters be absent
-        if absent := backbone.encoder.state_dict().keys() - tensors.keys():
-            raise CheckpointError(f"{sorted(absent)} are missing")
+        # Even strict loading in torch accepts a file without BN's counters of batches.
+        missing = backbone.encoder.state_dict().keys() - tensors.keys()
+        if missing:
+            raise CheckpointError(f"{sorted(missing)} are missing")
         backbone.encoder.load_state_dict(tensors)
     except KeyError as error:
         raise CheckpointError(
@@ -114,12 +124,15 @@ def random_backbone(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Backbone:
-    """An untrained backbone in evaluation mode; to use it frozen, calibrate its BN statistics first."""
+    """Builds an untrained backbone in evaluation mode.
+
+    Before it is used frozen, its BN statistics must be calibrated (`calibrate_batch_norm`).
+    """
     return Backbone(build_encoder(config, seed), config, mean, std).eval()
 
 
-def _triple(values: list[float]) -> tuple[float, float, float]:
-    red, green, blue = values
+def _triple(text: str) -> tuple[float, float, float]:
+    red, green, blue = json.loads(text)
     return red, green, blue
 
 

@@ -1,7 +1,8 @@
-"""The backbone that a transfer starts from, by the name of its init."""
+"""The backbone that a transfer starts from, selected by the name of its init."""
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import timm
 from torch import nn
@@ -15,18 +16,18 @@ from hemoco.models.resnet import Backbone, check_timm_architecture
 def init_backbone(
     init: str, backbone_url: str, encoder: EncoderConfig, views: ViewsConfig, seed: int
 ) -> Backbone:
-    """A backbone in evaluation mode on the CPU.
+    """Makes the backbone for an init, in evaluation mode on the CPU.
 
     Args:
         init: `pretrained`, `random`, `supervised`, or `NAME=URL`.
-        backbone_url: of the pretrained one.
-        encoder: of the random and the supervised one.
-        views: of the pretraining, for the normalisation of the random one.
-        seed: of the random one.
+        backbone_url: URL of the backbone for `pretrained`.
+        encoder: architecture of the backbone for `random` and `supervised`.
+        views: views of the pretraining, whose normalisation `random` gets.
+        seed: seed of the weights for `random`.
 
     Raises:
-        CheckpointError: a file is no backbone.
-        ConfigError: timm's weights cannot be had.
+        CheckpointError: a file is not a backbone.
+        ConfigError: timm's weights are not available.
     """
     if init == "random":
         return random_backbone(encoder, seed, views.mean, views.std)
@@ -36,69 +37,70 @@ def init_backbone(
 
 
 def check_architecture(url: str, metadata: Mapping[str, str], encoder: EncoderConfig) -> None:
-    """Refuses to compare backbones of different architectures: a larger network is no better pretraining.
+    """Refuses a backbone whose architecture differs from that of the recipe.
+
+    The random and the supervised baseline have the recipe's architecture. Against another one, a
+    difference would come from the size of the network and not from the pretraining.
 
     Args:
-        url: of a backbone, for messages.
-        metadata: of that backbone.
-        encoder: the recipe's, which the random and the supervised baseline have.
+        url: URL of the backbone, for messages.
+        metadata: metadata of the backbone.
+        encoder: architecture of the recipe.
 
     Raises:
-        ConfigError: it has another architecture.
+        ConfigError: the architectures differ.
     """
-    shortcuts = str(json.loads(metadata.get("shortcuts", "true")))  # older files do not say so
-    found = {
+    given = {
         "architecture": metadata["architecture"],
         "stem": metadata["stem"],
-        "shortcuts": shortcuts,
+        "shortcuts": str(json.loads(metadata.get("shortcuts", "true"))),  # missing in older files
     }
-    for name, value in found.items():
+    for name, value in given.items():
         wanted = str(getattr(encoder, name))
         if value != wanted:
             raise ConfigError(
-                f"{url}: its {name} is {value}, the recipe's pretrain.encoder.{name} is {wanted}: backbones "
-                f"are compared at equal size; set --pretrain.encoder.{name} {value} or give another one"
+                f"{url}: its {name} is {value}, the recipe's pretrain.encoder.{name} is {wanted}: "
+                "backbones are compared at equal size; set "
+                f"--pretrain.encoder.{name} {value} or give another one"
             )
 
 
 def supervised_backbone(config: EncoderConfig) -> Backbone:
-    """The architecture with the supervised weights that timm has for it, in evaluation mode; they are downloaded.
+    """Downloads timm's supervised weights of an architecture; returns them in evaluation mode.
 
-    They are torchvision's of its first recipe (tag tv_in1k) where timm has them, as the papers' baseline; timm's own
-    are trained longer.
+    If timm has them, torchvision's weights of its first training recipe (tag tv_in1k) are used, the
+    baseline of the papers; timm's own weights were trained longer.
 
     Raises:
-        ConfigError: there are none, they do not fit the stem, or they cannot be reached.
+        ConfigError: there are no weights, they do not fit the encoder, or the download failed.
     """
     check_timm_architecture(config.architecture)
     check_supervised(config)
     try:
+        tagged = f"{config.architecture}.tv_in1k"
+        has_tagged = tagged in timm.list_pretrained(f"{config.architecture}.*")
         encoder: nn.Module = timm.create_model(
-            _supervised_name(config.architecture), pretrained=True, num_classes=0
+            tagged if has_tagged else config.architecture, pretrained=True, num_classes=0
         )
     except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"timm's supervised weights of {config.architecture} cannot be had ({' '.join(str(error).split())[:200]}); "
-            "where there is no way to them, `python -m jobs import FILE DEST` a file of them and name it in "
-            "transfers.inits as supervised_file=DEST"
+            f"timm's supervised weights of {config.architecture} are not available ({reason}); if "
+            "this machine cannot download them, get the file elsewhere, run `python -m jobs import "
+            "FILE DEST` and name it in transfers.inits as supervised_file=DEST"
         ) from error
-    described: dict[str, tuple[float, float, float]] = encoder.pretrained_cfg  # type: ignore[assignment]
-    return Backbone(encoder, config, described["mean"], described["std"]).eval()
+    pretrained_cfg: Any = encoder.pretrained_cfg  # timm's, with the normalisation of the weights
+    return Backbone(encoder, config, pretrained_cfg["mean"], pretrained_cfg["std"]).eval()
 
 
 def check_supervised(config: EncoderConfig) -> None:
-    """Refuses what timm's supervised weights cannot fit.
+    """Refuses an encoder for which timm has no supervised weights.
 
     Raises:
-        ConfigError: the small stem, or no shortcuts.
+        ConfigError: the encoder has the small stem, or no shortcuts.
     """
     if config.stem != "imagenet" or not config.shortcuts:
         raise ConfigError(
-            f"timm's supervised weights are of the plain {config.architecture}: not of the small stem, and not without "
-            "shortcuts; leave `supervised` out of transfers.inits"
+            f"timm's supervised weights are of the plain {config.architecture}, not of one with "
+            "the small stem or without shortcuts; leave `supervised` out of transfers.inits"
         )
-
-
-def _supervised_name(architecture: str) -> str:
-    tagged = f"{architecture}.tv_in1k"
-    return tagged if tagged in timm.list_pretrained(f"{architecture}.*") else architecture

@@ -117,7 +117,7 @@ def test_small_stem_is_refused_everywhere(tmp_path: Path, fmt: Any) -> None:
 def test_a_network_without_shortcuts_is_refused(tmp_path: Path) -> None:
     config = EncoderConfig(architecture="resnet18", shortcuts=False)
     export_backbone(random_backbone(config, 0, MEAN, STD), str(tmp_path / "b"), {})
-    with pytest.raises(CheckpointError, match="has no shortcuts, and timm no such ResNet"):
+    with pytest.raises(CheckpointError, match="has no shortcuts, and timm has no such ResNet"):
         export_checkpoint(str(tmp_path / "b"), str(tmp_path / "out"), "timm")
 
 
@@ -152,7 +152,7 @@ def assert_parts(state: dict[str, Tensor], expected: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("head", "tensors"), [("linear", 320), ("mlp", 322)])
 def test_v1_and_v2_have_the_tensors_of_the_official_files(head: Any, tensors: int) -> None:
-    """Those files cannot be had here: their counts, names and shapes stand for them."""
+    """The files themselves are not available here, so counts, names and shapes are compared."""
     state = official_names(built(MoCoConfig(head=head)).state_dict())
     assert_parts(state, {"encoder_q": tensors, "encoder_k": tensors, "queue": 1, "queue_ptr": 1})
     assert state["module.queue"].shape == (128, 65536)
@@ -165,7 +165,7 @@ def test_v1_and_v2_have_the_tensors_of_the_official_files(head: Any, tensors: in
 
 
 def test_v3_has_the_tensors_of_the_official_file() -> None:
-    """That file cannot be had here: its counts, names and shapes stand for it."""
+    """The file itself is not available here, so counts, names and shapes are compared."""
     state = official_names(built(MoCoV3Config()).state_dict())
     assert_parts(state, {"base_encoder": 328, "momentum_encoder": 328, "predictor": 7})
     model = torchvision.models.resnet50()
@@ -217,11 +217,8 @@ def test_a_checkpoint_is_exported_as_an_official_file(tmp_path: Path, version: s
     assert (saved["epoch"], saved["arch"]) == (0, "resnet18")
     expected = official_names(state.model.state_dict())
     assert saved["state_dict"].keys() == expected.keys()
-    assert not [
-        name
-        for name, tensor in expected.items()
-        if not torch.equal(saved["state_dict"][name], tensor)
-    ]
+    for name, tensor in expected.items():
+        assert torch.equal(saved["state_dict"][name], tensor), name
 
 
 def test_a_checkpoint_has_no_other_format_and_no_small_stem(

@@ -1,4 +1,4 @@
-"""Files as other libraries write them, their tensors random, become backbones with the same tensors."""
+"""Import of files in the formats of other libraries, filled with random tensors."""
 
 import hashlib
 import itertools
@@ -36,32 +36,29 @@ IMAGES = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def trained(model: nn.Module) -> State:
-    """The state after BN has seen images."""
+    """The state dict after a forward pass in training mode, which changes the BN statistics."""
     model.train()(IMAGES)
     return model.state_dict()
 
 
 def imported(url: str, **settings: Any) -> tuple[Imported, State]:
-    """What was imported from a file, and the tensors of the backbone that came of it."""
+    """Imports a file; returns the outcome and the tensors of the imported backbone."""
     dest = f"{url}.safetensors"
     done = import_backbone(url, dest, **settings)
     return done, load_backbone(dest).encoder.state_dict()
 
 
-def assert_same(found: State, expected: State) -> None:
-    assert found.keys() == expected.keys()
-    assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+def assert_same(actual: State, expected: State) -> None:
+    assert actual.keys() == expected.keys()
+    assert not [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_its_backbone_tensor_for_tensor(layout, tmp_path):
     write, name = LAYOUTS[layout]
     done, tensors = imported(save(tmp_path, write(QUERY)))
-    assert (done.layout, done.config, done.tensors) == (
-        name,
-        EncoderConfig(architecture="resnet18"),
-        120,
-    )
+    assert (done.layout, done.tensors) == (name, 120)
+    assert done.config == EncoderConfig(architecture="resnet18")
     assert_same(tensors, body(QUERY))
 
 
@@ -74,12 +71,13 @@ def test_export_then_import_gives_the_backbone_again(fmt, tmp_path):
     export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "theirs"), fmt)
     done, tensors = imported(str(tmp_path / "theirs"))
     expected = backbone.encoder.state_dict()
-    if fmt == "detectron2":  # which has no counters
-        expected |= {
-            name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")
-        }
+    if fmt == "detectron2":  # its files have no counters of batches
+        for name in expected:
+            if name.endswith("num_batches_tracked"):
+                expected[name] = torch.tensor(0)
     assert_same(tensors, expected)
-    assert (done.normalisation.mean == (0.5, 0.4, 0.3)) == (fmt == "timm")  # the only one that says
+    # timm's is the only format that records the normalisation
+    assert (done.normalisation.mean == (0.5, 0.4, 0.3)) == (fmt == "timm")
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
@@ -121,7 +119,7 @@ def test_heads_are_named_and_modules_counted(tmp_path):
     assert sorted(done.left_out) == sorted(expected)
 
 
-def test_metadata_say_that_it_was_imported_and_from_what(tmp_path):
+def test_the_metadata_record_the_import_and_its_source(tmp_path):
     url = save(tmp_path, QUERY)
     imported(url)
     metadata = backbone_metadata(f"{url}.safetensors")
@@ -165,7 +163,7 @@ def test_an_unexpected_tensor_is_named(layout, extra, tmp_path):
     )
     inner[extra] = torch.ones(1)
     last = ".".join(extra.split(".")[-2:]) if extra.count(".") > 1 else extra.split(".")[-1]
-    with pytest.raises(CheckpointError, match=rf"is no .*resnet18: (\w+\.)?{last} is unexpected"):
+    with pytest.raises(CheckpointError, match=rf"is not a resnet18: (\w+\.)?{last} is unexpected"):
         imported(save(tmp_path, content), architecture="resnet18")
 
 
@@ -184,28 +182,29 @@ def test_few_of_many_differences_are_named(tmp_path):
     url = save(tmp_path, {"arch": "resnet34", "state_dict": QUERY})
     with pytest.raises(
         CheckpointError,
-        match=r"is no resnet34: layer1\.2\.conv1\.weight is missing; .* and 93 more",
+        match=r"is not a resnet34: layer1\.2\.conv1\.weight is missing; .* and 93 more",
     ):
         imported(url)
 
 
 @pytest.mark.parametrize("architecture", ["resnet34", "resnext50_32x4d"])
-def test_the_architecture_is_told_by_the_tensors_alone(architecture, tmp_path):
+def test_the_architecture_is_inferred_from_the_tensors_alone(architecture, tmp_path):
     done, _ = imported(save(tmp_path, hollow(architecture, 1)))
     assert done.config.architecture == architecture
 
 
 def test_no_two_plain_architectures_have_the_same_tensors():
-    shapes = [
-        {name: t.shape for name, t in hollow(each, 1).items()} for each in PLAIN_ARCHITECTURES
-    ]
+    shapes = []
+    for architecture in PLAIN_ARCHITECTURES:
+        state = hollow(architecture, 1)
+        shapes.append({name: tensor.shape for name, tensor in state.items()})
     assert not [pair for pair in itertools.combinations(shapes, 2) if pair[0] == pair[1]]
 
 
-def test_an_architecture_that_tensors_cannot_tell_is_asked_for(tmp_path):
+def test_an_architecture_that_cannot_be_inferred_must_be_named(tmp_path):
     url = save(tmp_path, timm.create_model("resnet10t").state_dict())
     with pytest.raises(
-        CheckpointError, match=r"nearest is resnet18: .*; name another with --architecture"
+        CheckpointError, match=r"nearest is resnet18: .*; name the architecture with --architecture"
     ):
         imported(url)
     assert imported(url, architecture="resnet10t")[0].config.architecture == "resnet10t"
@@ -219,13 +218,11 @@ def test_a_vision_transformer_is_no_resnet(tmp_path):
         imported(save(tmp_path, {"arch": "vit_small", "state_dict": state}))
 
 
-def test_the_small_stem_is_told_by_the_shape_of_the_first_convolution(tmp_path):
+def test_the_small_stem_is_recognised_by_the_shape_of_the_first_convolution(tmp_path):
     model = torchvision.models.resnet18()
-    model.conv1, model.maxpool, model.fc = (
-        nn.Conv2d(3, 64, 3, 1, 1, bias=False),
-        nn.Identity(),
-        nn.Identity(),
-    )
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    model.fc = nn.Identity()
     url = save(tmp_path, {"state_dict": under("backbone.", trained(model))})
     done, _ = imported(url)
     assert done.config.stem == "small"
@@ -236,9 +233,8 @@ def test_the_small_stem_is_told_by_the_shape_of_the_first_convolution(tmp_path):
 def test_counters_of_batches_may_be_absent_altogether_but_not_in_part(tmp_path):
     counters = [name for name in QUERY if name.endswith("num_batches_tracked")]
     without = {name: tensor for name, tensor in QUERY.items() if name not in counters}
-    assert (
-        imported(save(tmp_path, without))[0].tensors == 120
-    )  # torchvision's files of 2017 and 2018
+    done, _ = imported(save(tmp_path, without))  # like torchvision's files of 2017 and 2018
+    assert done.tensors == 120
     with pytest.raises(CheckpointError, match=rf"{counters[1]} is missing"):
         imported(save(tmp_path, without | {counters[0]: torch.tensor(1)}))
 
@@ -259,7 +255,7 @@ def test_safetensors_of_others_are_read(tmp_path):
     assert done.normalisation.mean == (0.485, 0.456, 0.406)
 
 
-def test_a_mean_in_the_file_that_is_none_is_asked_for(tmp_path):
+def test_an_invalid_mean_in_the_file_must_be_given_instead(tmp_path):
     tensors = {name: t.contiguous() for name, t in QUERY.items()}
     safetensors.torch.save_file(
         tensors, tmp_path / "model.safetensors", {"mean": "[0.5]", "std": "[0.5]"}
@@ -289,7 +285,7 @@ def test_mean_and_std_are_settings_of_images_in_0_to_1(tmp_path):
 @pytest.mark.parametrize(
     "content", [{"optimizer": {"lr": 1}}, {"conv9.weight": torch.ones(1)}, [1]]
 )
-def test_files_without_a_known_state_dict_say_what_they_hold(content, tmp_path):
+def test_the_content_of_a_file_without_a_known_state_dict_is_named(content, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"'optimizer'|conv9.*in no known layout; known are|holds a list"
     ):
@@ -297,16 +293,16 @@ def test_files_without_a_known_state_dict_say_what_they_hold(content, tmp_path):
 
 
 def test_a_pickle_of_detectron2_is_read_and_its_classifier_named(tmp_path):
-    kept = {name: t for name, t in QUERY.items() if not name.endswith("num_batches_tracked")}
-    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in kept.items()}
+    state = {name: t for name, t in QUERY.items() if not name.endswith("num_batches_tracked")}
+    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
     content = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
     (tmp_path / "r18.pkl").write_bytes(pickle.dumps(content))
     done, tensors = imported(str(tmp_path / "r18.pkl"))
     assert (done.layout, done.left_out) == ("detectron2", ["stem.fc.weight", "stem.fc.bias"])
-    assert not [name for name in body(kept) if not torch.equal(tensors[name], kept[name])]
+    assert not [name for name in body(state) if not torch.equal(tensors[name], state[name])]
 
 
-def test_the_command_says_what_it_took_and_what_it_left(tmp_path, capsys):
+def test_the_command_prints_the_imported_and_the_left_out_tensors(tmp_path, capsys):
     url, dest = save(tmp_path, QUERY), str(tmp_path / "b.safetensors")
     assert main(["import", url, dest, "--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -326,19 +322,18 @@ def test_the_command_fails_in_one_line_and_writes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["--mean", ".5", ".5", ".5"], ["--mean", "9", "9", "9", "--std", "1", "1", "1"]]
+    "options", [["--mean", ".5", ".5", ".5"], ["--mean", "9", "9", "9", "--std", "1", "1", "1"]]
 )
-def test_half_or_wrong_normalisation_is_wrong_usage(words, tmp_path, capsys):
+def test_half_or_wrong_normalisation_is_wrong_usage(options, tmp_path, capsys):
     url = save(tmp_path, QUERY)
-    assert main(["import", url, str(tmp_path / "b"), *words]) == 2
+    assert main(["import", url, str(tmp_path / "b"), *options]) == 2
     assert main(["import", url, url]) == 2
     assert "mean" in capsys.readouterr().err
 
 
-def test_help_says_what_can_be_imported(capsys):
+def test_help_lists_the_formats_and_the_options(capsys):
     with pytest.raises(SystemExit):
         main(["import", "--help"])
-    words = capsys.readouterr().out.split()
-    assert {"solo-learn,", "FILE", "DEST", "--architecture", "--encoder", "--mean", "--std"} <= set(
-        words
-    )
+    printed = set(capsys.readouterr().out.split())
+    options = {"--architecture", "--encoder", "--mean", "--std"}
+    assert {"solo-learn,", "FILE", "DEST"} | options <= printed
