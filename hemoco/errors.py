@@ -51,8 +51,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-# Texts of torch's allocators. Most failed allocations of torch and NumPy are RuntimeErrors with
-# one of these texts; few are a MemoryError.
+# Texts of torch's allocators. For most failed allocations torch raises a RuntimeError with one of
+# these texts, and a MemoryError only for few.
 _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 # torch's CPU allocator puts the C++ file and line before its message
 _ENFORCE_PREFIX = re.compile(r"^\[enforce fail at [^]]*\] err == 0\. ")

@@ -118,18 +118,17 @@ def repeated_difference(
     common = sorted(set.intersection(*(set(by_seed) for by_seed in (*ours, *theirs))))
     if not common:
         return RepeatedDifference(math.nan, math.nan, 0, ())
-    our_table = [[by_seed[seed] for seed in common] for by_seed in ours]  # pretrainings x seeds
-    their_table = [[by_seed[seed] for seed in common] for by_seed in theirs]
+    our_table = [_values_at(common, by_seed) for by_seed in ours]  # pretrainings x seeds
+    their_table = [_values_at(common, by_seed) for by_seed in theirs]
 
     our_by_seed = [statistics.fmean(column) for column in zip(*our_table, strict=True)]
     their_by_seed = [statistics.fmean(column) for column in zip(*their_table, strict=True)]
     differences = [our - their for our, their in zip(our_by_seed, their_by_seed, strict=True)]
     over_seeds = _variances_of_mean([differences])
 
-    sides = [our_table] if baseline else [our_table, their_table]
-    over_pretrainings = _variances_of_mean(
-        [[statistics.fmean(row) for row in table] for table in sides]
-    )
+    our_means = [statistics.fmean(row) for row in our_table]
+    their_means = [statistics.fmean(row) for row in their_table]
+    over_pretrainings = _variances_of_mean([our_means] if baseline else [our_means, their_means])
 
     noise: list[Noise] = []
     if over_seeds:
@@ -142,6 +141,10 @@ def repeated_difference(
         seeds=len(common),
         noise=tuple(noise),
     )
+
+
+def _values_at(seeds: Sequence[int], by_seed: Mapping[int, float]) -> list[float]:
+    return [by_seed[seed] for seed in seeds]
 
 
 def _variances_of_mean(groups: Sequence[Sequence[float]]) -> list[_Variance]:
