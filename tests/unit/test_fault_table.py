@@ -1,4 +1,4 @@
-"""Every fault of docs/faults.md is injected by tests that look at what is required then."""
+"""Every fault in docs/faults.md has tests that inject it and check the required outcome."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The walls of the house: who may import what, one door for each outside package, no crowded folder."""
+"""The rules of docs/architecture.md: the order of imports, the doors, and the size of folders."""
 
 import ast
 import subprocess
@@ -28,52 +28,46 @@ DOORS = {
     ),
     "pynvml": ("hemoco/tracking/system_metrics.py",),
 }
-"""Where an outside package may be imported."""
-FULLEST = 12
+"""The files or folders that may import an outside package."""
+MAX_MODULES = 12
 CATALOGUES = ("jobs/verbs", "jobs/recipes")
-"""Folders with one file for each of many equal things, in which nobody gets lost."""
+"""Folders with one file for each of many equal things, which may have more modules."""
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_the_rooms_below_it(room):
     others = ROOMS.keys() - ROOMS[room]
-    assert not [
-        str(found) for found in imports_of(room) if found.module.partition(".")[0] in others
-    ]
+    imports = imports_of(room)
+    assert not [str(line) for line in imports if line.module.partition(".")[0] in others]
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_are_absolute_and_never_of_tests(room):
-    assert not [
-        str(found) for found in imports_of(room) if found.module.partition(".")[0] in ("", "tests")
-    ]
+    imports = imports_of(room)
+    assert not [str(line) for line in imports if line.module.partition(".")[0] in ("", "tests")]
 
 
-def test_every_package_of_hemoco_has_its_place_in_the_order():
-    packages = {
-        f"hemoco.{path.name}"
-        for path in (ROOT / "hemoco").iterdir()
-        if (path / "__init__.py").is_file()
-    }
-    assert packages == set(ORDER[1:])
+def test_every_package_of_hemoco_is_in_the_order():
+    folders = [path.parent for path in (ROOT / "hemoco").glob("*/__init__.py")]
+    assert {f"hemoco.{folder.name}" for folder in folders} == set(ORDER[1:])
 
 
-def test_a_package_of_hemoco_imports_only_what_stands_before_it():
+def test_a_package_of_hemoco_imports_only_what_comes_before_it():
     upward = []
-    for found in imports_of("hemoco"):
-        importer = package_of(found.file.removesuffix(".py").replace("/", "."))
-        if found.file == "hemoco/__init__.py" or not is_inside(found.module, "hemoco"):
-            continue  # the front door reaches into the rooms, when it is asked for something
-        if ORDER.index(package_of(found.module)) > ORDER.index(importer):
-            upward.append(str(found))
+    for line in imports_of("hemoco"):
+        importer = package_of(line.file.removesuffix(".py").replace("/", "."))
+        if line.file == "hemoco/__init__.py" or not is_inside(line.module, "hemoco"):
+            continue  # hemoco/__init__.py imports load_backbone on first use
+        if ORDER.index(package_of(line.module)) > ORDER.index(importer):
+            upward.append(str(line))
     assert not upward
 
 
 @pytest.mark.parametrize("package", DOORS)
 def test_an_outside_package_has_one_door(package):
-    found = [each for room in ROOMS for each in imports_of(room) if is_inside(each.module, package)]
-    assert found, f"nothing imports {package}: has its door moved?"
-    assert not [str(each) for each in found if not each.file.startswith(DOORS[package])]
+    lines = [line for room in ROOMS for line in imports_of(room) if is_inside(line.module, package)]
+    assert lines, f"nothing imports {package}: has its door moved?"
+    assert not [str(line) for line in lines if not line.file.startswith(DOORS[package])]
 
 
 def test_tags_are_spelt_out_in_one_module_only():
@@ -88,23 +82,21 @@ def test_tags_are_spelt_out_in_one_module_only():
             ):
                 continue  # the last two write files with metadata of their own
             for node in ast.walk(ast.parse(path.read_text())):
-                if (
-                    isinstance(node, ast.Constant)
-                    and isinstance(node.value, str)
-                    and "tags.`hemoco." in node.value
-                ):
+                # a filter expression of MLflow
+                if "tags.`hemoco." in text_of(node):
                     wrong.append(f"{file}:{node.lineno}")
+                # a key, a subscript or an argument
                 if isinstance(node, ast.Subscript | ast.Dict | ast.Call):
-                    strings = [
-                        part
-                        for part in ast.iter_child_nodes(node)
-                        if isinstance(part, ast.Constant)
-                    ]
-                    texts = [part.value for part in strings if isinstance(part.value, str)]
-                    wrong += [
-                        f"{file}:{node.lineno}" for text in texts if text.startswith("hemoco.")
-                    ]
+                    children = ast.iter_child_nodes(node)
+                    if any(text_of(child).startswith("hemoco.") for child in children):
+                        wrong.append(f"{file}:{node.lineno}")
     assert not wrong
+
+
+def text_of(node: ast.AST) -> str:
+    """The value of a string literal, else an empty string."""
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return node.value if is_text else ""
 
 
 def test_no_folder_is_crowded():
@@ -113,7 +105,7 @@ def test_no_folder_is_crowded():
         for folder in (ROOT / room, *(path for path in (ROOT / room).rglob("*") if path.is_dir())):
             name = folder.relative_to(ROOT).as_posix()
             files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
-            if len(files) > FULLEST and name not in CATALOGUES:
+            if len(files) > MAX_MODULES and name not in CATALOGUES:
                 crowded[name] = len(files)
     assert not crowded
 

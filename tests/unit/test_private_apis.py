@@ -1,26 +1,33 @@
-"""Private APIs of other packages that the code relies on: each lives in one module, and has one test that names it.
+"""Private APIs of other packages that the code relies on.
 
-A new version of ray, torch or torchvision that changes one fails here, before it fails in a training.
+Each lives in one module and has one test, which fails when a new version of ray, torch or
+torchvision changes it. `test_the_list_is_complete` searches the code for private names, so none is
+used without an entry here. Tests marked (services) are in
+tests/services/test_private_apis_of_ray.py.
 
-| private API                           | module                                | test                         |
-|---------------------------------------|---------------------------------------|------------------------------|
-| torch: `_foreach_*`                   | hemoco/foreach.py                     | test_foreach                 |
-| torch: `_BatchNorm`                   | hemoco/models/batch_norm.py           | test_batch_norm              |
-| torch: `_BatchNorm._check_input_dim`  | hemoco/models/batch_norm.py           | test_check_input_dim         |
-| torch: `aten._upsample_bilinear2d_aa` | hemoco/data/transforms.py             | test_upsample                |
-| torchvision: `_skip_resize`           | hemoco/transfer/detection/detector.py | test_skip_resize             |
-| ray: `init(_temp_dir=)`               | cluster/local/ray.py                  | test_temp_dir (services)     |
-| ray: name of a logger                 | cluster/local/ray.py                  | test_cleaner_logger          |
-| ray: `_do_request`                    | cluster/submit/client.py              | test_do_request              |
-| ray: `_dir_travel`, `_get_excludes`   | cluster/submit/checkout.py            | test_packaging               |
-| ray: `_register_sigint_handler`       | pipeline/workers/group.py             | test_sigint_handler          |
-| ray: `_base_exc`                      | pipeline/workers/group.py             | test_base_exc                |
-| ray: name of an exception's class     | pipeline/workers/group.py             | test_startup_timeout         |
-| ray: `available_resources_per_node`   | pipeline/workers/capacity.py          | test_what_is_free (services) |
-| ray: `state.get_draining_nodes`       | pipeline/workers/capacity.py          | test_draining (services)     |
-
-Those of the services stand in tests/services/test_private_apis_of_ray.py.
-`test_the_list_is_complete` finds the private names in the code, so that none is used without a line here.
+hemoco/foreach.py
+    torch `_foreach_*`: test_foreach
+hemoco/models/batch_norm.py
+    torch `_BatchNorm`: test_batch_norm
+    torch `_BatchNorm._check_input_dim`: test_check_input_dim
+hemoco/data/transforms.py
+    torch `aten._upsample_bilinear2d_aa`: test_upsample
+hemoco/transfer/detection/detector.py
+    torchvision `_skip_resize`: test_skip_resize
+cluster/local/ray.py
+    ray `init(_temp_dir=)`: test_temp_dir (services)
+    ray, the name of a logger: test_cleaner_logger
+cluster/submit/client.py
+    ray `_do_request`: test_do_request
+cluster/submit/checkout.py
+    ray `_dir_travel`, `_get_excludes`: test_packaging
+pipeline/workers/group.py
+    ray `_register_sigint_handler`: test_sigint_handler
+    ray `_base_exc`: test_base_exc
+    ray, the name of an exception class: test_startup_timeout
+pipeline/workers/capacity.py
+    ray `available_resources_per_node`: test_what_is_free (services)
+    ray `state.get_draining_nodes`: test_draining (services)
 """
 
 import ast
@@ -132,13 +139,11 @@ def test_do_request():
     from cluster.submit.client import _Client
 
     assert _Client._do_request is not JobSubmissionClient._do_request
-    client = object.__new__(_Client)
-    client._address, client._cookies, client._headers, client._verify = (
-        "http://127.0.0.1:9",
-        None,
-        {},
-        True,
-    )
+    client = object.__new__(_Client)  # without __init__, which connects
+    client._address = "http://127.0.0.1:9"
+    client._cookies = None
+    client._headers = {}
+    client._verify = True
     with pytest.raises(requests.exceptions.ConnectionError):
         client._do_request("GET", "/api/version")
     assert "_do_request" in JobSubmissionClient.get_version.__code__.co_names
@@ -148,41 +153,36 @@ def test_packaging(tmp_path):
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-    for name in ("kept.py", "ignored.py", "excluded.py"):
+    for name in ("included.py", "ignored.py", "excluded.py"):
         (tmp_path / name).touch()
     (tmp_path / ".gitignore").write_text("ignored.py\n")
-    found: list[str] = []
+    visited: list[str] = []
     excludes = [_get_excludes(tmp_path, ["excluded.py"])]
     _dir_travel(
         tmp_path,
         excludes,
-        lambda path: found.append(path.name),
+        lambda path: visited.append(path.name),
         include_gitignore=True,
         logger=logging.getLogger(),
     )
-    assert {name for name in found if name.endswith(".py")} == {"kept.py"}
+    assert {name for name in visited if name.endswith(".py")} == {"included.py"}
     assert RAY_RUNTIME_ENV_IGNORE_GITIGNORE == "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"
 
 
 def test_sigint_handler():
     from ray.train.torch import TorchTrainer
 
-    assert list(inspect.signature(TorchTrainer._register_sigint_handler).parameters) == [
-        "self",
-        "controller",
-    ]
-    users = [
+    parameters = inspect.signature(TorchTrainer._register_sigint_handler).parameters
+    assert list(parameters) == ["self", "controller"]
+    methods = dict(inspect.getmembers(TorchTrainer, inspect.isfunction))
+    callers = [
         name
-        for name, function in inspect.getmembers(TorchTrainer, inspect.isfunction)
-        if calls_it(function)
+        for name, method in methods.items()
+        if "_register_sigint_handler" in method.__code__.co_names
     ]
-    assert users, (
+    assert callers, (
         "nothing installs it by this method any more: Ctrl-C may end the process with status 0"
     )
-
-
-def calls_it(function: object) -> bool:
-    return "_register_sigint_handler" in getattr(function, "__code__", None).co_names
 
 
 def test_base_exc():
@@ -209,12 +209,17 @@ PUBLIC = ("_asdict", "_make", "_replace")
 
 
 def private_names(file: Path) -> Iterator[str]:
-    """Underscored names of outside packages that a file imports, reads from an object or gives as an option."""
+    """Underscored names of outside packages that a file uses.
+
+    It may import them, read them from an object, or pass them as keyword arguments.
+    """
     tree = ast.parse(file.read_text())
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    own |= {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_of_self(node)
-    }
+    own = set()  # names that the file defines, and attributes of self
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and is_of_self(node):
+            own.add(node.attr)
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in ROOMS:
@@ -235,9 +240,10 @@ def is_of_self(node: ast.Attribute) -> bool:
 
 
 def test_the_list_is_complete():
-    found: dict[str, set[str]] = {}
+    used: dict[str, set[str]] = {}
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
-            if names := set(private_names(path)):
-                found[path.relative_to(ROOT).as_posix()] = names
-    assert found == LISTED
+            names = set(private_names(path))
+            if names:
+                used[path.relative_to(ROOT).as_posix()] = names
+    assert used == LISTED

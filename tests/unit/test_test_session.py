@@ -1,4 +1,4 @@
-"""What every test may rely on: tests/conftest.py."""
+"""The guarantees of tests/conftest.py, on which every test may rely."""
 
 import os
 import signal

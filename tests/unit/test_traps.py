@@ -1,4 +1,4 @@
-"""Every trap of docs/traps.md has tests that catch it."""
+"""Every trap in docs/traps.md has tests that detect it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What `pip install hemoco` would put into somebody's environment."""
+"""The files that `pip install hemoco` installs."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The files of the wheel, built without network."""
+    """The names of the files in the wheel, which is built without network access."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder],

@@ -1,7 +1,8 @@
-"""Files that commit d410296 (version 0.1.0) wrote are read by today's code, and a training begun then resumes.
+"""Today's code reads the files of commit d410296 (version 0.1.0) and resumes its trainings.
 
-tests/data/written_by_0.1.0/README.md describes the files; `expected.json` among them holds what the old code measured.
-Losses and features may differ in the last digits between processors. All that is only read or drawn is exact.
+tests/data/written_by_0.1.0/README.md describes the files; `expected.json` among them has the old
+code's measurements. Losses and features may differ in the last digits between processors;
+everything that is only read or drawn at random is exact.
 """
 
 import dataclasses
@@ -53,8 +54,10 @@ BACKBONE = str(FOLDER / "backbone.safetensors")
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
 CPU = torch.device("cpu")
 CLOSE = 1e-5
-"""Largest relative difference of losses between processors: AVX-512, AVX2 and SSE stay below it. The learning rates are
-low, because at higher ones the last digit grows to a percent within ten steps."""
+"""Largest relative difference of losses between processors; AVX-512, AVX2 and SSE stay below it.
+
+The learning rates are low, since at higher ones a difference in the last digit grows to a percent
+within ten steps."""
 STREAM = StreamConfig(workers=0, lanes=2, shards_per_block=1)
 V2 = PretrainConfig(
     epochs=3,
@@ -108,9 +111,8 @@ def hemoco_test_resnet(pretrained: bool = False, zero_init_last: bool = True, **
     )
 
 
-hemoco_test_resnet.__module__ = (
-    "timm.models.resnet"  # EncoderConfig takes the models of this module
-)
+# EncoderConfig accepts only models that timm defines in this module.
+hemoco_test_resnet.__module__ = "timm.models.resnet"
 timm.models.register_model(hemoco_test_resnet)
 
 
@@ -127,7 +129,7 @@ def fresh_state(training: str) -> State:
 
 
 def resumed_state(training: str) -> State:
-    """The state that the old checkpoint of a training holds."""
+    """The state of a training resumed from its old checkpoint."""
     state = fresh_state(training)
     assert resume_newest(str(FOLDER / training), state) == 1
     return state
@@ -140,7 +142,7 @@ def plan_of(state: State) -> CropPlan:
 
 
 def stream(plan: CropPlan, start: StreamPosition | None) -> Iterator[Batch]:
-    """The batches of this process, the only one, after a position."""
+    """The batches after a position, in one process."""
     source = batches(
         SHARDS,
         read_index(SHARDS),
@@ -157,19 +159,17 @@ def stream(plan: CropPlan, start: StreamPosition | None) -> Iterator[Batch]:
 
 
 def losses_to_the_end(state: State) -> list[float]:
-    """Trains to the last step; the loss of each step."""
+    """Trains to the last step and returns the loss of each step."""
     plan = plan_of(state)
-    source, per_epoch = (
-        stream(plan, state.position),
-        steps_per_epoch(read_index(SHARDS), "train", plan),
-    )
+    source = stream(plan, state.position)
+    per_epoch = steps_per_epoch(read_index(SHARDS), "train", plan)
     if isinstance(state, TrainState):
         return [step.values["loss"] for step in train_steps(state, source, per_epoch)]
     return [step.values["train_loss"] for step in classifier_steps(state, source, per_epoch)]
 
 
 def tensors_digest(state: Any) -> str:
-    """One SHA-256 of all tensors in nested dictionaries and lists, with their names, types and shapes."""
+    """SHA-256 of all tensors in nested dictionaries and lists, with names, dtypes and shapes."""
     digest = hashlib.sha256()
 
     def walk(name: str, value: Any) -> None:
@@ -180,8 +180,8 @@ def tensors_digest(state: Any) -> str:
             for key in sorted(value, key=str):
                 walk(f"{name}/{key}", value[key])
         elif isinstance(value, list | tuple):
-            for place, item in enumerate(value):
-                walk(f"{name}/{place}", item)
+            for index, item in enumerate(value):
+                walk(f"{name}/{index}", item)
 
     walk("", state)
     return digest.hexdigest()
@@ -191,13 +191,13 @@ def test_old_shards_hold_the_samples_that_were_packed() -> None:
     index = read_index(SHARDS)
     assert index.digest == EXPECTED["digest"]
     assert index.classes == ("columns", "rows")
-    found = {
-        shard.name: [
-            [s.key, s.label, hashlib.sha256(s.image).hexdigest()] for s in read_shard(SHARDS, shard)
+    samples: dict[str, list[list[object]]] = {}
+    for shard in index.shards:
+        samples[shard.name] = [
+            [sample.key, sample.label, hashlib.sha256(sample.image).hexdigest()]
+            for sample in read_shard(SHARDS, shard)
         ]
-        for shard in index.shards
-    }
-    assert found == EXPECTED["samples"]
+    assert samples == EXPECTED["samples"]
 
 
 def test_shards_index_and_sample_tables_are_still_written_with_the_same_bytes(
@@ -218,8 +218,8 @@ def test_shards_index_and_sample_tables_are_still_written_with_the_same_bytes(
 @pytest.mark.parametrize("training", TRAININGS)
 def test_the_stream_draws_the_same_batches_from_old_shards(training: str) -> None:
     plan = plan_of(fresh_state(training))
-    found = [batch_fingerprint(batch.keys, CPU) for batch in stream(plan, None)]
-    assert found == EXPECTED[training]["fingerprints"]
+    fingerprints = [batch_fingerprint(batch.keys, CPU) for batch in stream(plan, None)]
+    assert fingerprints == EXPECTED[training]["fingerprints"]
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -259,7 +259,7 @@ def test_a_checkpoint_written_today_has_the_manifest_of_the_old_one(
     assert old is not None
     assert Path(new).name == Path(old).name
     manifests = [json.loads(Path(url, "manifest.json").read_text()) for url in (old, new)]
-    for manifest in manifests:  # those of the bytes depend on torch's version
+    for manifest in manifests:  # the bytes of the file depend on the version of torch
         del manifest["bytes"], manifest["sha256"]
     assert manifests[0] == manifests[1]
 
@@ -288,7 +288,5 @@ def test_comparison_json_is_still_written_with_the_same_names_in_the_same_order(
         name: math.nan if value is None else value for name, value in old["pretraining"].items()
     }
     rows = tuple(Row(**row) for row in old["rows"])
-    assert (
-        contract_json(RunResults(pretraining=Pretraining(**pretraining), rows=rows, failed=()))
-        == text
-    )
+    results = RunResults(pretraining=Pretraining(**pretraining), rows=rows, failed=())
+    assert contract_json(results) == text
