@@ -1,1 +1,1 @@
-"""Complete configs as Python values, one file each."""
+"""Complete configs as Python values, one file for each recipe."""

@@ -1,7 +1,8 @@
-"""ResNet-18 on CIFAR-10 with the augmentation, temperature and schedule of MoCo v1 (He et al. 2020).
+"""ResNet-18 on CIFAR-10 with augmentation, temperature and schedule of MoCo v1 (He et al. 2020).
 
-Nobody publishes this combination: size, batch, queue, momentum and BN groups are the official CIFAR-10 demo's, as in
-cifar10_resnet18_mocov2, whose docstring says how to pack the data.
+There are no published figures for this combination: size, batch, queue, momentum and BN groups are
+those of the official CIFAR-10 demo, as in cifar10_resnet18_mocov2, whose docstring shows how to
+pack the data.
 
     python -m jobs run cifar10_resnet18_mocov1 --data.shards /tmp/cifar10 --pretrain.epochs 2
 """

@@ -1,10 +1,10 @@
 """ResNet-18 on CIFAR-10, the official MoCo demo's recipe (facebookresearch/moco, colab notebook).
 
-Should reach kNN 82.6% after 200 epochs on the lossless images, at 20 s per epoch on a V100. On two CPU cores an epoch
-takes minutes per 10,000 images, so take a small budget there.
+Expected: kNN 82.6% after 200 epochs on the lossless images, at 20 s per epoch on a V100. On two CPU
+cores an epoch takes minutes per 10,000 images, so train for a few epochs only there.
 
-The images are wanted in class folders, `train/<class>/` and `test/<class>/`, or in zips of such. torchvision downloads
-CIFAR-10, and these lines of Python write it so:
+The images must be in class folders, `train/<class>/` and `test/<class>/`, or in zips of these.
+torchvision downloads CIFAR-10, and this Python program writes it so:
 
     from pathlib import Path
     from torchvision.datasets import CIFAR10
@@ -21,7 +21,7 @@ Then
     python -m jobs pack /tmp/images /tmp/cifar10
     python -m jobs run cifar10_resnet18_mocov2 --data.shards /tmp/cifar10 --pretrain.epochs 2
 
-Departs from it in the probe: cached features instead of augmented images.
+Departs from the demo in the linear probe, which sees cached features instead of augmented images.
 """
 
 from hemoco.config import (

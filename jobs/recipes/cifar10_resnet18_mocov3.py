@@ -1,8 +1,9 @@
 """ResNet-18 on CIFAR-10 with MoCo v3 (Chen, Xie, He 2021), scaled down.
 
-The paper has no small images: stem, crops, normalisation and the absence of blur are those of cifar10_resnet18_mocov2,
-whose docstring says how to pack the data; the heads are narrower as in solo-learn's recipe, which reaches 93.1%
-(online linear, 1,000 epochs, its own LARS). This one has not been trained to the end.
+The paper has no small images. Stem, crops, normalisation and the absence of blur are those of
+cifar10_resnet18_mocov2, whose docstring shows how to pack the data. The heads are narrower, as in
+solo-learn's recipe, which reaches 93.1% (online linear, 1,000 epochs, its own LARS). This recipe
+has not been trained to its end.
 
     python -m jobs run cifar10_resnet18_mocov3 --data.shards /tmp/cifar10 --pretrain.epochs 20
 """

@@ -1,11 +1,13 @@
-"""Which learning rate, temperature and crop suit ResNet-18 with MoCo v2 on CIFAR-10: 16 trials of up to 32 epochs.
+"""Search of learning rate, temperature and crop for ResNet-18 with MoCo v2 on CIFAR-10.
 
-All else is as in cifar10_resnet18_mocov2, whose docstring says how to pack the data. A trial is judged at epochs 4, 12
-(and 36 in a longer pretraining) by the kNN accuracy it has then, so that some two thirds stop at epoch 4.
+There are 16 trials of up to 32 epochs; all else is as in cifar10_resnet18_mocov2, whose docstring
+shows how to pack the data. A trial is judged at epochs 4 and 12 (and 36 in a longer pretraining) by
+its kNN accuracy at that epoch. About two thirds of the trials stop at epoch 4.
 
     python -m jobs sweep cifar10_resnet18_sweep --data.shards /tmp/cifar10
 
-Two trials run at the same time where their cores or GPUs are free; --sweep.trials 32 goes on with 16 more.
+Two trials run at the same time if there are cores or GPUs for both. --sweep.trials 32 adds 16 more
+trials to a finished sweep.
 """
 
 import dataclasses

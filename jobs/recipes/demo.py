@@ -1,16 +1,18 @@
-"""timm's smallest ResNet on scikit-learn's 1,797 handwritten digits, painted on coloured ground: the demo's recipe.
+"""timm's smallest ResNet on scikit-learn's 1,797 handwritten digits: the demo's recipe.
 
-With seed 0 the pretrained backbone reached kNN 0.830 where BN-calibrated random features reach 0.264, linear probe
-0.899 (random 0.251), 5-shot 0.701 (0.131) and mask AP 0.122 where random initialisation reaches 0.012. The whole demo
-took 390 CPU seconds with AVX2 instructions: 190 of them are the pretraining, 90 are Mask R-CNN. On two idle cores that
-is an estimated 6 minutes. The data are drawn and packed by the verb itself, so it is run by
+The digits are drawn on coloured backgrounds. With seed 0 the pretrained backbone reached kNN 0.830
+(BN-calibrated random features: 0.264), linear probe 0.899 (random 0.251), 5-shot 0.701 (0.131) and
+mask AP 0.122 (random initialisation 0.012). The whole demo took 390 CPU seconds with AVX2
+instructions, 190 of them for the pretraining and 90 for Mask R-CNN; on two idle cores that is an
+estimated 6 minutes. The verb itself draws and packs the data, so the command is
 
     python -m jobs demo
 
-The network is small because a step must be cheap on a CPU: with ResNet-10-T it takes four times as long, two fifths of
-it in a last stage that sees a single pixel. With 12 epochs instead of 16, kNN reaches only 0.733.
+The network is small because a step must be cheap on a CPU: with ResNet-10-T it takes four times as
+long, two fifths of it in a last stage that sees a single pixel. With 12 epochs instead of 16, kNN
+reaches only 0.733.
 
-Digits are not mirrored: a mirrored digit is another one, or none.
+Digits are not flipped: a flipped digit is another one, or none.
 """
 
 from hemoco.config import (

@@ -1,9 +1,10 @@
-"""ResNet-50 on ImageNet-1k, MoCo v1 for 200 epochs (He et al. 2020, section 4.1).
+r"""ResNet-50 on ImageNet-1k, MoCo v1 for 200 epochs (He et al. 2020, section 4.1).
 
-Should reach 60.6% linear top-1 after 53 hours on 8 V100 (the official code's figures). Shards as for
-imagenet_resnet50_mocov2; then
+Expected: 60.6% linear top-1 after 53 hours on 8 V100 (figures of the official code). The shards are
+those of imagenet_resnet50_mocov2; then
 
-    python -m jobs run imagenet_resnet50_mocov1 --data.shards s3://bucket/imagenet --storage s3://bucket/runs
+    python -m jobs run imagenet_resnet50_mocov1 \
+        --data.shards s3://bucket/imagenet --storage s3://bucket/runs
 """
 
 from hemoco.config import (

@@ -1,9 +1,10 @@
-"""ResNet-50 on ImageNet-1k, MoCo v2 for 200 epochs (Chen et al. 2020, table 1).
+r"""ResNet-50 on ImageNet-1k, MoCo v2 for 200 epochs (Chen et al. 2020, table 1).
 
-Should reach 67.5% linear top-1 after 53 hours on 8 V100 (the official code's figures). Shards with the splits train and
-val, packed by `python -m jobs pack IMAGENET s3://bucket/imagenet`; then
+Expected: 67.5% linear top-1 after 53 hours on 8 V100 (figures of the official code). The shards
+need the splits train and val, packed by `python -m jobs pack IMAGENET s3://bucket/imagenet`; then
 
-    python -m jobs run imagenet_resnet50_mocov2 --data.shards s3://bucket/imagenet --storage s3://bucket/runs
+    python -m jobs run imagenet_resnet50_mocov2 \
+        --data.shards s3://bucket/imagenet --storage s3://bucket/runs
 """
 
 from hemoco.config import (

@@ -1,9 +1,10 @@
-"""ResNet-50 on ImageNet-1k, MoCo v3 for 1000 epochs (Chen, Xie, He 2021): 74.6% linear top-1.
+r"""ResNet-50 on ImageNet-1k, MoCo v3 for 1000 epochs (Chen, Xie, He 2021).
 
-The settings are those of imagenet_resnet50_mocov3_100ep, with the learning rate, weight decay and momentum that the
-paper has for this length.
+Expected: 74.6% linear top-1. The settings are those of imagenet_resnet50_mocov3_100ep with the
+learning rate, weight decay and momentum that the paper gives for this length.
 
-    python -m jobs run imagenet_resnet50_mocov3_1000ep --data.shards s3://bucket/imagenet --storage s3://bucket/runs
+    python -m jobs run imagenet_resnet50_mocov3_1000ep \
+        --data.shards s3://bucket/imagenet --storage s3://bucket/runs
 """
 
 import dataclasses

@@ -1,8 +1,10 @@
-"""ResNet-50 on ImageNet-1k, MoCo v3 for 100 epochs (Chen, Xie, He 2021): 68.9% linear top-1.
+r"""ResNet-50 on ImageNet-1k, MoCo v3 for 100 epochs (Chen, Xie, He 2021).
 
-Made for 16 GPUs of 32 GB; the batch of 4096 decides, so any number of workers that divides it trains the same.
+Expected: 68.9% linear top-1. The recipe is made for 16 GPUs of 32 GB. Only the global batch of 4096
+matters: any number of workers that divides it trains the same.
 
-    python -m jobs run imagenet_resnet50_mocov3_100ep --data.shards s3://bucket/imagenet --storage s3://bucket/runs
+    python -m jobs run imagenet_resnet50_mocov3_100ep \
+        --data.shards s3://bucket/imagenet --storage s3://bucket/runs
 """
 
 from hemoco.config import (

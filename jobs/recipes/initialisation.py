@@ -1,14 +1,16 @@
-"""ResNet-34 from Xavier's initialisation on CIFAR-10, MoCo v2 for 20 epochs, beside Kaiming's (He et al. 2015).
+r"""ResNet-34 from Xavier's initialisation on CIFAR-10, to compare with Kaiming's (He et al. 2015).
 
-Behind each convolution comes a BN, which takes the scale of the weights out again: the two runs should differ little.
-Where there is no BN, Xavier's signals vanish in 30 layers and the network stalls, as section 2.2 of the paper says and
-tests/benchmarks/depth.py initialisation shows in minutes on two CPU cores. All else is as in
-cifar10_resnet18_mocov2, whose docstring says how to pack the data.
+MoCo v2 for 20 epochs. A BN follows each convolution and removes the scale of its weights, so the
+two runs should differ little. Without BN, Xavier's signals vanish in 30 layers and the network
+stalls, as section 2.2 of the paper states and tests/benchmarks/depth.py initialisation shows in
+minutes on two CPU cores. All else is as in cifar10_resnet18_mocov2, whose docstring shows how to
+pack the data.
 
     python -m jobs run initialisation --data.shards /tmp/cifar10 --run xavier
-    python -m jobs run initialisation --data.shards /tmp/cifar10 --run kaiming --pretrain.encoder.init kaiming
+    python -m jobs run initialisation --data.shards /tmp/cifar10 --run kaiming \
+        --pretrain.encoder.init kaiming
 
-`python -m jobs compare xavier` prints the table of one run again; MLflow shows the curves of several over each other.
+`python -m jobs compare xavier kaiming` prints them side by side; MLflow overlays their curves.
 """
 
 import dataclasses

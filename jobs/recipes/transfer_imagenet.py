@@ -1,10 +1,13 @@
-"""ResNet-50 on ImageNet-1k: what MoCo v1, v2 and v3 report of a frozen backbone, and what few labels are worth.
+r"""ResNet-50 on ImageNet-1k: linear protocols of MoCo v1, v2 and v3, kNN, and few labels.
 
-`linear` is the official protocol of v1 and v2: 60.6% (v1), 67.5% (v2, 200 epochs), 71.1% (v2, 800 epochs) after 8 to 12
-hours on 8 V100; `linear_v3` that of v3: 68.9%, 72.8%, 74.6% after 100, 300, 1000 epochs (the official code's figures).
-Shards with the splits train and val; then, from any backbone,
+Expected top-1 of `linear`, the official protocol of v1 and v2: 60.6% (v1), 67.5% (v2, 200 epochs),
+71.1% (v2, 800 epochs), after 8 to 12 hours on 8 V100. Expected top-1 of `linear_v3`, that of v3:
+68.9%, 72.8% and 74.6% after 100, 300 and 1000 epochs. These are the figures of the official code.
 
-    python -m jobs transfer transfer_imagenet --data.shards s3://bucket/imagenet --backbone URL [--only linear knn]
+The shards need the splits train and val; then, from any backbone,
+
+    python -m jobs transfer transfer_imagenet --data.shards s3://bucket/imagenet --backbone URL \
+        [--only linear knn]
 """
 
 from hemoco.config import (
