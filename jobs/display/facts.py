@@ -1,4 +1,4 @@
-"""The records of a run or a sweep that the live display shows: the only module of the display that asks MLflow."""
+"""Records of a run or sweep for the live display; its only module that reads MLflow."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,36 +7,35 @@ from hemoco.tracking.runs import RunFacts, search
 from hemoco.tracking.tags import Tag
 
 MOST_RUNS = 500
-"""Runs that one look at MLflow reads: one page, since the next look comes soon."""
+"""Most runs that one read of MLflow returns: one page, since the next read comes soon."""
 
 
 class Facts(NamedTuple):
-    """The pretraining and the transfers of a run that MLflow has."""
+    """Pretraining and transfers of a run, as far as MLflow has them."""
 
     pretraining: RunFacts | None = None
     transfers: Mapping[str, RunFacts] = {}
-    """By name; only those that were begun."""
+    """The transfers that have begun, by name."""
 
 
 class SweepFacts(NamedTuple):
-    """The trials of a sweep that MLflow has."""
+    """Trials of a sweep, as far as MLflow has them."""
 
     trials: Mapping[int, RunFacts] = {}
-    """By number; only those that were opened."""
+    """The trials that were opened, by number."""
     pretrainings: Mapping[int, RunFacts] = {}
-    """The newest pretraining of each trial that has begun, by the trial's number."""
+    """The newest pretraining of each trial that has begun one, by the trial's number."""
 
 
 def read_facts(uri: str, experiment_id: str, run: str) -> Facts:
-    """Reads a run once, without retries; of repeated phases the newest counts, as in a comparison.
+    """Reads a run once, without retries; the newest of repeated phases counts, as in a comparison.
 
     Raises:
         TrackingError: MLflow does not answer.
     """
     pretraining, transfers = None, {}
-    for phase in _phases(
-        uri, experiment_id, {Tag.RUN: run}, exclude={Tag.PHASE: ("curve", "parent")}
-    ):
+    without = {Tag.PHASE: ("curve", "parent")}
+    for phase in _phases(uri, experiment_id, {Tag.RUN: run}, exclude=without):
         if phase.tags[Tag.PHASE] == "pretrain":
             pretraining = phase
         elif phase.tags[Tag.PHASE] == "transfer":
@@ -54,6 +53,7 @@ def read_sweep(uri: str, experiment_id: str, sweep: str) -> SweepFacts:
     prefix = f"{sweep}/trial_"
     for phase in _phases(uri, experiment_id, {Tag.PHASE: "pretrain"}, prefix={Tag.RUN: prefix}):
         number = phase.tags[Tag.RUN].removeprefix(prefix)
+        # MLflow matches prefixes by LIKE, where `_` stands for any character
         if number.isdigit():
             pretrainings[int(number)] = phase
     opened = _phases(uri, experiment_id, {Tag.PHASE: "trial", Tag.SWEEP: sweep})
@@ -69,8 +69,8 @@ def _phases(
     exclude: Mapping[str, Sequence[str]] | None = None,
     prefix: Mapping[str, str] | None = None,
 ) -> list[RunFacts]:
-    """The newest runs that match, the oldest of them first; the display looks again soon, so nothing is retried."""
-    found = search(
+    """Searches the newest runs that match; returns them with the oldest first."""
+    newest_first = search(
         uri, experiment_id, tags, exclude=exclude, prefix=prefix, limit=MOST_RUNS, patience_s=0.0
     )
-    return found[::-1]
+    return newest_first[::-1]

@@ -1,4 +1,4 @@
-"""The rows of the live display: one for each phase of a run or trial of a sweep, with a bar and the time left."""
+"""Rows of the live display, one for each phase of a run or trial of a sweep."""
 
 from collections.abc import Callable
 
@@ -18,46 +18,51 @@ GAP = "  "
 RUNNING = "running"
 STYLES = {"waiting": "dim", RUNNING: "cyan", "done": "green", "failed": "red", "stopped": "red"}
 WARNING = "yellow"
-_BAR = 16
+_BAR_WIDTH = 16
 _LONGEST = 120
-"""Letters of an error that are shown; the log above the display has it whole."""
+"""Characters of a text that are shown; the log above the display has errors in full."""
 _PACE_S = 3600.0
-"""The time left follows from the progress of so many seconds."""
+"""Seconds of progress from which the time left is estimated."""
 
 
 class Rows(Progress):
-    """A progress bar of rich for each phase: name, bar, count, then time left or state, then newest values.
+    """A progress bar of rich for each row: name, bar, count, time left or state, newest values.
 
     Args:
-        now: the time in seconds.
+        now: returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(_BAR),
+            BarColumn(_BAR_WIDTH),
             MofNCompleteColumn(),
             _StateColumn(),
         )
         super().__init__(*columns, expand=True, get_time=now, speed_estimate_period=_PACE_S)
         self._states: dict[TaskID, str] = {}
 
-    def add(self, name: str, total: int | None) -> TaskID:
-        """Adds a row that waits."""
+    def add_row(self, name: str, total: int | None) -> TaskID:
+        """Adds a row in state `waiting`."""
         return self.add_task(name, total=total, state="waiting", text="")
 
-    def set(self, row: TaskID, completed: float, state: str, *parts: str) -> None:
-        """Sets how far a row is. Only progress between two calls in state `running` counts for the time left."""
+    def set_row(self, row: TaskID, completed: float, state: str, *values: str) -> None:
+        """Sets the progress, state and values of a row.
+
+        The time left is estimated only from progress between two calls in state `running`: what
+        was done before, by this command or an earlier one, has another pace.
+        """
         if state != RUNNING or self._states.get(row) != RUNNING:
-            self.reset(row, completed=completed)  # type: ignore[arg-type]  # rich's own tasks have floats
-            self.advance(row, 0)
+            # rich's own tasks have floats
+            self.reset(row, completed=completed)  # type: ignore[arg-type]
+            self.advance(row, 0)  # the first sample of the estimate
         self._states[row] = state
-        text = GAP.join(part[:_LONGEST] for part in parts if part)
+        text = GAP.join(value[:_LONGEST] for value in values if value)
         self.update(row, completed=completed, state=state, text=text)
 
 
 class _StateColumn(ProgressColumn):
-    """Takes the room that is left, on several lines where it is little."""
+    """The time left or the state, then the values; takes the width that is left, and wraps."""
 
     def __init__(self) -> None:
         super().__init__(Column(ratio=1))
@@ -69,13 +74,13 @@ class _StateColumn(ProgressColumn):
 
 
 def one_line(text: Text) -> Text:
-    """The text, cut where the terminal ends."""
+    """Returns the text, cut at the edge of the terminal."""
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
 
 def clock(seconds: float) -> str:
-    """A time in few letters: 4:31, 2 h 05 min, 3 d 4 h."""
+    """Formats a time: 4:31, 2 h 05 min, 3 d 4 h."""
     whole = int(seconds)
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02}"

@@ -131,7 +131,7 @@ def test_a_trial_that_has_ended_leaves_the_rows(half_done):
 def test_before_mlflow_knows_anything_all_wait():
     assert drawn(SweepView("s", CONFIG, EPOCHS)) == [
         "trials 0/6 waiting 6 waiting",
-        "best none has ended yet",
+        "best no trial has finished yet",
     ]
 
 
