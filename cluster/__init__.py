@@ -1,1 +1,1 @@
-"""The machines: the embedded local stack. Knows command lines, never configs."""
+"""The machines: servers on this one, jobs on a cluster, checks of its nodes. Knows no configs."""

@@ -1,7 +1,8 @@
-"""`python -m cluster.drain`: run on a node that is about to go away, before its processes are ended.
+"""`python -m cluster.drain`: prepares a node for its shutdown, before its processes are ended.
 
-A Kubernetes preStop hook or the watcher of a spot instance's notice calls it: SIGTERM would reach the container's first
-process, and Ray would end the training with it.
+It is called by a preStop hook of Kubernetes, or by what watches for the notice of a spot instance.
+SIGTERM alone would not do: it reaches the first process of the container, which is Ray, and Ray
+would end the training with it.
 """
 
 import argparse
@@ -13,92 +14,91 @@ import sys
 import time
 from pathlib import Path
 
-_TRAINING = (
-    b"ray::RayTrainWorker",
-    b"RayTrainWorker",
-    b"ray::train_alone",
-)  # the titles of their processes
+# how the command lines of training processes begin
+_TRAINING = (b"ray::RayTrainWorker", b"RayTrainWorker", b"ray::train_alone")
 _POLL_S = 0.2
-_SHARE = 1 / 3  # of the time that is left, for telling Ray; the rest is for the checkpoints
-_TELL = "import sys; from cluster.drain import tell_ray; tell_ray(int(sys.argv[1]))"
+_SHARE = 1 / 3  # share of the time for reporting to Ray; the rest is for the checkpoints
+_REPORT = "import sys; from cluster.drain import drain_in_ray; drain_in_ray(int(sys.argv[1]))"
 
 
 def main(argv: list[str]) -> int:
-    """Keeps new work off this node and has its trainings save a checkpoint; returns when they have stopped.
+    """Keeps new work off this node and has its trainings save a checkpoint.
+
+    Returns when the trainings have stopped, or the time is up.
 
     Args:
         argv: `--grace_s N`, the seconds that are left.
 
     Returns:
-        0, or 1 where trainings still run when the time is up.
+        The exit status: 0, or 1 if trainings are still running.
     """
-    parser = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.drain",
+        description="Keeps new work off this node and has its trainings save a checkpoint.",
+    )
     parser.add_argument(
-        "--grace_s", type=float, default=60.0, help="seconds until the node goes away"
+        "--grace_s", type=float, default=60.0, help="seconds until the node goes away (default: 60)"
     )
     grace_s = parser.parse_args(argv).grace_s
     deadline = time.monotonic() + grace_s
-    if problem := _drain(grace_s):  # the checkpoints are still worth saving
+    problem = _drain(grace_s)
+    if problem:  # not fatal: the checkpoints are still worth saving
         sys.stderr.write(
             f"Ray does not drain this node, and may place work here again: {problem}\n"
         )
     for pid in _trainings():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    while left := _trainings():
+    while running := _trainings():
         if time.monotonic() > deadline:
             sys.stderr.write(
-                f"processes {left} still train; what they did since their last checkpoint is lost\n"
+                f"processes {running} are still training; their steps since the last checkpoint "
+                "are lost\n"
             )
             return 1
         time.sleep(_POLL_S)
     return 0
 
 
-def tell_ray(left_s: int) -> None:
-    """Ends as the command that tells Ray that this node goes away: what starts anew is then placed elsewhere.
+def drain_in_ray(left_s: int) -> None:
+    """Replaces this process by Ray's own `drain-node` for this node; never returns.
+
+    Ray then starts new work on other nodes.
 
     Args:
-        left_s: seconds until then.
+        left_s: seconds until the node goes away.
 
     Raises:
-        Exception: whatever Ray raises where none answers.
+        Exception: whatever Ray raises if its head does not answer.
     """
     deadline = time.monotonic() + left_s
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or "auto"
     ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-    gcs, node = ray.get_runtime_context().gcs_address, ray.get_runtime_context().get_node_id()
+    gcs_address = ray.get_runtime_context().gcs_address
+    node_id = ray.get_runtime_context().get_node_id()
     ray.shutdown()
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "drain-node",
-            "--address",
-            gcs,
-            "--node-id",
-            node,
-        ),
-        *(
-            "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message",
-            "python -m cluster.drain",
-        ),
-        *("--deadline-remaining-seconds", str(max(0, int(deadline - time.monotonic())))),
-    ]
-    os.execv(
-        command[0], command
-    )  # no child, which would outlive this process where that is given up
+    remaining_s = max(0, int(deadline - time.monotonic()))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+    command += ["--address", gcs_address, "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "python -m cluster.drain"]
+    command += ["--deadline-remaining-seconds", str(remaining_s)]
+    # exec, not a child: the caller kills this process when it takes too long, and a child would
+    # survive that
+    os.execv(command[0], command)
 
 
 def _drain(grace_s: float) -> str:
-    """What went wrong when Ray was to be told; empty if nothing did. Takes a part of the time at most."""
-    # in a process of its own: Ray's client may wait for minutes, or end its process, where the head has gone
-    command = [sys.executable, "-c", _TELL, str(int(grace_s))]
+    """Reports to Ray that this node goes away; takes a part of the time at most.
+
+    Returns:
+        What went wrong; empty if nothing did.
+    """
+    # In a process of its own: if the head has gone, Ray's client may wait for minutes, or end the
+    # process that it runs in.
+    command = [sys.executable, "-c", _REPORT, str(int(grace_s))]
     limit_s = grace_s * _SHARE
     try:
         done = subprocess.run(
@@ -106,21 +106,27 @@ def _drain(grace_s: float) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"it has not answered within {limit_s:.0f} s"
-    except Exception as error:  # whatever it is, the trainings must be told
+    except Exception as error:  # of any kind: the trainings must be signalled in any case
         return f"{type(error).__name__}: {error}"
-    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return said[-1] if done.returncode else ""
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit status {done.returncode}"
 
 
 def _trainings() -> list[int]:
-    """Training processes of this node: those in our network namespace, which a container shares with no other node."""
-    found = []
+    """Lists the training processes of this node.
+
+    A process belongs to the node if it is in our network namespace, which a container shares with
+    no other node. The process table does not suffice: several nodes of one machine may share it.
+    """
+    pids = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            ours = (file.parent / "ns/net").readlink() == Path("/proc/self/ns/net").readlink()
-            if ours and file.read_bytes().startswith(_TRAINING):
-                found.append(int(file.parent.name))
-    return found
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
+            same_node = (file.parent / "ns/net").readlink() == Path("/proc/self/ns/net").readlink()
+            if same_node and file.read_bytes().startswith(_TRAINING):
+                pids.append(int(file.parent.name))
+    return pids
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The embedded stack of one machine: Ray, alone or with the servers of `cluster.local.servers`.
+"""Ray on this machine, alone or with the servers of `cluster.local.servers`.
 
-Nothing outlives the command that started it: servers run below `cluster.local.processes`, Ray shares the driver's fate.
+Nothing outlives the command that started it: the servers run below `cluster.local.processes`, and
+Ray ends with its driver.
 """
 
 import contextlib
@@ -28,13 +29,17 @@ from hemoco.errors import HemocoError, UsageError, first_line
 from hemoco.storage.objects import home
 
 _CONNECT_S = 5.0
+# Variables that Ray reads when it starts, on this machine and in submitted jobs.
 RAY_DEFAULTS = {
+    # Ray would build a new uv environment for each worker if the command was started by `uv run`
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a worker that changes its folder breaks relative paths
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # ray.train.report() blocks for about one interval
+    # Ray Train would change the workers' folder, which breaks relative paths
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # ray.train.report() blocks for about one interval
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
@@ -48,7 +53,7 @@ class Stack:
     ray_address: str
 
     def exports(self) -> dict[str, str]:
-        """The variables by which another process finds all three."""
+        """Environment variables by which another process finds all three."""
         return {
             **s3_environment(self.s3),
             "MLFLOW_TRACKING_URI": self.mlflow.uri,
@@ -57,10 +62,10 @@ class Stack:
         }
 
     def check(self) -> None:
-        """Does nothing while all run.
+        """Checks that all three are running.
 
         Raises:
-            HemocoError: one has ended; says which.
+            HemocoError: one has ended; the message names it.
         """
         import ray
 
@@ -70,20 +75,19 @@ class Stack:
                     f"the {name} server has ended: {last_line(server.log)}; its log is {server.log}"
                 )
         host, _, port = self.ray_address.rpartition(":")
-        # asked only where the head answers, for Ray itself would wait for it
-        if not (
-            answers(host, int(port), timeout_s=_CONNECT_S)
-            and any(node["Alive"] for node in ray.nodes())
-        ):
+        # the port first: ray.nodes() would wait for a head that has ended
+        head_answers = answers(host, int(port), timeout_s=_CONNECT_S)
+        if not head_answers or not any(node["Alive"] for node in ray.nodes()):
             raise HemocoError(f"Ray has ended; its logs are in {ray_logs()}")
 
 
 @contextlib.contextmanager
 def local_ray(*, cpus: int | None = None) -> Iterator[str]:
-    """Ray for this process: the cluster of `RAY_ADDRESS`, or a new one on this machine that ends with the block.
+    """Connects to the cluster of `RAY_ADDRESS`, or starts a new one that ends with the block.
 
     Args:
-        cpus: logical cores of a new cluster; default: those of the machine, and 2 at least, so that two ranks fit.
+        cpus: logical cores of a new cluster; default: those of the machine, at least 2, so that two
+            ranks fit.
 
     Yields:
         The cluster's address, host:port.
@@ -92,7 +96,7 @@ def local_ray(*, cpus: int | None = None) -> Iterator[str]:
         UsageError: `RAY_ADDRESS` names a dashboard.
         HemocoError: no cluster answers at `RAY_ADDRESS`, or it refuses.
     """
-    import ray  # seconds to import, and several verbs do without
+    import ray  # imported late: it takes seconds, and several verbs do without it
 
     address = os.environ.get("RAY_ADDRESS", "")
     with contextlib.ExitStack() as stack:
@@ -107,7 +111,7 @@ def local_ray(*, cpus: int | None = None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def embedded_stack(folder: Path) -> Iterator[str]:
-    """S3 from `folder` and a new local Ray whose workers know it; `AWS_*` are set until the block ends.
+    """Runs S3 from `folder` and a new local Ray; `AWS_*` are set until the block ends.
 
     Yields:
         The URL of the bucket, s3://hemoco.
@@ -118,11 +122,13 @@ def embedded_stack(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def development_stack(folder: Path, *, s3_port: int, mlflow_port: int) -> Iterator[Stack]:
-    """S3, MLflow and a new local Ray that keep their data in `folder`; a port of 0 takes a free one.
+    """Runs S3, MLflow and a new local Ray, with their data in `folder`.
+
+    A port of 0 takes a free one.
 
     Raises:
         UsageError: a port is busy.
-        HemocoError: one does not start.
+        HemocoError: one of them does not start.
     """
     with (
         s3_server(folder / "s3", port=s3_port) as s3,
@@ -134,12 +140,15 @@ def development_stack(folder: Path, *, s3_port: int, mlflow_port: int) -> Iterat
 
 
 def ray_logs() -> str:
-    """The folder with the logs of the Ray that this process started."""
+    """Returns the folder with the logs of the Ray that this process started."""
     return f"{_ray_folder()}/session_*_{os.getpid()}/logs"
 
 
 def _ray_folder() -> str:
-    """Sockets and logs of local clusters: the user's own, and short, for a socket's path has at most 107 bytes."""
+    """Returns the folder for sockets and logs of local clusters.
+
+    It belongs to the user, and its path is short: that of a socket has at most 107 bytes.
+    """
     return os.environ.get("RAY_TMPDIR") or f"/tmp/hemoco-ray-{os.getuid()}"
 
 
@@ -147,7 +156,7 @@ def _start_ray(cpus: int) -> None:
     import ray
 
     ray.init(
-        address="local",  # None would join any cluster it finds on the machine
+        address="local",  # None would join any cluster that it finds on the machine
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=256 * 1024**2,  # only URLs and numbers travel through it
@@ -160,80 +169,89 @@ def _start_ray(cpus: int) -> None:
 def _connect_ray(address: str) -> None:
     import ray
 
-    place = urlsplit(address if "//" in address else f"//{address}")
-    if place.scheme in ("http", "https"):
+    url = urlsplit(address if "//" in address else f"//{address}")
+    if url.scheme in ("http", "https"):
         raise UsageError(
-            f"RAY_ADDRESS is {address}, the dashboard of a cluster: say `python -m jobs submit` before the verb to run "
-            "it there, give host:port of its GCS, or unset it for a local Ray"
+            f"RAY_ADDRESS is {address}, the dashboard of a cluster: write `python -m jobs submit` "
+            "before the verb to run it there, give host:port of its GCS, or unset it for a local "
+            "Ray"
         )
-    # Ray itself would go on trying for minutes
-    if place.port and not answers(place.hostname or "", place.port, timeout_s=_CONNECT_S):
+    # ray.init would keep trying for minutes
+    if url.port and not answers(url.hostname or "", url.port, timeout_s=_CONNECT_S):
         raise HemocoError(
-            f"RAY_ADDRESS is {address}: nothing answers there; start the cluster, correct the address, or unset it "
-            "for a local Ray"
+            f"RAY_ADDRESS is {address}: nothing answers there; start the cluster, correct the "
+            "address, or unset it for a local Ray"
         )
     try:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env=_runtime_env())
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = first_line(error)
         raise HemocoError(
-            f"RAY_ADDRESS is {address}: {reason}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH, and that both sides "
-            "have the same Python and Ray"
+            f"RAY_ADDRESS is {address}: {reason}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH, and "
+            "that both sides have the same Python and Ray"
         ) from error
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Keeps the watchdog of Ray Train quiet, which looks for its cluster among all processes of the machine, fails
-    where there are two, and complains every second where the cluster has no dashboard."""
+    """Keeps the placement group cleaner of Ray Train quiet in all workers.
 
-    def prepare_worker() -> (
-        None
-    ):  # defined here so that it travels by value: a remote worker may lack this module
+    Without RAY_ADDRESS it looks for its cluster among all processes of the machine, which fails if
+    there are two. If the cluster has no dashboard, it logs a warning every second.
+    """
+
+    # defined in a function, so that it is pickled by value: a remote worker may lack this module
+    def prepare_worker() -> None:
         import logging
         import os
 
         import ray
 
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        logging.getLogger(
-            "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-        ).setLevel("ERROR")
+        cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+        logging.getLogger(cleaner).setLevel("ERROR")
 
     return {"worker_process_setup_hook": prepare_worker}
 
 
 def _prepare_ray() -> None:
-    """Sets what a local cluster needs and the user has not set; it stays, for Ray reads some of it only once.
+    """Sets the variables that a local cluster needs and the user has not set.
 
-    Ray itself turns token authentication on for a cluster that it starts.
+    They stay set, because Ray reads some of them only once in a process. Ray turns on token
+    authentication by itself for a cluster that it starts.
     """
     for name, value in RAY_DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(home())))
-    if sys.platform == "linux":  # a host name that resolves to an unreachable address stops gloo
+    if sys.platform == "linux":
+        # gloo would take the address of the host name, which may be unreachable
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # workers import the checkout's packages whatever the working directory
+    # workers must import the packages of the checkout from any working directory
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if str(CHECKOUT) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *paths])
 
 
 def _token_file(folder: Path) -> Path:
-    """The file with the token of this user's local clusters, made at first; only the user may read it."""
+    """Returns the file with the token of this user's local clusters; creates it if it is missing.
+
+    Only the user may read it.
+    """
     path = folder / "ray_token"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = folder / f"ray_token.{os.getpid()}"
-        made.touch(mode=0o600)
-        made.write_text(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):  # another process was first: its token counts
-            os.link(made, path)
-        made.unlink()
+        own = folder / f"ray_token.{os.getpid()}"
+        own.touch(mode=0o600)
+        own.write_text(secrets.token_hex(32))
+        # link, not rename: if another process was first, its token stays
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+        own.unlink()
     return path
 
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables until the block ends."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

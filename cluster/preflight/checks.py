@@ -1,13 +1,14 @@
-"""Everything of machines and services that can fail later, checked now: storage, MLflow, Ray and each of its nodes.
+"""Checks of everything that could fail later: storage, MLflow, Ray and each of its nodes.
 
-Works on plain facts, URLs and numbers. Every check is a `Finding`; one that fails leaves the others to run.
+The checks take URLs and numbers, never configs. Each returns a `Finding`; one that fails does not
+stop the others.
 """
 
 import os
 import secrets
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cluster.local.ray import local_ray
 from cluster.preflight.node import Finding, checked, disk_check, shm_check, size
@@ -30,14 +31,15 @@ class Group(NamedTuple):
     name: str
     processes: int
     fewest: int
-    """With which it starts where there is no room for all."""
+    """Processes with which it starts if there is no room for all."""
     cpus: int
-    """Of each, on one node; as `gpus`."""
+    """Cores of each process, all on one node."""
     gpus: int
+    """GPUs of each process, on the same node."""
 
 
 def check_shards(url: str, indexes: ShardIndexes) -> Finding:
-    """Whether index and first shard of a folder can be read, the shard as the stream will read it."""
+    """Checks that the index and the first shard of a folder can be read, as the stream reads it."""
 
     def check() -> str:
         index = indexes.at(url)
@@ -45,85 +47,95 @@ def check_shards(url: str, indexes: ShardIndexes) -> Finding:
             raise ShardError(f"{url}: its index names no shards; pack the data again")
         first = shard_url(url, index.shards[0])
         fetch_range(first, 0, min(512, index.shards[0].bytes), FetchCounts(), budget_s=_READ_S)
-        images, total = (
-            sum(s.samples for s in index.shards),
-            size(sum(s.bytes for s in index.shards)),
+        images = sum(shard.samples for shard in index.shards)
+        total = size(sum(shard.bytes for shard in index.shards))
+        return (
+            f"{url}: {len(index.shards)} shards, {images} images, {total}, "
+            f"{', '.join(index.splits)}; index sha {index.digest[:12]}"
         )
-        splits = ", ".join(index.splits)
-        return f"{url}: {len(index.shards)} shards, {images} images, {total}, {splits}; index sha {index.digest[:12]}"
 
     return checked("shards", check)
 
 
 def check_storage(url: str) -> Iterator[Finding]:
-    """Whether the storage can be listed, written, read and cleaned up; each needs a right of its own."""
+    """Checks that the storage can be listed, written, read and cleaned up.
+
+    Object stores have a separate permission for each.
+    """
     probe = join_url(url, f".hemoco_preflight_{secrets.token_hex(4)}")
 
-    def say(action: Any, text: str) -> str:
-        action()
-        return f"{url}: {text}"
+    def list_folder() -> str:
+        list_names(url)
+        return f"{url}: listed"
 
-    def read() -> None:
+    def write() -> str:
+        write_bytes(probe, b"preflight")
+        return f"{url}: written"
+
+    def read() -> str:
         if read_bytes(probe) != b"preflight":
-            raise StorageError(f"{probe}: what was written does not come back")
+            raise StorageError(f"{probe}: other bytes are read than were written")
+        return f"{url}: read"
 
-    yield checked("storage list", lambda: say(lambda: list_names(url), "listed"))
-    written = checked(
-        "storage write", lambda: say(lambda: write_bytes(probe, b"preflight"), "written")
-    )
+    def remove_probe() -> str:
+        remove(probe)
+        return f"{url}: removed"
+
+    yield checked("storage list", list_folder)
+    written = checked("storage write", write)
     yield written
     if written.level == "ok":
-        yield checked("storage read", lambda: say(read, "read"))
-        yield checked("storage remove", lambda: say(lambda: remove(probe), "removed"))
+        yield checked("storage read", read)
+        yield checked("storage remove", remove_probe)
 
 
 def check_tracking(uri: str) -> Finding:
-    """Whether MLflow takes a run and an artifact; the run is deleted again, which leaves it in MLflow's trash."""
+    """Checks that MLflow accepts a run and an artifact.
+
+    The run is deleted again; MLflow keeps it among the deleted runs.
+    """
 
     def check() -> str:
-        run_id = open_run(
-            uri,
-            connect(uri),
-            name="preflight",
-            parent=None,
-            tags={Tag.PHASE: "preflight"},
-            params={},
-        )
+        experiment_id = connect(uri)
+        tags = {Tag.PHASE: "preflight"}
+        run_id = open_run(uri, experiment_id, name="preflight", parent=None, tags=tags, params={})
         try:
             log_artifact_bytes(uri, run_id, "preflight.txt", b"preflight")
         finally:
             ask(uri, lambda client: client.delete_run(run_id))
-        return (
-            f"{shown(uri)}{_server_version(uri)}: a run was made, got an artifact, and was deleted"
-        )
+        version = _server_version(uri)
+        return f"{shown(uri)}{version}: a run was created, got an artifact, and was deleted"
 
     return checked("MLflow", check)
 
 
 def check_machine(groups: Sequence[Group], needs: Needs) -> Iterator[Finding]:
-    """Where RAY_ADDRESS is not set: this machine, on which a command would start its own Ray; none is started now."""
+    """Checks this machine, on which a command starts its own Ray if RAY_ADDRESS is not set.
+
+    No Ray is started now.
+    """
     cores = max(2, len(os.sched_getaffinity(0)))
     yield Finding(
         "ok",
         "Ray",
         f"RAY_ADDRESS is not set: the command will start a Ray on this machine, with {cores} cores",
     )
-    yield from check_room(
-        [{"CPU": float(cores), "GPU": float(_local_gpus() if needs.cuda else 0)}], groups
-    )
+    gpus = _local_gpus() if needs.cuda else 0
+    yield from check_room([{"CPU": float(cores), "GPU": float(gpus)}], groups)
     yield disk_check(needs.cache_bytes)
-    if (shm := shm_check(*needs.shm_bytes)) is not None:
+    shm = shm_check(*needs.shm_bytes)
+    if shm is not None:
         yield shm
 
 
 def check_cluster(address: str, groups: Sequence[Group], needs: Needs) -> Iterator[Finding]:
-    """The cluster at RAY_ADDRESS, and what its nodes find when they are asked."""
+    """Checks the cluster at RAY_ADDRESS, and each of its nodes from inside."""
     if address.startswith(("http://", "https://")):
         yield Finding(
             "FAIL",
             "Ray",
-            f"RAY_ADDRESS is {address}, a dashboard: nodes can only be looked at from inside the cluster; run "
-            "preflight on its head, with RAY_ADDRESS=HOST:PORT",
+            f"RAY_ADDRESS is {address}, a dashboard: nodes can only be checked from inside the "
+            "cluster; run preflight on its head, with RAY_ADDRESS=HOST:PORT",
         )
         return
     try:
@@ -134,10 +146,12 @@ def check_cluster(address: str, groups: Sequence[Group], needs: Needs) -> Iterat
 
 
 def check_room(nodes: Sequence[dict[str, float]], groups: Iterable[Group]) -> Iterator[Finding]:
-    """Whether each group fits nodes with these resources if nothing else runs; no process is spread over two nodes."""
-    largest = {
-        kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")
-    }
+    """Checks that each group fits nodes with these resources if nothing else runs.
+
+    A process never uses two nodes.
+    """
+    largest_cpu = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    largest_gpu = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
     for group in groups:
         asked = f"{group.processes} x {_amount(group.cpus, group.gpus)}"
         room = fitting_processes(nodes, cpus=group.cpus, gpus=group.gpus)
@@ -151,65 +165,61 @@ def check_room(nodes: Sequence[dict[str, float]], groups: Iterable[Group]) -> It
                 f"{asked}: the nodes have room for {room} only; it would run with fewer",
             )
         else:
-            best = _amount(int(largest["CPU"]), int(largest["GPU"]))
+            largest = _amount(int(largest_cpu), int(largest_gpu))
             yield Finding(
                 "FAIL",
                 name,
-                f"{asked}: the nodes have room for {room} (the largest have {best}); ask for less of "
-                f"{group.name}'s workers, cpus or gpus, or start more nodes",
+                f"{asked}: the nodes have room for {room} (the largest have {largest}); lower the "
+                f"workers, cpus or gpus of {group.name}, or start more nodes",
             )
 
 
 def check_token(address: str) -> Finding:
-    """Whether the cluster turns away who has no token, found by asking it without one."""
-    import grpc  # type: ignore[import-untyped]  # with Ray; a second to import
+    """Checks that the cluster refuses a request without a token."""
+    # imported late: it takes a second; it is a dependency of Ray
+    import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=_READ_S)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return Finding("ok", "Ray token", "who has no token is turned away")
+                return Finding("ok", "Ray token", "requests without the token are refused")
             return Finding(
                 "warn",
                 "Ray token",
-                f"whether {address} asks for a token is unknown: {error.code().name}",
+                f"it is not known whether {address} requires a token: {error.code().name}",
             )
     return Finding(
         "warn",
         "Ray token",
-        f"{address} answers without a token: whoever reaches it can run code there; start all nodes with "
-        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        f"{address} answers without a token: whoever reaches it can run code there; start all "
+        "nodes with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
     )
 
 
 def _inside(address: str, groups: Sequence[Group], needs: Needs) -> Iterator[Finding]:
     import ray
 
-    nodes = [
-        Node(
-            node["NodeID"], f"{node['NodeManagerAddress']} {node['NodeID'][:6]}", node["Resources"]
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    total = _amount(
-        *(int(sum(node.resources.get(kind, 0.0) for node in nodes)) for kind in ("CPU", "GPU"))
-    )
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            name = f"{node['NodeManagerAddress']} {node['NodeID'][:6]}"
+            nodes.append(Node(node["NodeID"], name, node["Resources"]))
+    cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.resources.get("GPU", 0.0) for node in nodes)
+    total = _amount(int(cpus), int(gpus))
     free = ray.available_resources()
     idle = _amount(int(free.get("CPU", 0)), int(free.get("GPU", 0)))
-    yield Finding(
-        "ok",
-        "Ray",
-        f"{address}: {len(nodes)} node{'s' if len(nodes) > 1 else ''} alive, {total}; idle now: {idle}",
-    )
+    alive = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} alive"
+    yield Finding("ok", "Ray", f"{address}: {alive}, {total}; idle now: {idle}")
     yield check_token(str(ray.get_runtime_context().gcs_address))
     yield from check_room([node.resources for node in nodes], groups)
     yield from survey(nodes, needs)
 
 
 def _local_gpus() -> int:
-    """GPUs that a Ray started here would find."""
+    """Counts the GPUs that a Ray started here would find."""
     import torch
 
     return torch.cuda.device_count()
@@ -220,11 +230,11 @@ def _amount(cpus: int, gpus: int) -> str:
 
 
 def _server_version(uri: str) -> str:
-    """The version that an MLflow server tells, in words; empty where none is told."""
+    """Returns " (MLflow VERSION)"; empty if the server does not report its version."""
     if not uri.startswith(("http://", "https://")):
         return ""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_READ_S) as answer:
             return f" (MLflow {answer.read(20).decode(errors='replace').strip()})"
-    except OSError:  # it may ask for a password there
+    except OSError:  # servers with passwords may refuse this request
         return ""

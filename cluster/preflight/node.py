@@ -1,7 +1,7 @@
-"""What preflight looks at on one machine: this one, or a node of the cluster from inside.
+"""Checks of one machine: this one, or a node of the cluster from inside.
 
-This module travels to the nodes by value, for a node may lack it: only the standard library stands at its top, and a
-node without hemoco can still say that it is missing.
+Ray pickles this module by value for the nodes, because a node may lack it. So only the standard
+library is imported at its top, and a node without hemoco can still report that it is missing.
 """
 
 import contextlib
@@ -29,59 +29,60 @@ PACKAGES = (
     "pyarrow",
     "numpy",
 )
-"""Whose versions are compared with the driver's."""
-_CLOCK_WARN_S, _CLOCK_FAIL_S = 30.0, 600.0  # S3 refuses what is 900 s off
+"""Packages whose versions are compared with the driver's."""
+_CLOCK_WARN_S, _CLOCK_FAIL_S = 30.0, 600.0  # S3 refuses requests that are 900 s off
 
 
 class Finding(NamedTuple):
-    """What one check found."""
+    """The result of one check."""
 
     level: Literal["ok", "warn", "FAIL"]
     name: str
     text: str
-    """One line; of a failure what is wrong and what to do."""
+    """One line; for a failure, what is wrong and what to do."""
 
 
 class NodeTask(NamedTuple):
-    """What is looked at on a node."""
+    """The checks that a node has to do."""
 
     name: str
-    """Of the object that it writes."""
+    """Name of the object that the node writes."""
     shards: tuple[str, ...]
     """URLs of shard folders."""
     folder: str
-    """URL below the storage, to write to."""
+    """URL of a folder below the storage, to write to."""
     greeting: str
-    """What the driver wrote there; empty if it could not."""
+    """Text that the driver wrote there; empty if it could not write."""
     tracking: str
-    """URI of MLflow; empty: not asked."""
+    """URI of MLflow; empty if MLflow is not to be checked."""
     cache_bytes: int
+    """Size of the shard cache."""
     shm_bytes: tuple[int, int]
     """Shared memory of one training process, and of all."""
     needs_cuda: bool
     modules: tuple[str, ...]
-    """What must be importable there."""
+    """Modules that must be importable."""
 
 
-def look_at_node(task: NodeTask) -> dict[str, Any]:
-    """What a node says of itself, in plain values that any Python can read; runs there.
+def check_node(task: NodeTask) -> dict[str, Any]:
+    """Checks the node on which it runs.
 
     Returns:
-        `host`, `versions` (package -> version), `findings` (level, name, text) and `time` by its clock.
+        Plain values, which the driver can unpickle whatever the node has installed: `host`,
+        `versions` (package -> version), `findings` (level, name, text) and `time` by the node's
+        clock.
     """
     missing = missing_modules(task.modules)
     checks: list[Finding | None] = [
         checked("software", lambda: _software(missing, task.needs_cuda))
     ]
     if not any(name.startswith("hemoco") for name in missing):
-        checks += [
-            checked(name, partial(_read_shards, url))
-            for name, url in numbered("shards", task.shards)
-        ]
+        for name, url in numbered("shards", task.shards):
+            checks.append(checked(name, partial(_read_shards, url)))
         checks.append(checked("storage", lambda: _share_storage(task)))
         checks.append(clock_check((task.folder, *task.shards)))
         if task.tracking:
-            checks.append(checked("MLflow", lambda: _ask_tracking(task.tracking)))
+            checks.append(checked("MLflow", lambda: _reach_tracking(task.tracking)))
         checks.append(disk_check(task.cache_bytes))
     checks.append(shm_check(*task.shm_bytes))
     return {
@@ -93,50 +94,62 @@ def look_at_node(task: NodeTask) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that must agree; those that are not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python and PACKAGES, without those that are not installed."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def missing_modules(names: tuple[str, ...]) -> dict[str, str]:
-    """Those that cannot be imported on this machine, and why."""
+    """Returns the modules that cannot be imported on this machine, with the reason."""
     missing = {}
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a broken installation raises what it likes
-            missing[name] = _line(error)
+        except Exception as error:  # a broken installation may raise anything
+            missing[name] = _first_line(error)
     return missing
 
 
 def checked(name: str, check: Callable[[], str]) -> Finding:
-    """The finding of a check that says what is well or raises what is not."""
+    """Runs a check, which returns what is well or raises what is not."""
     try:
         return Finding("ok", name, check())
-    except Exception as error:  # one check that fails must not hide the others
-        kinds = [kind.__name__ for kind in type(error).__mro__]  # by name: hemoco may be missing
-        meant = "HemocoError" in kinds or isinstance(error, _FaultError)
-        bug = "" if meant else f"{kinds[0]} (this looks like a bug): "
-        return Finding("FAIL", name, f"{bug}{_line(error)}")
+    except Exception as error:  # a check that fails must not hide the others
+        # by name, because hemoco may be missing here
+        classes = [each.__name__ for each in type(error).__mro__]
+        if "HemocoError" in classes or isinstance(error, _FaultError):
+            return Finding("FAIL", name, _first_line(error))
+        text = f"{classes[0]} (this looks like a bug): {_first_line(error)}"
+        return Finding("FAIL", name, text)
 
 
 def clock_check(urls: tuple[str, ...]) -> Finding | None:
-    """This machine's clock beside that of the first S3 server of the URLs; None where there is none."""
+    """Compares this machine's clock with that of the first S3 server of the URLs.
+
+    Returns:
+        None if none of the URLs is on S3.
+    """
     url = next((url for url in urls if url.startswith(("s3://", "s3a://"))), "")
     if not url:
         return None
     try:
         seconds = _ahead_of_storage(url)
-    except Exception as error:  # the checks of the storage say what to do about it
-        return Finding("warn", "clock", f"the storage does not tell the time: {_line(error)}")
+    except Exception as error:  # the checks of the storage report the cause
+        text = f"the storage does not return its time: {_first_line(error)}"
+        return Finding("warn", "clock", text)
     return judge_clock(seconds, "the S3 server's")
 
 
 def judge_clock(seconds: float, whose: str) -> Finding:
-    """What a clock that is so many seconds ahead of another means."""
+    """Judges a clock that is so many seconds ahead of another.
+
+    Args:
+        seconds: negative if it is behind.
+        whose: the other clock, for the message.
+    """
     off = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} {whose}"
     if abs(seconds) > _CLOCK_FAIL_S:
         return Finding(
@@ -150,7 +163,7 @@ def judge_clock(seconds: float, whose: str) -> Finding:
 
 
 def disk_check(cache_bytes: int) -> Finding:
-    """Room for the shard cache below $HEMOCO_HOME; what is cached already counts."""
+    """Checks that the shard cache fits the disk of $HEMOCO_HOME; cached shards count as free."""
     from hemoco.storage.objects import home
 
     folder = home()
@@ -164,7 +177,7 @@ def disk_check(cache_bytes: int) -> Finding:
         return Finding(
             "FAIL",
             "disk",
-            f"{folder}: {_line(error)}; set HEMOCO_HOME to a folder that can be written",
+            f"{folder}: {_first_line(error)}; set HEMOCO_HOME to a folder that can be written",
         )
     if not os.access(folder, os.W_OK):
         return Finding(
@@ -174,27 +187,33 @@ def disk_check(cache_bytes: int) -> Finding:
         return Finding(
             "FAIL",
             "disk",
-            f"{folder}: {size(free)} free and {size(cached)} cached, stream.disk_cache_bytes is {size(cache_bytes)}: "
-            "lower it, or set HEMOCO_HOME to a larger disk",
+            f"{folder}: {size(free)} free and {size(cached)} cached, stream.disk_cache_bytes is "
+            f"{size(cache_bytes)}: lower it, or set HEMOCO_HOME to a larger disk",
         )
-    wanted = (
-        f"a shard cache of {size(cache_bytes)} fits" if cache_bytes else "no shard cache is wanted"
-    )
-    return Finding("ok", "disk", f"{folder}: {size(free)} free; {wanted}")
+    cache = "no shard cache is set"
+    if cache_bytes:
+        cache = f"a shard cache of {size(cache_bytes)} fits"
+    return Finding("ok", "disk", f"{folder}: {size(free)} free; {cache}")
 
 
 def shm_check(one: int, every: int) -> Finding | None:
-    """Room in /dev/shm, through which loader processes hand over their crops; None on systems without it.
+    """Checks the size of /dev/shm, through which loader processes pass on their crops.
 
     Args:
         one: bytes that one training process and its loaders need.
-        every: bytes of all, if they were all on this machine.
+        every: bytes of all processes, if they were all on this machine.
+
+    Returns:
+        None on systems without /dev/shm.
     """
-    place = Path("/dev/shm")
-    if not place.is_dir():
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
         return None
-    free = shutil.disk_usage(place).free
-    advice = "give it more (docker --shm-size, a Memory volume on Kubernetes), or lower stream.workers to 0"
+    free = shutil.disk_usage(folder).free
+    advice = (
+        "give it more (docker --shm-size, a Memory volume on Kubernetes), or lower stream.workers "
+        "to 0"
+    )
     if free < one:
         return Finding(
             "FAIL",
@@ -211,14 +230,14 @@ def shm_check(one: int, every: int) -> Finding | None:
 
 
 def numbered(name: str, urls: Sequence[str]) -> list[tuple[str, str]]:
-    """A name for the check of each URL: with a number where there are several."""
-    return [
-        (f"{name} {number}" if len(urls) > 1 else name, url) for number, url in enumerate(urls, 1)
-    ]
+    """Names the check of each URL: with a number if there are several."""
+    if len(urls) == 1:
+        return [(name, urls[0])]
+    return [(f"{name} {number}", url) for number, url in enumerate(urls, 1)]
 
 
 def size(count: float) -> str:
-    """Bytes for a person."""
+    """Formats bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
@@ -226,16 +245,13 @@ def _software(missing: dict[str, str], needs_cuda: bool) -> str:
     if missing:
         name, reason = next(iter(missing.items()))
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        ours = "start it there from the checkout, or by `python -m jobs submit`"
-        advice = (
-            ours
-            if name.startswith(("hemoco", "pipeline"))
-            else "install the dependencies of pyproject.toml there"
-        )
+        advice = "install the dependencies of pyproject.toml there"
+        if name.startswith(("hemoco", "pipeline")):
+            advice = "start it there from the checkout, or by `python -m jobs submit`"
         raise _FaultError(f"cannot import {name}{more} ({reason}); {advice}")
     if needs_cuda and importlib.import_module("torch").version.cuda is None:
         raise _FaultError(
-            "torch is built without CUDA, the recipe asks for GPUs; install torch with CUDA there"
+            "torch is built without CUDA, the recipe needs GPUs; install torch with CUDA there"
         )
     return "all that is needed can be imported"
 
@@ -252,15 +268,16 @@ def _share_storage(task: NodeTask) -> str:
 
     write_bytes(join_url(task.folder, task.name), b"preflight")
     driver = join_url(task.folder, "driver")
-    where = task.folder.rpartition("/")[0]
+    storage = task.folder.rpartition("/")[0]
     if task.greeting and not (exists(driver) and read_bytes(driver) == task.greeting.encode()):
         raise _FaultError(
-            f"{where} there is another place than here: name an s3:// URL or a folder that all nodes share"
+            f"{storage} on the node is not the same folder as here: name an s3:// URL or a folder "
+            "that all nodes share"
         )
-    return f"{where}: written, and what the driver wrote is read"
+    return f"{storage}: written, and what the driver wrote is read"
 
 
-def _ask_tracking(uri: str) -> str:
+def _reach_tracking(uri: str) -> str:
     from hemoco.tracking.client import connect, shown
 
     connect(uri)
@@ -268,24 +285,30 @@ def _ask_tracking(uri: str) -> str:
 
 
 def _ahead_of_storage(url: str) -> float:
-    """Seconds that this machine's clock is ahead of the server's; to within a second, which is what HTTP tells."""
+    """Measures how many seconds this machine's clock is ahead of the server's.
+
+    Accurate to a second, the unit of HTTP's Date header.
+    """
     from hemoco.storage.objects import filesystem
 
-    made, path = filesystem(url)
+    s3, path = filesystem(url)
     began = time.time()
     try:
-        answer = made.call_s3("list_objects_v2", Bucket=made.split_path(path)[0], MaxKeys=1)
-    except Exception as error:  # a refusal has a date, too
+        answer = s3.call_s3("list_objects_v2", Bucket=s3.split_path(path)[0], MaxKeys=1)
+    except Exception as error:  # a refusal has a Date header, too
         answer = getattr(error.__cause__, "response", None) or {}
         if "ResponseMetadata" not in answer:
             raise
     date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
-    return (began + time.time()) / 2 - (email.utils.parsedate_to_datetime(date).timestamp() + 0.5)
+    server_time = (
+        email.utils.parsedate_to_datetime(date).timestamp() + 0.5
+    )  # the header rounds down
+    return (began + time.time()) / 2 - server_time
 
 
 class _FaultError(Exception):
-    """What is wrong with a node; not hemoco's own, which may be missing there."""
+    """A fault of a node; not a class of hemoco's, which may be missing there."""
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

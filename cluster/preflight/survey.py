@@ -1,4 +1,4 @@
-"""All nodes of the cluster asked at once, and what their answers come to."""
+"""Checks of all nodes of the cluster at once, and the findings over all nodes."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ class Node(NamedTuple):
 
     id: str
     name: str
-    """For people."""
+    """Name for messages."""
     resources: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a run asks of services and of each node."""
+    """The needs of a run: services, and resources of each node."""
 
     shards: tuple[str, ...]
     """URLs of shard folders."""
@@ -38,81 +38,83 @@ class Needs:
     tracking: str
     """URI of MLflow."""
     cache_bytes: int
-    """Of the shard cache of a node."""
+    """Size of the shard cache of a node."""
     shm_bytes: tuple[int, int]
     """Shared memory of one training process, and of all."""
     cuda: bool
-    """Whether nodes with GPUs need a torch that can use them."""
+    """True if nodes with GPUs need a torch that can use them."""
     modules: tuple[str, ...]
     """Python modules that every node must be able to import."""
 
 
 def survey(nodes: Sequence[Node], needs: Needs) -> Iterator[Finding]:
-    """Has every node look at itself and at all that it must reach."""
-    folder, greeting = (
-        join_url(needs.storage, f".hemoco_preflight_{secrets.token_hex(4)}"),
-        secrets.token_hex(8),
-    )
-    alone = needs.tracking.startswith("sqlite:") and len(nodes) > 1
-    if alone:
+    """Lets every node check itself and the services that it must reach."""
+    folder = join_url(needs.storage, f".hemoco_preflight_{secrets.token_hex(4)}")
+    greeting = secrets.token_hex(8)
+    tracking = needs.tracking
+    if tracking.startswith("sqlite:") and len(nodes) > 1:
+        tracking = ""  # the nodes would each create a file of their own
         yield Finding(
             "FAIL",
             "nodes MLflow",
-            f"{shown(needs.tracking)} is a file of one machine and the cluster has {len(nodes)} nodes; start "
-            "`mlflow server` where all reach it and set MLFLOW_TRACKING_URI",
+            f"{shown(needs.tracking)} is a file of one machine and the cluster has {len(nodes)} "
+            "nodes; start `mlflow server` where all reach it and set MLFLOW_TRACKING_URI",
         )
     try:
         write_bytes(join_url(folder, "driver"), greeting.encode())
-    except StorageError:  # `check_storage` has said so
+    except StorageError:  # `check_storage` reports it
         greeting = ""
     try:
-        answers = _ask_nodes(
-            nodes, needs, folder=folder, greeting=greeting, tracking="" if alone else needs.tracking
-        )
+        answers = _check_nodes(nodes, needs, folder=folder, greeting=greeting, tracking=tracking)
         yield from _judge(nodes, answers)
         if greeting:
             yield _one_storage(nodes, answers, folder)
     finally:
-        with contextlib.suppress(
-            StorageError
-        ):  # where nothing may be removed, `check_storage` has said so
+        # if nothing may be removed there, `check_storage` reports it
+        with contextlib.suppress(StorageError):
             remove(folder)
 
 
-def over_nodes(found: dict[str, list[Finding]]) -> Iterator[Finding]:
-    """The findings of many nodes as one for each check: the worst, with the nodes that it was met at."""
-    names = dict.fromkeys(each.name for findings in found.values() for each in findings)
-    for name in names:
-        same = [
-            (node, each)
-            for node, findings in found.items()
-            for each in findings
-            if each.name == name
-        ]
-        level = max((each.level for _, each in same), key=_SEVERITY.__getitem__)
-        worst = [(node, each) for node, each in same if each.level == level]
+def over_nodes(findings: dict[str, list[Finding]]) -> Iterator[Finding]:
+    """Joins the findings of many nodes to one for each check: the worst, with its nodes.
+
+    Args:
+        findings: findings of each node, by its name.
+    """
+    by_check: dict[str, list[tuple[str, Finding]]] = {}
+    for node, of_node in findings.items():
+        for finding in of_node:
+            by_check.setdefault(finding.name, []).append((node, finding))
+    for name, of_check in by_check.items():
+        level = max((finding.level for _, finding in of_check), key=_SEVERITY.__getitem__)
+        worst = [(node, finding.text) for node, finding in of_check if finding.level == level]
         if level == "ok":
-            text = f"{len(worst)} of {len(found)}: {worst[0][1].text}"
+            text = f"{len(worst)} of {len(findings)}: {worst[0][1]}"
         else:
-            text = "; ".join(f"{node}: {each.text}" for node, each in worst[:_SHOWN])
-            text += f"; and {len(worst) - _SHOWN} more nodes" if len(worst) > _SHOWN else ""
+            text = "; ".join(f"{node}: {line}" for node, line in worst[:_SHOWN])
+            if len(worst) > _SHOWN:
+                text += f"; and {len(worst) - _SHOWN} more nodes"
         yield Finding(level, f"nodes {name}", text)
 
 
 def compare_versions(ours: dict[str, str], theirs: dict[str, dict[str, str]]) -> Finding:
-    """Versions on the nodes against the driver's; Python and Ray must be the same, others should be."""
-    different: dict[str, list[str]] = {}
+    """Compares the versions on the nodes with the driver's.
+
+    Python and Ray must be the same, the others should be.
+
+    Args:
+        ours: version of each package here.
+        theirs: the same of each node, by its name.
+    """
+    different: dict[str, list[str]] = {}  # difference -> nodes
     for node, versions in theirs.items():
         for package, version in ours.items():
-            if (there := versions.get(package, "none")) != version:
+            there = versions.get(package, "none")
+            if there != version:
                 different.setdefault(f"{package} {there} (here {version})", []).append(node)
     if not different:
-        main = ", ".join(
-            f"{package} {ours[package]}"
-            for package in ("python", "ray", "torch")
-            if package in ours
-        )
-        return Finding("ok", "nodes versions", f"as here: {main}")
+        main = [f"{name} {ours[name]}" for name in ("python", "ray", "torch") if name in ours]
+        return Finding("ok", "nodes versions", f"as here: {', '.join(main)}")
     text = "; ".join(f"{what} on {', '.join(nodes[:_SHOWN])}" for what, nodes in different.items())
     grave = any(what.startswith(("python ", "ray ")) for what in different)
     advice = "give the nodes the versions of pyproject.toml"
@@ -120,40 +122,36 @@ def compare_versions(ours: dict[str, str], theirs: dict[str, dict[str, str]]) ->
 
 
 def _judge(nodes: Sequence[Node], answers: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    """What the nodes' answers come to."""
+    """Turns the answers of the nodes into findings."""
     silent = [node.name for node in nodes if "findings" not in answers[node.id]]
     if silent:
         reasons = {answers[node.id]["error"] for node in nodes if "error" in answers[node.id]}
         which = ", ".join(silent[:_SHOWN])
-        yield Finding("FAIL", "nodes", f"{which} cannot be looked at: {'; '.join(sorted(reasons))}")
-    heard = {node.name: answers[node.id] for node in nodes if "findings" in answers[node.id]}
-    if not heard:
+        yield Finding("FAIL", "nodes", f"{which} cannot be checked: {'; '.join(sorted(reasons))}")
+    answered = {node.name: answers[node.id] for node in nodes if "findings" in answers[node.id]}
+    if not answered:
         return
-    yield compare_versions(
-        node_checks.versions(), {node: answer["versions"] for node, answer in heard.items()}
-    )
-    found = {
-        node: [Finding(*finding) for finding in answer["findings"]]
-        for node, answer in heard.items()
-    }
-    for node, answer in heard.items():
-        found[node].append(
-            judge_clock(answer["ahead"], "this machine's")._replace(name="clock here")
-        )
-    yield from over_nodes(found)
+    theirs = {node: answer["versions"] for node, answer in answered.items()}
+    yield compare_versions(node_checks.versions(), theirs)
+    findings: dict[str, list[Finding]] = {}
+    for node, answer in answered.items():
+        clock = judge_clock(answer["ahead"], "this machine's")
+        findings[node] = [Finding(*fields) for fields in answer["findings"]]
+        findings[node].append(clock._replace(name="clock here"))
+    yield from over_nodes(findings)
 
 
 def _one_storage(nodes: Sequence[Node], answers: dict[str, dict[str, Any]], folder: str) -> Finding:
-    """Whether what the nodes wrote has come to the place that the driver reads."""
+    """Checks that the driver finds what the nodes wrote: storage may be a folder of each node."""
 
     def check() -> str:
-        there = set(list_names(folder))
+        names = set(list_names(folder))
         wrote = [node for node in nodes if ("ok", "storage") in _levels(answers[node.id])]
-        lost = [node.name for node in wrote if node.id not in there]
+        lost = [node.name for node in wrote if node.id not in names]
         if lost:
             raise StorageError(
-                f"{folder.rpartition('/')[0]}: what {', '.join(lost[:_SHOWN])} wrote is not there; name an s3:// URL "
-                "or a folder that all nodes share"
+                f"{folder.rpartition('/')[0]}: what {', '.join(lost[:_SHOWN])} wrote is not there; "
+                "name an s3:// URL or a folder that all nodes share"
             )
         return f"{len(wrote)} of {len(nodes)}: what they wrote is read here"
 
@@ -161,42 +159,52 @@ def _one_storage(nodes: Sequence[Node], answers: dict[str, dict[str, Any]], fold
 
 
 def _levels(answer: dict[str, Any]) -> list[tuple[str, str]]:
-    """Level and name of a node's findings; none where it did not answer."""
+    """Returns level and name of a node's findings; none if it did not answer."""
     return [(level, name) for level, name, _ in answer.get("findings", [])]
 
 
-def _ask_nodes(
+def _check_nodes(
     nodes: Sequence[Node], needs: Needs, *, folder: str, greeting: str, tracking: str
 ) -> dict[str, dict[str, Any]]:
-    """What `look_at_node` says on each node, or `error`; `ahead` is how far its clock is ahead of ours in seconds."""
+    """Runs `check_node` on every node at the same time.
+
+    Returns:
+        For each node by its id: the answer of `check_node` with `ahead`, the seconds that its clock
+        is ahead of ours; or `error`.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # a node without this checkout could not import the module
     ray.cloudpickle.register_pickle_by_value(node_checks)
-    begun, running, answers = time.time(), {}, dict[str, dict[str, Any]]()
+    began = time.time()
+    running: dict[Any, str] = {}  # reference of the task -> id of its node
     for node in nodes:
         task = NodeTask(
-            node.id,
-            needs.shards,
-            folder,
-            greeting,
-            tracking,
-            needs.cache_bytes,
-            needs.shm_bytes,
-            node.resources.get("GPU", 0) > 0 and needs.cuda,
-            needs.modules,
+            name=node.id,
+            shards=needs.shards,
+            folder=folder,
+            greeting=greeting,
+            tracking=tracking,
+            cache_bytes=needs.cache_bytes,
+            shm_bytes=needs.shm_bytes,
+            needs_cuda=node.resources.get("GPU", 0) > 0 and needs.cuda,
+            modules=needs.modules,
         )
         pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned)(
-            node_checks.look_at_node
-        )
+        # num_cpus=0: it must also run on a node that is full
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": pinned}
+        remote = ray.remote(**options)(node_checks.check_node)
         running[remote.remote(task)] = node.id
+    answers: dict[str, dict[str, Any]] = {}
     while running:
-        ready, _ = ray.wait(list(running), timeout=max(0.0, begun + _NODE_S - time.time()))
+        left_s = max(0.0, began + _NODE_S - time.time())
+        ready, _ = ray.wait(list(running), timeout=left_s)
         if not ready:
             break
         received = time.time()
-        answers[running.pop(ready[0])] = _answer(ready[0], begun, received)
+        node_id = running.pop(ready[0])
+        answers[node_id] = _answer(ready[0], began, received)
     for reference, node_id in running.items():
         ray.cancel(reference, force=True)
         answers[node_id] = {
@@ -206,13 +214,16 @@ def _ask_nodes(
     return answers
 
 
-def _answer(reference: Any, begun: float, received: float) -> dict[str, Any]:
+def _answer(reference: Any, began: float, received: float) -> dict[str, Any]:
     import ray
 
     try:
         answer: dict[str, Any] = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return {"error": (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]}
-    # it was told between `begun` and `received`: outside of them one of the clocks is off
-    told = answer["time"]
-    return answer | {"ahead": told - received if told > received else min(0.0, told - begun)}
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return {"error": lines[-1][:300]}
+    # The node read its clock between `began` and `received` of ours. The clocks differ for sure
+    # only by what lies outside of that.
+    node_time = answer["time"]
+    ahead = node_time - received if node_time > received else min(0.0, node_time - began)
+    return answer | {"ahead": ahead}

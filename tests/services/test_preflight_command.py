@@ -24,10 +24,10 @@ from cluster.preflight.checks import (
 from cluster.preflight.node import (
     Finding,
     NodeTask,
+    check_node,
     clock_check,
     disk_check,
     judge_clock,
-    look_at_node,
     shm_check,
 )
 from cluster.preflight.survey import compare_versions, over_nodes
@@ -323,7 +323,7 @@ def test_a_node_without_a_dependency_is_told_what_to_install(tracking, bucket):
     task = NodeTask(
         "n", (), f"{bucket}/p", "", tracking, 0, (0, 0), False, ("no_such_module", "json")
     )
-    found = {name: (level, text) for level, name, text in look_at_node(task)["findings"]}
+    found = {name: (level, text) for level, name, text in check_node(task)["findings"]}
     assert found["software"][0] == "FAIL"
     assert "cannot import no_such_module (No module named" in found["software"][1]
     assert found["storage"][0] == found["MLflow"][0] == "ok"
@@ -332,8 +332,8 @@ def test_a_node_without_a_dependency_is_told_what_to_install(tracking, bucket):
 
 def test_a_storage_that_is_another_place_on_a_node_is_found(tmp_path):
     task = NodeTask("n", (), (tmp_path / "p").as_uri(), "hello", "", 0, (0, 0), False, ())
-    found = {name: text for _, name, text in look_at_node(task)["findings"]}
-    assert "there is another place than here: name an s3:// URL" in found["storage"]
+    found = {name: text for _, name, text in check_node(task)["findings"]}
+    assert "is not the same folder as here: name an s3:// URL" in found["storage"]
 
 
 def test_a_cluster_that_does_not_answer_is_one_failed_check(monkeypatch):
