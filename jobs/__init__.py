@@ -1,1 +1,1 @@
-"""What a person types: `python -m jobs VERB ...`, the recipes, and the demo's data."""
+"""The command line (`python -m jobs VERB ...`), the recipes, and the data of the demo."""

@@ -7,86 +7,104 @@ import sys
 import traceback
 from types import ModuleType
 
-from hemoco.errors import ConfigError, HemocoError, UsageError
+from hemoco.errors import ConfigError, HemocoError, UsageError, first_line
+from hemoco.version import __version__
 
-_VERBS = {
-    "demo": "the whole pipeline on data that ships with hemoco's dependencies: no account, no network",
-    "pack": "images -> shards and their index, at any URL",
-    "inspect": "what is in a shard folder, whether it is sound, what it looks like",
-    "run": "pretraining -> transfers -> comparison",
-    "pretrain": "the first half of run",
-    "transfer": "the second half of run, from a backbone",
-    "sweep": "pretrainings with other settings, the bad ones stopped early; which transfers best",
-    "compare": "runs side by side, or the table and report of one again, from MLflow alone",
-    "export": "a backbone as a file for torchvision, timm, detectron2 or moco",
-    "import": "a backbone of MoCo, torchvision, timm, detectron2, solo-learn, ... as a backbone of hemoco",
-    "backbones": "the registered backbones: list, alias, delete",
-    "embed": "features of a data set by a backbone, as Parquet",
-    "neighbours": "the images nearest to one, by these features",
-    "up": "S3, MLflow and Ray on this machine, in the foreground",
-    "preflight": "everything that can fail later, checked now, one line each",
-    "submit": "the same words, run on a cluster as a Ray job; follows its log",
-    "status": "what runs, finished, failed, and how to go on",
-    "stop": "ends a submitted run; the same words resume it",
-    "sync": "delivers metrics that were kept while MLflow was away",
-    "recipes": "the recipes that come with hemoco, or what the settings of a class are",
+_GROUPS = {
+    "First steps": {
+        "demo": "run the whole pipeline on small built-in data; needs no account and no network",
+        "up": "start S3, MLflow and Ray on this machine, in the foreground",
+        "recipes": "list the shipped recipes, or explain the settings of a config class",
+    },
+    "Data": {
+        "pack": "write images as shards with an index, to a folder or to S3",
+        "inspect": "show what a shard folder contains, verify it, draw a contact sheet",
+    },
+    "Pretraining and transfer": {
+        "run": "pretrain, measure the transfers, print the comparison",
+        "pretrain": "only pretrain",
+        "transfer": "only measure the transfers of a given backbone",
+        "sweep": "search settings with many pretrainings; bad ones are stopped early",
+        "preflight": "check data, storage, MLflow and Ray for a run, without training",
+    },
+    "Results": {
+        "status": "list runs, or show one with the command that resumes it",
+        "compare": "print tables and write reports of one run or of several, from MLflow",
+        "sync": "send metrics that were stored while MLflow did not answer",
+    },
+    "Backbones": {
+        "backbones": "list registered backbones, give them aliases, delete them",
+        "export": "write a backbone for torchvision, timm, detectron2 or moco",
+        "import": "convert a checkpoint of another library to a backbone of hemoco",
+        "embed": "compute the features of a data set, as Parquet",
+        "neighbours": "find the images nearest to one, by these features",
+    },
+    "Clusters": {
+        "submit": "run a verb on a cluster as a Ray job and follow its log",
+        "stop": "stop a submitted run; it can be resumed",
+    },
 }
+_VERBS = {verb: text for group in _GROUPS.values() for verb, text in group.items()}
 _MODULES = {
-    "import": "import_backbone",  # a word of Python
+    "import": "import_backbone",  # `import` is a keyword of Python
 }
-
-
-_ROOMS = ("hemoco", "pipeline", "cluster", "jobs")
+_PACKAGES = ("hemoco", "pipeline", "cluster", "jobs")
 
 
 def main(argv: list[str]) -> int:
     """Runs a verb.
 
     Args:
-        argv: the words after `python -m jobs`.
+        argv: the command line after `python -m jobs`.
 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage.
     """
     debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
-    if not argv or argv[0] in ("-h", "--help"):
+    argv = [argument for argument in argv if argument != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"hemoco {__version__}")
+        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for room in _ROOMS:  # not all: botocore logs session tokens
-        logging.getLogger(room).setLevel(logging.DEBUG if debug else logging.WARNING)
+    # only our own loggers get --debug: botocore would log session tokens
+    for package in _PACKAGES:
+        logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.WARNING)
     if not debug:
-        logging.getLogger("pipeline").setLevel(logging.INFO)  # what a person waits for
+        logging.getLogger("pipeline").setLevel(logging.INFO)  # the progress of a run
     try:
         _verb(argv[0]).main(argv[1:])
     except HemocoError as error:
         return _failed(str(error), 2 if isinstance(error, UsageError | ConfigError) else 1, debug)
     except KeyboardInterrupt:
-        return _failed("interrupted; the same words again go on where it stopped", 1, debug)
-    except BrokenPipeError:
+        message = "interrupted; run the same command again to resume where it stopped"
+        return _failed(message, 1, debug)
+    except BrokenPipeError:  # for example `jobs status | head`
         return 1
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.partition(".")[0] in _PACKAGES:
+            return _failed(_bug(error), 1, debug)
+        message = f"this Python has no {missing}: run `uv run python -m jobs ...`"
+        return _failed(message, 1, debug)
     except Exception as error:
-        if (
-            isinstance(error, ModuleNotFoundError)
-            and (error.name or "").partition(".")[0] not in _ROOMS
-        ):
-            return _failed(
-                f"this Python has no {error.name}: run `uv run python -m jobs ...`", 1, debug
-            )
-        text = (str(error).strip().splitlines() or [""])[0][:300]
-        return _failed(
-            f"{type(error).__name__}: {text} (this looks like a bug; --debug shows where)", 1, debug
-        )
+        return _failed(_bug(error), 1, debug)
     return 0
 
 
 def _verb(name: str) -> ModuleType:
     if name not in _VERBS:
         close = difflib.get_close_matches(name, _VERBS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_VERBS)}"
+        hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(_VERBS)}"
         raise UsageError(f"unknown verb {name!r}: {hint}")
     return importlib.import_module(f"jobs.verbs.{_MODULES.get(name, name)}")
+
+
+def _bug(error: Exception) -> str:
+    text = first_line(error) if str(error).strip() else ""
+    return f"{type(error).__name__}: {text} (this looks like a bug; --debug shows where)"
 
 
 def _failed(message: str, status: int, debug: bool) -> int:
@@ -97,13 +115,19 @@ def _failed(message: str, status: int, debug: bool) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {verb:<10} {text}" for verb, text in _VERBS.items()]
+    lines = [
+        "usage: python -m jobs VERB [...]",
+        "",
+        "Does pretraining on my data transfer? hemoco pretrains ResNets with MoCo on your images",
+        "and measures how well the features transfer to classification and detection.",
+    ]
+    for title, verbs in _GROUPS.items():
+        lines += ["", title, *(f"  {verb:<12}{text}" for verb, text in verbs.items())]
     return "\n".join(
         [
-            "usage: python -m jobs VERB [...]   (--help after a verb shows its options; --debug shows tracebacks)",
-            "",
-            "Does pretraining on my data transfer?",
-            "",
             *lines,
+            "",
+            "`python -m jobs VERB --help` shows the options of a verb; --debug after any verb",
+            "shows the traceback of an error; `python -m jobs --version` prints the version.",
         ]
     )

@@ -1,4 +1,4 @@
-"""Finding a recipe and reading a command line over it."""
+"""Recipes, and the command lines that change their settings."""
 
 import ast
 import dataclasses
@@ -16,46 +16,49 @@ from hemoco.names import check_new_name
 from hemoco.results.sweep import search_settings
 from hemoco.storage.objects import absolute_url, home
 from hemoco.tracking.models import SCHEME
+from jobs.arguments import Folder, Name, Url, read_arguments
 
 _FOLDER = Path(__file__).parent / "recipes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The settings of the recipe, and of the run: its name and its storage."""
+    """Options of the run, then the settings of the recipe."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    run: str = ""
-    """The run's identity; default: recipe name and config digest. The same again resumes it."""
-    storage: str = ""
-    """Where checkpoints and backbones go (s3://, file:// or a path); default: $HEMOCO_HOME/runs."""
+    run: Name = ""
+    """Name of the run; the same command resumes it. Default: recipe name and config digest."""
+    storage: Url = ""
+    """Folder for checkpoints and backbones: s3://, file:// or a path. Default:
+    $HEMOCO_HOME/runs."""
     fresh: bool = False
-    """Start anew, also if a run of this name exists."""
+    """Start anew even if a run of this name exists; deletes only that run's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportOptions(RunOptions):
-    """The settings of the recipe, and of the run: its name, its storage, the folder of its table."""
+    """Options of the run, then the settings of the recipe."""
 
-    out: str = ""
-    """Folder for comparison.json, .csv, .md and report.html; default: the run's folder in $HEMOCO_HOME/reports."""
+    out: Folder = ""
+    """Folder for comparison.json, .csv, .md and report.html; default: the run's folder in
+    $HEMOCO_HOME/reports."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferOptions(ReportOptions):
-    """Options of `transfer`."""
+    """Options of the run, then the settings of the recipe."""
 
-    backbone: str = ""
-    """URL or path of a backbone.safetensors."""
+    backbone: Url = ""
+    """URL or path of a backbone.safetensors, or models:/NAME@ALIAS of a registered one."""
     only: tuple[str, ...] = ()
     """Transfers to run; default: all of the recipe."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepOptions(ReportOptions):
-    """Options of `sweep`."""
+    """Options of the sweep, then the settings of the recipe."""
 
-    out: str = ""
+    out: Folder = ""
     """Folder for sweep.json; default: the sweep's folder in $HEMOCO_HOME/reports."""
 
 
@@ -63,15 +66,15 @@ OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
 def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
-    """Reads `RECIPE [--name value ...]`; the run then has its name, and every path is an absolute URL.
+    """Reads `RECIPE [--name value ...]`, names the run, and turns every path into an absolute URL.
 
-    Paths become URLs here and nowhere later. The default name of a run is made before, of the settings as they were
-    typed: the same command in another folder finds the run again, as does a newer hemoco.
+    Paths become URLs here and nowhere later. The default name of a run is made before that, from
+    the settings as they were typed, so that the same command finds the run again from another
+    folder or with a newer hemoco.
 
     Raises:
-        UsageError: as `typed_options`; for `transfer`, no backbone or an unknown transfer is named; for `sweep`, the
-            recipe has none.
-        StorageError: a URL is none that hemoco reads.
+        UsageError: as `typed_options`; or the recipe of a `sweep` has no sweep.
+        StorageError: hemoco does not read URLs of this kind.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
     options = typed_options(verb, argv, kind)
@@ -87,42 +90,51 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
 
 
 def typed_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
-    """Reads a command line like `parse_options`, and leaves its values as they were typed.
+    """Reads a command line like `parse_options` and leaves its values as they were typed.
 
     Raises:
-        UsageError: no recipe is named, or it is unknown; `--run` is no name of a run; `transfer` names no backbone, or
-            a transfer that the recipe does not have.
+        UsageError: the recipe is missing or unknown; `--run` is not a valid name; `transfer` has no
+            backbone, or `--only` names a transfer that the recipe does not have.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
     if argv and argv[0] in ("-h", "--help"):
-        print(
-            f"usage: python -m jobs {verb} RECIPE [--setting value ...]   (RECIPE --help shows the settings)"
-        )
-        print(_known())
+        print(_recipe_help(verb))
         raise SystemExit(0)
     if not argv:
         raise UsageError(f"{verb} needs a recipe: python -m jobs {verb} RECIPE [...]; {_known()}")
-    default = kind(recipe=load_recipe(argv[0]))
-    options = tyro.cli(
+    options = read_arguments(
         kind,
-        args=argv[1:],
-        default=default,
-        prog=f"python -m jobs {verb} {argv[0]}",
+        argv[1:],
+        command=f"{verb} {argv[0]}",
+        default=kind(recipe=load_recipe(argv[0])),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-        use_underscores=True,
     )
-    if options.run:  # else it is made of the recipe's name and a digest
+    if options.run:  # a default name is always valid
         check_new_name("--run", options.run)
     if isinstance(options, TransferOptions):
         options = dataclasses.replace(options, recipe=_recipe_with_chosen_transfers(options))
     return options
 
 
+def _recipe_help(verb: str) -> str:
+    return "\n".join(
+        [
+            f"usage: python -m jobs {verb} RECIPE [--setting value ...]",
+            "",
+            "RECIPE is one of those below, or the path of a Python file that defines `recipe`.",
+            f"`python -m jobs {verb} RECIPE --help` shows the settings of a recipe,",
+            "`python -m jobs recipes` describes each recipe in a line.",
+            "",
+            *(f"  {name}" for name in recipe_names()),
+        ]
+    )
+
+
 def run_name(options: RunOptions) -> str:
-    """The run's identity: what was given, else recipe name and a digest of all settings as they were typed.
+    """Name of the run: `--run`, or recipe name and a digest of all settings as they were typed.
 
     Raises:
-        UsageError: it is that of a sweep, and the recipe has none.
+        UsageError: the options are those of a sweep, and the recipe has none.
     """
     recipe = options.recipe
     if not isinstance(options, SweepOptions):
@@ -130,27 +142,25 @@ def run_name(options: RunOptions) -> str:
         return options.run or f"{recipe.name}-{config_digest({'recipe': recipe, 'more': more})}"
     if recipe.sweep is None:
         raise UsageError(
-            f"recipe {recipe.name} has no sweep: give it one, for example sweep=SweepConfig(objective='knn', "
-            "space={'pretrain.optimizer.lr': LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
+            f"recipe {recipe.name} has no sweep: give it one, for example "
+            "sweep=SweepConfig(objective='knn', space={'pretrain.optimizer.lr': "
+            "LogUniform(0.01, 0.3)}); cifar10_resnet18_sweep is a recipe with one"
         )
     search = search_settings(flat_params(recipe))
-    return (
-        options.run or f"{recipe.name}-sweep-{config_digest({'recipe': recipe, 'search': search})}"
-    )
+    digest = config_digest({"recipe": recipe, "search": search})
+    return options.run or f"{recipe.name}-sweep-{digest}"
 
 
 def absolute_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with absolute URLs instead of paths; where it names no data, none.
+    """Returns the recipe with absolute URLs instead of paths; an empty path stays empty.
 
     Raises:
-        StorageError: a URL is none that hemoco reads.
+        StorageError: hemoco does not read URLs of this kind.
     """
-    transfers = {
-        name: dataclasses.replace(
-            config, data=_absolute_data(config.data), inits=tuple(map(_absolute_init, config.inits))
-        )
-        for name, config in recipe.transfers.items()
-    }
+    transfers = {}
+    for name, config in recipe.transfers.items():
+        inits = tuple(_absolute_init(init) for init in config.inits)
+        transfers[name] = dataclasses.replace(config, data=_absolute_data(config.data), inits=inits)
     return dataclasses.replace(recipe, data=_absolute_data(recipe.data), transfers=transfers)
 
 
@@ -164,11 +174,12 @@ def _absolute_init(init: str) -> str:
 
 
 def _recipe_with_chosen_transfers(options: TransferOptions) -> Recipe:
-    """The recipe with those of its transfers that `--only` names, or all."""
+    """Returns the recipe with the transfers that `--only` names, or with all."""
     recipe = options.recipe
     if not options.backbone:
         raise UsageError(
-            "transfer needs --backbone URL, the backbone.safetensors that `pretrain` named at its end"
+            "transfer needs --backbone URL, the backbone.safetensors whose URL `pretrain` prints "
+            "at its end"
         )
     unknown = sorted(set(options.only) - recipe.transfers.keys())
     if unknown:
@@ -176,16 +187,17 @@ def _recipe_with_chosen_transfers(options: TransferOptions) -> Recipe:
         raise UsageError(
             f"--only {unknown[0]}: recipe {recipe.name} has no such transfer; it has {known}"
         )
-    kept = {
-        name: config
-        for name, config in recipe.transfers.items()
-        if not options.only or name in options.only
-    }
-    return dataclasses.replace(recipe, transfers=kept)
+    if not options.only:
+        return recipe
+    chosen = {name: config for name, config in recipe.transfers.items() if name in options.only}
+    return dataclasses.replace(recipe, transfers=chosen)
 
 
 def changed_settings(params: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
-    """Those of the flat settings `params` that a recipe has too, with another value."""
+    """Returns those of the flat settings `params` that have another value in the recipe.
+
+    Settings that the recipe does not have are left out.
+    """
     flat = flat_params(recipe)
     return {name: params[name] for name in flat if params.get(name, flat[name]) != flat[name]}
 
@@ -194,37 +206,41 @@ def settings_flags(settings: Mapping[str, str]) -> list[str]:
     """Flags that give a recipe these settings.
 
     Raises:
-        ValueError: a value begins as a tuple does and is none.
+        ValueError: a value begins with a parenthesis and is not a tuple.
         SyntaxError: as `ValueError`.
     """
-    words = []
-    for name, wanted in settings.items():
-        if wanted in ("True", "False"):
-            head, _, last = name.rpartition(".")
-            words.append(f"--{name}" if wanted == "True" else f"--{head}.no_{last}")
-        elif wanted.startswith("("):
-            words += [f"--{name}", *map(str, ast.literal_eval(wanted))]
+    argv = []
+    for name, value in settings.items():
+        if value == "True":
+            argv.append(f"--{name}")
+        elif value == "False":
+            group, _, last = name.rpartition(".")
+            argv.append(f"--{group}.no_{last}")
+        elif value.startswith("("):
+            argv += [f"--{name}", *map(str, ast.literal_eval(value))]
         else:
-            words += [f"--{name}", wanted]
-    return words
+            argv += [f"--{name}", value]
+    return argv
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with hemoco."""
+    """Names of the recipes that come with hemoco."""
     return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem != "__init__")
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or the value `recipe` of a Python file by its path.
+    """Loads a shipped recipe by its name, or the value `recipe` of a Python file by its path.
 
     Raises:
-        UsageError: there is no such recipe, the file has no `recipe`, or it raises.
-        HemocoError: as the file raised it, for example of settings that do not fit together.
+        UsageError: there is no such recipe or file, the file defines no `recipe`, or it raises.
+        HemocoError: raised by the file, for example because settings contradict each other.
     """
-    path = Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
-    if not path.is_file() and name.endswith(".py"):
+    is_path = name.endswith(".py")
+    path = Path(name) if is_path else _FOLDER / f"{name}.py"
+    if is_path and not path.is_file():
         raise UsageError(
-            f"{name}: no such file; give the path of a Python file that defines `recipe`, or a name: {_known()}"
+            f"{name}: no such file; give the path of a Python file that defines `recipe`, or a "
+            f"name: {_known()}"
         )
     if not path.is_file():
         close = difflib.get_close_matches(name, recipe_names(), n=1)
@@ -237,7 +253,7 @@ def load_recipe(name: str) -> Recipe:
         spec.loader.exec_module(module)
     except HemocoError:
         raise
-    except Exception as error:  # whatever a user's file raises, it is the file that is wrong
+    except Exception as error:  # the file may raise anything; whatever it is, the file is wrong
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
@@ -246,4 +262,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _known() -> str:
-    return f"known are {', '.join(recipe_names())}, or give the path of a Python file that defines `recipe`"
+    return (
+        f"known are {', '.join(recipe_names())}, or give the path of a Python file that defines "
+        "`recipe`"
+    )

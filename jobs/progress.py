@@ -1,4 +1,4 @@
-"""What verbs that work over shards show: a bar while they run, and names made safe to print."""
+"""Output of verbs that process shards: a progress bar, and names made safe to print."""
 
 from collections.abc import Generator
 from typing import TypeVar
@@ -12,19 +12,22 @@ ResultT = TypeVar("ResultT")
 
 
 def follow(steps: Generator[Progress, None, ResultT]) -> ResultT:
-    """What the steps return in the end; until then a bar, where output is a terminal."""
+    """Runs the steps and returns their result; shows a progress bar if the output is a terminal."""
     console = Console()
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("shards", total=None)
         while True:
             try:
-                done = next(steps)
+                progress = next(steps)
             except StopIteration as finished:
                 result: ResultT = finished.value
                 return result
-            bar.update(task, completed=done.done, total=done.total)
+            bar.update(task, completed=progress.done, total=progress.total)
 
 
 def printable(text: str) -> str:
-    """The text with a question mark for what a terminal would obey or could not encode."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Replaces control characters and others that cannot be printed by question marks.
+
+    Names come from other people's archives, and a terminal would obey escape sequences in them.
+    """
+    return "".join(character if character.isprintable() else "?" for character in text)

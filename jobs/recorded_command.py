@@ -1,8 +1,9 @@
-"""The command that began a run, recorded in MLflow as data, from which `status` prints the one that resumes it.
+"""The command that started a run, recorded in MLflow, from which `status` builds the resuming one.
 
-Whoever may write to MLflow may write its tags. So no tag makes this machine load a recipe file: such a file is a Python
-program, and runs only when its path was typed on this command line. Only recipes that come with hemoco are loaded by a
-recorded name, for runs begun before the command was recorded.
+Anybody who may write to MLflow may write its tags. So no tag makes this machine load a recipe file:
+such a file is a Python program, and it runs only if its path was typed on this command line. Only
+recipes that come with hemoco are loaded by a recorded name, for runs that were started before the
+command was recorded.
 """
 
 import dataclasses
@@ -21,50 +22,55 @@ from jobs.options import (
 )
 from jobs.session import run_tags
 
-_LONGEST = 5000  # characters that every MLflow takes in a tag
+_LONGEST = 5000  # characters; every MLflow store accepts tags of this length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordedCommand:
-    """What a command line gave, apart from the names of the verb, the run and its storage."""
+    """A command line without its verb, run name and storage."""
 
     recipe: str
     """Name of a shipped recipe, or path of a recipe file."""
     settings: dict[str, str]
-    """Those that differ from the recipe's, by dotted names."""
+    """Settings that differ from the recipe's, by their dotted names."""
     only: tuple[str, ...] = ()
     """The transfers that `--only` named."""
 
     def flags(self) -> list[str]:
-        """The settings as they are given on a command line."""
+        """The settings as flags of a command line."""
         return settings_flags(self.settings)
 
 
-def command_tags(verb: str, recipe_word: str, options: RunOptions) -> dict[str, str]:
-    """Tags of a run that a command line begins or resumes: those of `run_tags`, and the command.
+def command_tags(verb: str, recipe_argument: str, options: RunOptions) -> dict[str, str]:
+    """Tags of a run that a command line starts or resumes: those of `run_tags`, and the command.
 
     Args:
-        verb: of `python -m jobs`.
-        recipe_word: the recipe as it was typed.
-        options: what the command line was read to, with absolute URLs: it may be resumed in another folder.
+        verb: verb of `python -m jobs`.
+        recipe_argument: the recipe as it was typed, a name or a path.
+        options: the options that were read, with absolute URLs: the run may be resumed from another
+            folder.
     """
-    tags = run_tags(verb, recipe_word)
+    tags = run_tags(verb, recipe_argument)
     command = RecordedCommand(
-        recipe=tags.get(Tag.RECIPE_FILE, recipe_word),
-        settings=changed_settings(flat_params(options.recipe), load_recipe(recipe_word)),
+        recipe=tags.get(Tag.RECIPE_FILE, recipe_argument),
+        settings=changed_settings(flat_params(options.recipe), load_recipe(recipe_argument)),
         only=options.only if isinstance(options, TransferOptions) else (),
     )
     text = json.dumps(dataclasses.asdict(command))
-    # an empty one replaces that of an earlier command; `status` then says that the command is not known
+    # The tag is written even when it is empty: it must replace that of an earlier command. `status`
+    # then reports that the command is not known.
     return tags | {Tag.COMMAND: text if len(text) <= _LONGEST else ""}
 
 
 def recorded_command(tags: Mapping[str, str], params: Mapping[str, str]) -> RecordedCommand | None:
-    """The command that worked at a run last; None where it is not recorded and the run is not of a shipped recipe.
+    """Reads the last command of a run.
 
     Args:
-        tags: of the run or sweep in MLflow.
-        params: of the same.
+        tags: tags of the run or sweep in MLflow.
+        params: params of the same.
+
+    Returns:
+        None if the command was not recorded and the recipe is not a shipped one.
     """
     if Tag.COMMAND in tags:
         return _read(tags[Tag.COMMAND])
@@ -78,15 +84,13 @@ def recorded_command(tags: Mapping[str, str], params: Mapping[str, str]) -> Reco
 
 
 def _read(text: str) -> RecordedCommand | None:
-    """The command in a tag; None where the tag holds anything else."""
+    """Parses the command in a tag; None if the tag holds anything else."""
     try:
         fields = json.loads(text)
-        command = RecordedCommand(
-            recipe=str(fields["recipe"]),
-            settings={str(name): str(value) for name, value in fields["settings"].items()},
-            only=tuple(map(str, fields["only"])),
-        )
-        command.flags()  # a tuple's text may be damaged
+        settings = {str(name): str(value) for name, value in fields["settings"].items()}
+        only = tuple(str(name) for name in fields["only"])
+        command = RecordedCommand(recipe=str(fields["recipe"]), settings=settings, only=only)
+        command.flags()  # raises if the text of a tuple is damaged
     except (ValueError, KeyError, TypeError, AttributeError, SyntaxError):
         return None
     return command

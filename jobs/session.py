@@ -1,4 +1,4 @@
-"""What the verbs share: names, places, the Ray session and the printed table."""
+"""Functions that verbs share: the Ray session, the tags of a run, the output of results."""
 
 import shlex
 import signal
@@ -24,12 +24,12 @@ from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 _PATIENCE_S = 60.0
-_FILE_WIDTH = 120  # columns where no terminal says how wide it is
+_FILE_WIDTH = 120  # columns if the output is not a terminal
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Ray for this command, after MLflow has answered: what can fail at once fails before anything starts."""
+    """Starts or joins Ray for this command, once MLflow has answered."""
     connect(tracking_uri())
     with local_ray():
         take_sigterm_as_ctrl_c()
@@ -37,87 +37,98 @@ def ray_session() -> Iterator[None]:
 
 
 def take_sigterm_as_ctrl_c() -> None:
-    """So that MLflow learns of it. To be said when Ray is there, whose own handler ends the process at once."""
+    """Turns SIGTERM into KeyboardInterrupt, so that the run is closed in MLflow.
+
+    Must be called after Ray has started: ray.init installs a handler of its own, which ends the
+    process at once.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def announce(name: str) -> None:
-    """Says first what is worked at, for it may be long until anything else is said."""
-    print(
-        f"run         {name}\nstatus      {shlex.join(['python', '-m', 'jobs', 'status', name])}",
-        flush=True,
-    )
+    """Prints the run's name first: nothing else may be printed for minutes."""
+    status = shlex.join(["python", "-m", "jobs", "status", name])
+    print(f"run         {name}\nstatus      {status}", flush=True)
 
 
-def run_tags(verb: str, recipe_word: str) -> dict[str, str]:
-    """What MLflow gets to know of how a run was begun: the code, the verb, the file of a recipe given by its path."""
+def run_tags(verb: str, recipe_argument: str) -> dict[str, str]:
+    """Tags that record how a run was started.
+
+    Args:
+        verb: verb of `python -m jobs`.
+        recipe_argument: the recipe as it was typed, a name or a path.
+
+    Returns:
+        Tags for the commit, the verb, and the file of a recipe given by its path.
+    """
     tags = {**git_facts(CHECKOUT), Tag.VERB: verb}
-    if recipe_word.endswith(".py"):
-        path = Path(
-            recipe_word
-        ).resolve()  # in the checkout relative to it, for a submitted job has a copy of that
-        tags[Tag.RECIPE_FILE] = str(
-            path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
-        )
+    if recipe_argument.endswith(".py"):
+        path = Path(recipe_argument).resolve()
+        if path.is_relative_to(CHECKOUT):  # a submitted job runs in a copy of the checkout
+            path = path.relative_to(CHECKOUT)
+        tags[Tag.RECIPE_FILE] = str(path)
     return tags
 
 
 def show_results(run: str, out: str) -> Comparison:
-    """Prints a finished run's tables, writes them to a folder, and puts them on the run's page in MLflow."""
-    many = compare_runs(tracking_uri(), [run])  # read once, for all of them
+    """Prints a finished run's tables, writes them to a folder and adds them to its MLflow run."""
+    comparison = compare_runs(tracking_uri(), [run])
     folder = results_folder(run, out)
-    write_results(many, folder)
-    print_results(many, folder)
-    publish(many, folder)
-    return many
+    write_results(comparison, folder)
+    print_results(comparison, folder)
+    publish(comparison, folder)
+    return comparison
 
 
 def results_folder(name: str, out: str) -> Path:
-    """Where results go: what was given, else a folder of this name."""
+    """Returns the folder for results: `--out`, or one of this name in $HEMOCO_HOME/reports."""
     return Path(out).expanduser().resolve() if out else home() / "reports" / name
 
 
-def write_results(many: Comparison, folder: Path) -> None:
+def write_results(comparison: Comparison, folder: Path) -> None:
     """Writes comparison.{json,csv,md} and report.html of one run or of several."""
-    from hemoco.report.data import (
-        collect_report,
-    )  # torch takes seconds to import, errors should not
+    # imported late: torch takes seconds, and an unknown run is reported at once
+    from hemoco.report.data import collect_report
     from hemoco.report.page import render_report
 
-    write_comparison(many, folder)
-    report = render_report(collect_report(tracking_uri(), many))
+    write_comparison(comparison, folder)
+    report = render_report(collect_report(tracking_uri(), comparison))
     (folder / "report.html").write_text(report, encoding="utf-8")
 
 
-def print_results(many: Comparison, folder: Path) -> None:
-    """Prints the tables and where the files are."""
+def print_results(comparison: Comparison, folder: Path) -> None:
+    """Prints the tables, the path of the report, and the command that prints them again."""
     console = table_console()
-    for section in sections(many):
+    for section in sections(comparison):
         print_section(console, section)
     console.print()
-    names = [run.name for run in many.runs]
-    for title, text in (
-        ("report", str(folder / "report.html")),
-        ("again", shlex.join(["python", "-m", "jobs", "compare", *names])),
-    ):
+    names = [run.name for run in comparison.runs]
+    lines = {
+        "report": str(folder / "report.html"),
+        "again": shlex.join(["python", "-m", "jobs", "compare", *names]),
+    }
+    for title, text in lines.items():
         console.print(f"{title:<12}{text}", soft_wrap=True, highlight=False, markup=False)
 
 
 def table_console() -> Console:
-    """As wide as the terminal, or as a file is wide."""
+    """Returns a console as wide as the terminal, or with a fixed width for files."""
     return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
-def publish(many: Comparison, folder: Path) -> None:
-    """Puts the results on the page of their run: the files, the main tables as its note, the means as metrics."""
-    uri, parent = tracking_uri(), many.runs[0].records.parent.run_id
+def publish(comparison: Comparison, folder: Path) -> None:
+    """Adds the results of one run to its parent run in MLflow.
+
+    The files become artifacts, the main tables the description, the means metrics.
+    """
+    uri, parent = tracking_uri(), comparison.runs[0].records.parent.run_id
     for name in ("comparison.json", "comparison.csv", "comparison.md", "report.html"):
         log_artifact_bytes(uri, parent, name, (folder / name).read_bytes())
-    note = f"{markdown(main_sections(many))}\nMore: report.html among the artifacts."
-    set_tags(uri, parent, {"mlflow.note.content": note})
-    now = int(time.time() * 1000)
+    description = f"{markdown(main_sections(comparison))}\nMore: report.html among the artifacts."
+    set_tags(uri, parent, {"mlflow.note.content": description})
+    now_ms = int(time.time() * 1000)
     points = [
-        MetricPoint(key=key, value=value, timestamp=now, step=0)
-        for key, value in headlines(many).items()
+        MetricPoint(key=key, value=value, timestamp=now_ms, step=0)
+        for key, value in headlines(comparison).items()
     ]
     send_points(uri, parent, points, patience_s=_PATIENCE_S)

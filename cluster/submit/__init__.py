@@ -1,1 +1,1 @@
-"""Submitting a command to a cluster as a Ray job."""
+"""Submits a command to a cluster as a Ray job."""

@@ -1,4 +1,4 @@
-"""The checkout that travels to a cluster: which commit it is, and what of it Ray would upload."""
+"""The checkout that is uploaded to a cluster: its commit, and the files that Ray would upload."""
 
 import logging
 import os
@@ -24,48 +24,68 @@ EXCLUDES = (
     ".env.*",
     "*.pem",
 )
-"""What is never uploaded, in the words of .gitignore: not needed there, or secret."""
-_ROOMS = ("hemoco", "pipeline", "jobs", "cluster")
-_LIMIT_BYTES = 64 * 1024**2  # the head keeps packages in memory, each node unpacks them
+"""Patterns of .gitignore for files that are never uploaded: not needed there, or secret."""
+_PACKAGES = ("hemoco", "pipeline", "jobs", "cluster")
+_LIMIT_BYTES = 64 * 1024**2  # the head keeps uploads in memory, and each node unpacks them
 _SHOWN = 3
 _IGNORED = "a .gitignore or .rayignore of the checkout names it; correct that file"
 
 
 def git_facts(checkout: Path) -> dict[str, str]:
-    """`mlflow.source.git.commit` and `hemoco.git_dirty` (true, false, unknown); empty where nothing tells the commit.
+    """Returns the tags that name the commit of a checkout.
 
-    An uploaded checkout has no .git: there HEMOCO_GIT_COMMIT and HEMOCO_GIT_DIRTY tell, which `submit` sets. Where git
-    tells, they count for nothing: they may have been exported for another state of the checkout.
+    An uploaded checkout has no .git. There, HEMOCO_GIT_COMMIT and HEMOCO_GIT_DIRTY name it, which
+    `submit` sets. If there is a .git, these variables are ignored: they may have been exported for
+    another state of the checkout.
+
+    Returns:
+        `mlflow.source.git.commit` and `hemoco.git_dirty` (true, false or unknown); empty if the
+        commit is not known.
     """
-    # of a checkout that merely lies in somebody's repository, git would tell that one's commit
-    if _git(checkout, "rev-parse", "--show-prefix") == "" and (
-        commit := _git(checkout, "rev-parse", "HEAD")
-    ):
-        return _facts(commit, "false" if _git(checkout, "status", "--porcelain") == "" else "true")
-    commit = os.environ.get("HEMOCO_GIT_COMMIT", "")
-    dirty = os.environ.get("HEMOCO_GIT_DIRTY", "")
-    return _facts(commit, dirty if dirty in ("true", "false") else "unknown") if commit else {}
+    # An empty prefix means that the checkout is the root of its repository. If it merely is in a
+    # folder of somebody's repository, HEAD is not its commit.
+    is_root = _git(checkout, "rev-parse", "--show-prefix") == ""
+    commit = _git(checkout, "rev-parse", "HEAD") if is_root else None
+    if commit:
+        dirty = "false" if _git(checkout, "status", "--porcelain") == "" else "true"
+    else:
+        commit = os.environ.get("HEMOCO_GIT_COMMIT", "")
+        dirty = os.environ.get("HEMOCO_GIT_DIRTY", "")
+        if dirty not in ("true", "false"):
+            dirty = "unknown"
+    return {"mlflow.source.git.commit": commit, Tag.GIT_DIRTY: dirty} if commit else {}
 
 
 def upload_problems(checkout: Path, recipe_file: Path | None) -> list[str]:
-    """Why a job would not find on the cluster what it needs of the checkout; empty if all is well.
+    """Lists what would keep a job from finding on the cluster what it needs of the checkout.
 
     Args:
-        checkout: what would be uploaded.
+        checkout: folder that would be uploaded.
         recipe_file: a recipe given by its path.
 
     Returns:
-        One line each: a recipe or a module that is not uploaded, an upload that is too large.
+        One line for each problem: a recipe or a module that is not uploaded, an upload that is too
+        large. Empty if there is none.
     """
     checkout = checkout.resolve()
     files = uploaded_files(checkout)
-    problems = [_recipe_problem(checkout, recipe_file, files)] if recipe_file else []
-    code = (
-        path.relative_to(checkout)
-        for room in _ROOMS
-        for path in sorted((checkout / room).rglob("*.py"))
-    )
-    if absent := [str(path) for path in code if str(path) not in files]:
+    problems = []
+    if recipe_file is not None:
+        recipe = recipe_file.resolve()
+        if not recipe.is_relative_to(checkout):
+            problems.append(
+                f"{recipe_file}: lies outside the checkout {checkout}, which is all that is "
+                "uploaded; move it there"
+            )
+        elif str(recipe.relative_to(checkout)) not in files:
+            problems.append(f"{recipe_file}: would not be uploaded: {_IGNORED}")
+    absent = []
+    for package in _PACKAGES:
+        for path in sorted((checkout / package).rglob("*.py")):
+            name = str(path.relative_to(checkout))
+            if name not in files:
+                absent.append(name)
+    if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         problems.append(f"{absent[0]}{more} would not be uploaded: {_IGNORED}")
     size = sum(files.values())
@@ -74,14 +94,16 @@ def upload_problems(checkout: Path, recipe_file: Path | None) -> list[str]:
         named = ", ".join(f"{name} ({_megabytes(files[name])})" for name in largest)
         problems.append(
             f"{checkout}: {len(files)} files with {_megabytes(size)} would be uploaded, at most "
-            f"{_megabytes(_LIMIT_BYTES)} may; the largest: {named}; move data elsewhere, or name it in .rayignore"
+            f"{_megabytes(_LIMIT_BYTES)} may; the largest: {named}; move data elsewhere, or name "
+            "it in .rayignore"
         )
-    return [problem for problem in problems if problem]
+    return problems
 
 
 def uploaded_files(checkout: Path) -> dict[str, int]:
-    """What Ray would put into the package for the cluster: path in the checkout and size in bytes."""
-    # Ray has no public question for this; a test compares the answer with a package that Ray made
+    """Lists the files that Ray would upload: size in bytes by path in the checkout."""
+    # Ray has no public function for this; tests/unit/test_private_apis.py compares the result with
+    # a package that Ray made
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
@@ -97,25 +119,16 @@ def uploaded_files(checkout: Path) -> dict[str, int]:
     return files
 
 
-def _recipe_problem(checkout: Path, recipe_file: Path, files: dict[str, int]) -> str:
-    path = recipe_file.resolve()
-    if not path.is_relative_to(checkout):
-        return f"{recipe_file}: lies outside the checkout {checkout}, which is all that is uploaded; move it there"
-    if str(path.relative_to(checkout)) not in files:
-        return f"{recipe_file}: would not be uploaded: {_IGNORED}"
-    return ""
+def _git(checkout: Path, *argv: str) -> str | None:
+    """Runs git and returns its output.
 
-
-def _facts(commit: str, dirty: str) -> dict[str, str]:
-    return {"mlflow.source.git.commit": commit, Tag.GIT_DIRTY: dirty}
-
-
-def _git(checkout: Path, *words: str) -> str | None:
-    """What git answers; None where there is no git, no repository, or one that git does not trust."""
-    quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # only to look: nothing in .git is to change
+    None if there is no git, no repository, or one that git does not trust.
+    """
+    # without it, `git status` would write a refreshed index
+    quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(
-            ["git", "-C", str(checkout), *words],
+            ["git", "-C", str(checkout), *argv],
             env=quiet,
             capture_output=True,
             text=True,

@@ -1,6 +1,7 @@
-"""Jobs of a Ray cluster: submitted, joined, followed, stopped, over the HTTP address of its head.
+"""Jobs of a Ray cluster, over the HTTP address of its head: submit, join, stop.
 
-A job belongs to a run by its metadata `hemoco.run`, and a run has one job at a time. Importing this takes seconds.
+The metadata `hemoco.run` of a job names its run. A run has one job at a time. Importing this module
+takes seconds.
 """
 
 import dataclasses
@@ -20,44 +21,45 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from cluster.submit.checkout import EXCLUDES
-from cluster.submit.environment import JobSpec, words_again
+from cluster.submit.environment import JobSpec, resuming_argv
 from hemoco.errors import HemocoError, UsageError
 from hemoco.tracking.tags import Tag
 
 _TIMEOUTS_S = (5.0, 60.0)  # to connect, and for an answer
 _OTHER_SERVER = "is not the dashboard of a Ray cluster: correct --address (http://head:8265)"
-_STOP_WAIT_S = 120.0  # longer than a job may take to end in order
+_STOP_WAIT_S = 120.0  # longer than the 60 s that a job has after SIGTERM
 _POLL_S = 0.5
-# exec: a shell would end first, and the head then wait its full time for an orphan that nobody reaps
+# exec replaces Ray's shell. Otherwise SIGTERM ends the shell first, and the head waits the full
+# stop time for the command, whose process nobody reaps.
 _ENTRYPOINT = "exec python -m jobs "
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
 class HeadLost(HemocoError):
-    """The head of the cluster does not answer, or answers as no dashboard does."""
+    """The head of the cluster does not answer, or what answers is not a dashboard."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the cluster knows of a job."""
+    """A job as the cluster describes it."""
 
     id: str
     run: str
     status: str
     """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-    words: str
-    """The command line after `python -m jobs`, as a shell reads it."""
+    command: str
+    """The command line after `python -m jobs`, quoted for a shell."""
     commit: str
-    """Of the checkout it was submitted from, with `-dirty` where that had changes; empty if unknown."""
+    """Commit from which it was submitted, with `-dirty` if there were changes; empty if unknown."""
     message: str
     exit_status: int | None
-    """Of its process, if that has ended by itself."""
+    """Exit status of its process; None if it is running or was killed."""
     started: float
-    """Seconds since 1970."""
+    """Time when it began, in seconds since 1970."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """True if it has stopped, succeeded or failed."""
         return self.status in _ENDED
 
 
@@ -69,7 +71,8 @@ class Cluster:
 
     Raises:
         UsageError: the address is of another kind.
-        HemocoError: nothing answers there, it is no Ray dashboard, or the token is missing or wrong.
+        HemocoError: nothing answers there, what answers is not a Ray dashboard, or the token is
+            missing or wrong.
     """
 
     def __init__(self, address: str) -> None:
@@ -77,30 +80,26 @@ class Cluster:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             raise UsageError(
-                f"--address is {parts.scheme}://{parts.netloc.rpartition('@')[2]}: give the dashboard of the "
-                "cluster's head, for example http://head:8265"
+                f"--address is {parts.scheme}://{parts.netloc.rpartition('@')[2]}: give the "
+                "dashboard of the cluster's head, for example http://head:8265"
             )
-        os.environ["RAY_API_SERVER_ADDRESS"] = (
-            self.address
-        )  # Ray would prefer RAY_ADDRESS to what it is given
+        # Ray prefers RAY_ADDRESS to the address it is given, but not to this variable
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)
         with self._answering():
             self.client: Any = _Client(self.address)
 
     def jobs(self, run: str = "") -> list[Job]:
-        """hemoco's jobs, of one run or of all, the newest first."""
+        """Lists hemoco's jobs, of one run or of all, the newest first."""
         with self._answering():
-            found = [
-                _job(details)
-                for details in self.client.list_jobs()
-                if Tag.RUN in (details.metadata or {})
-            ]
-        mine = (job for job in found if run in ("", job.run))
-        return sorted(mine, key=lambda job: job.started, reverse=True)
+            listed = self.client.list_jobs()
+        jobs = [_job(details) for details in listed if Tag.RUN in (details.metadata or {})]
+        chosen = (job for job in jobs if run in ("", job.run))
+        return sorted(chosen, key=lambda job: job.started, reverse=True)
 
     def job(self, job_id: str) -> Job:
-        """A job by its id.
+        """Returns a job by its id.
 
         Raises:
             HeadLost: the cluster does not answer, or does not know it.
@@ -109,7 +108,7 @@ class Cluster:
             return _job(self.client.get_job_info(job_id))
 
     def log(self, job_id: str) -> str:
-        """All that a job has printed so far.
+        """Returns everything that a job has printed so far.
 
         Raises:
             HeadLost: the cluster does not answer, or does not know the job.
@@ -118,13 +117,13 @@ class Cluster:
             return str(self.client.get_job_logs(job_id))
 
     def submit(self, spec: JobSpec) -> tuple[Job, bool]:
-        """Starts a job for a run, or finds the one that does the same at this moment.
+        """Starts a job for a run, or joins the running one with the same command.
 
         Returns:
             The job, and whether it is new.
 
         Raises:
-            UsageError: the run does something else at this moment.
+            UsageError: a job of the run is running with another command.
         """
         for attempt in itertools.count():
             known = self.jobs(spec.run)
@@ -134,18 +133,19 @@ class Cluster:
             try:
                 return self._start(job_id, spec), True
             except HeadLost:
-                if attempt:  # the first time somebody else may have submitted in the same moment
+                # the first time, the id may be taken: another process submitted at the same moment
+                if attempt:
                     raise
-        raise AssertionError("endless")
+        raise AssertionError("the loop returns or raises")
 
     def stop(self, run: str) -> Job | None:
         """Ends a run's job by SIGTERM and waits until it has ended.
 
         Returns:
-            The run's last job, if the cluster knows one; it need not have been running.
+            The run's last job, which may have ended before; None if the cluster knows none.
 
         Raises:
-            HemocoError: it does not end.
+            HemocoError: the job does not end.
         """
         known = self.jobs(run)
         running = [job for job in known if not job.ended]
@@ -157,61 +157,65 @@ class Cluster:
         while not (job := self.job(running[0].id)).ended:
             if time.monotonic() > deadline:
                 raise HemocoError(
-                    f"job {job.id} still runs {_STOP_WAIT_S:.0f} s after it was told to stop: look at its log, "
-                    f"then say `ray job stop {job.id} --address {self.address}`"
+                    f"job {job.id} is still running {_STOP_WAIT_S:.0f} s after SIGTERM: look at "
+                    f"its log, then run `ray job stop {job.id} --address {self.address}`"
                 )
             time.sleep(_POLL_S)
         return job
 
     def _start(self, job_id: str, spec: JobSpec) -> Job:
+        runtime_env = {
+            "working_dir": str(spec.checkout),
+            "excludes": list(EXCLUDES),
+            "env_vars": spec.variables,
+        }
         with self._answering():
             self.client.submit_job(
-                entrypoint=_ENTRYPOINT + shlex.join(spec.words),
+                entrypoint=_ENTRYPOINT + shlex.join(spec.argv),
                 submission_id=job_id,
-                runtime_env={
-                    "working_dir": str(spec.checkout),
-                    "excludes": list(EXCLUDES),
-                    "env_vars": spec.variables,
-                },
+                runtime_env=runtime_env,
                 metadata={Tag.RUN: spec.run, Tag.COMMIT: spec.commit},
             )
         return self.job(job_id)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """Turns what Ray's client raises into one line that says what to do."""
+        """Turns the errors of Ray's client into one line of advice."""
         try:
             yield
         except AuthenticationError as error:
             raise _refused(self.address, str(error)) from error
         except (ConnectionError, requests.exceptions.RequestException, OSError) as error:
             if isinstance(error, requests.exceptions.ReadTimeout):
-                what = f"takes connections but has not answered within {_TIMEOUTS_S[1]:.0f} s"
+                problem = f"takes connections but has not answered within {_TIMEOUTS_S[1]:.0f} s"
             elif isinstance(error, ConnectionError | requests.exceptions.ConnectionError):
-                what = "does not answer: start the cluster, or correct --address (http://head:8265)"
+                problem = (
+                    "does not answer: start the cluster, or correct --address (http://head:8265)"
+                )
             else:
-                what = _OTHER_SERVER
-            raise HeadLost(f"{self.address} {what}") from error
+                problem = _OTHER_SERVER
+            raise HeadLost(f"{self.address} {problem}") from error
         except (RuntimeError, ValueError, KeyError) as error:
             if "Version check returned 404" in str(error):
                 raise HeadLost(f"{self.address} {_OTHER_SERVER}") from error
             raise HeadLost(f"{self.address}: {_reason(error)}") from error
 
 
-class _Client(JobSubmissionClient):  # type: ignore[misc]  # ray has no annotations that mypy could follow
-    """Ray's client, which by itself would wait for ever for a head that has lost its power."""
+# mypy does not follow ray's annotations
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's client with time-outs; without, it waits for ever for a head that was switched off."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=_TIMEOUTS_S, **options)
 
 
 def _joined(job: Job, spec: JobSpec) -> Job:
-    # with --fresh or without, it is the run that the job is at
-    if words_again(shlex.split(job.words)) != words_again(spec.words):
+    # --fresh does not count: with and without, the job works on this run
+    if resuming_argv(shlex.split(job.command)) != resuming_argv(spec.argv):
         stop = shlex.join(["python", "-m", "jobs", "stop", job.run, "--address", spec.address])
         raise UsageError(
-            f"run {job.run!r} is being worked on by job {job.id} with other words ({job.words}): stop it first "
-            f"({stop}), or choose another --run name"
+            f"job {job.id} works on run {job.run!r} with another command ({job.command}): stop it "
+            f"first ({stop}), or choose another --run name"
         )
     return job
 
@@ -222,7 +226,7 @@ def _job(details: Any) -> Job:
         id=details.submission_id,
         run=metadata.get(Tag.RUN, ""),
         status=str(details.status),
-        words=details.entrypoint.removeprefix(_ENTRYPOINT),
+        command=details.entrypoint.removeprefix(_ENTRYPOINT),
         commit=metadata.get(Tag.COMMIT, ""),
         message=details.message or "",
         exit_status=details.driver_exit_code,
@@ -233,13 +237,13 @@ def _job(details: Any) -> Job:
 def _refused(address: str, reason: str) -> HemocoError:
     if "Authentication required" in reason:
         return HemocoError(
-            f"{address} wants a token (401) and none was sent: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a "
-            "file with the token of this cluster"
+            f"{address} requires a token (401) and none was sent: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to a file with the token of this cluster"
         )
     if "Authentication failed" in reason:
         return HemocoError(
-            f"{address} does not take this token (403): it is that of another cluster; correct the file that "
-            "RAY_AUTH_TOKEN_PATH names, or RAY_AUTH_TOKEN"
+            f"{address} does not accept this token (403): it is that of another cluster; correct "
+            "the file that RAY_AUTH_TOKEN_PATH names, or RAY_AUTH_TOKEN"
         )
     return HemocoError(
         f"{address}: {reason.strip().splitlines()[0]}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
@@ -247,6 +251,6 @@ def _refused(address: str, reason: str) -> HemocoError:
 
 
 def _reason(error: Exception) -> str:
-    """What the head said, without its traceback."""
+    """Returns the last line of the head's answer, which comes after its traceback."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""The log of a submitted job, followed to its end over connections that may break."""
+"""Follows the log of a submitted job to its end, over connections that may break."""
 
 import asyncio
 import logging
@@ -13,26 +13,28 @@ from cluster.submit.client import Cluster, HeadLost, Job
 
 logger = logging.getLogger(__name__)
 
-_QUIET_S = 10.0  # a silent log: is it the job or the connection?
+_QUIET_S = 10.0  # after this time without output, the head is asked whether the job still runs
 _PAUSE_S = 1.0
 
 
 def follow(
     cluster: Cluster, job_id: str, show: Callable[[str], None], *, patience_s: float = 120.0
 ) -> Job:
-    """Shows a job's log from its beginning until the job ends; what came before a broken connection is not repeated.
+    """Shows a job's log from its beginning until the job ends.
+
+    Text from before a broken connection is not repeated.
 
     Args:
-        cluster: where it runs.
-        job_id: the job.
-        show: gets the text, piece by piece; a piece need not end with a line.
-        patience_s: after that time without an answer from the head it is given up.
+        cluster: cluster on which the job runs.
+        job_id: id of the job.
+        show: called with the text, piece by piece; a piece need not end with a line.
+        patience_s: time without an answer from the head after which following ends.
 
     Returns:
         The ended job.
 
     Raises:
-        HeadLost: the head has gone, or another one is there that does not know the job.
+        HeadLost: the head does not answer, or was restarted and does not know the job.
     """
     return asyncio.run(_follow(cluster, job_id, show, patience_s))
 
@@ -40,44 +42,43 @@ def follow(
 async def _follow(
     cluster: Cluster, job_id: str, show: Callable[[str], None], patience_s: float
 ) -> Job:
-    shown = 0
-    answered, complained = time.monotonic(), -math.inf
+    shown = 0  # characters of the log
+    answered, warned = time.monotonic(), -math.inf
     while True:
-        seen = 0
+        received = 0  # characters over this connection, which begins with the log's beginning
         try:
             async with aclosing(_pieces(cluster, job_id)) as pieces:
                 async for piece in pieces:
                     answered = time.monotonic()
-                    if fresh := piece[
-                        max(0, shown - seen) :
-                    ]:  # a new connection begins with the log's beginning
-                        show(fresh)
-                    seen += len(piece)
-                    shown = max(shown, seen)
+                    new = piece[max(0, shown - received) :]
+                    if new:
+                        show(new)
+                    received += len(piece)
+                    shown = max(shown, received)
             job = await asyncio.to_thread(cluster.job, job_id)
-            if (
-                job.ended
-            ):  # its last lines may have come after the silence in which it was asked for
-                show((await asyncio.to_thread(cluster.log, job_id))[shown:])
+            if job.ended:
+                # the stream may have ended before the last lines: read the log once more, whole
+                log = await asyncio.to_thread(cluster.log, job_id)
+                show(log[shown:])
                 return job
             answered = time.monotonic()
         except HeadLost as error:
             if time.monotonic() - answered > patience_s or await _forgotten(cluster, job_id):
                 raise
-            if complained < answered:  # once for each outage
+            if warned < answered:  # once for each outage
                 logger.warning("%s; trying again for %.0f s", error, patience_s)
-                complained = time.monotonic()
+                warned = time.monotonic()
         await asyncio.sleep(_PAUSE_S)
 
 
 async def _pieces(cluster: Cluster, job_id: str) -> AsyncGenerator[str, None]:
-    """The log over one connection; empty pieces where the log is silent and the head still answers.
+    """Yields the log over one connection; empty pieces while the job runs without output.
 
     Raises:
         HeadLost: the connection has broken.
     """
     tail = cluster.client.tail_job_logs(job_id)
-    coming: asyncio.Task[str] | None = None
+    coming: asyncio.Task[str] | None = None  # kept over time-outs: cancelling would lose a piece
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(tail))
@@ -101,7 +102,7 @@ async def _pieces(cluster: Cluster, job_id: str) -> AsyncGenerator[str, None]:
 
 
 async def _forgotten(cluster: Cluster, job_id: str) -> bool:
-    """Whether the head answers and knows no such job: it has been started anew."""
+    """Returns whether the head answers and does not know the job, as after a restart."""
     try:
         return all(job.id != job_id for job in await asyncio.to_thread(cluster.jobs))
     except HeadLost:

@@ -1,4 +1,4 @@
-"""`python -m jobs backbones`: the registered backbones: listed, named by aliases, deleted."""
+"""`python -m jobs backbones`: lists the registered backbones, gives them aliases, deletes them."""
 
 import difflib
 import sys
@@ -22,38 +22,42 @@ from hemoco.tracking.versions import (
     delete_version,
     set_alias,
 )
+from jobs.arguments import read_arguments
 from pipeline.run_folder import check_run_folder
 
-_FILE_WIDTH = 200  # columns where no terminal says how wide it is
-_Name = Annotated[str, tyro.conf.Positional]
-_Number = Annotated[int, tyro.conf.Positional]
+_FILE_WIDTH = 200  # columns if the output is not a terminal
+_Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+_Version = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="VERSION")]
+_Alias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ALIAS")]
 
 
 def main(argv: list[str]) -> None:
-    """Finds what to do with backbones, and does it; alone it lists them."""
-    word = argv[0] if argv else "list"
-    if word in ("-h", "--help"):
+    """Runs one of the actions; without one, lists the backbones."""
+    action = argv[0] if argv else "list"
+    if action in ("-h", "--help"):
         print(
-            "usage: python -m jobs backbones [list | alias NAME VERSION ALIAS | delete NAME VERSION [...]]"
+            "usage: python -m jobs backbones [ACTION]\n\n"
+            "  list                      list the registered backbones and their results\n"
+            "  alias NAME VERSION ALIAS  give a version an alias\n"
+            "  delete NAME VERSION       delete a version\n\n"
+            "Without ACTION, lists the backbones.\n"
+            "`python -m jobs backbones ACTION --help` shows the options of an action."
         )
-        print("(--help after each of them shows its options)")
         return
-    if word not in _ACTIONS:
-        close = difflib.get_close_matches(word, _ACTIONS, n=1)
+    if action not in _ACTIONS:
+        close = difflib.get_close_matches(action, _ACTIONS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_ACTIONS)}"
-        raise UsageError(f"backbones {word}: {hint}")
-    tyro.cli(
-        _ACTIONS[word], args=argv[1:], prog=f"python -m jobs backbones {word}", use_underscores=True
-    )
+        raise UsageError(f"backbones {action}: {hint}")
+    read_arguments(_ACTIONS[action], argv[1:], command=f"backbones {action}")
 
 
 def show() -> None:
-    """Registered backbones, with what their transfers measured."""
+    """Lists the registered backbones with the results of their transfers."""
     uri = tracking_uri()
     connect(uri)
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-    known = backbone_versions(uri)
-    if not known:
+    versions = backbone_versions(uri)
+    if not versions:
         console.print(
             "no backbones yet: each pretraining registers its own at its end", highlight=False
         )
@@ -61,32 +65,35 @@ def show() -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "version", "aliases", "architecture", "recipe", "run", "results", "url"):
         table.add_column(column, overflow="fold")
-    for one in known:
-        results = "\n".join(f"{key} {value:.4f}" for key, value in sorted(one.results.items()))
+    for version in versions:
+        results = (f"{key} {value:.4f}" for key, value in sorted(version.results.items()))
         cells = [
-            one.name,
-            str(one.version),
-            "\n".join(one.aliases),
-            one.architecture,
-            one.recipe,
-            one.run,
-            results,
+            version.name,
+            str(version.version),
+            "\n".join(version.aliases),
+            version.architecture,
+            version.recipe,
+            version.run,
+            "\n".join(results),
+            version.url,
         ]
-        table.add_row(*(Text(cell) for cell in (*cells, one.url)))
+        table.add_row(*(Text(cell) for cell in cells))  # Text: brackets in a name are not markup
     console.print(table)
-    newest = known[-1]
+    newest = versions[-1]
     console.print(
         f"\nload one: hemoco.load_backbone('models:/{newest.name}/{newest.version}')",
         highlight=False,
     )
 
 
-def alias(name: _Name, version: _Number, alias: _Name, /) -> None:
-    """Gives a version an alias, by which models:/NAME@ALIAS finds it; another version of this name loses it.
+def alias(name: _Name, version: _Version, alias: _Alias, /) -> None:
+    """Gives a version an alias, so that models:/NAME@ALIAS names it.
+
+    An alias belongs to one version of a name; giving it to another moves it.
 
     Args:
-        name: of the registered model, as `list` shows it.
-        version: its number.
+        name: name of the registered model, as `list` shows it.
+        version: number of the version.
         alias: letters, digits, - and _.
     """
     uri = tracking_uri()
@@ -97,63 +104,73 @@ def alias(name: _Name, version: _Number, alias: _Name, /) -> None:
 
 def delete(
     name: _Name,
-    version: _Number,
+    version: _Version,
     /,
     *,
     checkpoints: bool = False,
     dry_run: bool = False,
     force: bool = False,
 ) -> None:
-    """Deletes a registered version; its logged model, with file and results, and the backbone in storage stay.
+    """Deletes a registered version.
+
+    The logged model, with its file and results, and the backbone in storage are not deleted.
 
     Args:
-        name: of the registered model, as `list` shows it.
-        version: its number.
-        checkpoints: delete the checkpoints of its pretraining, too.
-        dry_run: only say what would be deleted.
-        force: also a version with an alias that somebody gave it.
+        name: name of the registered model, as `list` shows it.
+        version: number of the version.
+        checkpoints: also delete the checkpoints of its pretraining.
+        dry_run: only print what would be deleted.
+        force: delete the version even if a person gave it an alias.
     """
     uri = tracking_uri()
     connect(uri)
-    one = backbone_version(uri, name, version)
-    given = [found for found in one.aliases if found != one.own_alias]
-    if given and not force:
+    backbone = backbone_version(uri, name, version)
+    given_aliases = [each for each in backbone.aliases if each != backbone.own_alias]
+    if given_aliases and not force:
         raise UsageError(
-            f"{name} {version} has the alias {', '.join(given)}: give it to another version, or say --force"
+            f"{name} {version} has the alias {', '.join(given_aliases)}: give it to another "
+            "version, or add --force"
         )
-    found = _checkpoints(uri, one) if checkpoints else []
+    checkpoint_urls = _checkpoints(uri, backbone) if checkpoints else []
     verb = "would delete" if dry_run else "deleting"
-    for url in found:
+    for url in checkpoint_urls:
         print(f"{verb:<14}checkpoint {url}")
-    aliases = "".join(f", @{found}" for found in one.aliases)
-    print(f"{verb:<14}models:/{name}/{version}{aliases} (run {one.run})")
-    print(f"{'stays':<14}models:/{one.model_id} with its results, {one.url}", flush=True)
-    if not dry_run:
-        for url in found:  # first, for without the version nobody would find them again
-            remove(url)
-        delete_version(uri, one)
+    aliases = "".join(f", @{each}" for each in backbone.aliases)
+    print(f"{verb:<14}models:/{name}/{version}{aliases} (run {backbone.run})")
+    print(f"{'stays':<14}models:/{backbone.model_id} with its results, {backbone.url}", flush=True)
+    if dry_run:
+        return
+    # checkpoints first: once the version is gone, nothing leads to them any more
+    for url in checkpoint_urls:
+        remove(url)
+    delete_version(uri, backbone)
 
 
-def _checkpoints(uri: str, one: BackboneVersion) -> list[str]:
-    """The URLs of the checkpoints of a backbone's pretraining."""
-    from hemoco.train.checkpoint import is_checkpoint  # torch
+def _checkpoints(uri: str, backbone: BackboneVersion) -> list[str]:
+    """Lists the URLs of the checkpoints of a backbone's pretraining."""
+    # imported late: torch takes seconds
+    from hemoco.train.checkpoint import is_checkpoint
 
+    name = f"{backbone.name} {backbone.version}"
     try:
-        pretraining = run_facts(uri, one.run_id)
+        pretraining = run_facts(uri, backbone.run_id)
         parent = run_facts(uri, pretraining.tags["mlflow.parentRunId"])
     except RefusedError as error:
         raise UsageError(
-            f"{one.name} {one.version}: its run is gone, and with it the place of its checkpoints"
+            f"{name}: its run was deleted, so it is not known where its checkpoints are"
         ) from error
-    # a run that --fresh began anew has left its name, and its folder, to the new one
+    # --fresh hands the run's name and folder to a new run: then the folder holds the checkpoints
+    # of that one
     newest = search(uri, connect(uri), {Tag.STORAGE: parent.tags[Tag.STORAGE], Tag.PHASE: "parent"})
     if newest[0].run_id != parent.run_id:
         raise UsageError(
-            f"{one.name} {one.version}: its checkpoints are gone, its folder is now of a run begun anew"
+            f"{name}: its checkpoints are gone, its folder now belongs to a newer run of this name"
         )
     if "RUNNING" in (pretraining.status, parent.status):
-        raise UsageError(f"run {one.run} is at work: stop it first, or leave --checkpoints out")
-    # a tag may name any folder, also one of other things that are named as checkpoints are
+        raise UsageError(
+            f"run {backbone.run} is running: stop it first, or leave --checkpoints out"
+        )
+    # tags can be written by others: only a folder that belongs to the run may be emptied
     check_run_folder(parent.tags[Tag.STORAGE], parent.tags[Tag.RUN].removesuffix(" (superseded)"))
     folder = join_url(parent.tags[Tag.STORAGE], "pretrain", "checkpoints")
     return [join_url(folder, name) for name in list_names(folder) if is_checkpoint(name)]

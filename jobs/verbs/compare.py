@@ -1,4 +1,4 @@
-"""`python -m jobs compare RUN [RUN ...]`: the tables of one run or of several side by side, from MLflow alone."""
+"""`python -m jobs compare RUN [RUN ...]`: tables and reports of runs, read from MLflow alone."""
 
 import hashlib
 import sys
@@ -11,51 +11,56 @@ from hemoco.names import check_run_name
 from hemoco.report.files import render, write_tables
 from hemoco.results.comparison import compare_runs
 from hemoco.tracking.client import tracking_uri
+from jobs.arguments import Folder, read_arguments
 from jobs.session import print_results, results_folder, write_results
+
+_Runs = Annotated[
+    tuple[str, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
+]
 
 
 def main(argv: list[str]) -> None:
-    """Prints tables and writes files."""
-    tyro.cli(compare, args=argv, prog="python -m jobs compare")
+    """Prints the tables and writes the files."""
+    read_arguments(compare, argv, command="compare")
 
 
 def compare(
-    runs: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
-    ] = (),
+    runs: _Runs = (),
     /,
     *,
-    out: str = "",
+    out: Folder = "",
     format: Literal["table", "markdown", "csv", "json", "latex"] = "table",
 ) -> None:
-    """The tables of one run, or of several side by side, from MLflow alone.
+    """Prints the tables of one run, or of several side by side, and writes them as files.
 
-    One run: its transfers against their baselines, over epochs and labels, and its cost; report.html. Several: a column
-    for each pretraining, those that differ by --pretrain.seed only together in one.
+    One run: its transfers against their baselines, over epochs and labels, and its cost.
+
+    Several runs: one column for each pretraining; seeds of the same pretraining share a column.
 
     Args:
         runs: names of runs.
-        out: folder for files; default: a folder in $HEMOCO_HOME/reports. comparison.json, .csv, .md, .tex and
-            report.html are written, rows.csv (the single values) and a CSV file for each further table; of one run
-            also details.json and details.csv with its curves and cost.
-        format: what is printed.
+        out: folder for the files; default: a folder in $HEMOCO_HOME/reports. It receives
+            comparison.json, .csv, .md and .tex, report.html, rows.csv (the single values) and a CSV
+            file for each further table; for one run also details.json and details.csv with its
+            curves and cost.
+        format: format in which the tables are printed.
     """
     if not runs:
         raise UsageError(
             "compare needs the name of a run, or of several: `python -m jobs status` lists them"
         )
-    for run in runs:  # names a folder, too
+    for run in runs:  # the names become names of folders, too
         check_run_name("RUN", run)
-    many = compare_runs(tracking_uri(), runs)
+    comparison = compare_runs(tracking_uri(), runs)
     folder = results_folder(_folder_name(runs), out)
-    write_results(many, folder)
-    write_tables(many, folder)
+    write_results(comparison, folder)
+    write_tables(comparison, folder)
     if format == "table":
-        print_results(many, folder)
+        print_results(comparison, folder)
     else:
-        sys.stdout.write(render(many, format))
+        sys.stdout.write(render(comparison, format))
 
 
 def _folder_name(runs: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m jobs demo`: the whole pipeline on embedded defaults, always a fresh run."""
+"""`python -m jobs demo`: the whole pipeline on built-in data; each call is a new run."""
 
 import dataclasses
 import os
@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-import tyro
-
 from cluster.local.ray import embedded_stack
 from hemoco.config import DataConfig, Recipe
 from hemoco.data.shards.index import ShardIndexes
@@ -20,6 +18,7 @@ from hemoco.storage.objects import home, join_url, read_bytes, write_bytes
 from hemoco.tracking import client
 from hemoco.tracking import runs as tracking
 from hemoco.tracking.tags import Tag
+from jobs.arguments import Folder, read_arguments
 from jobs.display.live import live_display
 from jobs.options import load_recipe
 from jobs.session import run_tags, show_results, take_sigterm_as_ctrl_c
@@ -36,28 +35,30 @@ _STAGES = {
 }
 """The demo's stages in their order, and the seconds that each takes on two idle cores.
 
-Estimates, from the CPU seconds measured with AVX2 instructions; a core with AVX-512 is faster.
+Estimated from CPU seconds measured with AVX2 instructions; a core with AVX-512 is faster.
 """
 
 
 def main(argv: list[str]) -> None:
     """Runs the demo."""
-    tyro.cli(demo, args=argv, prog="python -m jobs demo")
+    read_arguments(demo, argv, command="demo")
 
 
-def demo(*, out: str = "", seed: int = 0) -> None:
-    """Handwritten digits -> shards on S3 -> MoCo v2 on 2 workers -> four transfers -> table and report.
+def demo(*, out: Folder = "", seed: int = 0) -> None:
+    """Runs the whole pipeline on 1,797 handwritten digits: about 6 minutes on two cores.
 
-    Nothing is needed but this machine: a local Ray, an S3 server on loopback and MLflow on SQLite are started and
-    stopped again. What it writes stays.
+    Packs the digits as shards on S3, pretrains MoCo v2, measures four transfers, writes a report.
+
+    Starts and stops its own Ray and S3 server on this machine; MLflow is a SQLite file.
+
+    The results are kept.
 
     Args:
         out: folder for the results; default: a new one in $HEMOCO_HOME/demo.
-        seed: of data, pretraining and transfers.
+        seed: seed of the data, the pretraining and the transfers.
     """
-    from pipeline.run import (
-        pretrain_then_transfer,
-    )  # Ray Train takes seconds to import, errors should not
+    # imported late: Ray Train takes seconds, and wrong usage is reported at once
+    from pipeline.run import pretrain_then_transfer
 
     run = f"demo-{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
     folder = Path(out).expanduser().resolve() if out else home() / "demo" / run
@@ -65,35 +66,38 @@ def demo(*, out: str = "", seed: int = 0) -> None:
     _use_embedded_defaults()
     _announce_stages()
     with tempfile.TemporaryDirectory(prefix="hemoco-demo-") as work, ExitStack() as stack:
-        with _phase("start S3, Ray and MLflow"):
+        with _stage("start S3, Ray and MLflow"):
             bucket = stack.enter_context(embedded_stack(Path(work) / "s3"))
             take_sigterm_as_ctrl_c()
             client.connect(client.tracking_uri())
-        recipe = _data(load_recipe("demo"), bucket, Path(work), seed)
+        recipe = _pack_data(load_recipe("demo"), bucket, Path(work), seed)
         tags = run_tags("demo", "demo")
         indexes = ShardIndexes()
         display = live_display(run, pretrain=recipe, transfers=recipe.transfers, indexes=indexes)
-        with _phase("pretrain, then transfer"), display:
+        with _stage("pretrain, then transfer"), display:
             pretrain_then_transfer(
                 recipe, indexes=indexes, run=run, storage=f"{bucket}/runs", fresh=False, tags=tags
             )
-        with _phase("keep the backbone"):
+        with _stage("keep the backbone"):
             _keep_backbone(run, folder)
-    with _phase("write the table and the report"):
-        many = show_results(run, str(folder))
+    with _stage("write the table and the report"):
+        comparison = show_results(run, str(folder))
     print(f"MLflow UI   uv run mlflow ui --backend-store-uri {client.tracking_uri()}")
-    check_learned(many.runs[0].results.pretraining)
+    check_learned(comparison.runs[0].results.pretraining)
 
 
 def check_learned(pretraining: Pretraining) -> None:
-    """A collapsed pretraining can still beat random initialisation on some transfers, so the demo looks itself.
+    """Checks that the pretraining has learned something.
+
+    A collapsed pretraining can still beat random initialisation on some transfers, so the table
+    alone does not show it.
 
     Raises:
-        TrainingError: the loss is not well below chance, ln(K + 1), or the embeddings have collapsed.
+        TrainingError: the loss is not well below chance, ln(K + 1), or the embeddings have
+            collapsed.
     """
-    from hemoco.report.training import (
-        health_checks,
-    )  # torch takes seconds to import, errors should not
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from hemoco.report.training import health_checks
 
     checks = health_checks(pretraining)
     findings = [f"{check.name}: {check.finding}" for check in checks if not check.passed]
@@ -104,20 +108,21 @@ def check_learned(pretraining: Pretraining) -> None:
 
 
 def _use_embedded_defaults() -> None:
-    """The demo must not write into a cluster or tracking server that the environment happens to name."""
+    """Keeps the demo off a cluster or tracking server that the environment happens to name."""
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         if os.environ.pop(name, None):
             print(f"{name} is set; the demo does not use it")
 
 
-def _data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
-    """Draws digits and scenes, packs both to S3, and puts their URLs and the seed into the recipe."""
+def _pack_data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
+    """Draws digits and scenes and packs them to S3; returns the recipe with their URLs and seed."""
+    # imported late: torch takes seconds, and wrong usage is reported at once
     from jobs.demo_data import write_digits, write_scenes
 
-    with _phase("draw digits and scenes"):
+    with _stage("draw digits and scenes"):
         write_digits(work / "digits", seed)
         write_scenes(work / "scenes", seed)
-    with _phase("pack them into shards on S3"):
+    with _stage("pack them into shards on S3"):
         for name, samples in (("digits", 500), ("scenes", 100)):
             pack_with_progress(
                 (str(work / name),),
@@ -141,26 +146,25 @@ def _data(recipe: Recipe, bucket: str, work: Path, seed: int) -> Recipe:
 
 
 def _keep_backbone(run: str, folder: Path) -> None:
-    """Copies the backbone out of the S3 server that is about to end, and says so in MLflow."""
+    """Copies the backbone out of the S3 server, which ends with the demo, and updates its tag."""
     uri = client.tracking_uri()
     pretraining = run_results(uri, run).pretraining
-    kept = join_url(folder.as_uri(), "backbone.safetensors")
-    write_bytes(kept, read_bytes(pretraining.backbone_url))
-    tracking.set_tags(uri, pretraining.run_id, {Tag.BACKBONE_URL: kept})
+    copy_url = join_url(folder.as_uri(), "backbone.safetensors")
+    write_bytes(copy_url, read_bytes(pretraining.backbone_url))
+    tracking.set_tags(uri, pretraining.run_id, {Tag.BACKBONE_URL: copy_url})
 
 
 def _announce_stages() -> None:
-    """Prints which stages come and how long each takes."""
     print(f"{len(_STAGES)} stages, about {sum(_STAGES.values()) / 60:.0f} min on two cores:")
     for title, seconds in _STAGES.items():
         print(f"  {title:<32}{seconds:>4} s", flush=True)
 
 
 @contextmanager
-def _phase(title: str) -> Iterator[None]:
-    """Prints how long is left on two cores when a stage begins, and what it took when it has ended."""
-    order = list(_STAGES)
-    left_s = sum(_STAGES[later] for later in order[order.index(title) :])
+def _stage(title: str) -> Iterator[None]:
+    """Prints the estimated time left when a stage begins, and the time it took when it ends."""
+    titles = list(_STAGES)
+    left_s = sum(_STAGES[later] for later in titles[titles.index(title) :])
     print(f"[{title}]  {left_text(left_s)}", flush=True)
     start = time.perf_counter()
     yield

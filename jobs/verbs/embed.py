@@ -8,18 +8,20 @@ from cluster.local.ray import local_ray
 from hemoco.data.shards.index import read_index
 from hemoco.errors import UsageError
 from hemoco.storage.objects import absolute_url, check_writable, join_url
+from jobs.arguments import read_arguments
 from jobs.progress import follow, printable
 
 if TYPE_CHECKING:
     from pipeline.embed import Embedded
 
 _MAX_BAD_SHARE = 0.001
-_Size = Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")]
+_Split = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+_Pixels = Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")]
 
 
 def main(argv: list[str]) -> None:
-    """Embeds."""
-    tyro.cli(embed, args=argv, prog="python -m jobs embed", use_underscores=True)
+    """Computes and writes the features."""
+    read_arguments(embed, argv, command="embed")
 
 
 def embed(
@@ -28,37 +30,44 @@ def embed(
     dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")],
     /,
     *,
-    split: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    size: _Size = None,
-    resize: _Size = None,
+    split: _Split = None,
+    size: _Pixels = None,
+    resize: _Pixels = None,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 256,
     cpus: int = 1,
     gpus: int = 0,
     max_bad_share: float = _MAX_BAD_SHARE,
 ) -> None:
-    """Features of a data set by a frozen backbone as Parquet: a file per shard with key, split, label, class, feature.
+    """Computes the features of a data set with a frozen backbone and writes them as Parquet.
 
-    The same words again go on where they stopped. Another backbone, other data or another transform need another DEST.
+    Each shard becomes one file with the columns key, split, label, class and feature.
+
+    Run the same command again to resume. Another backbone, data set or transform needs another
+    DEST.
 
     Args:
         shards: folder or s3:// URL that holds index.json.
         backbone: URL or path of a backbone.safetensors, or models:/NAME@ALIAS of a registered one.
         dest: folder or s3:// URL for the files.
-        split: of the data, or several as train+val; default: all.
-        size: of the square that is cut from an image's centre; default: that of the backbone's pretraining, of
-            imported ones 224, or 32 with the small stem.
-        resize: to which the shorter side is scaled before; default: size, as for kNN and probes.
-        precision: in which the backbone computes; the lower ones are stored as float16.
+        split: split of the data, or several as train+val; default: all.
+        size: side of the square that is cut from the centre of an image; default: that of the
+            backbone's pretraining; for imported backbones 224, or 32 with the small stem.
+        resize: length to which the shorter side is scaled before; default: size, as for kNN and
+            probes.
+        precision: number format in which the backbone computes; the lower ones are stored as
+            float16.
         batch_size: images computed at a time.
-        cpus: cores of each Ray task: they decode, and without a GPU compute.
+        cpus: cores of each Ray task, which decode the images and without a GPU compute.
         gpus: GPUs of each Ray task, 0 or 1.
-        max_bad_share: share of undecodable or damaged samples above which it stops; ten are always allowed.
+        max_bad_share: stop if a larger share of the samples is damaged or cannot be decoded; ten
+            samples are always allowed.
     """
     if cpus < 1 or gpus not in (0, 1):
         raise UsageError(
             f"--cpus is {cpus}, --gpus {gpus}: a task has at least 1 core, and 0 or 1 GPU"
         )
+    # imported late: torch takes seconds, and wrong usage is reported at once
     from hemoco.features.plan import (
         EmbedConfig,
         finished_files,
@@ -66,7 +75,7 @@ def embed(
         plan_embedding,
         usual_size,
     )
-    from pipeline.embed import embed_steps  # torch takes seconds to import, errors should not
+    from pipeline.embed import embed_steps
 
     shards, dest = absolute_url(shards), absolute_url(dest)
     index = read_index(shards)
@@ -77,7 +86,7 @@ def embed(
     config = EmbedConfig(size=size, resize=resize, precision=precision, batch_size=batch_size)
     plan = plan_embedding(shards, index, url, dest, config)
     check_writable(plan.dest)
-    finished_files(plan)  # errors before Ray starts; to look twice is cheap
+    finished_files(plan)  # raises for files of another backbone before Ray starts
     with local_ray():
         done = follow(embed_steps(plan, chosen, cpus=cpus, gpus=gpus, max_bad_share=max_bad_share))
     _print_result(plan.dest, done)

@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 import tyro
 
 from hemoco.errors import UsageError
+from jobs.arguments import read_arguments
 
 
 def main(argv: list[str]) -> None:
     """Writes the file."""
-    tyro.cli(export, args=argv, prog="python -m jobs export")
+    read_arguments(export, argv, command="export")
 
 
 def export(
@@ -19,18 +20,16 @@ def export(
     *,
     format: Literal["torchvision", "timm", "detectron2", "moco"],
 ) -> None:
-    """A backbone as a file that another library loads.
+    """Writes a backbone as a file that another library loads.
 
     Args:
-        backbone: URL or path of a backbone.safetensors; for format moco also of a checkpoint's folder, which gives both
-            encoders, their heads and the queue or the predictor.
+        backbone: URL or path of a backbone.safetensors. For format moco also the folder of a
+            checkpoint, which gives both encoders, their heads, and the queue or the predictor.
         dest: URL or path of the file to write.
-        format: whose names and layout.
+        format: library whose tensor names and file layout are used.
     """
-    from hemoco.backbones.export import (  # torch takes seconds to import, errors should not
-        export_checkpoint,
-        export_method,
-    )
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from hemoco.backbones.export import export_checkpoint, export_method
     from hemoco.train.checkpoint import is_checkpoint
 
     if not is_checkpoint(backbone):
@@ -39,6 +38,7 @@ def export(
         export_method(backbone, dest)
     else:
         raise UsageError(
-            f"{backbone} is a checkpoint: format {format} has only backbones, give a backbone.safetensors"
+            f"{backbone} is a checkpoint: format {format} holds a backbone only, give a "
+            "backbone.safetensors"
         )
     print(f"{dest}: {backbone} in the layout of {format}")

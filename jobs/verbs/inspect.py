@@ -1,4 +1,4 @@
-"""`python -m jobs inspect SHARDS`: what is in a shard folder, whether it is sound, and what it looks like."""
+"""`python -m jobs inspect SHARDS`: the content of a shard folder, its soundness and its look."""
 
 from typing import Annotated, NamedTuple
 
@@ -14,6 +14,7 @@ from hemoco.data.shards.index import INDEX_VERSION, ShardIndex, read_index
 from hemoco.data.shards.sampling import count_labels
 from hemoco.errors import ShardError
 from hemoco.storage.objects import absolute_url, write_bytes
+from jobs.arguments import File, read_arguments
 from jobs.progress import follow, printable
 from pipeline.shards.verify import Verified, verify_steps
 
@@ -23,25 +24,23 @@ _FEW_CLASSES = 5
 
 
 def main(argv: list[str]) -> None:
-    """Inspects."""
-    tyro.cli(
-        inspect,
-        args=argv,
-        prog="python -m jobs inspect",
-        config=(tyro.conf.FlagCreatePairsOff,),
-        use_underscores=True,
-    )
+    """Prints what the folder holds."""
+    read_arguments(inspect, argv, command="inspect", config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def inspect(
-    shards: Annotated[str, tyro.conf.Positional], /, *, verify: bool = False, sheet: str = ""
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")],
+    /,
+    *,
+    verify: bool = False,
+    sheet: File = "",
 ) -> None:
-    """What is in a shard folder: splits, samples, bytes, sizes, labels, the digest.
+    """Prints the splits, samples, sizes, labels and digest of a shard folder.
 
     Args:
         shards: folder or s3:// URL that holds index.json.
-        verify: read every shard again, in parallel, and compare sizes, checksums and tables; decode every image. Any
-            damage: exit status 1.
+        verify: read every shard again, in parallel; compare sizes, checksums and tables, and decode
+            every image. Any damage ends in exit status 1.
         sheet: PNG file or URL for a contact sheet of 64 evenly spaced samples.
     """
     url = absolute_url(shards)
@@ -55,13 +54,13 @@ def inspect(
     _print_listing(_splits(index))
     if verified is not None:
         _print_verified(verified, len(index.shards))
-    _print_meaning(url, index, verified)
+    _print_labels(url, index, verified)
     if sheet:
         _write_sheet(url, index, sheet)
 
 
 class _Listing(NamedTuple):
-    """Facts as a table for a terminal and as lines for a file or another program."""
+    """Facts as a table for a terminal, and as lines for a file or another program."""
 
     head: list[str]
     rows: list[list[str]]
@@ -72,21 +71,22 @@ def _splits(index: ShardIndex) -> _Listing:
     rows, lines = [], []
     for name in index.splits:
         shards = index.split(name)
-        samples, sizes = sum(shard.samples for shard in shards), [shard.bytes for shard in shards]
-        total, smallest, largest = (
-            _readable(size) for size in (sum(sizes), min(sizes), max(sizes))
-        )
+        samples = sum(shard.samples for shard in shards)
+        sizes = [shard.bytes for shard in shards]
+        total = _readable(sum(sizes))
+        smallest = _readable(min(sizes))
+        largest = _readable(max(sizes))
         rows.append([name, str(samples), str(len(shards)), total, smallest, largest])
         lines.append(
-            f"split {name}: {samples} samples in {len(shards)} shards of {smallest} to {largest}, {total}"
+            f"split {name}: {samples} samples in {len(shards)} shards of {smallest} to {largest}, "
+            f"{total}"
         )
-    return _Listing(
-        ["split", "samples", "shards", "size", "smallest shard", "largest shard"], rows, lines
-    )
+    head = ["split", "samples", "shards", "size", "smallest shard", "largest shard"]
+    return _Listing(head, rows, lines)
 
 
 def _readable(size: float) -> str:
-    """Bytes in the unit that leaves up to three digits before the point."""
+    """Formats bytes in the unit that leaves up to three digits before the point."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -95,30 +95,31 @@ def _readable(size: float) -> str:
 
 
 def _classes(index: ShardIndex, counts: dict[str, NDArray[np.int64]]) -> _Listing:
-    """Images per class and split; of many classes those with the most and the fewest images."""
-    order = list(range(len(index.classes)))
-    if len(order) > _MOST_CLASSES:
+    """Lists images per class and split; if there are many classes, the largest and the smallest."""
+    labels = list(range(len(index.classes)))
+    if len(labels) > _MOST_CLASSES:
+        # the last entry of each count is that of unlabelled images
         totals = np.sum([count[:-1] for count in counts.values()], axis=0)
-        order = np.argsort(-totals, kind="stable").tolist()
-        order[_FEW_CLASSES:-_FEW_CLASSES] = []
+        labels = np.argsort(-totals, kind="stable").tolist()
+        labels[_FEW_CLASSES:-_FEW_CLASSES] = []
+    omitted = len(index.classes) - len(labels)
     rows, lines = [], []
-    for place, label in enumerate(order):
-        if place == _FEW_CLASSES and len(order) < len(index.classes):
-            rest = f"({len(index.classes) - len(order)} classes between)"
-            rows.append([rest])
-            lines.append(rest)
-        found = [str(count[label]) for count in counts.values()]
-        rows.append([index.classes[label], *found])
-        lines.append(
-            f"class {index.classes[label]}: {', '.join(map(' '.join, zip(counts, found, strict=True)))}"
-        )
+    for position, label in enumerate(labels):
+        if omitted and position == _FEW_CLASSES:
+            gap = f"({omitted} classes between)"
+            rows.append([gap])
+            lines.append(gap)
+        images = [str(count[label]) for count in counts.values()]
+        rows.append([index.classes[label], *images])
+        per_split = (f"{split} {number}" for split, number in zip(counts, images, strict=True))
+        lines.append(f"class {index.classes[label]}: {', '.join(per_split)}")
     return _Listing([f"class (of {len(index.classes)})", *counts], rows, lines)
 
 
 def _print_listing(listing: _Listing) -> None:
     console = Console()
     if not console.is_terminal:
-        print("\n".join(map(printable, listing.lines)))
+        print("\n".join(printable(line) for line in listing.lines))
         return
     first, *others = (escape(printable(name)) for name in listing.head)
     table = Table(first, *(Column(name, justify="right") for name in others))
@@ -128,22 +129,28 @@ def _print_listing(listing: _Listing) -> None:
 
 
 def _print_verified(verified: Verified, shards: int) -> None:
-    """Prints all that is wrong; ShardError where it is damage."""
+    """Prints all that is wrong.
+
+    Raises:
+        ShardError: a shard is damaged.
+    """
     for damage in verified.damages:
         print(f"damaged: {printable(damage)}")
     for flaw in verified.undecodable:
         print(
-            f"warning: {printable(flaw)}; they stay in: training replaces them, an evaluation of their split refuses"
+            f"warning: {printable(flaw)}; they stay in: training replaces them, an evaluation of "
+            "their split refuses"
         )
     if verified.damages:
         raise ShardError(
-            f"{verified.damaged} of {shards} shards are damaged, as listed; restore them, or pack the data again"
+            f"{verified.damaged} of {shards} shards are damaged, as listed; restore them, or pack "
+            "the data again"
         )
     print(f"verified: sizes, checksums, tables and images of {shards} shards")
 
 
-def _print_meaning(url: str, index: ShardIndex, verified: Verified | None) -> None:
-    """Prints the labels and annotations; the tables of samples do not tell how many annotations there are."""
+def _print_labels(url: str, index: ShardIndex, verified: Verified | None) -> None:
+    """Prints labels and annotations; only `--verify` counts annotations, the tables do not."""
     counts = count_labels(url, index)
     if index.classes:
         _print_listing(_classes(index, counts))
@@ -154,16 +161,14 @@ def _print_meaning(url: str, index: ShardIndex, verified: Verified | None) -> No
             print(f"without label: {unlabelled}")
     annotations = {} if verified is None else verified.annotations
     if index.categories or annotations:
-        found = ", ".join(f"{split} {count}" for split, count in annotations.items())
+        per_split = ", ".join(f"{split} {count}" for split, count in annotations.items())
         unknown = "counted by --verify" if verified is None else "none"
-        print(f"{len(index.categories)} categories, annotations: {found or unknown}")
+        print(f"{len(index.categories)} categories, annotations: {per_split or unknown}")
 
 
 def _write_sheet(url: str, index: ShardIndex, sheet: str) -> None:
-    from hemoco.data.shards.contact_sheet import (
-        draw_sheet,
-        sheet_samples,
-    )  # torch takes seconds to import
+    # imported late: torch takes seconds
+    from hemoco.data.shards.contact_sheet import draw_sheet, sheet_samples
 
     write_bytes(absolute_url(sheet), draw_sheet(sheet_samples(url, index, _SHEET_SAMPLES)))
     print(f"contact sheet: {sheet}")

@@ -1,4 +1,4 @@
-"""`python -m jobs preflight RECIPE`: everything that can fail later, checked now, one line each."""
+"""`python -m jobs preflight RECIPE`: checks everything that could fail later, one line each."""
 
 import contextlib
 import logging
@@ -25,36 +25,37 @@ from hemoco.errors import HemocoError
 from hemoco.tracking.client import tracking_uri
 from jobs.options import RunOptions, parse_options
 
-_BUFFERS = 4  # batches that a loader process has in shared memory, as hemoco.data.stream.loader
+# Batches that a loader process holds in shared memory. A copy of the number in
+# hemoco.data.stream.loader, whose import takes seconds; a test compares the two.
+_BUFFERS = 4
 _MODULES = (
-    *(
-        "torch",
-        "torchvision",
-        "timm",
-        "mlflow",
-        "webdataset",
-        "s3fs",
-        "pyarrow.fs",
-        "safetensors",
-        "google_crc32c",
-    ),
-    *(
-        "simplejpeg",
-        "faster_coco_eval",
-        "sklearn",
-        "scipy",
-        "ray.train",
-        "hemoco.train.pretrain",
-        "pipeline.checks",
-    ),
+    "torch",
+    "torchvision",
+    "timm",
+    "mlflow",
+    "webdataset",
+    "s3fs",
+    "pyarrow.fs",
+    "safetensors",
+    "google_crc32c",
+    "simplejpeg",
+    "faster_coco_eval",
+    "sklearn",
+    "scipy",
+    "ray.train",
+    "hemoco.train.pretrain",
+    "pipeline.checks",
 )
+"""Modules that every node must be able to import."""
 
 
 def main(argv: list[str]) -> None:
-    """Checks storage, data, MLflow, Ray and its nodes against what a recipe needs; nothing is trained.
+    """Checks storage, data, MLflow, Ray and its nodes against what a recipe needs.
+
+    Nothing is trained.
 
     Raises:
-        HemocoError: a check has failed; all have been run and shown.
+        HemocoError: a check has failed; the others have run and are printed.
     """
     options = parse_options("preflight", argv, RunOptions)
     recipe_file = Path(argv[0]) if argv[0].endswith(".py") else None
@@ -62,89 +63,100 @@ def main(argv: list[str]) -> None:
     for finding in _findings(options, recipe_file):
         print(f"{finding.level:<5} {finding.name:<16} {finding.text}", flush=True)
         levels.append(finding.level)
-    if failed := levels.count("FAIL"):
-        raise HemocoError(f"{failed} of {len(levels)} checks failed")
-    warned = levels.count("warn")
-    print(f"{len(levels)} checks, none failed" + (f", {warned} warned" if warned else ""))
+    failures = levels.count("FAIL")
+    if failures:
+        raise HemocoError(f"{failures} of {len(levels)} checks failed")
+    warnings = levels.count("warn")
+    print(f"{len(levels)} checks, none failed" + (f", {warnings} warned" if warnings else ""))
 
 
 def _findings(options: RunOptions, recipe_file: Path | None) -> Iterator[Finding]:
-    recipe, address = options.recipe, os.environ.get("RAY_ADDRESS", "")
-    yield _upload(recipe_file, needed=address.startswith(("http://", "https://")))
-    storage, shards = options.storage, tuple(dict.fromkeys(_shard_folders(recipe)))
-    yield from _data(recipe, shards)
+    recipe = options.recipe
+    address = os.environ.get("RAY_ADDRESS", "")
+    yield _check_upload(recipe_file, needed=address.startswith(("http://", "https://")))
+    storage = options.storage
+    shards = tuple(dict.fromkeys(_shard_folders(recipe)))  # each once, in order
+    yield from _check_data(recipe, shards)
     yield from check_storage(storage)
-    if (clock := clock_check((storage, *shards))) is not None:
+    clock = clock_check((storage, *shards))
+    if clock is not None:
         yield clock
     yield check_tracking(tracking_uri())
-    groups, streams = _groups(recipe), _streams(recipe)
+    groups = _groups(recipe)
     needs = Needs(
         shards=shards,
         storage=storage,
         tracking=tracking_uri(),
-        cache_bytes=max(stream.disk_cache_bytes for stream in streams),
+        cache_bytes=max(stream.disk_cache_bytes for stream in _streams(recipe)),
         shm_bytes=_shared_memory(recipe),
         cuda=any(group.gpus for group in groups),
         modules=_MODULES,
     )
-    yield from check_cluster(address, groups, needs) if address else check_machine(groups, needs)
+    if address:
+        yield from check_cluster(address, groups, needs)
+    else:
+        yield from check_machine(groups, needs)
 
 
-def _upload(recipe_file: Path | None, *, needed: bool) -> Finding:
-    """Whether all that a cluster needs of this checkout gets there; only `submit` needs it."""
-    if problems := upload_problems(CHECKOUT, recipe_file):
-        return Finding(
-            "FAIL" if needed else "warn", "upload", f"for `submit`: {'; '.join(problems)}"
-        )
+def _check_upload(recipe_file: Path | None, *, needed: bool) -> Finding:
+    """Checks that `submit` would upload all that a cluster needs of this checkout.
+
+    Args:
+        recipe_file: a recipe given by its path.
+        needed: whether the run will be submitted, so that a problem is a failure.
+    """
+    problems = upload_problems(CHECKOUT, recipe_file)
+    if problems:
+        level = "FAIL" if needed else "warn"
+        return Finding(level, "upload", f"for `submit`: {'; '.join(problems)}")
     return Finding("ok", "upload", f"{CHECKOUT}: all that a cluster needs of it would be uploaded")
 
 
-def _data(recipe: Recipe, shards: tuple[str, ...]) -> Iterator[Finding]:
-    """The shards, and whether pretraining and transfers fit them."""
-    from pipeline.checks import (
-        check_pretraining,
-        check_transfers,
-    )  # torch takes seconds to import, errors should not
+def _check_data(recipe: Recipe, shards: tuple[str, ...]) -> Iterator[Finding]:
+    """Checks the shards, and that pretraining and transfers fit them."""
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from pipeline.checks import check_pretraining, check_transfers
 
     indexes = ShardIndexes()
     for name, url in numbered("shards", shards):
         yield check_shards(url, indexes)._replace(name=name)
-    yield from _fit("pretrain", partial(check_pretraining, recipe, indexes))
+    yield from _check_fit("pretrain", partial(check_pretraining, recipe, indexes))
     for name, config in recipe.transfers.items():
         alone = replace(recipe, transfers={name: config}, curve=())
-        yield from _fit(name, partial(check_transfers, alone, indexes))
+        yield from _check_fit(name, partial(check_transfers, alone, indexes))
 
 
-def _fit(name: str, check: Callable[[], None]) -> Iterator[Finding]:
-    """The finding of a check that logs what it doubts, and these doubts."""
+def _check_fit(name: str, check: Callable[[], None]) -> Iterator[Finding]:
+    """Runs a check of pipeline.checks; yields its finding, and one for each warning it logs."""
 
     def fits() -> str:
         check()
         return "the recipe fits its data"
 
-    with _records("pipeline.checks") as records:
-        found = checked(f"fit {name}", fits)
-    if found.level == "ok" and (
-        said := [r.getMessage() for r in records if r.levelno < logging.WARNING]
-    ):
-        found = found._replace(text=f"{found.text}; {'; '.join(said)}")
-    yield found
+    with _captured_log("pipeline.checks") as records:
+        finding = checked(f"fit {name}", fits)
+    notes = [record.getMessage() for record in records if record.levelno < logging.WARNING]
+    if finding.level == "ok" and notes:
+        finding = finding._replace(text=f"{finding.text}; {'; '.join(notes)}")
+    yield finding
     for record in records:
         if record.levelno >= logging.WARNING:
             yield Finding("warn", f"fit {name}", record.getMessage())
 
 
 @contextlib.contextmanager
-def _records(name: str) -> Iterator[list[logging.LogRecord]]:
-    """What is logged in the block, kept from the console."""
-    logger, handler = logging.getLogger(name), _Recorder()
-    before, logger.propagate = logger.propagate, False
+def _captured_log(name: str) -> Iterator[list[logging.LogRecord]]:
+    """Collects what a logger is given in the block, instead of printing it."""
+    logger = logging.getLogger(name)
+    handler = _Recorder()
+    propagated = logger.propagate
+    logger.propagate = False
     logger.addHandler(handler)
     try:
         yield handler.records
     finally:
         logger.removeHandler(handler)
-        logger.propagate = before
+        logger.propagate = propagated
 
 
 class _Recorder(logging.Handler):
@@ -157,29 +169,22 @@ class _Recorder(logging.Handler):
 
 
 def _shard_folders(recipe: Recipe) -> list[str]:
-    """All that the recipe names; `check_pretraining` says so where it names none."""
-    return [
-        url
-        for url in (
-            recipe.data.shards,
-            *(config.data.shards for config in recipe.transfers.values()),
-        )
-        if url
-    ]
+    """Lists the shard folders that the recipe names; `check_pretraining` reports if it has none."""
+    urls = [recipe.data.shards, *(config.data.shards for config in recipe.transfers.values())]
+    return [url for url in urls if url]
 
 
 def _groups(recipe: Recipe) -> list[Group]:
-    """The processes of pretraining and of each transfer."""
-    own = recipe.pretrain.resources
-    groups = [
-        Group(
-            "pretrain",
-            own.workers,
-            min(world_sizes(recipe.pretrain)),
-            own.cpus_per_worker,
-            own.gpus_per_worker,
-        )
-    ]
+    """Lists the processes of the pretraining and of each transfer."""
+    resources = recipe.pretrain.resources
+    pretraining = Group(
+        name="pretrain",
+        processes=resources.workers,
+        fewest=min(world_sizes(recipe.pretrain)),
+        cpus=resources.cpus_per_worker,
+        gpus=resources.gpus_per_worker,
+    )
+    groups = [pretraining]
     for name, config in recipe.transfers.items():
         workers = config.workers if isinstance(config, TrainedConfig) else 1
         groups.append(Group(name, workers, 1, config.cpus, config.gpus))
@@ -187,26 +192,30 @@ def _groups(recipe: Recipe) -> list[Group]:
 
 
 def _streams(recipe: Recipe) -> list[StreamConfig]:
-    others = [
-        config.stream
-        for config in recipe.transfers.values()
-        if isinstance(config, ClassifierConfig)
-    ]
-    return [recipe.pretrain.stream, *others]
+    streams = [recipe.pretrain.stream]
+    for config in recipe.transfers.values():
+        if isinstance(config, ClassifierConfig):
+            streams.append(config.stream)
+    return streams
 
 
 def _shared_memory(recipe: Recipe) -> tuple[int, int]:
-    """Bytes of crops that loader processes share, of one training process at most, and of all that run at once."""
+    """Computes the bytes of crops in shared memory.
+
+    Returns:
+        Those of the largest training process, and of all processes that run at the same time.
+    """
     pretrain = recipe.pretrain
-    own = 2 * _crops(pretrain.global_batch_size, pretrain.views.size, pretrain.stream)
-    each, together = [own // pretrain.resources.workers], 0
+    views = 2 * _crop_bytes(pretrain.global_batch_size, pretrain.views.size, pretrain.stream)
+    per_process = [views // pretrain.resources.workers]
+    transfers = 0  # they run side by side
     for config in recipe.transfers.values():
         if isinstance(config, ClassifierConfig):
-            count = _crops(config.global_batch_size, config.size, config.stream)
-            together += count
-            each.append(count // config.workers)
-    return max(each), max(own, together)
+            crops = _crop_bytes(config.global_batch_size, config.size, config.stream)
+            transfers += crops
+            per_process.append(crops // config.workers)
+    return max(per_process), max(views, transfers)
 
 
-def _crops(images: int, side: int, stream: StreamConfig) -> int:
+def _crop_bytes(images: int, side: int, stream: StreamConfig) -> int:
     return _BUFFERS * images * 3 * side**2 if stream.workers else 0

@@ -9,22 +9,18 @@ from jobs.session import announce, ray_session
 
 
 def main(argv: list[str]) -> None:
-    """Pretrains or resumes, then says where the backbone lies."""
+    """Pretrains or resumes, then prints the URL of the backbone."""
     options = parse_options("pretrain", argv, RunOptions)
-    from pipeline.checks import (
-        check_pretraining,
-    )  # torch takes seconds to import, errors should not
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from pipeline.checks import check_pretraining
 
     indexes = ShardIndexes()
     check_pretraining(options.recipe, indexes)
     announce(options.run)
-    with (
-        ray_session(),
-        live_display(options.run, pretrain=options.recipe, transfers={}, indexes=indexes),
-    ):
-        from pipeline.run import (
-            pretrain_only,
-        )  # Ray Train takes seconds to import, errors should not
+    display = live_display(options.run, pretrain=options.recipe, transfers={}, indexes=indexes)
+    with ray_session(), display:
+        # imported late: Ray Train takes seconds
+        from pipeline.run import pretrain_only
 
         check_writable(options.storage)
         done = pretrain_only(

@@ -1,8 +1,11 @@
-"""`python -m jobs recipes [CLASS]`: the recipes that come with hemoco, or what the settings of a class are."""
+"""`python -m jobs recipes [CLASS]`: the shipped recipes, or the settings of a config class."""
 
 import ast
 import dataclasses
 import difflib
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -11,64 +14,70 @@ import tyro
 
 from hemoco import config
 from hemoco.errors import UsageError
+from jobs.arguments import read_arguments
 from jobs.options import load_recipe, recipe_names
+
+_Class = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLASS]", help_behavior_hint="")
+]
 
 
 def main(argv: list[str]) -> None:
-    """Prints."""
-    tyro.cli(recipes, args=argv, prog="python -m jobs recipes")
+    """Prints the recipes, or the settings of a class."""
+    read_arguments(recipes, argv, command="recipes")
 
 
-def recipes(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASS")] = "", /
-) -> None:
-    """The recipes that come with hemoco, or the settings of a class of which recipes are made.
+def recipes(name: _Class = "", /) -> None:
+    """Lists the shipped recipes, or explains the settings of a class of which recipes are made.
 
     Args:
-        name: a class of hemoco.config, for example KnnConfig; default: the recipes.
+        name: a class of hemoco.config, for example KnnConfig; default: list the recipes.
     """
     if name:
         _explain(name)
-    for recipe in recipe_names():
-        text = (Path(__file__).parents[1] / "recipes" / f"{recipe}.py").read_text()
-        doc = ast.get_docstring(ast.parse(text)) or ""
-        print(f"{recipe:<32} {doc.splitlines()[0] if doc else ''}")
+    names = recipe_names()
+    indent = max(len(recipe) for recipe in names) + 2
+    # a pipe gets one line for each recipe
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    for recipe in names:
+        source = (Path(__file__).parents[1] / "recipes" / f"{recipe}.py").read_text()
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+        line = f"{recipe:<{indent}}{docstring.partition(chr(10))[0]}"
+        print(textwrap.fill(line, width, subsequent_indent=" " * indent))
 
 
 def _explain(name: str) -> NoReturn:
-    """Prints the help of a class.
+    """Prints the settings of a class.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: there is no class of this name.
         SystemExit: 0, after printing.
     """
-    known = {
+    classes = {
         each: getattr(config, each)
         for each in config.__all__
         if dataclasses.is_dataclass(getattr(config, each))
     }
-    if name not in known:
+    if name not in classes:
         if name in recipe_names():
             raise UsageError(
                 f"{name} is a recipe: `python -m jobs run {name} --help` shows its settings"
             )
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        raise UsageError(f"{name!r} is no class of hemoco.config: {hint}")
-    # what these hold has no type of its own until somebody gives it
+        close = difflib.get_close_matches(name, classes, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(classes)}"
+        raise UsageError(f"{name!r} is not a class of hemoco.config: {hint}")
+    # fields of these are mappings or unions: tyro shows flags only for the values of an example
     examples: dict[str, Callable[[], object]] = {
         "Choice": lambda: config.Choice((0.1, 0.2)),
         "Recipe": lambda: load_recipe("demo"),
         "SweepConfig": lambda: load_recipe("cifar10_resnet18_sweep").sweep,
     }
     default = examples[name]() if name in examples else tyro.MISSING_NONPROP
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(
-        known[name],
-        args=["--help"],
+    read_arguments(
+        classes[name],
+        ["--help"],
+        command=f"recipes {name}",
         default=default,
-        prog=name,
-        config=options,
-        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
-    raise AssertionError("help ends it")
+    raise AssertionError("--help exits")

@@ -1,4 +1,4 @@
-"""`python -m jobs run RECIPE`: pretraining -> transfers -> comparison."""
+"""`python -m jobs run RECIPE`: pretraining, transfers, comparison."""
 
 from hemoco.data.shards.index import ShardIndexes
 from hemoco.storage.objects import check_writable
@@ -9,12 +9,10 @@ from jobs.session import announce, ray_session, show_results
 
 
 def main(argv: list[str]) -> None:
-    """Runs or resumes a whole run; a finished one prints its table."""
+    """Runs or resumes a whole run; prints the table of a finished one."""
     options = parse_options("run", argv, ReportOptions)
-    from pipeline.checks import (
-        check_pretraining,
-        check_transfers,
-    )  # torch takes seconds to import, errors should not
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from pipeline.checks import check_pretraining, check_transfers
 
     indexes = ShardIndexes()
     check_pretraining(options.recipe, indexes)
@@ -24,9 +22,8 @@ def main(argv: list[str]) -> None:
         options.run, pretrain=options.recipe, transfers=options.recipe.transfers, indexes=indexes
     )
     with ray_session(), display:
-        from pipeline.run import (
-            pretrain_then_transfer,
-        )  # Ray Train takes seconds to import, errors should not
+        # imported late: Ray Train takes seconds
+        from pipeline.run import pretrain_then_transfer
 
         check_writable(options.storage)
         pretrain_then_transfer(

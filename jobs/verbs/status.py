@@ -1,4 +1,4 @@
-"""`python -m jobs status [RUN]`: what runs, what has finished or failed, and how to go on."""
+"""`python -m jobs status [RUN]`: what is running, has finished or failed, and how to resume it."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.submit.environment import words_again
+from cluster.submit.environment import resuming_argv
 from hemoco.errors import HemocoError, UsageError
 from hemoco.names import check_run_name
 from hemoco.report.extra_tables import sweep_section
@@ -24,6 +24,7 @@ from hemoco.storage.objects import join_url
 from hemoco.tracking.client import tracking_uri
 from hemoco.tracking.runs import RunFacts
 from hemoco.tracking.tags import Tag
+from jobs.arguments import Url, read_arguments
 from jobs.options import settings_flags
 from jobs.recorded_command import recorded_command
 from jobs.verbs.submit import head_address
@@ -32,62 +33,67 @@ if TYPE_CHECKING:
     from cluster.submit.client import Job
 
 _MOST = 20
-_FILE_WIDTH = 160  # columns where no terminal says how wide it is
+_FILE_WIDTH = 160  # columns if the output is not a terminal
 _UNDONE = {"FAILED": "failed", "KILLED": "interrupted"}
+_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
 
 
 def main(argv: list[str]) -> None:
-    """Tells."""
-    tyro.cli(status, args=argv, prog="python -m jobs status", use_underscores=True)
+    """Prints the newest runs, or one run."""
+    read_arguments(status, argv, command="status")
 
 
-def status(run: Annotated[str, tyro.conf.Positional] = "", /, *, address: str = "") -> None:
-    """What runs, what has finished or failed, and how to go on.
+def status(run: _Run = "", /, *, address: Url = "") -> None:
+    """Lists the newest runs, or shows one run and the command that resumes it.
 
     Args:
-        run: the run's name; default: the newest runs.
-        address: dashboard of a cluster's head, http://head:8265, to learn of its jobs too; default: $RAY_ADDRESS if it
-            is one.
+        run: name of the run; default: list the newest runs.
+        address: dashboard of a cluster's head, http://head:8265, to show its jobs too; default:
+            $RAY_ADDRESS if it is one.
     """
     if run:
         check_run_name("RUN", run)
-    named = address or os.environ.get("RAY_ADDRESS", "").startswith("http")
-    jobs = _jobs(head_address(address), run) if named else []
+    with_jobs = bool(address) or os.environ.get("RAY_ADDRESS", "").startswith("http")
+    head = head_address(address) if with_jobs else ""
+    jobs = _jobs(head, run) if with_jobs else []
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     if run:
-        _show_run(console, run, jobs, head_address(address) if named else "")
+        _show_run(console, run, jobs, head)
     else:
-        _show_runs(console, newest_runs(tracking_uri(), _MOST), jobs, bool(named))
+        _show_runs(console, newest_runs(tracking_uri(), _MOST), jobs, with_jobs)
 
 
 def _jobs(address: str, run: str) -> list["Job"]:
-    from cluster.submit.client import Cluster  # seconds to import, and mostly nobody asks
+    # imported late: Ray takes seconds, and most calls of `status` do not need it
+    from cluster.submit.client import Cluster
 
     return Cluster(address).jobs(run)
 
 
-def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], asked: bool) -> None:
+def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], with_jobs: bool) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ["run", "recipe", "status", "at", "last metric", *(["job"] if asked else [])]
+    columns = ["run", "recipe", "status", "at", "last metric"]
+    if with_jobs:
+        columns.append("job")
     for column in columns:
         table.add_column(column, overflow="fold")
-    newest = {job.run: job for job in reversed(jobs)}  # the first one of a run is its newest
-    for found in runs:
-        parent = found.parent
+    newest_job = {job.run: job for job in reversed(jobs)}  # jobs are sorted, the newest first
+    for run in runs:
         cells = [
-            found.run,
-            parent.tags.get(Tag.RECIPE, ""),
-            parent.status,
-            _at(found),
-            _ago(found.measured_s),
+            run.run,
+            run.parent.tags.get(Tag.RECIPE, ""),
+            run.parent.status,
+            _progress(run),
+            _ago(run.measured_s),
         ]
-        table.add_row(
-            *map(_plain, cells), *([_job_cell(newest.pop(found.run, None))] if asked else [])
-        )
-    for job in newest.values():  # packings, and runs that MLflow does not know
-        table.add_row(
-            _plain(job.run), "", "", _plain(job.words.partition(" ")[0]), "", _job_cell(job)
-        )
+        if with_jobs:
+            cells.append(_job_cell(newest_job.pop(run.run, None)))
+        table.add_row(*(_plain(cell) for cell in cells))
+    # what is left are jobs that pack, and runs that MLflow does not know
+    for job in newest_job.values():
+        verb = job.command.partition(" ")[0]
+        cells = [job.run, "", "", verb, "", _job_cell(job)]
+        table.add_row(*(_plain(cell) for cell in cells))
     if table.row_count:
         console.print(table)
         console.print("\none of them: python -m jobs status RUN", highlight=False)
@@ -95,78 +101,93 @@ def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], asked
         console.print("no runs yet: begin one with `python -m jobs run RECIPE`", highlight=False)
 
 
-def _show_run(console: Console, run: str, jobs: list["Job"], address: str) -> None:
+def _show_run(console: Console, name: str, jobs: list["Job"], address: str) -> None:
     job = jobs[0] if jobs else None
-    if sweep := find_sweep(tracking_uri(), run):
-        return _show_sweep(console, sweep, job, address)
+    sweep = find_sweep(tracking_uri(), name)
+    if sweep is not None:
+        _show_sweep(console, sweep, job, address)
+        return
     try:
-        found = run_status(tracking_uri(), run)
+        run = run_status(tracking_uri(), name)
     except UsageError:
         if job is None:
             raise
-        _say(console, {"run": run, "status": "MLflow does not know it", "job": _job_text(job)})
-        return _say(console, {"again": _resume_words(None, job, address)})
-    tags, status = found.parent.tags, found.parent.status
-    recipe, storage = tags.get(Tag.RECIPE, ""), tags.get(Tag.STORAGE, "not recorded")
-    lines = {"run": run, "recipe": recipe, "status": status, "storage": storage}
+        lines = {"run": name, "status": "MLflow does not know it", "job": _job_text(job)}
+        _print_lines(console, lines | {"again": _submit_command(job, address)})
+        return
+    tags = run.parent.tags
+    lines = {
+        "run": name,
+        "recipe": tags.get(Tag.RECIPE, ""),
+        "status": run.parent.status,
+        "storage": tags.get(Tag.STORAGE, "not recorded"),
+    }
     if job is not None:
         lines["job"] = _job_text(job)
-    _say(console, lines | {"checkpoint": _checkpoint(found)})
-    _show_phases(console, found.phases)
-    if status == "FINISHED":
-        _say(console, {"table": shlex.join(["python", "-m", "jobs", "compare", run])})
-    else:
-        _say(console, _go_on(_resume_words(found, job, address), run, job, address))
-    return None
+    _print_lines(console, lines | {"checkpoint": _checkpoint(run)})
+    _show_phases(console, run.phases)
+    if run.parent.status == "FINISHED":
+        _print_lines(console, {"table": shlex.join(["python", "-m", "jobs", "compare", name])})
+        return
+    command = _resume_command(run) if job is None else _submit_command(job, address)
+    _print_lines(console, _next_commands(command, name, job, address))
 
 
 def _show_sweep(console: Console, sweep: SweepResult, job: "Job | None", address: str) -> None:
-    from jobs.verbs.sweep import best_lines  # torch, for what a sweep checks before it begins
+    # imported late: the checks of a sweep need torch
+    from jobs.verbs.sweep import best_lines
 
     lines = {"sweep": sweep.sweep, "recipe": sweep.recipe, "status": sweep.status}
     if job is not None:
         lines["job"] = _job_text(job)
-    _say(console, lines)
+    _print_lines(console, lines)
     print_section(console, sweep_section(sweep))
     console.print()
-    _say(console, best_lines(sweep))
-    if sweep.status != "FINISHED":
-        again = _submit_words(job, address) if job is not None else _sweep_words(sweep)
-        _say(console, _go_on(again, sweep.sweep, job, address))
+    _print_lines(console, best_lines(sweep))
+    if sweep.status == "FINISHED":
+        return
+    command = _sweep_command(sweep) if job is None else _submit_command(job, address)
+    _print_lines(console, _next_commands(command, sweep.sweep, job, address))
 
 
-def _go_on(again: str, run: str, job: "Job | None", address: str) -> dict[str, str]:
-    """How to follow and to stop what runs as a job, how to resume what has ended."""
+def _next_commands(command: str, run: str, job: "Job | None", address: str) -> dict[str, str]:
+    """Commands that follow and stop a running job, or the one that resumes the run."""
     if job is None or job.ended:
-        return {"resume": again}
+        return {"resume": command}
     return {
-        "follow": again,
+        "follow": command,
         "stop": shlex.join(["python", "-m", "jobs", "stop", run, "--address", address]),
     }
 
 
 def _show_phases(console: Console, phases: tuple[RunFacts, ...]) -> None:
+    if not phases:
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("phase", "status", "step", "last metric", "starts", "error"):
         table.add_column(column, overflow="fold")
     for phase in phases:
-        step = str(max(phase.steps.values(), default=""))
+        step = max(phase.steps.values(), default="")
         attempts = (
             int(value) for name, value in phase.tags.items() if name.startswith(Tag.ATTEMPT_PREFIX)
         )
-        starts, error = str(sum(attempts) or ""), phase.tags.get(Tag.ERROR, "")
-        table.add_row(
-            *map(_plain, (phase.name, phase.status, step, _ago(phase.measured_s), starts, error))
-        )
-    if phases:
-        console.print()
-        console.print(table)
-        console.print()
+        cells = [
+            phase.name,
+            phase.status,
+            str(step),
+            _ago(phase.measured_s),
+            str(sum(attempts) or ""),
+            phase.tags.get(Tag.ERROR, ""),
+        ]
+        table.add_row(*(_plain(cell) for cell in cells))
+    console.print()
+    console.print(table)
+    console.print()
 
 
-def _checkpoint(found: RunStatus) -> str:
-    storage = found.parent.tags.get(Tag.STORAGE)
-    if not storage:  # an older version did not record it
+def _checkpoint(run: RunStatus) -> str:
+    storage = run.parent.tags.get(Tag.STORAGE)
+    if not storage:  # runs of older versions do not have the tag
         return "unknown"
     try:
         return newest_complete(join_url(storage, "pretrain", "checkpoints")) or "none yet"
@@ -174,97 +195,101 @@ def _checkpoint(found: RunStatus) -> str:
         return str(error)
 
 
-def _resume_words(found: RunStatus | None, job: "Job | None", address: str) -> str:
-    """The command that resumes a run, where it is known: from its job, or as it is recorded in MLflow."""
-    if job is not None:
-        return _submit_words(job, address)
-    assert found is not None, "one of both is known"
-    tags = found.parent.tags
-    verb, backbone, storage = (
-        tags.get(tag, "") for tag in (Tag.VERB, Tag.BACKBONE_URL, Tag.STORAGE)
-    )
+def _resume_command(run: RunStatus) -> str:
+    """The command that resumes a run which is not a job, as far as MLflow has it recorded."""
+    tags = run.parent.tags
+    verb = tags.get(Tag.VERB, "")
+    backbone = tags.get(Tag.BACKBONE_URL, "")
+    storage = tags.get(Tag.STORAGE, "")
     if verb == "demo":
-        return "cannot be, its storage has ended with it; python -m jobs demo begins another"
-    if verb == "sweep":  # one of its trials
-        whole = find_sweep(tracking_uri(), found.run.rpartition("/")[0])
-        return _sweep_words(whole) if whole else "the command that began its sweep"
-    unknown = _unknown(found.run)
-    if verb == "transfer" and not backbone:  # it ended before it had read one
-        return unknown
-    command = recorded_command(tags, found.parent.params)
-    if command is None:
-        return unknown
-    words = [verb or "run", command.recipe]
+        return "not possible, its storage ended with it; python -m jobs demo begins another"
+    if verb == "sweep":  # the run is a trial
+        sweep = find_sweep(tracking_uri(), run.run.rpartition("/")[0])
+        return "the command that began its sweep" if sweep is None else _sweep_command(sweep)
+    command = recorded_command(tags, run.parent.params)
+    # a transfer without a backbone ended before it had read one
+    if command is None or (verb == "transfer" and not backbone):
+        return _unknown_command(run.run)
+    argv = [verb or "run", command.recipe]
     if backbone:
         only = ["--only", *command.only] if command.only else []
-        words = ["transfer", command.recipe, "--backbone", backbone, *only]
-    folder = ["--storage", storage.removesuffix(f"/{found.run}")] if storage else []
-    words += [*command.flags(), "--run", found.run, *folder]
-    return shlex.join(["python", "-m", "jobs", *words])
+        argv = ["transfer", command.recipe, "--backbone", backbone, *only]
+    argv += [*command.flags(), "--run", run.run]
+    if storage:
+        argv += ["--storage", storage.removesuffix(f"/{run.run}")]
+    return shlex.join(["python", "-m", "jobs", *argv])
 
 
-def _sweep_words(sweep: SweepResult) -> str:
+def _sweep_command(sweep: SweepResult) -> str:
+    """The command that resumes a sweep, with as many trials as were requested in the end."""
     command = recorded_command(sweep.tags, sweep.params)
     if command is None:
-        return _unknown(sweep.sweep)
-    # MLflow has the number that it began with; each one that was asked for is opened
-    asked = command.settings.get(
-        "sweep.trials", ""
-    )  # by the last command, which may have ended before it opened them
+        return _unknown_command(sweep.sweep)
+    # The params have the number of the first command, and each requested trial is opened. The last
+    # command may have requested more and ended before it opened them.
+    requested = command.settings.get("sweep.trials", "")
     trials = max(
-        int(sweep.params["sweep.trials"]), len(sweep.trials), int(asked) if asked.isdecimal() else 0
+        int(sweep.params["sweep.trials"]),
+        len(sweep.trials),
+        int(requested) if requested.isdecimal() else 0,
     )
     settings = settings_flags(command.settings | {"sweep.trials": str(trials)})
-    storage = ["--storage", sweep.storage.removesuffix(f"/{sweep.sweep}")] if sweep.storage else []
-    return shlex.join(
-        ["python", "-m", "jobs", "sweep", command.recipe, *settings, "--run", sweep.sweep, *storage]
-    )
+    argv = ["sweep", command.recipe, *settings, "--run", sweep.sweep]
+    if sweep.storage:
+        argv += ["--storage", sweep.storage.removesuffix(f"/{sweep.sweep}")]
+    return shlex.join(["python", "-m", "jobs", *argv])
 
 
-def _unknown(run: str) -> str:
+def _unknown_command(run: str) -> str:
     return f"the command that began it, with {shlex.join(['--run', run])}"
 
 
-def _submit_words(job: "Job", address: str) -> str:
-    again = words_again(shlex.split(job.words))
-    return shlex.join(["python", "-m", "jobs", "submit", *again, "--address", address])
+def _submit_command(job: "Job", address: str) -> str:
+    argv = resuming_argv(shlex.split(job.command))
+    return shlex.join(["python", "-m", "jobs", "submit", *argv, "--address", address])
 
 
-def _at(found: RunStatus) -> str:
-    """What it works on, in few words: the pretraining's step, then how many transfers are done."""
-    if found.is_sweep:
-        return _counted("trials", found.phases, _UNDONE | {"KILLED": "stopped"})
-    training = next((phase for phase in found.phases if phase.name == "pretrain"), None)
+def _progress(run: RunStatus) -> str:
+    """The step of the pretraining, or how many transfers or trials are done."""
+    if run.is_sweep:
+        return _counted("trials", run.phases, _UNDONE | {"KILLED": "stopped"})
+    # `NAME@EPOCH` is a transfer of the curve, measured while the pretraining runs
     transfers = [
-        phase for phase in found.phases if phase.name != "pretrain" and "@" not in phase.name
+        phase for phase in run.phases if phase.name != "pretrain" and "@" not in phase.name
     ]
-    if not transfers:
-        if training is None:
-            return ""
-        step = max(training.steps.values(), default=0)
-        return f"pretrain, step {step}" if step else "pretrain"
-    return _counted("transfers", transfers, _UNDONE)
+    if transfers:
+        return _counted("transfers", transfers, _UNDONE)
+    for phase in run.phases:
+        if phase.name == "pretrain":
+            step = max(phase.steps.values(), default=0)
+            return f"pretrain, step {step}" if step else "pretrain"
+    return ""
 
 
 def _counted(what: str, phases: Sequence[RunFacts], undone: dict[str, str]) -> str:
-    """How many are done, and of how many one of these statuses says why not."""
+    """Counts the phases that are done, and those that have one of the statuses in `undone`."""
     counts = Counter(phase.status for phase in phases)
-    others = [f"{counts[status]} {word}" for status, word in undone.items() if counts[status]]
-    return ", ".join([f"{what}, {counts['FINISHED']} of {len(phases)} done", *others])
+    parts = [f"{what}, {counts['FINISHED']} of {len(phases)} done"]
+    parts += [f"{counts[status]} {word}" for status, word in undone.items() if counts[status]]
+    return ", ".join(parts)
 
 
-def _say(console: Console, lines: dict[str, str]) -> None:
+def _print_lines(console: Console, lines: dict[str, str]) -> None:
     for name, text in lines.items():
         console.print(_plain(f"{name:<12}{text}"), soft_wrap=True)
 
 
 def _job_text(job: "Job") -> str:
-    status = f" with exit status {job.exit_status}" if job.exit_status else ""
-    return f"{job.id} {job.status}{status}{f', commit {job.commit}' if job.commit else ''}"
+    text = f"{job.id} {job.status}"
+    if job.exit_status:
+        text += f" with exit status {job.exit_status}"
+    if job.commit:
+        text += f", commit {job.commit}"
+    return text
 
 
-def _job_cell(job: "Job | None") -> Text:
-    return _plain(f"{job.id} {job.status}" if job else "")
+def _job_cell(job: "Job | None") -> str:
+    return f"{job.id} {job.status}" if job else ""
 
 
 def _ago(moment: float | None) -> str:
@@ -278,5 +303,5 @@ def _ago(moment: float | None) -> str:
 
 
 def _plain(text: str) -> Text:
-    """Text that rich prints as it is: brackets in a name are no markup."""
+    """Text that rich prints unchanged: brackets in a name are not markup."""
     return Text(text)

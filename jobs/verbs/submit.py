@@ -1,4 +1,4 @@
-"""`python -m jobs submit VERB ... --address URL`: the same words, run on a cluster as a Ray job."""
+"""`python -m jobs submit VERB ... --address URL`: runs a verb on a cluster as a Ray job."""
 
 import argparse
 import functools
@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import tyro
-
 from cluster.submit.checkout import CHECKOUT, upload_problems, uploaded_files
-from cluster.submit.environment import job_spec, words_again
+from cluster.submit.environment import job_spec, resuming_argv
 from hemoco.config import Recipe, init_url
 from hemoco.errors import HemocoError, StorageError, TrackingError, UsageError
+from jobs.arguments import read_arguments
 from jobs.options import (
     ReportOptions,
     RunOptions,
@@ -37,130 +36,157 @@ _OPTIONS: dict[str, type[RunOptions]] = {
     "sweep": SweepOptions,
     "preflight": RunOptions,
 }
-"""Verbs over a recipe, and the options that each reads."""
+"""Verbs that take a recipe, with the options of each."""
 _VERBS = ("run", "pretrain", "transfer", "sweep", "pack", "preflight")
 _NOT_IN_MLFLOW = ("pack", "preflight")
 _USAGE = f"""\
 usage: python -m jobs submit VERB ... [--address URL] [--detach]
 
-Runs a verb on a cluster as a Ray job: {", ".join(_VERBS)}, with the words one types here. This checkout is
-uploaded; the nodes bring the dependencies and the credentials. Before, the recipe is held against its data from here;
-`submit preflight` checks all the rest from inside the cluster. Follows the log and ends with the job's exit status;
-Ctrl-C leaves the job running. The same words again follow a job that runs, and resume a run whose job has ended.
+Runs a verb on a cluster as a Ray job, with the same arguments as on this machine.
+VERB is one of {", ".join(_VERBS)}.
 
-  --address URL  dashboard of the cluster's head, http://head:8265; default: $RAY_ADDRESS if it is one
+This checkout is uploaded; the nodes have the dependencies and the credentials. Before anything is
+uploaded, the recipe is checked against its data from this machine; `submit preflight` checks the
+rest from inside the cluster.
+
+The log is followed, and the command ends with the exit status of the job. Ctrl-C leaves the job
+running. The same command follows a job that is running, and resumes a run whose job has ended.
+
+  --address URL  dashboard of the cluster's head, http://head:8265; default: $RAY_ADDRESS if it is
+                 one
   --detach       do not follow the log"""
 
 
 class Request(NamedTuple):
-    """A command line as the cluster gets it."""
+    """A command to submit."""
 
     run: str
-    words: list[str]
+    argv: list[str]
+    """The verb and its arguments as they are sent."""
     recipe_file: Path | None
+    """The file of a recipe that was given by its path."""
     recipe: Recipe | None
-    """As it was typed; None for `pack`."""
+    """With its values as they were typed; None for `pack`."""
 
 
 def main(argv: list[str]) -> None:
-    """Submits, or joins what runs already, and follows."""
+    """Submits a job, or joins the one that is running, and follows its log."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         raise SystemExit(0 if argv else 2)
-    own = argparse.ArgumentParser(
-        prog="python -m jobs submit", usage=_USAGE[7:], add_help=False, allow_abbrev=False
+    # argparse, because the arguments of the verb pass through unread
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs submit",
+        usage=_USAGE.removeprefix("usage: "),
+        add_help=False,
+        allow_abbrev=False,
     )
-    own.add_argument("--address", default="")
-    own.add_argument("--detach", action="store_true")
-    given, words = own.parse_known_args(argv)
-    request = parse_request(words)
-    address = head_address(given.address)
-    if problems := upload_problems(CHECKOUT, request.recipe_file):
+    parser.add_argument("--address", default="")
+    parser.add_argument("--detach", action="store_true")
+    own, verb_argv = parser.parse_known_args(argv)
+    request = parse_request(verb_argv)
+    address = head_address(own.address)
+    problems = upload_problems(CHECKOUT, request.recipe_file)
+    if problems:
         raise UsageError("; ".join(problems))
-    spec = job_spec(address, request.run, request.words, CHECKOUT)
-    from cluster.submit.client import Cluster  # seconds to import, errors should not wait for it
+    spec = job_spec(address, request.run, request.argv, CHECKOUT)
+    # imported late: Ray takes seconds, and wrong usage is reported at once
+    from cluster.submit.client import Cluster
 
     cluster = Cluster(address)
-    if all(job.ended for job in cluster.jobs(request.run)):  # to follow a job nothing needs to fit
+    # a running job is only followed: whether its recipe fits its data does not matter then
+    if all(job.ended for job in cluster.jobs(request.run)):
         check_here(request)
     job, is_new = cluster.submit(spec)
-    again = shlex.join(
-        ["python", "-m", "jobs", "submit", *words_again(words), "--address", address]
+    follow_command = shlex.join(
+        ["python", "-m", "jobs", "submit", *resuming_argv(verb_argv), "--address", address]
     )
     _announce(job, is_new, address, request)
-    if given.detach:
-        print(f"follow      {again}\nstop        {_stop_words(job, address)}")
+    if own.detach:
+        print(f"follow      {follow_command}\nstop        {_stop_command(job, address)}")
         return
-    _follow(cluster, job, again)
+    _follow(cluster, job, follow_command)
 
 
 def head_address(given: str) -> str:
-    """The head's address: what was given, else RAY_ADDRESS.
+    """Returns the address of the head: `--address`, or RAY_ADDRESS.
 
     Raises:
-        UsageError: neither names one.
+        UsageError: neither is the URL of a dashboard.
     """
     address = given or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
-        where = (
-            f"--address is {given}"
-            if given
-            else "--address is missing, and RAY_ADDRESS names no dashboard"
-        )
+        problem = "--address is missing, and RAY_ADDRESS is not the URL of a dashboard"
+        if given:
+            problem = f"--address is {given}"
         raise UsageError(
-            f"{where}: name that of the cluster's head, for example --address http://head:8265"
+            f"{problem}: give the dashboard of the cluster's head, for example "
+            "--address http://head:8265"
         )
     return address.rstrip("/")
 
 
-def parse_request(words: list[str]) -> Request:
-    """Reads the verb and its words as the verb itself will, and makes them fit another machine.
+def parse_request(argv: list[str]) -> Request:
+    """Reads a verb and its arguments as the verb itself will, and prepares them for the cluster.
 
     Raises:
-        UsageError: they are wrong, or mean something on this machine only.
+        UsageError: the arguments are wrong, or have a meaning on this machine only.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
-    verb, rest = (words[0], words[1:]) if words else ("", [])
+    verb = argv[0] if argv else ""
     if verb not in _VERBS:
-        raise UsageError(f"submit {verb or '(nothing)'}: on a cluster run {', '.join(_VERBS)}")
-    return _parse_pack(rest) if verb == "pack" else _parse_recipe_verb(verb, rest)
+        raise UsageError(
+            f"submit {verb or '(nothing)'}: these verbs run on a cluster: {', '.join(_VERBS)}"
+        )
+    if verb == "pack":
+        return _parse_pack(argv[1:])
+    return _parse_recipe_verb(verb, argv[1:])
 
 
 def check_here(request: Request) -> None:
-    """What the job would fail of on the cluster, found before anything is uploaded; says so where that cannot be.
+    """Checks the recipe against its data before anything is uploaded.
+
+    Prints a line instead of failing if the data cannot be read from this machine: the nodes may
+    reach more than it does.
 
     Raises:
         UsageError: the recipe names no shards.
-        ShardError: there are none, or not the splits it names.
+        ShardError: the shards or the splits that it names do not exist.
         ConfigError: the recipe does not fit its data.
     """
-    verb, recipe = request.words[0], request.recipe
-    if recipe is None or verb == "preflight":  # that one checks there
+    verb, recipe = request.argv[0], request.recipe
+    if recipe is None or verb == "preflight":  # preflight does these checks on the cluster
         return
+    # imported late: torch takes seconds
     from hemoco.data.shards.index import ShardIndexes
-    from jobs.verbs.sweep import check_sweep  # torch
+    from jobs.verbs.sweep import check_sweep
     from pipeline.checks import check_pretraining, check_transfers
 
     indexes = ShardIndexes()
     try:
-        _look_for_folders(recipe)
+        _check_folders(recipe)
         recipe = absolute_recipe(recipe)
         if verb == "sweep":
-            return check_sweep(recipe, indexes)
+            check_sweep(recipe, indexes)
+            return
         if verb != "transfer":
             check_pretraining(recipe, indexes)
         if verb != "pretrain":
             check_transfers(recipe, indexes)
-    except (StorageError, TrackingError) as error:  # the nodes may reach what this machine does not
+    except (StorageError, TrackingError) as error:
         print(
-            f"unchecked   whether the recipe fits its data, which cannot be read from here: {error}",
+            "unchecked   whether the recipe fits its data, which cannot be read from this machine: "
+            f"{error}",
             flush=True,
         )
-    return None
 
 
-def _look_for_folders(recipe: Recipe) -> None:
-    """Raises StorageError where shards lie in a folder that the nodes may share but this machine does not see."""
+def _check_folders(recipe: Recipe) -> None:
+    """Raises StorageError if shards are in a folder that this machine does not have.
+
+    Without this, the missing folder would be reported as one without shards, which fails the
+    command although the nodes may share such a folder.
+    """
     for data in (recipe.data, *(transfer.data for transfer in recipe.transfers.values())):
         folder = data.shards.removeprefix("file://")
         if folder.startswith("/") and not Path(folder).is_dir():
@@ -168,144 +194,151 @@ def _look_for_folders(recipe: Recipe) -> None:
 
 
 def in_mlflow(run: str) -> bool:
-    """Whether MLflow may know a job's run: not of one that packs or checks."""
+    """Returns whether a job's run can be in MLflow: those of pack and preflight never are."""
     return not run.startswith(tuple(f"{verb}-" for verb in _NOT_IN_MLFLOW))
 
 
-def _parse_recipe_verb(verb: str, rest: list[str]) -> Request:
-    # a path may mean something else on the cluster, where the verb itself will read the command line
-    options = typed_options(verb, rest, _OPTIONS[verb])
+def _parse_recipe_verb(verb: str, argv: list[str]) -> Request:
+    # not `parse_options`: a path may mean something else on the cluster, where the verb itself
+    # turns it into a URL
+    options = typed_options(verb, argv, _OPTIONS[verb])
     run = run_name(options)
-    _check_places(options)
+    _check_locations(options)
     if verb != "preflight" and not options.recipe.data.shards:
         raise UsageError("--data.shards is missing: name the URL that `python -m jobs pack` wrote")
-    file = Path(rest[0]) if rest[0].endswith(".py") else None
-    # a file outside the checkout is refused by `upload_problems`
-    recipe = os.path.relpath(file.resolve(), CHECKOUT) if file else rest[0]
-    if verb == "preflight":  # not the run's name: it may be asked for beside that one's job
-        words = [verb, recipe, *rest[1:]]
-        return Request(_digest_name(verb, words), words, file, options.recipe)
-    named = [] if options.run else ["--run", run]
-    return Request(run, [verb, recipe, *rest[1:], *named], file, options.recipe)
+    file = Path(argv[0]) if argv[0].endswith(".py") else None
+    # `upload_problems` refuses a file outside the checkout
+    recipe = os.path.relpath(file.resolve(), CHECKOUT) if file else argv[0]
+    sent = [verb, recipe, *argv[1:]]
+    if verb == "preflight":
+        # a name of its own: it may be submitted while the run's own job is running
+        return Request(_digest_name(verb, sent), sent, file, options.recipe)
+    if not options.run:
+        sent += ["--run", run]
+    return Request(run, sent, file, options.recipe)
 
 
-def _parse_pack(rest: list[str]) -> Request:
+def _parse_pack(argv: list[str]) -> Request:
     from jobs.verbs.pack import pack
 
-    @functools.wraps(pack)  # its command line, but not what it does
-    def words_of_pack(*paths: Any, **options: Any) -> Any:
+    @functools.wraps(pack)  # reads the command line of `pack` without packing
+    def paths_of_pack(*paths: Any, **options: Any) -> Any:
         return paths[0]
 
-    paths: tuple[str, ...] = tyro.cli(
-        words_of_pack, args=rest, prog="python -m jobs pack", use_underscores=True
-    )
+    paths: tuple[str, ...] = read_arguments(paths_of_pack, argv, command="pack")
     if len(paths) < 2:
         raise UsageError(
             "pack needs a SOURCE and a DEST: python -m jobs submit pack SOURCE [SOURCE ...] DEST"
         )
     for path in paths:
-        _check_place("pack", path)
-    return Request(_digest_name("pack", rest), ["pack", *rest], None, None)
+        _check_location("pack", path)
+    return Request(_digest_name("pack", argv), ["pack", *argv], None, None)
 
 
-def _digest_name(verb: str, words: list[str]) -> str:
-    return f"{verb}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
+def _digest_name(verb: str, argv: list[str]) -> str:
+    return f"{verb}-{hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]}"
 
 
-def _check_places(options: RunOptions) -> None:
-    """Refuses what means nothing on another machine, or would be lost with it."""
+def _check_locations(options: RunOptions) -> None:
+    """Refuses locations that mean nothing on another machine, or would be lost with it."""
     recipe = options.recipe
     if not options.storage:
         raise UsageError(
-            "--storage is missing: checkpoints on a node's own disk are lost with it; name an s3:// URL"
+            "--storage is missing: checkpoints on a node's own disk are lost with it; name an "
+            "s3:// URL"
         )
     if isinstance(options, ReportOptions) and options.out:
         raise UsageError(
-            "--out would be a folder of the cluster: leave it out; MLflow has a sweep's results, and those of a run go "
-            "to a folder here by python -m jobs compare RUN --out DIR"
+            "--out would be a folder of the cluster: leave it out; MLflow has a sweep's results, "
+            "and those of a run go to a folder here by python -m jobs compare RUN --out DIR"
         )
-    places = {"--storage": options.storage, "--data.shards": recipe.data.shards}
+    _check_location("--storage", options.storage)
+    _check_location("--data.shards", recipe.data.shards)
     if isinstance(options, TransferOptions):
-        places["--backbone"] = options.backbone
+        _check_location("--backbone", options.backbone)
     for name, transfer in recipe.transfers.items():
-        places[f"--transfers.{name}.data.shards"] = transfer.data.shards
-        places |= {f"--transfers.{name}.inits": url for url in map(init_url, transfer.inits) if url}
-    for name, place in places.items():
-        _check_place(name, place)
+        _check_location(f"--transfers.{name}.data.shards", transfer.data.shards)
+        for init in transfer.inits:
+            _check_location(f"--transfers.{name}.inits", init_url(init))
 
 
-def _check_place(name: str, place: str) -> None:
-    if place and not re.match(r"[a-z0-9+]+:", place) and not place.startswith("/"):
+def _check_location(name: str, location: str) -> None:
+    is_url = re.match(r"[a-z0-9+]+:", location)
+    if location and not is_url and not location.startswith("/"):
         raise UsageError(
-            f"{name}: {place} is a path below this folder, which the cluster does not see: give an s3:// URL, or the "
-            "absolute path of a folder that all its nodes share"
+            f"{name}: {location} is a path below this folder, which the cluster does not see: give "
+            "an s3:// URL, or the absolute path of a folder that all its nodes share"
         )
 
 
 def _announce(job: "Job", is_new: bool, address: str, request: Request) -> None:
+    commit = job.commit or "unknown"
     print(f"run         {job.run}")
     if is_new:
         files = uploaded_files(CHECKOUT)
-        print(
-            f"upload      {len(files)} files, {sum(files.values()) / 1e6:.1f} MB, commit {job.commit or 'unknown'}"
-        )
-        if request.words[0] != "pack" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        megabytes = sum(files.values()) / 1e6
+        print(f"upload      {len(files)} files, {megabytes:.1f} MB, commit {commit}")
+        if request.argv[0] != "pack" and not os.environ.get("MLFLOW_TRACKING_URI"):
             print(
-                "MLflow      MLFLOW_TRACKING_URI is not set here: the job uses that of the nodes' environment"
+                "MLflow      MLFLOW_TRACKING_URI is not set here: the job uses that of the nodes' "
+                "environment"
             )
     else:
-        age = (time.time() - job.started) / 60
-        print(
-            f"joined      a job that began {age:.0f} min ago with commit {job.commit or 'unknown'}; what this checkout"
-        )
-        print("            has become since is not in it")
-        if "--fresh" in request.words:
-            print(
-                f"--fresh     is not done to a job that runs; first say {_stop_words(job, address)}"
-            )
+        age_min = (time.time() - job.started) / 60
+        print(f"joined      a job that began {age_min:.0f} min ago with commit {commit};")
+        print("            later changes of this checkout are not in it")
+        if "--fresh" in request.argv:
+            stop = _stop_command(job, address)
+            print(f"--fresh     has no effect on a running job; first run {stop}")
     print(f"job         {job.id} on {address}", flush=True)
 
 
-def _follow(cluster: "Cluster", job: "Job", again: str) -> None:
+def _follow(cluster: "Cluster", job: "Job", follow_command: str) -> None:
+    """Prints the job's log until it ends.
+
+    Raises:
+        HemocoError: the job failed or was stopped, or its cluster does not answer any more.
+        UsageError: the job ended with exit status 2.
+        SystemExit: 1 after Ctrl-C.
+    """
     from cluster.submit.client import HeadLost
     from cluster.submit.log import follow
 
     began = time.monotonic()
     print("log         follows; Ctrl-C leaves the job running", flush=True)
     try:
-        done = follow(cluster, job.id, _show)
+        done = follow(cluster, job.id, _write)
     except KeyboardInterrupt:
         print(
-            f"\ndetached    the job goes on\nfollow      {again}\nstop        {_stop_words(job, cluster.address)}"
+            "\ndetached    the job is still running\n"
+            f"follow      {follow_command}\n"
+            f"stop        {_stop_command(job, cluster.address)}"
         )
         raise SystemExit(1) from None
     except HeadLost as error:
         raise HemocoError(
-            f"lost the cluster of job {job.id} ({error}); if the head has gone, so has the job; when a cluster is "
-            f"there, go on: {again}"
+            f"lost the cluster of job {job.id} ({error}); if its head has ended, so has the job; "
+            f"once the cluster is up, resume by: {follow_command}"
         ) from error
     if done.status == "SUCCEEDED":
         print(f"job         {job.id} done after {(time.monotonic() - began) / 60:.1f} min")
-        if done.words.split(" ")[0] not in _NOT_IN_MLFLOW:
-            print(f"table       {_table_words(job)}")
+        verb = done.command.partition(" ")[0]
+        if verb not in _NOT_IN_MLFLOW:
+            show = "status" if verb == "sweep" else "compare"
+            print(f"table       {shlex.join(['python', '-m', 'jobs', show, job.run])}")
         return
     if done.status == "STOPPED":
-        raise HemocoError(f"job {job.id} was stopped; go on: {again}")
+        raise HemocoError(f"job {job.id} was stopped; resume it by: {follow_command}")
     if done.exit_status is None:
         raise HemocoError(f"job {job.id} did not start: {done.message.strip()[-500:]}")
     kind = UsageError if done.exit_status == 2 else HemocoError
-    raise kind(f"job {job.id} failed with exit status {done.exit_status}: the log above says why")
+    raise kind(f"job {job.id} failed with exit status {done.exit_status}: the log above shows why")
 
 
-def _show(text: str) -> None:
+def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _table_words(job: "Job") -> str:
-    verb = "status" if job.words.startswith("sweep ") else "compare"
-    return shlex.join(["python", "-m", "jobs", verb, job.run])
-
-
-def _stop_words(job: "Job", address: str) -> str:
+def _stop_command(job: "Job", address: str) -> str:
     return shlex.join(["python", "-m", "jobs", "stop", job.run, "--address", address])

@@ -1,4 +1,4 @@
-"""`python -m jobs sweep RECIPE`: pretrainings with settings from the recipe's `sweep`, the bad ones stopped early."""
+"""`python -m jobs sweep RECIPE`: pretrainings with settings drawn from the recipe's `sweep`."""
 
 import dataclasses
 import shlex
@@ -20,15 +20,14 @@ from jobs.session import announce, ray_session, results_folder, table_console
 
 
 def main(argv: list[str]) -> None:
-    """Runs or resumes a sweep; a finished one prints its table."""
+    """Runs or resumes a sweep; prints the table of a finished one."""
     options = parse_options("sweep", argv, SweepOptions)
     recipe, name, indexes = options.recipe, options.run, ShardIndexes()
     check_sweep(recipe, indexes)
     announce(name)
     with ray_session(), live_sweep(name, recipe):
-        from pipeline.sweep.sweep import (
-            run_sweep,
-        )  # Ray Tune takes seconds to import, errors should not
+        # imported late: Ray Tune takes seconds
+        from pipeline.sweep.sweep import run_sweep
 
         check_writable(options.storage)
         run_sweep(
@@ -43,67 +42,64 @@ def main(argv: list[str]) -> None:
 
 
 def check_sweep(recipe: Recipe, indexes: ShardIndexes) -> None:
-    """Raises what every trial would fail of later.
+    """Checks once what would fail in every trial.
 
     Raises:
         UsageError: the recipe names no shards.
         ConfigError: its pretraining or what the sweep measures does not fit the data.
     """
-    from pipeline.checks import (
-        check_pretraining,
-        check_transfers,
-    )  # torch takes seconds to import, errors should not
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from pipeline.checks import check_pretraining, check_transfers
 
     sweep = recipe.sweep
-    assert sweep is not None, "a recipe without one has no name"
+    assert sweep is not None, "run_name refuses a recipe without a sweep"
     check_pretraining(recipe, indexes)
     measured = {
-        name: recipe.transfers[name]
-        for name in recipe.transfers
+        name: config
+        for name, config in recipe.transfers.items()
         if name in (sweep.objective, sweep.watch)
     }
     check_transfers(dataclasses.replace(recipe, transfers=measured, curve=(), sweep=None), indexes)
 
 
 def best_lines(result: SweepResult) -> dict[str, str]:
-    """Which trial is the best, and how to go on from it where its command is known; empty where none has ended."""
+    """Names the best trial, and the commands that continue from it if they are known.
+
+    Empty if no trial has ended.
+    """
     if result.best is None:
         return {}
     lines = {"best": f"trial {result.best.trial}, {result.best.run}"}
     command = recorded_command(result.tags, result.params)
     if command is None:
         return lines
-    transfer, run = again_words(result, command)
+    transfer, run = best_trial_commands(result, command)
     return lines | {"measure it": transfer, "repeat it": run}
 
 
-def again_words(result: SweepResult, command: RecordedCommand) -> list[str]:
-    """Two command lines from the best trial on: all transfers from its backbone, and the whole run anew."""
+def best_trial_commands(result: SweepResult, command: RecordedCommand) -> tuple[str, str]:
+    """Two command lines for the best trial.
+
+    Returns:
+        The one that measures all transfers from its backbone, and the one that repeats the trial
+        as a run.
+    """
     best = result.best
-    assert best is not None, "checked by the caller"
+    assert best is not None, "the caller has checked it"
     settings = {
         name: value for name, value in command.settings.items() if not name.startswith("sweep.")
     }
-    words = settings_flags(settings | best.settings)
-    return [
-        shlex.join(
-            [
-                "python",
-                "-m",
-                "jobs",
-                "transfer",
-                command.recipe,
-                "--backbone",
-                best.backbone_url,
-                *words,
-            ]
-        ),
-        shlex.join(["python", "-m", "jobs", "run", command.recipe, *words]),
-    ]
+    flags = settings_flags(settings | best.settings)
+    transfer = ["transfer", command.recipe, "--backbone", best.backbone_url, *flags]
+    run = ["run", command.recipe, *flags]
+    return (
+        shlex.join(["python", "-m", "jobs", *transfer]),
+        shlex.join(["python", "-m", "jobs", *run]),
+    )
 
 
 def _show(result: SweepResult, out: str) -> None:
-    """Prints the table and how to go on, and writes sweep.json, also as an artifact of the sweep in MLflow."""
+    """Prints the table and the next commands; writes sweep.json to a folder and to MLflow."""
     folder, text = results_folder(result.sweep, out), sweep_json(result)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(text)

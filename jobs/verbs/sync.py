@@ -1,9 +1,6 @@
-"""`python -m jobs sync RUN`: delivers metrics that were kept in storage while MLflow was away."""
+"""`python -m jobs sync RUN`: sends metrics that were stored while MLflow did not answer."""
 
 from functools import partial
-from typing import Annotated
-
-import tyro
 
 from hemoco.errors import RefusedError, TrackingError, UsageError
 from hemoco.names import check_run_name
@@ -12,25 +9,28 @@ from hemoco.tracking.metric_queue import send_points
 from hemoco.tracking.runs import RunFacts, search
 from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import deliver_file, unsent_files, unsent_folders
+from jobs.arguments import Run, read_arguments
 
 _PATIENCE_S = 10.0
 
 
 def main(argv: list[str]) -> None:
-    """Sends the points and removes their files."""
-    tyro.cli(sync, args=argv, prog="python -m jobs sync")
+    """Sends the metrics and removes their files."""
+    read_arguments(sync, argv, command="sync")
 
 
-def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
-    """Delivers metrics that were kept in storage while MLflow was away; again, as often as you like.
+def sync(run: Run, /) -> None:
+    """Sends a run's metrics that were stored while MLflow did not answer.
+
+    It can be repeated: each point reaches MLflow once.
 
     Args:
-        run: the run's name.
+        run: name of the run.
     """
     check_run_name("RUN", run)
     uri = tracking_uri()
     runs = search(uri, connect(uri), {Tag.RUN: run})
-    names = {found.run_id: _name(found) for found in runs}
+    names = {each.run_id: _phase_name(each) for each in runs}
     folders = unsent_folders(_storage(run, runs))
     refused: list[str] = []
     total = 0
@@ -38,7 +38,7 @@ def sync(run: Annotated[str, tyro.conf.Positional], /) -> None:
         name = names.get(run_id, f"MLflow run {run_id}")
         try:
             count = sum(_deliver(uri, run_id, folder) for folder in folders[run_id])
-        except RefusedError as error:
+        except RefusedError as error:  # for example a deleted run; the others are still sent
             refused.append(f"{name}: {error}; its metrics stay in {', '.join(folders[run_id])}")
             continue
         total += count
@@ -56,16 +56,17 @@ def _deliver(uri: str, run_id: str, folder: str) -> int:
 
 
 def _storage(run: str, runs: list[RunFacts]) -> str:
-    """The run's folder, as its parent run says."""
-    parent = next((found for found in runs if found.tags.get(Tag.PHASE) == "parent"), None)
+    """Returns the URL of the run's folder, from the tags of its parent run."""
+    parent = next((each for each in runs if each.tags.get(Tag.PHASE) == "parent"), None)
     if parent is None:
         raise UsageError(f"MLflow knows no run {run!r}: check the name and MLFLOW_TRACKING_URI")
     if Tag.STORAGE not in parent.tags:
         raise UsageError(
-            f"run {run!r} has no tag hemoco.storage: it is of a version that kept no metrics in storage"
+            f"run {run!r} has no tag hemoco.storage: it was written by a version that did not "
+            "store metrics"
         )
     return parent.tags[Tag.STORAGE]
 
 
-def _name(found: RunFacts) -> str:
-    return found.tags.get(Tag.TRANSFER) or found.tags.get(Tag.PHASE, found.run_id)
+def _phase_name(run: RunFacts) -> str:
+    return run.tags.get(Tag.TRANSFER) or run.tags.get(Tag.PHASE, run.run_id)

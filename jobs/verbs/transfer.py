@@ -9,22 +9,20 @@ from jobs.session import announce, ray_session, show_results
 
 
 def main(argv: list[str]) -> None:
-    """Runs a recipe's transfers from a given backbone."""
+    """Measures a recipe's transfers from a given backbone, or resumes them."""
     options = parse_options("transfer", argv, TransferOptions)
-    from pipeline.checks import check_transfers  # torch takes seconds to import, errors should not
+    # imported late: torch takes seconds, and wrong usage is reported at once
+    from pipeline.checks import check_transfers
 
     indexes = ShardIndexes()
     check_transfers(options.recipe, indexes)
     announce(options.run)
-    with (
-        ray_session(),
-        live_display(
-            options.run, pretrain=None, transfers=options.recipe.transfers, indexes=indexes
-        ),
-    ):
-        from pipeline.run import (
-            transfer_only,
-        )  # Ray Train takes seconds to import, errors should not
+    display = live_display(
+        options.run, pretrain=None, transfers=options.recipe.transfers, indexes=indexes
+    )
+    with ray_session(), display:
+        # imported late: Ray Train takes seconds
+        from pipeline.run import transfer_only
 
         check_writable(options.storage)
         transfer_only(

@@ -9,42 +9,42 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import tyro
-
 from cluster.local.ray import Stack, development_stack, ray_logs
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import home
+from jobs.arguments import Folder, read_arguments
 
 _CHECK_S = 1.0
 
 
 def main(argv: list[str]) -> None:
-    """Runs the stack."""
-    tyro.cli(up, args=argv, prog="python -m jobs up")
+    """Runs the servers until Ctrl-C."""
+    read_arguments(up, argv, command="up")
 
 
-def up(*, folder: str = "", s3_port: int = 0, mlflow_port: int = 0) -> None:
-    """S3, MLflow and Ray on loopback until Ctrl-C; prints the export lines for another terminal.
+def up(*, folder: Folder = "", s3_port: int = 0, mlflow_port: int = 0) -> None:
+    """Runs S3, MLflow and Ray on loopback until Ctrl-C.
 
-    The keys of S3 are new at each start; the data stays in the folder.
+    Prints the `export` lines by which another terminal uses them.
+
+    The S3 keys are new at each start; the data stays in the folder.
 
     Args:
-        folder: where everything lies; default: $HEMOCO_HOME/stack.
-        s3_port: 0 takes a free one.
-        mlflow_port: 0 takes a free one.
+        folder: folder for all data; default: $HEMOCO_HOME/stack.
+        s3_port: port of S3; 0 takes a free one.
+        mlflow_port: port of MLflow; 0 takes a free one.
     """
-    place = Path(folder).expanduser().resolve() if folder else home() / "stack"
-    os.environ.pop(
-        "RAY_ADDRESS", None
-    )  # from an earlier stack, in a terminal that took its export lines
+    path = Path(folder).expanduser().resolve() if folder else home() / "stack"
+    # set in a terminal that took the export lines of an earlier stack
+    os.environ.pop("RAY_ADDRESS", None)
     _stop_on_sigterm()
     try:
         with (
-            _locked(place),
-            development_stack(place, s3_port=s3_port, mlflow_port=mlflow_port) as stack,
+            _locked(path),
+            development_stack(path, s3_port=s3_port, mlflow_port=mlflow_port) as stack,
         ):
-            _stop_on_sigterm()  # Ray has put its own handler there
-            print(_instructions(stack, place), flush=True)
+            _stop_on_sigterm()  # again: ray.init has installed its own handler
+            print(_instructions(stack, path), flush=True)
             while True:
                 stack.check()
                 time.sleep(_CHECK_S)
@@ -53,26 +53,30 @@ def up(*, folder: str = "", s3_port: int = 0, mlflow_port: int = 0) -> None:
 
 
 def _instructions(stack: Stack, folder: Path) -> str:
-    """Where everything is; a shell can read it, all but the export lines is comment."""
+    """Describes the servers as text that a shell can read: all but the exports is comment."""
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in stack.exports().items()]
     return "\n".join(
         [
             f"# S3       {stack.s3.endpoint}  bucket s3://hemoco  in {folder / 's3'}",
             f"# MLflow   {stack.mlflow.uri}  in {folder / 'mlflow'}",
             f"# Ray      {stack.ray_address}  logs in {ray_logs()}",
             "# In another terminal:",
-            *(f"export {name}={shlex.quote(value)}" for name, value in stack.exports().items()),
+            *exports,
             "# Ctrl-C stops everything; the data stays.",
         ]
     )
 
 
 def _stop_on_sigterm() -> None:
+    """Lets SIGTERM raise KeyboardInterrupt, so that the servers are stopped in order."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; the system lets it go when the process ends, however it ends.
+    """Locks the folder for this process.
+
+    The lock is the kernel's: it is released however the process ends, and never needs clean-up.
 
     Raises:
         HemocoError: another process holds it.
@@ -84,7 +88,8 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             raise HemocoError(
-                f"{folder} is in use by process {lock.read().strip()}: stop it, or name another --folder"
+                f"{folder} is in use by process {lock.read().strip()}: stop it, or name another "
+                "--folder"
             ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))

@@ -11,7 +11,7 @@ import jobs.options
 from cluster.local.ray import local_ray
 from cluster.submit.checkout import CHECKOUT
 from cluster.submit.client import Job, _joined
-from cluster.submit.environment import JobSpec, job_spec, words_again
+from cluster.submit.environment import JobSpec, job_spec, resuming_argv
 from hemoco.config import flat_params
 from hemoco.errors import ConfigError, ShardError, UsageError
 from hemoco.results import status as run_status
@@ -29,7 +29,7 @@ from jobs.options import (
     settings_flags,
 )
 from jobs.recorded_command import command_tags
-from jobs.verbs.submit import Request, _announce, _stop_words, check_here, parse_request
+from jobs.verbs.submit import Request, _announce, _stop_command, check_here, parse_request
 from tests.helpers.shard_folders import write_shards
 
 NOWHERE = ("--address", "http://127.0.0.1:9")
@@ -53,7 +53,7 @@ def test_a_misspelt_flag_never_leaves_this_machine(capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["demo"], "on a cluster run run, pretrain, transfer, sweep, pack, preflight"),
+        (["demo"], "these verbs run on a cluster: run, pretrain, transfer, sweep, pack, preflight"),
         (["run", "demo2"], "did you mean demo?"),
         (["run", "demo"], "--storage is missing"),
         (["run", "demo", "--storage", "runs"], "runs is a path below this folder"),
@@ -88,7 +88,7 @@ def test_a_recipe_outside_the_checkout_is_refused(capsys, tmp_path):
 def test_a_word_that_holds_a_secret_is_refused_and_not_repeated(capsys, monkeypatch, url):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "hidden-word")
     line = error_of(capsys, 2, *RUN[:4], "--data.shards", url, *NOWHERE)
-    assert "word 6 after `submit` holds" in line and "hidden" not in line and "AKIA" not in line
+    assert "argument 6 after `submit` holds" in line and "hidden" not in line and "AKIA" not in line
 
 
 def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(capsys, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_verb_is_checked_for_what_it_does(bucket, capsys, verb):
 
 def test_a_preflight_is_no_job_of_the_run_that_it_is_for():
     request = parse_request(["preflight", *RUN[1:], "--run", "first"])
-    assert request.run.startswith("preflight-") and request.words == [
+    assert request.run.startswith("preflight-") and request.argv == [
         "preflight",
         *RUN[1:],
         "--run",
@@ -153,15 +153,16 @@ def test_a_preflight_is_no_job_of_the_run_that_it_is_for():
 
 
 def test_to_go_on_is_never_to_begin_anew():
-    assert words_again(["run", "demo", "--fresh", "--run", "r"]) == ["run", "demo", "--run", "r"]
+    argv = ["run", "demo", "--fresh", "--run", "r"]
+    assert resuming_argv(argv) == ["run", "demo", "--run", "r"]
 
 
-def a_job(words: str) -> Job:
+def a_job(command: str) -> Job:
     return Job(
         id="r-1",
         run="r",
         status="RUNNING",
-        words=words,
+        command=command,
         commit="",
         message="",
         exit_status=None,
@@ -180,14 +181,14 @@ def test_who_says_fresh_and_joins_is_told_that_nothing_begins_anew(capsys):
     job = a_job("run demo --fresh")
     _announce(job, False, NOWHERE[1], Request("r", ["run", "demo", "--fresh"], None, None))
     assert (
-        f"is not done to a job that runs; first say {_stop_words(job, NOWHERE[1])}"
+        f"has no effect on a running job; first run {_stop_command(job, NOWHERE[1])}"
         in capsys.readouterr().out
     )
 
 
 def test_a_running_job_is_not_joined_with_other_words():
     with pytest.raises(
-        UsageError, match=r"worked on by job r-1 with other words \(run demo --fresh\)"
+        UsageError, match=r"job r-1 works on run 'r' with another command \(run demo --fresh\)"
     ):
         _joined(
             a_job("run demo --fresh"),
@@ -207,7 +208,7 @@ def test_a_dashboard_in_ray_address_is_the_default(capsys, monkeypatch):
 def test_a_verb_that_runs_here_says_what_to_do_with_a_dashboard(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", NOWHERE[1])
     with (
-        pytest.raises(UsageError, match="say `python -m jobs submit` before the verb"),
+        pytest.raises(UsageError, match="write `python -m jobs submit` before the verb"),
         local_ray(),
     ):
         pass
@@ -230,7 +231,7 @@ def test_the_run_has_the_name_that_it_has_here():
 def test_a_recipe_file_is_sent_by_its_path_in_the_checkout(monkeypatch):
     monkeypatch.chdir(CHECKOUT / "jobs")
     request = parse_request(["run", "recipes/demo.py", *RUN[2:], "--run", "r"])
-    assert request.words == ["run", "jobs/recipes/demo.py", *RUN[2:], "--run", "r"]
+    assert request.argv == ["run", "jobs/recipes/demo.py", *RUN[2:], "--run", "r"]
 
 
 def test_settings_become_the_words_that_set_them():
@@ -364,7 +365,7 @@ def test_a_demo_is_not_resumed(tracking, capsys):
     }
     open_run(tracking, connect(tracking), name="d", parent=None, tags=tags, params={})
     assert main(["status", "d"]) == 0
-    assert "resume      cannot be" in capsys.readouterr().out
+    assert "resume      not possible" in capsys.readouterr().out
 
 
 def test_the_newest_complete_checkpoint_is_told_by_names_alone(bucket):

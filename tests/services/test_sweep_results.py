@@ -20,7 +20,7 @@ from jobs.cli import main
 from jobs.options import SweepOptions, parse_options
 from jobs.recorded_command import RecordedCommand, command_tags
 from jobs.verbs.submit import parse_request
-from jobs.verbs.sweep import again_words
+from jobs.verbs.sweep import best_trial_commands
 from tests.helpers.made_sweep import LR, RECIPE, record
 
 
@@ -84,7 +84,7 @@ def test_json_names_the_best_and_has_null_for_what_was_not_measured(made, tracki
 
 def test_words_of_the_best_trial_make_its_recipe_again(made, tracking, tmp_path):
     result = sweep_result(tracking, made)
-    transfer, run = again_words(
+    transfer, run = best_trial_commands(
         result, RecordedCommand(recipe="swept.py", settings={"sweep.seed": "1", LR: "9"})
     )
     assert transfer == f"python -m jobs transfer swept.py --backbone b1 --{LR} 0.1"
@@ -186,6 +186,6 @@ def test_a_submitted_sweep_has_the_name_that_it_has_here():
     words = ["cifar10_resnet18_sweep", "--data.shards", "s3://b/shards", "--storage", "s3://b/runs"]
     name = parse_options("sweep", words, SweepOptions).run
     request = parse_request(["sweep", *words])
-    assert (request.run, request.words) == (name, ["sweep", *words, "--run", name])
+    assert (request.run, request.argv) == (name, ["sweep", *words, "--run", name])
     with pytest.raises(UsageError, match="--out would be a folder of the cluster"):
         parse_request(["sweep", *words, "--out", "/tmp/x"])

@@ -68,7 +68,7 @@ def interrupted(tmp_path_factory):
 def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(interrupted, phase):
     output, status, _ = interrupted[phase]
     assert status == 1
-    assert "error: interrupted; the same words again go on where it stopped" in output
+    assert "error: interrupted; run the same command again to resume where it stopped" in output
     assert "Traceback" not in output
 
 

@@ -229,7 +229,7 @@ def test_a_checkpoint_has_no_other_format_and_no_small_stem(
     )
     url = save_checkpoint(state, str(tmp_path), attempt=0, keep_last=1)
     assert main(["export", url, str(tmp_path / "out"), "--format", "timm"]) == 2
-    assert "format timm has only backbones" in capsys.readouterr().err
+    assert "format timm holds a backbone only" in capsys.readouterr().err
     assert main(["export", url, str(tmp_path / "out"), "--format", "moco"]) == 1
     assert "stem is 'small', which moco does not have" in capsys.readouterr().err
 

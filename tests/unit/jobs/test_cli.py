@@ -12,7 +12,8 @@ import pytest
 from hemoco import config
 from hemoco.config import Recipe, config_digest
 from hemoco.errors import UsageError
-from jobs.cli import main
+from hemoco.version import __version__
+from jobs.cli import _VERBS, main
 from jobs.options import (
     RunOptions,
     TransferOptions,
@@ -230,3 +231,54 @@ def test_help_of_the_command_and_of_a_verb():
     assert "Does pretraining on my data transfer?" in top.stdout
     words = verb.stdout.replace("│", " ").split()
     assert {"class", "COCO", "Pascal", "VOC", "--index_only", "WebDataset"} <= set(words)
+
+
+def test_help_is_also_a_verb(capsys):
+    assert main(["help"]) == 0
+    asked = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == asked
+    assert main([]) == 2
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hemoco {__version__}\n"
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    try:
+        main([*argv, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+PAGES = [
+    (),
+    *((verb,) for verb in _VERBS),
+    *(("backbones", action) for action in ("list", "alias", "delete")),
+    *((verb, "cifar10_resnet18_sweep") for verb in ("run", "pretrain", "sweep", "preflight")),
+    ("transfer", "transfer_coco"),
+]
+
+
+@pytest.mark.parametrize("argv", PAGES, ids=" ".join)
+def test_no_line_of_a_help_page_is_longer_than_the_terminal(capsys, monkeypatch, argv):
+    monkeypatch.setenv("COLUMNS", "100")
+    # tyro does not wrap usage and recipe names
+    lines = [line for line in help_of(capsys, *argv) if not line.startswith("usage:")]
+    assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "begins", "ends"),
+    [
+        (("compare",), "folder for the files;", "for one run also details.json and details.csv"),
+        (("run", "demo"), "Folder for comparison.json,", "in $HEMOCO_HOME/reports."),
+    ],
+)
+def test_help_texts_are_wrapped_by_the_terminal_only(capsys, monkeypatch, argv, begins, ends):
+    monkeypatch.setenv("COLUMNS", "1000")
+    (line,) = [line for line in help_of(capsys, *argv) if begins in line]
+    assert ends in line
