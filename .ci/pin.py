@@ -1,4 +1,4 @@
-"""Reads `uv export` from standard input and writes it as `constraint-dependencies` into pyproject.toml."""
+"""Writes the output of `uv export` into pyproject.toml as `constraint-dependencies`."""
 
 import re
 import sys
@@ -10,8 +10,8 @@ path = Path("pyproject.toml")
 path.write_text(
     re.sub(
         r"constraint-dependencies = \[\n.*?^\]\n",
-        lambda _: block,
+        lambda _: block,  # a function, so that no escapes are read in the pins
         path.read_text(),
-        flags=re.S | re.M,
+        flags=re.DOTALL | re.MULTILINE,
     )
 )

@@ -35,11 +35,11 @@ class Ended(NamedTuple):
     seconds: float
     log: str
     fault: str
-    """What is wrong with it; empty: nothing."""
+    """Reason for which it failed; empty if it passed."""
 
 
 class Sessions:
-    """Pytest sessions, each a process group, which end with this process."""
+    """Pytest sessions that end with this process; each is a process group."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -49,7 +49,7 @@ class Sessions:
         self.ended: list[Ended] = []
 
     def run(self, name: str, command: list[str], *, may_skip: bool) -> None:
-        """Runs one to its end."""
+        """Runs one session to its end."""
         path, start = self._logs / name, time.monotonic()
         with path.open("wb") as log:
             with self._lock:
@@ -68,12 +68,12 @@ class Sessions:
         print(f"{name}: {fault or 'passed'} after {time.monotonic() - start:.0f} s", flush=True)
 
     def names(self) -> list[str]:
-        """Sessions that run now."""
+        """Names of the running sessions."""
         with self._lock:
             return sorted(self._running)
 
     def stop(self) -> None:
-        """Ends all that run as Ctrl-C would, so that they stop their servers; none is begun any more."""
+        """Ends all sessions as Ctrl-C would, so that they stop their servers; no more are begun."""
         with self._lock:
             self._stopped = True
             running = list(self._running.values())
@@ -91,36 +91,27 @@ class Sessions:
 def system_files() -> list[str]:
     """Names of the files of tests/system that can run side by side, the longest first."""
     names = [path.stem.removeprefix("test_") for path in sorted(SYSTEM.glob("test_*.py"))]
-    if unknown := {*FIRST, *ALONE} - {*names}:
+    unknown = {*FIRST, *ALONE} - {*names}
+    if unknown:
         raise SystemExit(f"{__file__} names files that are not there: {', '.join(sorted(unknown))}")
     return [*FIRST, *(name for name in names if name not in FIRST + ALONE)]
 
 
 def run_system(sessions: Sessions, name: str) -> None:
     """Runs one file of tests/system."""
-    file = str(SYSTEM / f"test_{name}.py")
-    command = [
-        "uv",
-        "run",
-        "--no-sync",
-        "pytest",
-        file,
-        "-rs",
-        "--timeout",
-        "1500",
-        f"--durations={SLOWEST}",
-    ]
+    command = ["uv", "run", "--no-sync", "pytest", str(SYSTEM / f"test_{name}.py"), "-rs"]
+    command += ["--timeout", "1500", f"--durations={SLOWEST}"]
     sessions.run(name, command, may_skip=False)
 
 
 def quick_lane(sessions: Sessions, waiting: "SimpleQueue[str]") -> None:
-    """The README's command, then files that wait."""
+    """Runs the README's test command, then files of tests/system."""
     sessions.run("quick", ["uv", "run", "pytest", f"--durations={SLOWEST}"], may_skip=True)
     system_lane(sessions, waiting)
 
 
 def system_lane(sessions: Sessions, waiting: "SimpleQueue[str]") -> None:
-    """Files that wait, until none does."""
+    """Runs files of tests/system until none is waiting."""
     while True:
         try:
             name = waiting.get_nowait()
@@ -157,37 +148,36 @@ def run_all(sessions: Sessions) -> None:
 
 
 def slowest(ended: list[Ended]) -> list[str]:
-    """The lines of pytest about the slowest tests of all sessions."""
-    line = re.compile(r"^[\d.]+s (?:call|setup|teardown) .*", re.MULTILINE)
-    lines = [found for each in ended for found in line.findall(each.log)]
+    """Returns pytest's lines about the slowest tests of all sessions."""
+    pattern = re.compile(r"^[\d.]+s (?:call|setup|teardown) .*", re.MULTILINE)
+    lines = []
+    for session in ended:
+        lines += pattern.findall(session.log)
     return sorted(lines, key=lambda line: -float(line.partition("s ")[0]))[:SLOWEST]
 
 
 def main() -> int:
-    """Returns the exit status: 0 where all passed."""
+    """Runs all tests; returns the exit status, 0 if all passed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell starts what is in its background with it ignored
+    # a shell starts its background processes with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with TemporaryDirectory(prefix="hemoco-logs-") as folder:
         sessions = Sessions(Path(folder))
         try:
             run_all(sessions)
         finally:
             sessions.stop()
-    for each in sorted(sessions.ended, key=lambda each: bool(each.fault)):
-        print(f"\n{'=' * 20} {each.name}, {each.seconds:.0f} s\n{each.log}")
-    print(f"\n{'=' * 20} the {SLOWEST} slowest of all", *slowest(sessions.ended), sep="\n")
-    print(
-        f"\n{'=' * 20} sessions",
-        *(f"{each.seconds:6.0f} s  {each.name}" for each in sessions.ended),
-        sep="\n",
-    )
-    faults = [f"{each.name}: {each.fault}" for each in sessions.ended if each.fault]
-    wanted = {"quick", *system_files(), *ALONE}
-    faults += [
-        f"{name}: was not run" for name in sorted(wanted - {each.name for each in sessions.ended})
-    ]
+    ended = sessions.ended
+    for session in sorted(ended, key=lambda session: bool(session.fault)):  # failures last
+        print(f"\n{'=' * 20} {session.name}, {session.seconds:.0f} s\n{session.log}")
+    print(f"\n{'=' * 20} the {SLOWEST} slowest of all", *slowest(ended), sep="\n")
+    print(f"\n{'=' * 20} sessions")
+    for session in ended:
+        print(f"{session.seconds:6.0f} s  {session.name}")
+    faults = [f"{session.name}: {session.fault}" for session in ended if session.fault]
+    expected = {"quick", *system_files(), *ALONE}
+    missing = expected - {session.name for session in ended}
+    faults += [f"{name}: was not run" for name in sorted(missing)]
     print("", *faults, "failed" if faults else "passed", sep="\n")
     return 1 if faults else 0
 
