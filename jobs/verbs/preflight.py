@@ -107,8 +107,8 @@ def _check_upload(recipe_file: Path | None, *, needed: bool) -> Finding:
     """
     problems = upload_problems(CHECKOUT, recipe_file)
     if problems:
-        level = "FAIL" if needed else "warn"
-        return Finding(level, "upload", f"for `submit`: {'; '.join(problems)}")
+        text = f"for `submit`: {'; '.join(problems)}"
+        return Finding("FAIL" if needed else "warn", "upload", text)
     return Finding("ok", "upload", f"{CHECKOUT}: all that a cluster needs of it would be uploaded")
 
 

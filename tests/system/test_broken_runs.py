@@ -1,4 +1,4 @@
-"""Pretrainings whose workers are killed, told to go, or lose their core, on a real Ray, S3 server and MLflow."""
+"""Pretrainings whose workers are killed, preempted or lose their core, on real servers."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ def unbroken(recipe, s3):
 
 @pytest.fixture(scope="module")
 def broken(unbroken, recipe, s3):
-    """That pretraining with one worker killed and, after it went on, one told to go away; its (step, loss) pairs."""
+    """The same pretraining with a worker killed and later one preempted; its (step, loss) pairs."""
     storage = join_url(s3, "broken/runs")
     failures: list[BaseException] = []
     thread = threading.Thread(target=_pretrain_in_thread, args=(recipe, storage, failures))

@@ -1,4 +1,4 @@
-"""The image's install lines in a clean environment, and the services of compose.yaml as they stand there."""
+"""The install lines of the image in a clean environment, and the services of compose.yaml."""
 
 import json
 import os
@@ -15,12 +15,15 @@ import pytest
 
 from tests.helpers.deploy_files import DOCKERFILE, ROOT
 
-IMPORTS = "ray, ray.train, torch, torchvision, mlflow, timm, webdataset, s3fs, tyro, psycopg, boto3, flask_wtf"
+IMPORTS = (
+    "ray, ray.train, torch, torchvision, mlflow, timm, webdataset, s3fs, tyro, psycopg, boto3, "
+    "flask_wtf"
+)
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An environment made by the RUN lines of the Dockerfile that install Python packages, beside what it copies."""
+    """An environment from the pip lines of the Dockerfile, beside the folders that it copies."""
     folder = tmp_path_factory.mktemp("image")
     for source, target in re.findall(r"^COPY (\S+) (\S+)$", DOCKERFILE, re.M):
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
@@ -30,7 +33,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "VIRTUAL_ENV": str(folder / "venv"),
         "PATH": f"{folder / 'venv/bin'}:{os.environ['PATH']}",
     }
-    lines = re.findall(r"^RUN ((?:uv )?pip install .*)$", DOCKERFILE, re.M)
+    lines = re.findall(r"^RUN ((?:uv )?pip install (?:.*\\\n)*.*)$", DOCKERFILE, re.M)
     assert len(lines) == 2
     for line in lines:
         subprocess.run(["bash", "-ec", line], cwd=folder, env=environment, check=True)
@@ -39,7 +42,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run_in(image: Path, *words: str) -> str:
-    """What the image's python prints."""
+    """The output of the image's Python."""
     command = [image / "venv/bin/python", *words]
     return subprocess.run(command, cwd=image, check=True, capture_output=True, text=True).stdout
 
@@ -49,7 +52,10 @@ def test_the_image_has_what_every_role_imports(image):
 
 
 def test_the_image_has_the_versions_that_the_project_names(image):
-    script = "import importlib.metadata as m; print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
+    script = (
+        "import importlib.metadata as m; "
+        "print('\\n'.join(f'{d.name}=={d.version}' for d in m.distributions()))"
+    )
     installed = {line.lower().replace("_", "-") for line in run_in(image, "-c", script).split()}
     pins = re.findall(r'^    "([\w.-]+)==([^ ";]+)', (ROOT / "pyproject.toml").read_text(), re.M)
     wanted = {
@@ -66,7 +72,7 @@ def test_the_code_in_the_image_runs(image):
 
 @pytest.fixture(scope="module")
 def services(image: Path) -> dict[str, Any]:
-    """What the services of compose.yaml answer, once all are healthy."""
+    """The answers of the services of compose.yaml, once all are healthy."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not found:
         pytest.fail("PostgreSQL is missing: apt-get install postgresql")

@@ -1,4 +1,4 @@
-"""Detectors learn real cells and drawn shapes in some minutes on two cores, from shards to the record in MLflow."""
+"""Detectors learn real cells and drawn shapes in minutes on two cores, from shards to MLflow."""
 
 import pytest
 

@@ -106,7 +106,8 @@ def test_memory_that_runs_out_names_step_size_and_checkpoint_and_the_run_goes_on
         done.stderr
     )
     assert re.search(
-        r"allocate \d+ bytes.*; this process holds .* GB of the machine are free; take more workers",
+        r"allocate \d+ bytes.*; this process holds .* GB of the machine are free; "
+        r"take more workers",
         said,
     )
     assert said.endswith(f"the last good checkpoint: {job.url}/checkpoints/step_00000004_a0")
@@ -200,7 +201,8 @@ from hemoco.data.stream.batches import batches, pretraining_plan
 from hemoco.errors import HemocoError
 url, size, workers, memory = sys.argv[1], *map(int, sys.argv[2:])
 moco, stream = MoCoConfig(queue_length=64, bn_group_size=2), StreamConfig(workers=workers, lanes=4)
-config = PretrainConfig(epochs=1, global_batch_size=16, views=ViewsConfig(size=size), moco=moco, stream=stream)
+views = ViewsConfig(size=size)
+config = PretrainConfig(epochs=1, global_batch_size=16, views=views, moco=moco, stream=stream)
 listed, cpu = BadSampleFile("memory://unwritten"), torch.device("cpu")
 if memory:
     used = int(open("/proc/self/status").read().partition("VmData:")[2].split()[0]) * 1024
@@ -208,7 +210,8 @@ if memory:
 try:
     plan = pretraining_plan(config)
     index = read_index(url)
-    found = batches(url, index, "train", plan, rank=0, world_size=1, start=None, device=cpu, bad_samples=listed)
+    alone = dict(rank=0, world_size=1, start=None, device=cpu)
+    found = batches(url, index, "train", plan, bad_samples=listed, **alone)
     print(sum(len(batch.keys) for batch in found))
 except HemocoError as error:
     sys.exit(f"{type(error).__name__}: {error}")

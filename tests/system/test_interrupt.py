@@ -1,4 +1,4 @@
-"""Ctrl-C of a whole run, as somebody types it: in its pretraining, and in its fan-out."""
+"""Ctrl-C of a whole run from a terminal: in its pretraining, and in its fan-out."""
 
 import os
 import signal
@@ -21,20 +21,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """What the command said, its exit status, and what MLflow says then, of both phases."""
+    """For each phase: output of the interrupted command, exit status, and statuses in MLflow."""
     folder = tmp_path_factory.mktemp("interrupt")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "HEMOCO_HOME": str(folder / "home")}
     shards = write_shards((folder / "shards").as_uri(), [700, 700])
-    words = [
-        "run",
-        "tests/helpers/night_recipe.py",
-        "--run",
-        "night",
-        "--storage",
-        str(folder / "runs"),
-    ]
-    words += ["--data.shards", shards, "--data.test_split", "train", "--pretrain.epochs", "6"]
+    argv = ["run", "tests/helpers/night_recipe.py", "--run", "night"]
+    argv += ["--storage", str(folder / "runs"), "--data.shards", shards]
+    argv += ["--data.test_split", "train", "--pretrain.epochs", "6"]
     checkpoints = (folder / "runs/night/pretrain/checkpoints").as_uri()
     found = {}
     for phase, reached in (
@@ -42,7 +36,7 @@ def interrupted(tmp_path_factory):
         ("transfer", lambda: search(uri, connect(uri), {"hemoco.phase": "transfer"})),
     ):
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", *words],
+            [sys.executable, "-m", "jobs", *argv],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""From data to pretraining to backbone to every transfer and back, in MLflow's own terms; and on which machine."""
+"""Lineage in MLflow: from data to pretraining, backbone and transfers and back, and the machine."""
 
 import dataclasses
 import json
@@ -49,12 +49,13 @@ from tests.helpers.waiting import wait_until
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 ROOT = Path(__file__).parents[2]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-# what a person without hemoco finds out
+# what MLflow's own client finds without hemoco
 CLIENT = """
 import json, sys
 from mlflow import MlflowClient
 client, digest = MlflowClient(), sys.argv[1]
-(experiment,) = [found.experiment_id for found in client.search_experiments() if found.name == "hemoco"]
+experiments = [each for each in client.search_experiments() if each.name == "hemoco"]
+(experiment,) = [each.experiment_id for each in experiments]
 
 def runs(wanted):
     return client.search_runs([experiment], wanted)
@@ -63,29 +64,32 @@ def runs(wanted):
 (output,) = client.get_run(pretraining.info.run_id).outputs.model_outputs
 model = client.get_logged_model(output.model_id)
 (version,) = client.search_model_versions(f"run_id = '{pretraining.info.run_id}'")
+from_model = runs(f"tags.`hemoco.model/pretrained` = '{model.model_id}'")
+of_the_data = runs(f"dataset.digest = '{digest[:36]}'")
 forward = {
     "pretraining": pretraining.info.run_id,
     "backbone": model.model_id,
     "version": [version.name, version.version, version.tags["hemoco.model_id"]],
-    "results": {metric.run_id: [metric.key, metric.value, metric.dataset_digest] for metric in model.metrics},
-    "transfers": sorted(run.info.run_id for run in runs(f"tags.`hemoco.model/pretrained` = '{model.model_id}'")),
-    "of_the_data": sorted(run.info.run_id for run in runs(f"dataset.digest = '{digest[:36]}'")),
+    "results": {each.run_id: [each.key, each.value, each.dataset_digest] for each in model.metrics},
+    "transfers": sorted(run.info.run_id for run in from_model),
+    "of_the_data": sorted(run.info.run_id for run in of_the_data),
 }
 back = {}
 for run_id in forward["transfers"]:
     inputs = client.get_run(run_id).inputs
-    (start,) = [found for found in map(lambda one: client.get_logged_model(one.model_id), inputs.model_inputs)
-                if found.source_run_id]
+    models = [client.get_logged_model(each.model_id) for each in inputs.model_inputs]
+    (start,) = [each for each in models if each.source_run_id]
     (data,) = client.get_run(start.source_run_id).inputs.dataset_inputs
     back[run_id] = [start.model_id, start.source_run_id, data.dataset.digest]
-assert not [name for name in sys.modules if name.split(".")[0] in ("hemoco", "pipeline", "jobs", "cluster")]
+ours = ("hemoco", "pipeline", "jobs", "cluster")
+assert not [name for name in sys.modules if name.split(".")[0] in ours]
 print(json.dumps([forward, back]))
 """
 
 
 @pytest.fixture(scope="module")
 def recipe(s3, ray_cluster, tracking):
-    """A small one on S3, with a backbone of somebody else's as another baseline."""
+    """A small recipe on S3, with an imported backbone as another baseline."""
     shards = write_shards(join_url(s3, "lineage/cells"), [40])
     theirs = join_url(s3, "lineage/theirs.safetensors")
     export_backbone(
@@ -120,7 +124,7 @@ def backbone(seed):
 
 
 def pretrained_before(recipe, run, storage):
-    """A run whose pretraining is finished and not recorded further, as MLflow's outage would leave it."""
+    """A run whose pretraining is finished but not recorded, as an outage of MLflow leaves it."""
     study = open_study(
         recipe, indexes=ShardIndexes(), run=run, storage=storage, fresh=False, tags={}
     )
@@ -135,7 +139,10 @@ def pretrained_before(recipe, run, storage):
 
 @pytest.fixture(scope="module")
 def lineage(recipe, s3):
-    """The whole way but for the training itself: run, id of its pretraining, URL of its backbone, data digest."""
+    """A whole run without the training itself.
+
+    Its name, the id of its pretraining, the URL of its backbone, and the digest of its data.
+    """
     storage = join_url(s3, "lineage/runs")
     child, url, digest = pretrained_before(recipe, "lineage-1", storage)
     log_dataset_input(

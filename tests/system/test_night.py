@@ -1,7 +1,8 @@
-"""A night on a cluster of three hosts: a run submitted from a fourth place, and everything that can go wrong with it.
+"""A night on a cluster of three hosts: everything that can go wrong with a submitted run.
 
-Network namespaces stand for the hosts, each with one Ray node (a head without cores, two workers with one core each),
-and a fifth one for S3 and MLflow. One run goes through all of it, `night`; each test looks at one thing that happened.
+Network namespaces stand for the hosts, each with one Ray node (a head without cores, two workers
+with one core each). A fourth one is the laptop that submits, a fifth one has S3 and MLflow. One run
+goes through all events, `night`; each test checks one of them.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
     seen: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What happened, and how many seconds it took to go on."""
+    """Seconds until the run continued, by the name of the event."""
     preempted_at: int = 0
     """Step of the checkpoint that the preempted host had saved."""
 
@@ -101,14 +102,17 @@ class Cluster:
         return self.jobs("submit", *words, "--address", f"http://{self.head.address}:8265", log=log)
 
     def submit_night(self, log: str) -> "subprocess.Popen[bytes]":
-        """The same words each time."""
+        """Submits the run, with the same command each time."""
         recipe = str(ROOT / "tests" / "helpers" / "night_recipe.py")
         return self.submit(
             "run", recipe, "--run", "night", "--data.shards", SHARDS, "--storage", RUNS, log=log
         )
 
     def status(self, path: str, token: str | None = None) -> int:
-        """HTTP status of the head's answer; 0 without one. `None`: with the right token, empty: without any."""
+        """HTTP status of the head's answer, 0 without one.
+
+        A token of None is the right one, an empty one is not sent.
+        """
         token = (
             Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text() if token is None else token
         )
@@ -298,7 +302,7 @@ def _kill_driver(cluster: Cluster) -> None:
 
 
 def _preempt(cluster: Cluster, host: Host) -> None:
-    """What a Kubernetes node does to a pod: its preStop hook, then the end."""
+    """Ends a host as Kubernetes ends a pod: its preStop hook, then SIGKILL."""
     inside = [
         "nsenter",
         "-t",

@@ -1,4 +1,4 @@
-"""`python -m jobs preflight` on a cluster whose nodes look for themselves, and TLS to a server that has none."""
+"""`python -m jobs preflight` on a cluster, and TLS to a server that does not have it."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tests.helpers.preflight_recipe import RECIPE
 from tests.helpers.shard_folders import write_shards
 
 ROOT = Path(__file__).parents[2]
-NO_BOXES = "has no object categories"  # what the recipe's second transfer fails of
+NO_BOXES = "has no object categories"  # the error of the recipe's second transfer
 
 
 @pytest.fixture
@@ -35,21 +35,12 @@ def test_tls_where_there_is_none_is_named(s3, monkeypatch):
         list_names(s3)
 
 
-def test_the_nodes_of_a_cluster_look_for_themselves(recipe, shards, bucket, tracking, ray_cluster):
-    words = [
-        sys.executable,
-        "-m",
-        "jobs",
-        "preflight",
-        recipe,
-        "--data.shards",
-        shards,
-        "--storage",
-        bucket,
-    ]
+def test_the_nodes_of_a_cluster_check_themselves(recipe, shards, bucket, tracking, ray_cluster):
+    command = [sys.executable, "-m", "jobs", "preflight", recipe]
+    command += ["--data.shards", shards, "--storage", bucket]
     environment = os.environ | {"RAY_ADDRESS": ray_cluster}
     done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     ok = [line[6:22].strip() for line in done.stdout.splitlines() if line.startswith("ok")]
     nodes = [
@@ -66,7 +57,7 @@ def test_the_nodes_of_a_cluster_look_for_themselves(recipe, shards, bucket, trac
     assert [name for name in ok if name.startswith("nodes")] == [
         f"nodes {name}" for name in ["versions", *nodes]
     ], done.stdout
-    assert "ok    Ray token        who has no token is turned away" in done.stdout
+    assert "ok    Ray token        requests without the token are refused" in done.stdout
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and NO_BOXES in failed[0]
     assert list_names(bucket) == []

@@ -20,7 +20,7 @@ from tests.services.test_report import RECIPE, collected, fill
 # raised inside mlflow by SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 WIDE, NARROW = 1200, 360
-# linear RGB as a person sees it who lacks one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1)
+# linear RGB as seen without one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1)
 SEEN = {
     "all cones": np.eye(3),
     "protanopia": np.array(
@@ -48,7 +48,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def report(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two runs with all that a report can show."""
+    """The report of two runs with everything that a report can show."""
     runs = [
         begin_run(tracking, f"a page that has a rather long name, number {number}", RECIPE)
         for number in (1, 2)
@@ -78,7 +78,10 @@ def test_the_page_fits_its_width_with_text_that_can_be_read(shown: tuple[int, Sh
 
 
 def test_a_page_that_does_wrong_is_seen_to(browser: str, tmp_path: Path) -> None:
-    bad = '<img src="http://127.0.0.1:9/x.png" alt="lost"/><p style="width:900px">x</p><script>throw 1</script>'
+    bad = (
+        '<img src="http://127.0.0.1:9/x.png" alt="lost"/><p style="width:900px">x</p>'
+        "<script>throw 1</script>"
+    )
     (tmp_path / "bad.html").write_text(bad)
     found = show(browser, tmp_path / "bad.html", width=NARROW, picture=tmp_path / "bad.png")
     assert len(found.complaints) == 2 and found.requests == ["http://127.0.0.1:9/x.png"]
@@ -86,7 +89,7 @@ def test_a_page_that_does_wrong_is_seen_to(browser: str, tmp_path: Path) -> None
 
 
 def lab(colour: str, seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A colour in CIE L*a*b* as it is seen."""
+    """Converts a colour to CIE L*a*b*, after a matrix of SEEN."""
     encoded = np.array(to_rgb(colour))
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(

@@ -32,7 +32,7 @@ def read(cache: ShardCache, source: str, number: int, counts: FetchCounts) -> by
 
 
 def streams(cache: ShardCache, source: str, caplog: pytest.LogCaptureFixture, reason: str) -> None:
-    """Asserts that shards come although the cache is of no use, and that one warning names the reason."""
+    """Asserts that shards arrive although the cache fails, and that one warning has the reason."""
     caplog.set_level(logging.WARNING)
     counts = FetchCounts()
     assert [read(cache, source, number, counts) for number in (0, 1, 0)] == [

@@ -59,7 +59,7 @@ class Storage:
 
 
 class Stalling(socketserver.ThreadingTCPServer):
-    """Before a server, passes bytes on until one connection has sent a megabyte; `stalled` says that it has."""
+    """Relay that stalls once a connection has sent a megabyte; `stalled` is set then."""
 
     daemon_threads = True
 

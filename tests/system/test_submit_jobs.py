@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head: what they are given, how they are followed, joined, stopped and resumed."""
+"""Jobs on a real Ray head: their environment, and how they are followed, joined and stopped."""
 
 import os
 import secrets
@@ -34,23 +34,26 @@ CANARIES = {
         "MLFLOW_TRACKING_TOKEN",
     )
 }
-# a verb that ends at once with a long log, run as a job and followed with little patience
+# a command that ends at once with a long log, run as a job and followed with little patience
 FOLLOW = """
 import sys
 from cluster.submit import log as job_log
 from cluster.submit.checkout import CHECKOUT
-from cluster.submit.environment import JobSpec, job_spec, words_again
+from cluster.submit.environment import job_spec
 from cluster.submit.client import Cluster
 address, seen_at, job_log._QUIET_S = *sys.argv[1:3], float(sys.argv[3])
-known = Cluster(address).jobs("help")
-job = known[0] if known else Cluster(address).submit(job_spec(address, "help", ["run", "demo", "--help"], CHECKOUT))[0]
-done = job_log.follow(Cluster(seen_at), job.id, lambda text: print(text, end="", flush=True), patience_s=1.0)
+jobs = Cluster(address).jobs("help")
+if not jobs:
+    spec = job_spec(address, "help", ["run", "demo", "--help"], CHECKOUT)
+    jobs = [Cluster(address).submit(spec)[0]]
+show = lambda text: print(text, end="", flush=True)
+done = job_log.follow(Cluster(seen_at), jobs[0].id, show, patience_s=1.0)
 print(f"\\n== {done.status} {done.exit_status}")
 """
 
 
 def start_jobs(*words: str, **environment: str) -> "subprocess.Popen[str]":
-    """`python -m jobs` in a process of its own: Ray reads its token once in each."""
+    """Starts `python -m jobs` in a process of its own: Ray reads its token once in a process."""
     command = [sys.executable, "-u", "-m", "jobs", *words]
     return subprocess.Popen(
         command,
@@ -63,7 +66,7 @@ def start_jobs(*words: str, **environment: str) -> "subprocess.Popen[str]":
 
 
 def run_jobs(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """`python -m jobs` and what came of it."""
+    """Runs `python -m jobs` to its end."""
     return finished(start_jobs(*words, **environment))
 
 
@@ -78,7 +81,7 @@ def finished(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[s
 
 
 def api(head: str, path: str) -> requests.Response:
-    """What the head answers to somebody who has its token."""
+    """The answer of the head to a request with its token."""
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     return requests.get(f"{head}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
 
@@ -99,7 +102,7 @@ def answers(address: str) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones: all are held until the last is known."""
+    """Free ports, all different: each is held until the last one is known."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -109,7 +112,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head(s3: str, tracking: str) -> Iterator[str]:
-    """A Ray head with its job server on loopback, the only one of its token; nodes know the S3 server."""
+    """A Ray head with a job server on loopback and a token of its own; nodes know the S3 server."""
     folder = Path(tempfile.mkdtemp(prefix="hh"))  # short: it holds sockets
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(secrets.token_hex(32))
@@ -157,10 +160,10 @@ def head(s3: str, tracking: str) -> Iterator[str]:
 def two_jobs(
     head: str, s3: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """What came of two jobs, submitted at the same time.
+    """The results of two jobs that were submitted at the same time.
 
-    One packs images, with canaries for secrets. The recipe of the other does not fit its data, which only the nodes
-    have the secret key for.
+    One packs images, with canaries for secrets. The recipe of the other does not fit its data, and
+    only the nodes have the secret key of that data.
     """
     folder = tmp_path_factory.mktemp("images")
     for name in ("train/a/1", "train/a/2", "test/b/3"):
@@ -186,16 +189,16 @@ def two_jobs(
 
 @pytest.fixture
 def packed(two_jobs: dict[str, Any]) -> tuple[str, str]:
-    """Where images were packed to by a job, and what was printed."""
+    """The URL to which a job packed images, and its output."""
     assert two_jobs["pack"].returncode == 0, two_jobs["pack"].stderr
     return two_jobs["dest"], two_jobs["pack"].stdout + two_jobs["pack"].stderr
 
 
 @pytest.fixture(scope="module")
 def training(head: str, s3: str, two_jobs: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """A job that pretrains for hours, begun with --fresh; its run, and the words that follow it.
+    """A job that pretrains for hours, begun with --fresh: its run, and the command that follows it.
 
-    After the two jobs: it takes both cores, and those would wait for one.
+    It begins after the two jobs: it takes both cores, and they would wait for one.
     """
     shards = write_shards(f"{s3}/{secrets.token_hex(8)}", [128])
     words = [
@@ -238,7 +241,7 @@ def test_a_missing_and_a_wrong_token_are_told_apart(head, tmp_path, token, reaso
     assert reason in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_job_does_what_the_words_do_here(packed):
+def test_a_job_does_what_the_command_does_here(packed):
     dest, printed = packed
     assert read_index(dest).splits == ("test", "train")
     assert f"{dest}: 2 shards" in printed and "done after" in printed
@@ -316,7 +319,7 @@ def test_a_head_that_has_gone_is_one_clear_error(head):
     assert f"HeadLost: {between.address}: the connection has broken" in done.stderr
 
 
-def test_the_same_words_join_and_ctrl_c_leaves_the_job_running(head, training):
+def test_the_same_command_joins_and_ctrl_c_leaves_the_job_running(head, training):
     run, words = training
     with start_jobs(*words) as process:
         assert process.stdout is not None
@@ -326,14 +329,14 @@ def test_the_same_words_join_and_ctrl_c_leaves_the_job_running(head, training):
             if "Running entrypoint" in line:  # the first line of the log
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 1
-    assert "joined " in "".join(lines) and "detached    the job goes on" in "".join(lines)
+    assert "joined " in "".join(lines) and "detached    the job is still running" in "".join(lines)
     assert [job["status"] for job in jobs_of(head, run)] == ["RUNNING"]
 
 
-def test_other_words_under_a_running_name_are_refused(training):
+def test_another_command_under_a_running_name_is_refused(training):
     done = run_jobs(*training[1], "--pretrain.seed", "7")
     assert done.returncode == 2
-    assert "run 'long' is being worked on by job long-1 with other words" in done.stderr
+    assert "job long-1 works on run 'long' with another command" in done.stderr
 
 
 def test_a_preflight_from_inside_the_cluster_sees_its_nodes(head, s3, bucket):
@@ -366,9 +369,7 @@ def test_status_tells_of_jobs_that_mlflow_does_not_know(head, packed):
 def test_stopping_an_unknown_run_names_those_that_run(head, tracking, training):
     done = run_jobs("stop", "nobody", "--address", head)
     assert done.returncode == 2
-    assert (
-        f"run 'nobody' has no job on {head}; runs with a job that is not ended: long" in done.stderr
-    )
+    assert f"run 'nobody' has no job on {head}; runs with an active job: long" in done.stderr
 
 
 def test_stop_ends_the_job_and_says_how_to_resume(head, training):

@@ -1,6 +1,6 @@
-"""A sweep as a user says it: eight pretrainings on scanned digits, of which most have learning rates that ruin them.
+"""A sweep as a user runs it: eight pretrainings on scanned digits, most with bad learning rates.
 
-This file is also the recipe. What came of it is read from MLflow by MLflow's own client.
+This file is also the recipe. The results are read from MLflow by MLflow's own client.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ def png(ink):
 
 @pytest.fixture(scope="module")
 def words(s3):
-    """What is said after `sweep`; all of it lies on S3."""
+    """The arguments of `sweep`, with everything on S3."""
     shards = join_url(s3, "sweep_real/shards")
     write_scans(shards)
     return [
@@ -120,7 +120,7 @@ def words(s3):
 
 @pytest.fixture(scope="module")
 def output(words, tracking, tmp_path_factory):
-    """What a finished sweep has printed."""
+    """The output of a finished sweep."""
     assert {point[LR] for point in drawn_settings(recipe.sweep)[:2]} == set(GOOD)
     environment = os.environ | {"HEMOCO_HOME": str(tmp_path_factory.mktemp("home"))}
     command = [sys.executable, "-m", "jobs", "sweep", *words]

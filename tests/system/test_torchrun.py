@@ -1,3 +1,5 @@
+"""The training loop under torchrun, without Ray."""
+
 import json
 import os
 import subprocess
@@ -14,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_loop_runs_under_torchrun_as_in_one_process(tmp_path: Path) -> None:
     shards, out = write_shards((tmp_path / "s").as_uri(), [20, 30]), tmp_path / "losses.json"
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2"
-    command = f"ip link set lo up && {torchrun} {ROOT / 'tests' / 'helpers' / 'torchrun_training.py'} {shards} {out}"
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --local-addr 127.0.0.1"
+    script = ROOT / "tests" / "helpers" / "torchrun_training.py"
+    command = f"ip link set lo up && {launcher} --nproc-per-node 2 {script} {shards} {out}"
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",

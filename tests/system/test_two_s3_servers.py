@@ -1,10 +1,12 @@
-"""All that touches storage, against two S3 servers that share no code: rclone, on which the demo runs, and Ceph.
+"""Everything that uses storage, against two S3 servers that share no code: rclone and Ceph.
 
-Where they differ, and hemoco must do with both:
-- Ceph's errors have a code and no message; rclone calls each refused signature AccessDenied or by its name, with words.
+They differ, and hemoco must work with both:
+- Errors: those of Ceph have a code and no message; rclone names each refused signature AccessDenied
+  or by its own name, with a message.
 - A clock that is off: Ceph answers 403 RequestTimeTooSkewed, rclone 400 AccessDenied.
-- Rights: Ceph has users and bucket policies, rclone one key that may do everything.
-- Conditional writes: Ceph refuses the second with 412, rclone takes it (a lock cannot be built on it).
+- Permissions: Ceph has users and bucket policies, rclone one key that may do everything.
+- Conditional writes: Ceph refuses the second with 412, rclone accepts it (no lock can be built on
+  them).
 - A key that is also a folder (`d` beside `d/e`): Ceph has both, rclone refuses.
 """
 
@@ -69,14 +71,16 @@ recipe = Recipe(
     name="tiny",
     data=DataConfig(test_split="train"),
     pretrain=PretrainConfig(
-        global_batch_size=16, moco=MoCoConfig(queue_length=64, bn_group_size=2), stream=StreamConfig(workers=0, lanes=4)
+        global_batch_size=16,
+        moco=MoCoConfig(queue_length=64, bn_group_size=2),
+        stream=StreamConfig(workers=0, lanes=4),
     ),
 )
 """
 
 
 class Running(NamedTuple):
-    """A server, and where it keeps what it needs."""
+    """A running server, and its folder."""
 
     kind: str
     server: S3Server
@@ -85,7 +89,7 @@ class Running(NamedTuple):
 
 @contextlib.contextmanager
 def environment(server: S3Server, **changed: str) -> Iterator[None]:
-    """The server's variables, and no client that was made with others."""
+    """Sets the server's variables, and drops clients that were made with others."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (s3_environment(server) | changed).items():
             patch.setenv(name, value)
@@ -95,7 +99,7 @@ def environment(server: S3Server, **changed: str) -> Iterator[None]:
 
 
 def client(server: S3Server):
-    """A client of AWS's own library, for what hemoco never does."""
+    """A client of AWS's own library, for requests that hemoco never sends."""
     made = botocore.session.Session().create_client(
         "s3",
         region_name="us-east-1",
@@ -347,7 +351,7 @@ def test_a_certificate_that_nobody_vouches_for_is_named(place, tmp_path, monkeyp
 
 @pytest.mark.parametrize("running", ["ceph"], indirect=True)
 class TestRights:
-    """Of a second user, to whom a bucket policy allows some things; Ceph alone can."""
+    """Permissions of a second user by a bucket policy, which only Ceph has."""
 
     @pytest.fixture
     def allowed(self, running, place):

@@ -1,4 +1,4 @@
-"""`python -m jobs up`: prints what other processes need, and leaves nothing behind, however it ends."""
+"""`python -m jobs up`: its exports work for other processes, and it leaves no process behind."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def jobs(*words: str, **environment: str) -> "subprocess.Popen[str]":
-    """A running `python -m jobs`."""
+    """Starts `python -m jobs`."""
     return subprocess.Popen(
         [sys.executable, "-m", "jobs", *words],
         cwd=ROOT,
@@ -57,7 +57,8 @@ def test_another_process_uses_what_up_exports(tmp_path):
         "from hemoco.tracking.client import connect, tracking_uri\n"
         "from hemoco.storage.objects import read_bytes, write_bytes\n"
         "connect(tracking_uri()); write_bytes('s3://hemoco/k', b'1')\n"
-        "with local_ray() as address: print(address, ray.get(ray.remote(read_bytes).remote('s3://hemoco/k')))"
+        "with local_ray() as address:\n"
+        "    print(address, ray.get(ray.remote(read_bytes).remote('s3://hemoco/k')))"
     )
     exports = read_exports(up)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What of a checkout reaches a cluster, and which commit it says it is."""
+"""The part of a checkout that is uploaded to a cluster, and the commit that is recorded."""
 
 import shutil
 import subprocess
@@ -98,7 +98,8 @@ def test_a_recipe_that_is_ignored_is_told(checkout, file):
 def test_a_module_that_is_ignored_is_told(checkout):
     (checkout / ".gitignore").write_text("data/\n")  # meant for a data set, hits hemoco/data
     assert upload_problems(checkout, None) == [
-        "hemoco/data/a.py would not be uploaded: a .gitignore or .rayignore of the checkout names it; correct that file"
+        "hemoco/data/a.py would not be uploaded: a .gitignore or .rayignore of the checkout names "
+        "it; correct that file"
     ]
 
 

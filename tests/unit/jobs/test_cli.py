@@ -1,4 +1,4 @@
-"""The command line as a person uses it: exit status and the one line that says what to do."""
+"""The command line: exit status, and one line that names the error and what to do."""
 
 import dataclasses
 import os

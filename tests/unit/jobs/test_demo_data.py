@@ -1,4 +1,4 @@
-"""The demo's data: divided by source digit, masks that fit the pixels, the same files for the same seed."""
+"""The demo's data: splits by source digit, masks that fit the pixels, reproducible files."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Help, and errors that need no computing, come without the packages that take seconds to import."""
+"""Help pages and usage errors do not import the packages that take seconds."""
 
 import subprocess
 import sys
@@ -23,7 +23,8 @@ print("status", status, "heavy", [name for name in {HEAVY} if name in sys.module
 ALL_HELP = f"""
 import sys
 from jobs.cli import _VERBS, main
-for words in [[], *([verb] for verb in _VERBS), *([verb, {RECIPE!r}] for verb in ("run", "sweep", "preflight"))]:
+with_recipe = [[verb, {RECIPE!r}] for verb in ("run", "sweep", "preflight")]
+for words in [[], *([verb] for verb in _VERBS), *with_recipe]:
     try:
         status = main([*words, "--help"])
     except SystemExit as ended:
