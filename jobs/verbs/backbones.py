@@ -164,7 +164,8 @@ def _checkpoints(uri: str, backbone: BackboneVersion) -> list[str]:
     newest = search(uri, connect(uri), {Tag.STORAGE: parent.tags[Tag.STORAGE], Tag.PHASE: "parent"})
     if newest[0].run_id != parent.run_id:
         raise UsageError(
-            f"{name}: its checkpoints are gone, its folder now belongs to a newer run of this name"
+            f"{name}: its checkpoints are gone: the run was begun anew, and its folder holds those "
+            "of the new one"
         )
     if "RUNNING" in (pretraining.status, parent.status):
         raise UsageError(

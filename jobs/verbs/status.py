@@ -96,7 +96,7 @@ def _show_runs(console: Console, runs: list[RunStatus], jobs: list["Job"], with_
         table.add_row(*(_plain(cell) for cell in cells))
     if table.row_count:
         console.print(table)
-        console.print("\none of them: python -m jobs status RUN", highlight=False)
+        console.print("\nfor one run: python -m jobs status RUN", highlight=False)
     else:
         console.print("no runs yet: begin one with `python -m jobs run RECIPE`", highlight=False)
 
