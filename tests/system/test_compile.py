@@ -20,7 +20,7 @@ CONFIG = PretrainConfig(
 )
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
+@pytest.mark.filterwarnings("ignore")  # raised in the compiler's own modules
 def test_compiled_encoders_train_as_others_do() -> None:
     crops = torch.randint(
         256, (2, 8, 2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8

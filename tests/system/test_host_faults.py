@@ -1,4 +1,4 @@
-"""Faults of a host and of what it stands on: memory, /dev/shm, folders that cannot be written."""
+"""Faults of a host: memory, /dev/shm, folders that cannot be written."""
 
 import contextlib
 import dataclasses
@@ -61,7 +61,7 @@ def job(shards: str, tracking: str, tmp_path: Path) -> PretrainJob:
 
 @pytest.fixture(scope="module")
 def unbroken(shards: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> PretrainJob:
-    """Undisturbed."""
+    """An undisturbed pretraining."""
     job = new_job(shards, tracking, tmp_path_factory.mktemp("unbroken").as_uri())
     pretrain_worker(job, Troubled())
     return job
@@ -90,7 +90,7 @@ except HemocoError as error:
 def pretrain_elsewhere(
     job: PretrainJob, folder: Path, trouble: str, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    """That pretraining in a process of its own."""
+    """Runs a pretraining in a process of its own, with one fault."""
     (folder / "job").write_bytes(pickle.dumps(job))
     return python("-c", PRETRAIN, str(folder / "job"), trouble, **environment)
 
@@ -124,9 +124,8 @@ def test_memory_that_runs_out_in_the_reading_names_what_was_read(shards: str) ->
     assert "lower stream.memory_bytes or stream.workers" in said
 
 
-@pytest.mark.parametrize(
-    "killed", [1, 2]
-)  # of two: then a tensor is mostly being taken over from one of them
+# with two killed, a tensor is usually being received from one of them
+@pytest.mark.parametrize("killed", [1, 2])
 def test_a_loader_process_that_the_kernel_kills_is_named(shards: str, killed: int) -> None:
     plan = dataclasses.replace(
         pretraining_plan(CONFIG), stream=StreamConfig(workers=2, lanes=4), epochs=1000
@@ -250,14 +249,14 @@ def test_a_dev_shm_without_room_for_a_lock_is_named(shards: str, workers: int) -
     assert "needs locks there, 0 bytes are free" in said and "or remove what fills it" in said
 
 
-# folders that cannot be written, and floods
+# folders that cannot be written, and floods of bad samples
 
 
 @pytest.fixture(params=["no folder", "read-only"])
 def no_home(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """$HEMOCO_HOME on a disk that takes nothing."""
+    """Sets $HEMOCO_HOME to a folder that cannot be created, or that is read-only."""
     place = tmp_path / "disk"
     monkeypatch.setenv("HEMOCO_HOME", str(place / "home"))
     if request.param == "no folder":
@@ -321,7 +320,7 @@ def test_a_flood_of_bad_samples_is_a_few_lines_of_log_and_a_list_of_bounded_leng
     assert len((tmp_path / "bad").read_text().splitlines()) == 10_000
 
 
-# numbers that are none
+# numbers that are not finite
 
 
 def test_gradients_that_are_not_finite_stop_before_weights_that_no_checkpoint_may_hold() -> None:

@@ -44,7 +44,7 @@ CANARY = "canary" + secrets.token_hex(16)
 
 @dataclasses.dataclass
 class Cluster:
-    """The hosts, what runs on them, and what was seen."""
+    """The hosts, what runs on them, and what the events cost."""
 
     head: Host
     workers: tuple[Host, Host]
@@ -85,7 +85,7 @@ class Cluster:
         )
 
     def jobs(self, *words: str, log: str) -> "subprocess.Popen[bytes]":
-        """`python -m jobs`, typed in the fourth place."""
+        """Runs `python -m jobs` on the laptop."""
         home = {"HEMOCO_HOME": str(self.laptop.folder / "home")}
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(
@@ -98,7 +98,7 @@ class Cluster:
             )
 
     def submit(self, *words: str, log: str) -> "subprocess.Popen[bytes]":
-        """A job of the cluster, followed from the fourth place."""
+        """Submits a job from the laptop and follows it."""
         return self.jobs("submit", *words, "--address", f"http://{self.head.address}:8265", log=log)
 
     def submit_night(self, log: str) -> "subprocess.Popen[bytes]":
@@ -333,7 +333,7 @@ def child(phase: str, **tags: str) -> RunFacts:
 
 
 def points(metric: str) -> list[Metric]:
-    """All that MLflow has of a metric of the pretraining."""
+    """All points of a metric of the pretraining in MLflow."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     return list(client.get_metric_history(child("pretrain").run_id, metric))
 
@@ -342,9 +342,9 @@ def history(metric: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points(metric)]
 
 
-def test_every_fault_was_survived_without_a_hand(night):
+def test_every_fault_was_survived_without_intervention(night):
     recipe = load_recipe(str(ROOT / "tests" / "helpers" / "night_recipe.py"))
-    steps = recipe.pretrain.epochs * 39  # of 5,032 digits, in batches of 128
+    steps = recipe.pretrain.epochs * 39  # 5,032 digits in batches of 128
     assert {step for step, _ in history("loss")} == set(range(1, steps + 1))
 
 
@@ -357,7 +357,7 @@ def test_global_batches_of_all_attempts_are_those_of_an_unbroken_run(night):
 
 def test_no_fault_cost_more_than_the_steps_since_the_last_checkpoint(night):
     counted = Counter(step for step, _ in history("loss"))
-    faults = 5  # those that left no time to save
+    faults = 5  # those without time to save a checkpoint
     assert sum(count - 1 for count in counted.values()) <= faults * 2 * EVERY
 
 

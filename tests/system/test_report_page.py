@@ -114,4 +114,4 @@ def test_no_two_colours_look_alike_to_anybody(sight: str, colours: tuple[str, ..
     }
     assert {
         pair: distance for pair, distance in distances.items() if distance < 8
-    } == {}  # 2.3 can just be seen
+    } == {}  # 2.3 is just noticeable

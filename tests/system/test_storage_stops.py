@@ -1,4 +1,4 @@
-"""A storage that stops, in the middle of what a pretraining writes to it."""
+"""A storage server that stops while a pretraining writes to it."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ class Storage:
     def start(self) -> None:
         self.server = self._stack.enter_context(s3_server(self._folder, port=self._port))
         self._port = int(self.server.endpoint.rpartition(":")[2])
-        for name, value in s3_environment(self.server).items():  # its key is a new one
+        for name, value in s3_environment(self.server).items():  # each start has a new key
             self._patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
 
@@ -110,7 +110,7 @@ def job(shards: str, tracking: str, tmp_path: Path) -> PretrainJob:
 
 @pytest.fixture(scope="module")
 def unbroken(shards: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> PretrainJob:
-    """Undisturbed."""
+    """An undisturbed pretraining."""
     job = new_job(shards, tracking, tmp_path_factory.mktemp("unbroken").as_uri())
     pretrain_worker(job, Troubled())
     return job

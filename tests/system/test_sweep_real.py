@@ -39,16 +39,14 @@ from pipeline.sweep.sweep import drawn_settings, run_sweep
 
 ROOT = Path(__file__).parents[2]
 LR, NAME = "pretrain.optimizer.lr", "swept-for-real"
-GOOD, BAD = (
-    (0.001, 0.003),
-    (1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-)  # kNN after two epochs: 0.86 and more; 0.65 and less
+GOOD = (0.001, 0.003)  # kNN after two epochs: at least 0.86
+BAD = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # kNN after two epochs: at most 0.65
 SAMPLES = {"train": 60, "test": 40}  # of each digit
 EPOCHS, STEPS = 50, 450
 recipe = Recipe(
     name="scanned",
     pretrain=PretrainConfig(
-        epochs=EPOCHS,  # long enough that nobody ends before a request to stop has been seen
+        epochs=EPOCHS,  # long enough that no trial ends before it sees a request to stop
         global_batch_size=64,
         log_every_steps=3,
         checkpoint_every_steps=STEPS,
@@ -62,7 +60,7 @@ recipe = Recipe(
         stream=StreamConfig(workers=0, lanes=4),
     ),
     transfers={"knn": KnnConfig(neighbours=20)},
-    # the good ones come first, so that the others meet values that they have to reach
+    # with this seed the good ones come first, so that the others are compared with them
     sweep=SweepConfig(
         space={LR: Choice(GOOD + BAD)}, objective="knn", trials=8, seed=30, grace_epochs=2
     ),
@@ -133,7 +131,7 @@ def output(words, tracking, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(output, tracking):
-    """MLflow with the sweep in it."""
+    """A client of the MLflow that holds the sweep."""
     return MlflowClient(tracking)
 
 

@@ -99,7 +99,7 @@ def test_up_ends_whole_when_a_part_or_itself_is_killed(tmp_path, part, named):
 
 
 def keepers() -> set[int]:
-    """The processes that watch over servers."""
+    """Process ids of the keepers, which end with their servers."""
     return set(alive("cluster/local/processes.py"))
 
 
