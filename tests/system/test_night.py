@@ -342,7 +342,7 @@ def history(metric: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in points(metric)]
 
 
-def test_every_fault_was_survived_without_intervention(night):
+def test_every_fault_was_survived_without_a_hand(night):
     recipe = load_recipe(str(ROOT / "tests" / "helpers" / "night_recipe.py"))
     steps = recipe.pretrain.epochs * 39  # 5,032 digits in batches of 128
     assert {step for step, _ in history("loss")} == set(range(1, steps + 1))

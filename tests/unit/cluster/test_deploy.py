@@ -263,9 +263,7 @@ def test_the_driver_in_a_container_is_told_the_commit_and_whether_it_is_dirty():
 
 
 def test_a_ray_that_does_not_answer_takes_only_its_share_of_the_time(monkeypatch):
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as silent:  # takes connections and never says a word
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
         assert _drain(9.0) == "it has not answered within 3 s"
 

@@ -89,7 +89,11 @@ def test_every_class_of_recipes_shows_its_settings(capsys, name):
         main(["recipes", name])
     said = capsys.readouterr().out
     shown = {word.partition(".")[0] for word in re.findall(r"--(?:no_)?([a-z_0-9.]+)", said)}
-    others = {"space", "sweep", "transfers"}  # of classes of their own, or not given by words
+    others = {
+        "space",
+        "sweep",
+        "transfers",
+    }  # explained by classes of their own, or not set by flags
     assert {field.name for field in dataclasses.fields(getattr(config, name))} - shown <= others
 
 
