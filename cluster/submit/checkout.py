@@ -102,8 +102,8 @@ def upload_problems(checkout: Path, recipe_file: Path | None) -> list[str]:
 
 def uploaded_files(checkout: Path) -> dict[str, int]:
     """Lists the files that Ray would upload: size in bytes by path in the checkout."""
-    # Ray has no public function for this; `test_the_upload_is_what_ray_packs` compares the result with
-    # a package that Ray made
+    # Ray has no public function for this; `test_the_upload_is_what_ray_packs` compares the result
+    # with a package that Ray made
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
