@@ -153,24 +153,24 @@ def check_room(nodes: Sequence[dict[str, float]], groups: Iterable[Group]) -> It
     largest_cpu = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     largest_gpu = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
     for group in groups:
-        asked = f"{group.processes} x {_amount(group.cpus, group.gpus)}"
-        room = fitting_processes(nodes, cpus=group.cpus, gpus=group.gpus)
+        requested = f"{group.processes} x {_amount(group.cpus, group.gpus)}"
+        capacity = fitting_processes(nodes, cpus=group.cpus, gpus=group.gpus)
         name = f"room {group.name}"
-        if room >= group.processes:
-            yield Finding("ok", name, f"{asked}: the nodes have room for {room}")
-        elif room >= group.fewest:
+        if capacity >= group.processes:
+            yield Finding("ok", name, f"{requested}: the nodes have room for {capacity}")
+        elif capacity >= group.fewest:
             yield Finding(
                 "warn",
                 name,
-                f"{asked}: the nodes have room for {room} only; it would run with fewer",
+                f"{requested}: the nodes have room for {capacity} only; it would run with fewer",
             )
         else:
             largest = _amount(int(largest_cpu), int(largest_gpu))
             yield Finding(
                 "FAIL",
                 name,
-                f"{asked}: the nodes have room for {room} (the largest have {largest}); lower the "
-                f"workers, cpus or gpus of {group.name}, or start more nodes",
+                f"{requested}: the nodes have room for {capacity} (the largest have {largest}); "
+                f"lower the workers, cpus or gpus of {group.name}, or start more nodes",
             )
 
 

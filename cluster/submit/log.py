@@ -13,7 +13,7 @@ from cluster.submit.client import Cluster, HeadLost, Job
 
 logger = logging.getLogger(__name__)
 
-_QUIET_S = 10.0  # after this time without output, the head is asked whether the job still runs
+_QUIET_S = 10.0  # after this time without output, check whether the job still runs
 _PAUSE_S = 1.0
 
 
