@@ -4,6 +4,7 @@ The docstring under a field is its help text on the command line and its entry i
 In the help each of its lines starts a new line, so lines end where sentences do.
 """
 
+from hemoco.config import transfer
 from hemoco.config.data import DataConfig, StreamConfig
 from hemoco.config.detection import DetectionConfig, FasterRcnnConfig, MaskRcnnConfig
 from hemoco.config.method import (
@@ -22,33 +23,16 @@ from hemoco.config.recipe import (
 )
 from hemoco.config.settings import config_difference, config_digest, flat_params
 from hemoco.config.sweep import Choice, LogUniform, SweepConfig, Uniform
-from hemoco.config.transfer import (
-    ClassifierConfig,
-    FineTuneConfig,
-    KnnConfig,
-    LinearClassifierConfig,
-    LinearProbeConfig,
-    LowShotConfig,
-    TrainedConfig,
-    TransferConfig,
-    init_label,
-    init_url,
-)
+from hemoco.config.transfer import *  # noqa: F403  (its __all__, which is part of ours)
 
 __all__ = [
     "AnyTransferConfig",
     "Choice",
-    "ClassifierConfig",
     "DataConfig",
     "DetectionConfig",
     "EncoderConfig",
     "FasterRcnnConfig",
-    "FineTuneConfig",
-    "KnnConfig",
-    "LinearClassifierConfig",
-    "LinearProbeConfig",
     "LogUniform",
-    "LowShotConfig",
     "MaskRcnnConfig",
     "MoCoConfig",
     "MoCoV3Config",
@@ -58,14 +42,11 @@ __all__ = [
     "ResourcesConfig",
     "StreamConfig",
     "SweepConfig",
-    "TrainedConfig",
-    "TransferConfig",
     "Uniform",
     "ViewsConfig",
     "config_difference",
     "config_digest",
     "flat_params",
-    "init_label",
-    "init_url",
     "world_sizes",
 ]
+__all__ += transfer.__all__

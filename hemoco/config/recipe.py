@@ -19,13 +19,7 @@ from hemoco.config.method import (
 )
 from hemoco.config.settings import flat_params, is_free
 from hemoco.config.sweep import KNN, SweepConfig, check_space
-from hemoco.config.transfer import (
-    FineTuneConfig,
-    KnnConfig,
-    LinearClassifierConfig,
-    LinearProbeConfig,
-    LowShotConfig,
-)
+from hemoco.config.transfer import AnyClassificationConfig
 from hemoco.names import NAME_RULE, is_name
 
 
@@ -159,15 +153,7 @@ def world_sizes(config: PretrainConfig) -> list[int]:
     return [size for size in sizes if batch % size == 0 and (batch // size) % group == 0]
 
 
-AnyTransferConfig = (
-    KnnConfig
-    | LinearProbeConfig
-    | LowShotConfig
-    | LinearClassifierConfig
-    | FineTuneConfig
-    | FasterRcnnConfig
-    | MaskRcnnConfig
-)
+AnyTransferConfig = AnyClassificationConfig | FasterRcnnConfig | MaskRcnnConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,20 @@ from typing import Literal
 from hemoco.config.checks import require, require_not_negative, require_positive
 from hemoco.config.data import DataConfig, StreamConfig
 
+__all__ = [
+    "ClassifierConfig",
+    "FineTuneConfig",
+    "KnnConfig",
+    "LinearClassifierConfig",
+    "LinearProbeConfig",
+    "LowShotConfig",
+    "TrainedConfig",
+    "TransferConfig",
+    "init_label",
+    "init_url",
+]
+"""What `hemoco.config` exports of this module: a new transfer's class is added here and to the type at the end."""
+
 _INIT = re.compile(r"(?P<label>[A-Za-z0-9_.-]+)(=(?P<source>.+))?")
 _OWN_INITS = ("pretrained", "random", "supervised")
 
@@ -262,3 +276,9 @@ class FineTuneConfig(ClassifierConfig):
             0 < self.layer_decay <= 1,
             f"fine_tune.layer_decay is {self.layer_decay}: it must be in (0, 1]",
         )
+
+
+AnyClassificationConfig = (
+    KnnConfig | LinearProbeConfig | LowShotConfig | LinearClassifierConfig | FineTuneConfig
+)
+"""Every transfer that needs class labels; a recipe's transfers are these and the detectors."""
