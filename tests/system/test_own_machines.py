@@ -1,0 +1,136 @@
+"""docs/how-to/run-on-your-own-machines.md, block by block: a head and two nodes, which are network namespaces.
+
+Three things of the blocks are replaced: the address, the recipe, and options by which three hosts of one machine keep
+apart (each has one core, its own address and folder for Ray).
+"""
+
+import http.client
+import json
+import re
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.docs_pages import Block, blocks
+from tests.helpers.docs_sandbox import Sandbox
+from tests.helpers.drawn_sets import write_class_zip
+from tests.helpers.hosts import Host, hosts
+from tests.helpers.house import ROOT
+from tests.helpers.waiting import wait_until
+
+PAGE = "docs/how-to/run-on-your-own-machines.md"
+RECIPE = ROOT / "tests" / "helpers" / "two_node_recipe.py"
+pytestmark = pytest.mark.timeout(900)
+
+
+class Machines:
+    """The three hosts, the folder in which one types, and what was printed."""
+
+    def __init__(self, folder: Path, machines: tuple[Host, ...]) -> None:
+        self.head, *self.nodes = machines
+        self.sandbox = Sandbox(folder / "me")
+        self.folder = folder
+        self.outputs: list[str] = []
+
+    def run(self, block: Block) -> None:
+        """Runs a block where its comment says: `on: head` or `on: nodes`; `stays` does not wait for its end."""
+        place, _, stays = block.comment.removeprefix("on: ").partition(", ")
+        for host in [self.head] if place == "head" else self.nodes:
+            command = host.command("bash", "-euc", self._fitted(block.text, host))
+            log = self.folder / f"{host.name}-{block.line}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    cwd=self.sandbox.folder,
+                    env=self.sandbox.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            host.started.append(process)
+            if not stays:
+                assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+            self.outputs.append(log.read_text(errors="replace"))
+
+    def _fitted(self, text: str, host: Host) -> str:
+        text = text.replace("10.0.0.1", self.head.address).replace("mine.py", str(RECIPE))
+        text = text.replace("--num-cpus 0", f"--num-cpus 0 --temp-dir {host.shared}/ray")
+        own = f"--num-cpus 1 --node-ip-address {host.address}"
+        return text.replace("--address $HEAD:6379", f"--address $HEAD:6379 {own}")
+
+    def wait(self) -> None:
+        """Until S3, MLflow, the head and the nodes that were started answer."""
+        for port, path in ((9000, "/"), (5000, "/health")):
+            wait_until(lambda p=port, q=path: self._get(p, q)[0] > 0, 120)  # type: ignore[misc]
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Until so many nodes have joined, the head among them."""
+        wait_until(lambda: self._alive_nodes() == count, 120)
+
+    def _alive_nodes(self) -> int:
+        status, body = self._get(8265, "/nodes?view=summary")
+        if status != 200:
+            return 0
+        nodes = json.loads(body)["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+    def _get(self, port: int, path: str) -> tuple[int, str]:
+        """Status and body of the head's answer; status 0 without one."""
+        file = self.sandbox.home / ".config" / "hemoco" / "cluster.env"
+        token = re.search(r"RAY_AUTH_TOKEN=(\w+)", file.read_text())
+        assert token is not None
+        connection = http.client.HTTPConnection(self.head.address, port, timeout=5)
+        try:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {token[1]}"})
+            response = connection.getresponse()
+            return response.status, response.read().decode(errors="replace")
+        except OSError:
+            return 0, ""
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """The machines after every block of the page."""
+    folder = tmp_path_factory.mktemp("machines")
+    with hosts(folder, 3) as three:
+        machines = Machines(folder, three)
+        for split in ("train", "test"):
+            path = write_class_zip(folder / f"{split}.zip", split, per_class=26, seed=0)
+            zipfile.ZipFile(path).extractall(machines.sandbox.folder / "images")
+        secrets, s3, mlflow, head, nodes, runs, drain = [
+            block for block in blocks(PAGE) if block.comment.startswith("on: ")
+        ]
+        machines.run(secrets)
+        machines.run(s3)
+        machines.run(mlflow)
+        machines.wait()
+        machines.run(head)
+        machines.wait_for_nodes(1)
+        machines.run(nodes)
+        machines.wait_for_nodes(3)
+        machines.run(runs)
+        machines.run(drain)
+        yield machines
+
+
+def test_preflight_finds_room_on_the_two_nodes(walked: Machines) -> None:
+    assert re.search(
+        r"room pretrain +2 x 1 CPU: the nodes have room for 2", "".join(walked.outputs)
+    )
+
+
+def test_the_run_ends_with_its_table(walked: Machines) -> None:
+    output = "".join(walked.outputs)
+    assert "FINISHED" in output
+    assert re.search(r"^knn +top1 +[\d.]+", output, re.MULTILINE)
+
+
+def test_secrets_are_readable_by_their_owner_only(walked: Machines) -> None:
+    file = walked.sandbox.home / ".config" / "hemoco" / "cluster.env"
+    assert file.stat().st_mode & 0o077 == 0
