@@ -19,7 +19,7 @@ __all__ = [
     "init_label",
     "init_url",
 ]
-"""What `hemoco.config` exports of this module: a new transfer's class is added here and to the type at the end."""
+"""Exported by `hemoco.config`: a new transfer's class is added here and to the type at the end."""
 
 _INIT = re.compile(r"(?P<label>[A-Za-z0-9_.-]+)(=(?P<source>.+))?")
 _OWN_INITS = ("pretrained", "random", "supervised")

@@ -1,6 +1,7 @@
 """Reading the commands that pages show with the real command line, without running them.
 
-tyro is the last thing before a verb begins its work. Here it reads the arguments as always and then ends the call.
+tyro is the last thing before a verb begins its work. Here it reads the arguments as always and
+then ends the call.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ def problem_with(argv: list[str]) -> str:
     """What the command line says against `python -m jobs ARGV`; empty where it would begin to work.
 
     Args:
-        argv: where a recipe verb has RECIPE, or a file of the reader's own, a shipped recipe is read instead.
+        argv: for RECIPE, or a file of the reader's own, a shipped recipe is read instead.
     """
     argv = _with_shipped_recipe([re.sub(r"\$\w+", "1", argument) for argument in argv])
     output = io.StringIO()

@@ -1,7 +1,7 @@
 """Names that pages mention between backticks, and whether hemoco has them.
 
-The first form of `_FORMS` that a piece of inline code matches decides what it must be the name of. What matches none (a
-value, a formula, a command of another program) is not checked.
+The first form of `_FORMS` that a piece of inline code matches decides what it must be the name of.
+What matches none (a value, a formula, a command of another program) is not checked.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ def unknown_names(page: str) -> list[str]:
     unknown = []
     for text in inline_code(page):
         word = text.split(" ")[0]
-        if word in _NOT_OURS or word in WRITTEN_BESIDE or word.rpartition(".")[2] in defined:
+        if word in _NOT_OURS or word in WRITTEN_BESIDE:
+            continue
+        if word in defined or word.rpartition(".")[2] in defined:
             continue
         for kind, pattern, exists in _FORMS:
             if re.fullmatch(pattern, word):
@@ -43,10 +45,11 @@ def unknown_names(page: str) -> list[str]:
 
 
 def _defined_on(page: str) -> set[str]:
-    """Classes and settings that the code blocks of a page define, as an example does."""
+    """Classes, settings and files that the code blocks of a page define, as an example does."""
     text = "\n".join(block.text for block in blocks(page))
     classes = re.findall(r"\bclass (\w+)", text)
-    return {*classes, *re.findall(r"^\+    (\w+): \w", text, re.MULTILINE)}
+    files = (block.comment.removeprefix("file: ") for block in blocks(page))
+    return {*classes, *files, *re.findall(r"^\+    (\w+): \w", text, re.MULTILINE)}
 
 
 def _is_config_class(text: str) -> bool:
@@ -54,7 +57,7 @@ def _is_config_class(text: str) -> bool:
 
 
 def _is_flag(text: str) -> bool:
-    """Whether a flag sets a setting of a recipe, or is one of a verb or of a program in cluster/deploy/."""
+    """Whether a flag is a setting, or one of a verb or of a program in cluster/deploy/."""
     name = re.sub(r"\.no_", ".", text.removeprefix("--"))
     if "." in name:
         return _is_setting(name)
@@ -93,7 +96,7 @@ def _is_recipe(text: str) -> bool:
 
 
 def _is_tag_or_module(text: str) -> bool:
-    """Whether a text is a tag, or the dotted name of a module or of something that a module defines."""
+    """Whether a text is a tag, or the dotted name of a module or of what a module defines."""
     tags = [value for name, value in vars(Tag).items() if name.isupper()]
     prefixes = tuple(tag for tag in tags if tag.endswith(("/", "_")))
     if text in tags or text.startswith(prefixes):
@@ -113,7 +116,7 @@ def _is_variable(text: str) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a path is that of a file or folder, from the root or from any folder; or of a file that a run writes."""
+    """Whether a path, from any folder, is that of a file or folder, or of a file that runs write."""
     name = text.rstrip("/")
     known = any(f"/{path}".endswith(f"/{name}") or f"/{name}/" in f"/{path}" for path in _files())
     return known or f'"{text}"' in _code()

@@ -1,4 +1,4 @@
-"""README.md and the pages below docs/, taken apart: code blocks, links, headings and the names they mention."""
+"""README.md and the pages below docs/, taken apart: code blocks, links, headings, inline code."""
 
 import re
 import shlex
@@ -98,7 +98,7 @@ def inline_code(page: str) -> list[str]:
 
 
 def shell_commands(text: str) -> list[list[str]]:
-    """The simple commands of a shell script as lists of arguments; in `console` blocks those after `$ `.
+    """The simple commands of a script as lists of arguments; of a `console` block after `$ `.
 
     Continued lines are joined and comments dropped. Pipes, `&&`, `;` and `&` separate commands.
     """

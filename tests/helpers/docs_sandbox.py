@@ -1,10 +1,12 @@
 """A home folder of its own in which the commands of docs/ run as they are printed.
 
-`uv run X` runs X with the Python of the tests. Nothing of the user's environment is seen: no S3, no MLflow, no Ray.
+`uv run X` runs X with the Python of the tests. Nothing of the user's environment is seen: no S3, no
+MLflow, no Ray.
 """
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +65,7 @@ class Sandbox:
         return output
 
     def save(self, block: Block) -> None:
-        """Writes the file that a block shows; its name stands in the comment above the block: `file: NAME`."""
+        """Writes the file that a block shows; the comment above it is `file: NAME`."""
         name = block.comment.removeprefix("file: ")
         (self.folder / name).write_text(block.text + "\n")
 
@@ -73,24 +75,45 @@ def shortened(output: str, comment: str) -> list[str]:
 
     Args:
         output: all of it.
-        comment: above the block: `shown: first N, last M`; anything else shows every line.
+        comment: above the block: `shown: first 3, from "Transfers" to "lower", last 2`, any of the
+            three; the quoted texts are how lines begin. Without `shown:` every line is shown.
     """
     lines = [line.rstrip() for line in output.strip("\n").splitlines()]
-    shown = re.fullmatch(r"shown: first (\d+), last (\d+)", comment)
-    if shown is None:
+    if not comment.startswith("shown: "):
         return lines
-    first, last = int(shown[1]), int(shown[2])
-    if len(lines) <= first + last + 1:
-        return lines
-    return [*lines[:first], "...", *lines[len(lines) - last :]]
+    chosen: set[int] = set()
+    for part in comment.removeprefix("shown: ").split(", "):
+        words = shlex.split(part)
+        if words[0] == "first":
+            chosen |= set(range(int(words[1])))
+        elif words[0] == "last":
+            chosen |= set(range(len(lines) - int(words[1]), len(lines)))
+        else:
+            first = _line_that_begins(lines, words[1], after=0)
+            chosen |= set(range(first, _line_that_begins(lines, words[3], after=first) + 1))
+    shown: list[str] = []
+    for number, line in enumerate(lines):
+        if number in chosen:
+            shown.append(line)
+        elif shown[-1:] != ["..."]:
+            shown.append("...")
+    return shown
+
+
+def _line_that_begins(lines: list[str], text: str, *, after: int) -> int:
+    for number in range(after, len(lines)):
+        if lines[number].lstrip().startswith(text):
+            return number
+    raise AssertionError(f"no line of the output begins with {text!r}:\n" + "\n".join(lines))
 
 
 def stable_part(lines: list[str]) -> list[str]:
-    """Lines in which everything that may differ from run to run is the same: numbers, digests, their marks, spacing."""
+    """Lines in which all that may differ between runs is equal: numbers, digests, marks, spacing."""
     stable = []
     for line in lines:
         text = re.sub(r"\b(?=\w*\d)[0-9a-f]{8,}\b", "#", line)
         text = re.sub(r"[-+±]?\d[\d.,]*", "#", text)
+        text = re.sub(r"# (s|min|h|[kMG]?B)\b", "# unit", text)
         text = re.sub(r"# ?[*?](?=\s|$)", "#", text)
         stable.append(re.sub(r"[\s─━-]+", " ", text).strip())
     return stable

@@ -1,4 +1,4 @@
-"""A pretraining of a few steps on two nodes and one transfer: what docs/how-to/run-on-your-own-machines.md submits."""
+"""A pretraining of a few steps and one transfer, for docs/how-to/run-on-your-own-machines.md."""
 
 from hemoco.config import (
     EncoderConfig,

@@ -1,4 +1,4 @@
-"""docs/tutorial.md and docs/how-to/ as a reader types them, one after the other in one home folder."""
+"""docs/tutorial.md and docs/how-to/ as a reader types them, one after the other in one home."""
 
 import json
 import os

@@ -1,7 +1,8 @@
-"""docs/how-to/run-on-your-own-machines.md, block by block: a head and two nodes, which are network namespaces.
+"""docs/how-to/run-on-your-own-machines.md, block by block, on a head and two nodes.
 
-Three things of the blocks are replaced: the address, the recipe, and options by which three hosts of one machine keep
-apart (each has one core, its own address and folder for Ray).
+The hosts are network namespaces. Three things of the blocks are replaced: the address, the recipe,
+and options by which three hosts of one machine keep apart (each has one core, its own address and
+folder for Ray).
 """
 
 import http.client
@@ -36,7 +37,10 @@ class Machines:
         self.outputs: list[str] = []
 
     def run(self, block: Block) -> None:
-        """Runs a block where its comment says: `on: head` or `on: nodes`; `stays` does not wait for its end."""
+        """Runs a block on the machines of its comment, `on: head` or `on: nodes`.
+
+        With `stays` it does not wait for the end of the block.
+        """
         place, _, stays = block.comment.removeprefix("on: ").partition(", ")
         for host in [self.head] if place == "head" else self.nodes:
             command = host.command("bash", "-euc", self._fitted(block.text, host))

@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+import yaml
 
 from hemoco import config
 from tests.helpers.docs_commands import jobs_commands, problem_with
@@ -61,7 +62,7 @@ def test_code_blocks_say_their_language(page: str) -> None:
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """What `python -m jobs` gets in a block; `hemoco` is the shell function of docs/deploy.md that calls it."""
+    """Arguments of `python -m jobs` in a block; docs/deploy.md has a shell function `hemoco` for it."""
     if block.language == "" and "python -m jobs" not in block.text:
         return []  # an indented block that shows something else
     found = []
@@ -96,3 +97,12 @@ def test_python_of_a_page_compiles_and_its_recipes_are_valid(block: Block) -> No
         values: dict[str, object] = {}
         exec(compile(tree, str(block), "exec"), values)
         assert isinstance(values["recipe"], config.Recipe)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for page in pages() for block in blocks(page) if block.language == "yaml"],
+    ids=str,
+)
+def test_yaml_of_a_page_is_a_mapping(block: Block) -> None:
+    assert isinstance(yaml.safe_load(block.text), dict)
