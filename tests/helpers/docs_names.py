@@ -18,10 +18,12 @@ from jobs.options import recipe_names
 from tests.helpers.docs_pages import blocks, inline_code
 from tests.helpers.house import ROOT
 
-WRITTEN_BESIDE = ("docs/reference/", "docs/is-my-loss-normal.md", "docs/coming-from.md")
+WRITTEN_BESIDE = ("docs/reference", "docs/is-my-loss-normal.md", "docs/coming-from.md")
 """Pages that another branch adds; to be emptied when both are merged."""
 _NOT_OURS = (
-    *("main_moco.py", "main_lincls.py", "CONFIG.md", "--pretrained"),  # the official code of MoCo
+    *("main_moco.py", "main_lincls.py", "CONFIG.md"),  # the official code of MoCo
+    *("--pretrained", "--mlp", "--aug-plus"),  # and its options
+    "optimizer.batch_size",  # solo-learn
     *("--num-cpus", "--num-gpus", "--volumes"),  # Ray and Docker
     *("mine.py", "sheet.png"),  # files of the reader
 )
@@ -33,7 +35,7 @@ def unknown_names(page: str) -> list[str]:
     unknown = []
     for text in inline_code(page):
         word = text.split(" ")[0]
-        if word in _NOT_OURS or word in WRITTEN_BESIDE:
+        if word in _NOT_OURS or word.startswith(WRITTEN_BESIDE):
             continue
         if word in defined or word.rpartition(".")[2] in defined:
             continue
@@ -62,7 +64,7 @@ def _is_flag(text: str) -> bool:
     if "." in name:
         return _is_setting(name)
     plain = name.replace("-", "_").removeprefix("no_")
-    parameter = re.search(rf"^    {plain}: ", _code(), re.MULTILINE)
+    parameter = re.search(rf"\b{plain}: ", _code())
     return _is_setting(name) or parameter is not None or text in _code() or text in _deployment()
 
 
@@ -129,7 +131,7 @@ _FORMS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("tag or module", r"hemoco\.[a-z][\w./]*", _is_tag_or_module),
     ("variable", r"\$?HEMOCO_\w+(/.*)?", _is_variable),
     ("path", r"(hemoco|pipeline|jobs|cluster|tests|docs|\.ci)/[\w./-]*", _is_path),
-    ("path", r"[\w./-]*\w\.(py|md|yaml|svg|png)", _is_path),
+    ("path", r"(?!INIT|\.\.)[\w./-]*\w\.(py|md|yaml|svg|png)", _is_path),
     (
         "setting",
         r"(pretrain|moco|optimizer|views|encoder|stream|resources)(\.(?!test_)[a-z_]+)+",

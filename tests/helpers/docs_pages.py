@@ -93,8 +93,22 @@ def anchors(page: str) -> set[str]:
 
 
 def inline_code(page: str) -> list[str]:
-    """What stands between single backticks in the text of a page."""
-    return _CODE.findall(prose(page))
+    """What stands between single backticks in the text of a page.
+
+    Of a table with a column `ours`, the other columns are left out: they have names of others.
+    """
+    texts: list[str] = []
+    column: int | None = None
+    previous = ""
+    for line in prose(page).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            column = None
+        elif not previous.startswith("|"):
+            column = cells.index("ours") if "ours" in cells else None
+        previous = line
+        texts += _CODE.findall(line if column is None else cells[column])
+    return texts
 
 
 def shell_commands(text: str) -> list[list[str]]:

@@ -41,7 +41,7 @@ def assert_pages_show(seen: Shown) -> None:
 
 
 def test_the_tutorial_has_ten_commands_with_the_output_that_it_shows(tutorial: Shown) -> None:
-    assert len(tutorial) == 11  # the tenth is a look at the settings of a class
+    assert len(tutorial) == 10
     assert_pages_show(tutorial)
 
 
