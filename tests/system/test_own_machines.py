@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from tests.helpers.docs_sandbox import Sandbox
 from tests.helpers.drawn_sets import write_class_zip
 from tests.helpers.hosts import Host, hosts
 from tests.helpers.house import ROOT
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import within
 
 PAGE = "docs/how-to/run-on-your-own-machines.md"
 RECIPE = ROOT / "tests" / "helpers" / "two_node_recipe.py"
@@ -66,14 +66,20 @@ class Machines:
         own = f"--num-cpus 1 --node-ip-address {host.address}"
         return text.replace("--address $HEAD:6379", f"--address $HEAD:6379 {own}")
 
-    def wait(self) -> None:
-        """Until S3, MLflow, the head and the nodes that were started answer."""
+    def wait_for_servers(self) -> None:
+        """Until S3 and MLflow answer."""
         for port, path in ((9000, "/"), (5000, "/health")):
-            wait_until(lambda p=port, q=path: self._get(p, q)[0] > 0, 120)  # type: ignore[misc]
+            self._wait_until(lambda p=port, q=path: self._get(p, q)[0] > 0)  # type: ignore[misc]
 
     def wait_for_nodes(self, count: int) -> None:
         """Until so many nodes have joined, the head among them."""
-        wait_until(lambda: self._alive_nodes() == count, 120)
+        self._wait_until(lambda: self._alive_nodes() == count)
+
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
+        """Fails with the logs where it does not come to hold."""
+        if not within(180, holds):
+            logs = sorted(self.folder.glob("*.log"))
+            pytest.fail("\n".join(f"{log.name}: {log.read_text()[-1500:]}" for log in logs))
 
     def _alive_nodes(self) -> int:
         status, body = self._get(8265, "/nodes?view=summary")
@@ -113,7 +119,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         machines.run(secrets)
         machines.run(s3)
         machines.run(mlflow)
-        machines.wait()
+        machines.wait_for_servers()
         machines.run(head)
         machines.wait_for_nodes(1)
         machines.run(nodes)
