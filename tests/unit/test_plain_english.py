@@ -21,7 +21,7 @@ class Docstring(NamedTuple):
 
 
 def docstrings(source: str) -> Iterator[Docstring]:
-    """Yields every string that stands as a statement of its own: docstrings, and strings under fields."""
+    """Yields every string that is a statement: docstrings, and the strings under fields."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             text = node.value.value
