@@ -53,7 +53,7 @@ def files_blocks() -> dict[str, str]:
             **_shard_blocks(root / "shards"),
             **_checkpoint_blocks(root / "checkpoints"),
             "header": _header(root / "backbone.safetensors"),
-            "comparison": f"```json\n{_comparison()}\n```",
+            "comparison": f"```text\n{_comparison()}\n```",
         }
 
 
