@@ -147,7 +147,9 @@ def _index_tar(tar: SourceTar, dest: str, new: bool, promised: Shard | None) -> 
     return _IndexedTar(
         shard=shard,
         last_label=int(content.table.labels.max(initial=-1)),
-        left_out=count_reasons((f"{name} in {tar_name}", reason) for name, reason in content.skipped),
+        left_out=count_reasons(
+            (f"{name} in {tar_name}", reason) for name, reason in content.skipped
+        ),
         undecodable=count_reasons(undecodable),
         restored=restored,
     )
