@@ -29,7 +29,7 @@ class ResourcesConfig:
 
     workers: int = 1
     """Training processes (ranks).
-    Fewer are used while the cluster has no room for all; the result is the same."""
+    After a loss fewer are used until there is room for all again; the result is the same."""
     cpus_per_worker: int = 1
     """CPU cores reserved for each training process."""
     gpus_per_worker: int = 0
