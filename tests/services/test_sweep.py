@@ -296,7 +296,7 @@ def test_pretraining_that_is_asked_to_stop_says_who_asked_and_when(recipe, bucke
     )
     request_stop(bucket, "the sweep")
     with pytest.raises(
-        StoppedError, match=r"stopped by the sweep at epoch [01]; without the file .*/stop it would"
+        StoppedError, match=r"stopped by the sweep at epoch [01]; remove the file .*/stop to let it"
     ):
         pretrain_worker(job, TrainingProcess(torch.device("cpu"), config.resources, [1]))
     assert "backbone.safetensors" not in list_names(bucket)
