@@ -284,7 +284,7 @@ def test_wrong_usage_on_the_cluster_is_wrong_usage_here(two_jobs):
     assert done.returncode == 2
     assert "unchecked   whether the recipe fits its data" in done.stdout
     assert "error: global_batch_size is" in done.stdout  # the job's log
-    assert "failed with exit status 2: the log above says why" in done.stderr
+    assert "failed with exit status 2: the log above shows why" in done.stderr
 
 
 def follow(head: str, seen_at: str, quiet_s: float = 10.0) -> "subprocess.CompletedProcess[str]":
