@@ -26,7 +26,7 @@ _OVER_A_RECIPE: dict[str, type[RunOptions]] = {
     "preflight": RunOptions,
 }
 _SOURCES = "SOURCE [SOURCE ...] DEST"
-"""How `pack` shows its only positional argument, whose last value is the destination."""
+"""The only positional argument of `pack`: its last value is the destination."""
 
 
 def commands_blocks() -> dict[str, str]:
