@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,7 +104,7 @@ def _metavar(name: str, hint: Any) -> str:
     """The name of a positional argument on the command line."""
     for note in typing.get_args(hint)[1:]:
         if getattr(note, "metavar", None):
-            return str(note.metavar)
+            return re.sub(r"^\[(.*)\]$", r"\1", str(note.metavar))
     return _SOURCES if name == "paths" else name.upper()
 
 
