@@ -15,7 +15,7 @@ types:
 	$(RUN) mypy
 
 unit:
-	$(RUN) pytest tests/unit -n 2
+	$(RUN) pytest tests/unit
 
 test:
 	$(RUN) pytest
