@@ -110,8 +110,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     folder = tmp_path_factory.mktemp("machines")
     with hosts(folder, 3) as three:
         machines = Machines(folder, three)
-        for split in ("train", "test"):
-            path = write_class_zip(folder / f"{split}.zip", split, per_class=26, seed=0)
+        for seed, split in enumerate(("train", "test")):
+            path = write_class_zip(folder / f"{split}.zip", split, per_class=26, seed=seed)
             zipfile.ZipFile(path).extractall(machines.sandbox.folder / "images")
         secrets, s3, mlflow, head, nodes, runs, drain = [
             block for block in blocks(PAGE) if block.comment.startswith("on: ")
