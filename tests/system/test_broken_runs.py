@@ -16,21 +16,25 @@ import torch
 from mlflow import MlflowClient
 
 from hemoco.backbones.file import load_backbone
-from hemoco.config import DataConfig, MoCoConfig, ResourcesConfig, StreamConfig
+from hemoco.config import MoCoConfig, ResourcesConfig, StreamConfig
 from hemoco.data.shards.index import ShardIndexes
 from hemoco.storage.objects import join_url, list_names
-from hemoco.tracking.client import tracking_uri
+from hemoco.tracking.client import connect, tracking_uri
+from hemoco.tracking.runs import search
+from pipeline.pretrain import BACKBONES
 from pipeline.run import pretrain_only
-from tests.helpers.drawn_sets import write_class_zip
 from tests.helpers.expected_batches import fingerprints
 from tests.helpers.small_study import INTERVAL, child, losses, pack_digits, small_recipe
 from tests.helpers.waiting import wait_until
-from tests.helpers.whole_stages import pack
 
 
 @pytest.fixture(scope="module")
 def recipe(s3, ray_cluster, tracking, tmp_path_factory):
-    return small_recipe(pack_digits(s3, tmp_path_factory.mktemp("digits")))
+    """A pretraining of 78 short steps: many are left when the second signal is sent after the twentieth."""
+    recipe = small_recipe(pack_digits(s3, tmp_path_factory.mktemp("digits")))
+    return dataclasses.replace(
+        recipe, pretrain=dataclasses.replace(recipe.pretrain, global_batch_size=64), curve=()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,58 +108,62 @@ def test_final_weights_of_a_run_broken_twice_are_those_of_the_unbroken_one_bit_f
     )
 
 
-@pytest.fixture(scope="module")
-def small_images(s3, ray_cluster, tracking, tmp_path_factory):
-    """A pretraining of 2 workers on 10,000 images of 32 x 32 pixels that are on S3."""
-    source = write_class_zip(
-        tmp_path_factory.mktemp("drawn") / "test.zip", "test", per_class=1000, seed=0
-    )
-    url = join_url(s3, "broken/small-images")
-    pack((str(source),), url, split="train", samples_per_shard=700, seed=0)
-    recipe = small_recipe(url)
-    pretrain = dataclasses.replace(
-        recipe.pretrain,
-        global_batch_size=240,
-        moco=MoCoConfig(queue_length=480, bn_group_size=24),
-        stream=StreamConfig(workers=2, lanes=12, shards_per_block=2),
-    )
-    data = DataConfig(shards=url, pretrain_split="test")
-    return dataclasses.replace(recipe, data=data, pretrain=pretrain, transfers={}, curve=())
-
-
 def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
     alone = {
-        "epochs": 12,
-        "export_every_epochs": 4,
+        "epochs": 3,
+        "export_every_epochs": 1,
         "resources": ResourcesConfig(workers=1),
         "stream": StreamConfig(workers=0, lanes=8),
     }
-    pretrain = dataclasses.replace(recipe.pretrain, **alone)
-    pretrain_only(
-        dataclasses.replace(recipe, pretrain=pretrain),
-        indexes=ShardIndexes(),
-        run="curve",
-        storage=join_url(s3, "runs"),
-        fresh=False,
-        tags={},
+    recipe = dataclasses.replace(
+        recipe, pretrain=dataclasses.replace(recipe.pretrain, **alone), curve=("knn",)
     )
+    storage = join_url(s3, "broken/runs")
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_pretrain_in_thread, args=(recipe, storage, failures, "curve"))
+    thread.start()
+    backbones = join_url(storage, "curve/pretrain", BACKBONES)
+    wait_until(lambda: failures or list_names(backbones), seconds=240)
+    assert not failures
+    # held in the middle of its steps: with a quick network they would be over before the first measurement is
+    worker = _train_workers()[-1]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        wait_until(lambda: failures or _finished_points("curve"), seconds=240)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    thread.join(timeout=300)
+    assert not failures
     client = MlflowClient(tracking_uri())
     ends = [
         client.get_run(
             child("curve", "curve", transfer="knn", epoch=str(epoch)).run_id
         ).info.end_time
-        for epoch in (4, 8, 12)
+        for epoch in (1, 2, 3)
     ]
     assert sorted(ends) == ends
     assert (
         ends[0] < client.get_metric_history(child("curve", "pretrain").run_id, "loss")[-1].timestamp
     )
     curve = client.get_metric_history(child("curve", "pretrain").run_id, "curve/knn/top1")
-    assert sorted(point.step for point in curve) == [4, 8, 12]
+    assert sorted(point.step for point in curve) == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def elastic(recipe):
+    """Four epochs of 20 steps by 2 workers with 2 loader processes each."""
+    pretrain = dataclasses.replace(
+        recipe.pretrain,
+        epochs=4,
+        global_batch_size=240,
+        moco=MoCoConfig(queue_length=480, bn_group_size=24),
+        stream=StreamConfig(workers=2, lanes=12, shards_per_block=2),
+    )
+    return dataclasses.replace(recipe, pretrain=pretrain)
 
 
 def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches(
-    small_images, s3, caplog
+    elastic, s3, caplog
 ):
     class Idle:  # here, so that it travels by value: workers do not find the tests
         """Holds the core it was given."""
@@ -163,7 +171,7 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
     storage = join_url(s3, "broken/runs")
     failures: list[BaseException] = []
     thread = threading.Thread(
-        target=_pretrain_in_thread, args=(small_images, storage, failures, "shrunk")
+        target=_pretrain_in_thread, args=(elastic, storage, failures, "shrunk")
     )
     thread.start()
     checkpoints = join_url(storage, "shrunk/pretrain/checkpoints")
@@ -181,9 +189,7 @@ def test_run_that_lost_a_core_goes_on_with_one_worker_on_the_same_global_batches
     history = MlflowClient(tracking_uri()).get_metric_history(
         child("shrunk", "pretrain").run_id, "batch_fingerprint"
     )
-    expected = fingerprints(
-        small_images.data.shards, small_images.data.pretrain_split, small_images.pretrain
-    )
+    expected = fingerprints(elastic.data.shards, elastic.data.pretrain_split, elastic.pretrain)
     assert {(point.step, point.value) for point in history} == set(expected.items())
     assert "event=world_size from=2 to=1" in caplog.text
 
@@ -195,6 +201,14 @@ def _pretrain_in_thread(recipe, storage, failures, run="killed"):
         )
     except BaseException as error:
         failures.append(error)
+
+
+def _finished_points(run):
+    """MLflow runs of the points of a curve that are measured."""
+    uri = tracking_uri()
+    wanted = {"hemoco.run": run, "hemoco.phase": "curve"}
+    points = search(uri, connect(uri), wanted)
+    return [point for point in points if point.status == "FINISHED"]
 
 
 def _train_workers():
