@@ -17,14 +17,14 @@ from hemoco.config import (
 recipe = Recipe(
     name="night",
     pretrain=PretrainConfig(
-        epochs=12,
+        epochs=8,  # three times the steps that pass until the last fault of the night
         global_batch_size=128,
         log_every_steps=1,
         checkpoint_every_steps=5,
         knn_every_epochs=0,
-        export_every_epochs=6,
+        export_every_epochs=4,
         views=ViewsConfig(size=32),
-        encoder=EncoderConfig(architecture="resnet10t"),
+        encoder=EncoderConfig(architecture="test_resnet"),
         moco=MoCoConfig(queue_length=512, bn_group_size=16),
         optimizer=OptimizerConfig(lr=0.05),
         stream=StreamConfig(workers=0, lanes=8),
