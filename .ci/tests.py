@@ -20,9 +20,19 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 SYSTEM = Path("tests/system")
-FIRST = ("two_s3_servers", "submit_jobs", "up", "sweep_real", "lineage", "broken_runs")
+FIRST = (
+    "night",
+    "broken_runs",
+    "submit_jobs",
+    "sweep_real",
+    "lineage",
+    "detection_learning",
+    "interrupt",
+    "storage_stops",
+    "up",
+)
 """The longest ones, so that both lanes end at about the same time."""
-ALONE = ("night", "host_faults", "demo")
+ALONE = ("host_faults", "demo")
 HEARTBEAT_S = 60.0
 PATIENCE_S = 60.0
 SLOWEST = 20
