@@ -19,6 +19,8 @@ from tests.helpers.fault_proxy import FaultProxy, fault_proxy
 from tests.helpers.small_study import pack_digits, small_recipe
 
 ROOT = Path(__file__).parents[2]
+ENCODER = EncoderConfig(architecture="resnet10t")
+"""The backbone's, large beside its metadata."""
 RECIPE = """
 import dataclasses
 from hemoco.config import ResourcesConfig
@@ -83,9 +85,8 @@ def test_a_pretraining_reads_the_index_twice_once_by_the_driver_and_once_by_its_
 
 @pytest.fixture(scope="module")
 def backbone(s3):
-    config = EncoderConfig(architecture="resnet10t")
     url = join_url(s3, "reads/backbone.safetensors")
-    made = random_backbone(config, 0, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    made = random_backbone(ENCODER, 0, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     export_backbone(made, url, {"data_digest": "d", "run_id": "", "size": "32"})
     return url
 
@@ -103,8 +104,12 @@ def test_a_driver_of_transfers_reads_a_backbone_once_to_record_it_and_the_index_
     ray_cluster, tracking, shards, backbone, bucket, monkeypatch
 ):
     knn = KnnConfig(neighbours=20, inits=("pretrained", f"other={backbone}"))
+    small = small_recipe(shards)
     recipe = dataclasses.replace(
-        small_recipe(shards), transfers={"knn": knn, "again": knn}, curve=()
+        small,
+        pretrain=dataclasses.replace(small.pretrain, encoder=ENCODER),
+        transfers={"knn": knn, "again": knn},
+        curve=(),
     )
     indexes, index = ShardIndexes(), join_url(shards, "index.json")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch:
