@@ -28,7 +28,7 @@ def interrupted(tmp_path_factory):
     shards = write_shards((folder / "shards").as_uri(), [700, 700])
     argv = ["run", "tests/helpers/night_recipe.py", "--run", "night"]
     argv += ["--storage", str(folder / "runs"), "--data.shards", shards]
-    argv += ["--data.test_split", "train", "--pretrain.epochs", "6"]
+    argv += ["--data.test_split", "train", "--pretrain.epochs", "4"]
     checkpoints = (folder / "runs/night/pretrain/checkpoints").as_uri()
     found = {}
     for phase, reached in (
