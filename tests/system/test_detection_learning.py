@@ -20,18 +20,17 @@ from pipeline.run import transfer_only
 from tests.helpers.whole_stages import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
-ENCODER = EncoderConfig(architecture="resnet18")
+ENCODER = EncoderConfig(architecture="test_resnet")
 SMALL = {
     "inits": ("pretrained",),
-    "precision": "bfloat16",
-    "steps": 150,
+    "lr": 0.06,
     "global_batch_size": 4,
     "reference_batch_size": 4,
     "warmup_steps": 20,
-    "train_sizes": (192, 224, 256),
-    "test_size": 224,
-    "max_size": 340,
-    "anchor_sizes": (8, 16, 32, 64, 128),
+    "train_sizes": (112, 128, 144),
+    "test_size": 128,
+    "max_size": 200,
+    "anchor_sizes": (8, 16, 24, 32, 64),
     "fpn_channels": 64,
     "box_features": 256,
     "rois_per_image": 64,
@@ -53,8 +52,8 @@ def recipe(ray_cluster, s3, test_data, coco_sets):
         data=cells,
         pretrain=PretrainConfig(encoder=ENCODER),
         transfers={
-            "cells": FasterRcnnConfig(data=cells, metric="voc", **SMALL),
-            "shapes": MaskRcnnConfig(data=shapes, **SMALL),
+            "cells": FasterRcnnConfig(data=cells, metric="voc", steps=150, **SMALL),
+            "shapes": MaskRcnnConfig(data=shapes, steps=100, **SMALL),
         },
     )
 
