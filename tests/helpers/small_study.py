@@ -40,7 +40,7 @@ def pack_digits(s3: str, folder: Path) -> str:
 
 
 def small_recipe(shards: str) -> Recipe:
-    """Returns a recipe with timm's smallest ResNet, whose steps cost less than starting its processes."""
+    """Returns a recipe with timm's smallest ResNet: its steps cost less than its start."""
     pretrain = PretrainConfig(
         epochs=1,
         global_batch_size=128,

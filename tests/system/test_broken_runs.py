@@ -30,7 +30,7 @@ from tests.helpers.waiting import wait_until
 
 @pytest.fixture(scope="module")
 def recipe(s3, ray_cluster, tracking, tmp_path_factory):
-    """A pretraining of 78 short steps: many are left when the second signal is sent after the twentieth."""
+    """A pretraining of 78 short steps: many are left at the second signal, sent after step 20."""
     recipe = small_recipe(pack_digits(s3, tmp_path_factory.mktemp("digits")))
     return dataclasses.replace(
         recipe, pretrain=dataclasses.replace(recipe.pretrain, global_batch_size=64), curve=()
@@ -125,7 +125,8 @@ def test_curve_is_measured_while_the_pretraining_goes_on(recipe, s3):
     backbones = join_url(storage, "curve/pretrain", BACKBONES)
     wait_until(lambda: failures or list_names(backbones), seconds=240)
     assert not failures
-    # held in the middle of its steps: with a quick network they would be over before the first measurement is
+    # A worker is stopped in the middle of its steps: this network's steps would be over before
+    # the first measurement is.
     worker = _train_workers()[-1]
     os.kill(worker, signal.SIGSTOP)
     try:

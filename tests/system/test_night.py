@@ -58,7 +58,7 @@ class Cluster:
     """Step of the checkpoint that the preempted host had saved."""
 
     def start_head(self) -> None:
-        """And wait until the job server answers."""
+        """Starts the head and waits until its job server answers."""
         self._start(
             self.head,
             *("--head", "--port", "6379", "--num-cpus", "0", "--dashboard-host", self.head.address),
