@@ -1,9 +1,9 @@
-"""Runs all tests in two lanes side by side, prints their logs at the end, and fails where a test failed.
+"""Runs all tests in two lanes side by side, prints their logs, and fails if a test failed.
 
-The first lane begins with the README's test command. The second takes the files of tests/system one after another, and
-the first joins it when it is through. Each file is a pytest session of its own, with its own servers on free ports,
-$HEMOCO_HOME and Ray. Files that measure time, or need both cores, run alone afterwards. In tests/system a skip is a
-failure.
+The first lane begins with the README's test command. The second runs the files of tests/system one
+after another, and the first joins it when it is through. Each file is a pytest session of its own,
+with its own servers on free ports, $HEMOCO_HOME and Ray. Files that measure time, or need both
+cores, run alone afterwards. In tests/system a skip is a failure.
 """
 
 import contextlib
@@ -131,7 +131,10 @@ def system_lane(sessions: Sessions, waiting: "SimpleQueue[str]") -> None:
 
 
 def run_all(sessions: Sessions) -> None:
-    """Two lanes, then what runs alone; prints now and then what it is at, for CI that takes silence for a hang."""
+    """Runs the two lanes, then the files that run alone.
+
+    Prints the names of running sessions now and then: some CI systems take silence for a hang.
+    """
     waiting: SimpleQueue[str] = SimpleQueue()
     for name in system_files():
         waiting.put(name)

@@ -24,7 +24,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("AWS_PROFILE", None)
 os.environ.pop("AWS_SESSION_TOKEN", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
-# `nohup pytest &` starts with SIGINT ignored, and so would every process that a test starts and then interrupts
+# `nohup pytest &` starts with SIGINT ignored, and every process that a test starts and interrupts
+# would inherit that
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -77,13 +78,13 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of small real data sets that the repository carries; its README has origins and licences."""
+    """Folder of small real data sets in the repository; its README has origins and licences."""
     return Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="session")
 def coco_sets(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders in COCO's layout by name: nuclei in compressed RLE, sparse ids with crowds, polygons only."""
+    """Folders in COCO's layout: nuclei in compressed RLE, sparse ids with crowds, polygons."""
     return {
         "dsb2018": test_data / "dsb2018",
         "sparse": write_sparse_coco(tmp_path_factory.mktemp("sets") / "sparse"),

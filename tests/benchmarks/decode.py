@@ -1,12 +1,16 @@
-"""What decoding and cropping cost: `uv run python tests/benchmarks/decode.py --data DIR`, a minute.
+"""Speed of decoding and cropping; takes a minute.
 
-In images per CPU-second of one thread, from the bytes of a JPEG in memory. The ways take turns, round by round, so that
-a busy machine slows all of them; each figure is the median of the rounds. The limit is simplejpeg, which decodes and
-does no more: what a way reaches of it is what its checks, crops and copies leave. The usual path, Pillow decoding twice
-for two views, is the other yardstick; it ends in the same uint8 tensor (2, 3, S, S), cropped, resized and mirrored.
+    uv run python tests/benchmarks/decode.py --data DIR
 
-Photos are scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; views of 224. The small
-images are CIFAR's, 32 x 32; views of 32. There the calls count, not the pixels.
+Speeds are in images per CPU-second of one thread, from the bytes of a JPEG in memory. The ways
+take turns, round by round, so that a busy machine slows all of them; each figure is the median of
+the rounds. The limit is simplejpeg, which decodes and does no more: the share of it that a way
+reaches is what its checks, crops and copies leave. The usual path, Pillow decoding twice for two
+views, is the other yardstick; it ends in the same uint8 tensor (2, 3, S, S), cropped, resized and
+mirrored.
+
+Photos are scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; views of 224.
+The small images are CIFAR's, 32 x 32; views of 32. There the calls count, not the pixels.
 """
 
 import argparse
@@ -58,17 +62,20 @@ def small_images(data: Path) -> Iterator[bytes]:
 
 
 def by_pillow(data: bytes) -> Image.Image:
-    """What torchvision's image folders do."""
+    """Decodes as torchvision's image folders do."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def by_torchvision(data: bytes) -> Tensor:
-    """What reads uint8 (3, H, W) in one call."""
+    """Decodes to uint8 (3, H, W) in one call."""
     return decode_jpeg(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), ImageReadMode.RGB)
 
 
 def crops(count: int, image: Tensor, draws: CropDraws, row: int, size: int) -> Tensor:
-    """One view or two, as the stream makes them and the training device mirrors them: uint8 (count, 3, S, S)."""
+    """One view or two, uint8 (count, 3, S, S).
+
+    They are made as the stream makes them and mirrored as the training device mirrors them.
+    """
     made = torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     crop_into(made, image, draws, row)
     for view in made:
@@ -119,7 +126,8 @@ def report(title: str, images: list[bytes], size: int) -> str:
     speeds = dict(zip(found, map(statistics.median, zip(*turns, strict=True)), strict=True))
     limit, usual = next(iter(speeds.values())), speeds[USUAL]
     rows = [(name, speed, speed / limit, speed / usual) for name, speed in speeds.items()]
-    title = f"{title}: {len(images)} of {sum(map(len, images)) / len(images) / 1e3:.1f} KB on average, views of {size}"
+    kilobytes = sum(map(len, images)) / len(images) / 1e3
+    title = f"{title}: {len(images)} of {kilobytes:.1f} KB on average, views of {size}"
     return table(title, ("way", "images / CPU-s", "/ limit", "/ Pillow twice"), rows)
 
 

@@ -1,16 +1,21 @@
-"""What depth does to training: without shortcuts (He et al. 2016) and by initialisation (He et al. 2015).
+"""Effects of depth on training, in two experiments.
+
+They are training without shortcuts (He et al. 2016) and by initialisation (He et al. 2015):
 
     uv run python tests/benchmarks/depth.py degradation --data DIR
-    uv run python tests/benchmarks/depth.py initialisation --data DIR --minutes 5 --picture initialisation.png
+    uv run python tests/benchmarks/depth.py initialisation --data DIR --minutes 5
+        --picture initialisation.png
 
-Both train classifiers on every second image of CIFAR-10's first training shard (5,000, 500 of each class), averaged to
-16x16 pixels and not augmented, by SGD with momentum 0.9, weight decay 1e-4 and a cosine to 0. Errors and losses are
-those on the training batches: what is asked is whether a network can be trained, not whether it generalises.
+Both train classifiers on every second image of CIFAR-10's first training shard (5,000, 500 of each
+class), averaged to 16x16 pixels and not augmented, by SGD with momentum 0.9, weight decay 1e-4 and
+a cosine to 0. Errors and losses are those on the training batches: the question is whether a
+network can be trained, not whether it generalises.
 
-`degradation` takes timm's ResNets of 18 and 34 layers with the small stem at a quarter of their width (16 to 128
-channels), Kaiming fan-out, and their plain counterparts; 12 epochs in batches of 128, each network at the better of two
-learning rates. `initialisation` takes 30 convolutions with ReLU and no BN, padded circularly, as zeros would take
-variance at the border; 6 epochs in batches of 32. Seeds follow each other until the minutes are spent.
+`degradation` takes timm's ResNets of 18 and 34 layers with the small stem at a quarter of their
+width (16 to 128 channels), Kaiming fan-out, and their plain counterparts; 12 epochs in batches of
+128, each network at the better of two learning rates. `initialisation` takes 30 convolutions with
+ReLU and no BN, padded circularly, as zeros would take variance at the border; 6 epochs in batches
+of 32. Seeds follow each other until the minutes are spent.
 
 Shapes: R seeds, E epochs, L layers.
 """
@@ -71,7 +76,8 @@ Round = TypeVar("Round")
 def degradation(images: Images, minutes: float, picture: Path) -> None:
     """Plain and residual networks of two depths."""
     print(
-        "expected (He et al. 2016, figures 1 and 4): the deeper plain network trains worse, the residual one does not"
+        "expected (He et al. 2016, figures 1 and 4): "
+        "the deeper plain network trains worse, the residual one does not"
     )
 
     def one_round(seed: int) -> dict[tuple[str, float], Trained]:
@@ -104,7 +110,8 @@ def degradation(images: Images, minutes: float, picture: Path) -> None:
 def initialisation(images: Images, minutes: float, picture: Path) -> None:
     """A deep plain network without BN from three initialisations."""
     print(
-        "expected (He et al. 2015, figure 3): both Kaiming modes train; Xavier's signals vanish, it stalls at ln 10"
+        "expected (He et al. 2015, figure 3): "
+        "both Kaiming modes train; Xavier's signals vanish, it stalls at ln 10"
     )
 
     def one_round(seed: int) -> dict[str, tuple[Signals, Trained]]:
@@ -184,7 +191,8 @@ def _print_degradation(errors: dict[tuple[str, float], Tensor]) -> None:
                 _range(last[name]),
             )
         )
-    title = f"training error (%) over the last of {RESNET_EPOCHS} epochs, seeds: {len(last['plain-18'])}"
+    seeds = len(last["plain-18"])
+    title = f"training error (%) over the last of {RESNET_EPOCHS} epochs, seeds: {seeds}"
     print(
         table(
             title, ("network", *(f"lr {rate:g}" for rate in RATES), "better lr", "its range"), rows
@@ -194,7 +202,8 @@ def _print_degradation(errors: dict[tuple[str, float], Tensor]) -> None:
         cost = float((last[f"{kind}-34"] - last[f"{kind}-18"]).mean())
         verdict = "as expected" if (cost > NOTABLE) == (kind == "plain") else "not as expected"
         print(
-            f"found: with 34 {kind} layers the error is {cost:+.1f} points from that with 18: {verdict}"
+            f"found: with 34 {kind} layers the error is {cost:+.1f} points "
+            f"from that with 18: {verdict}"
         )
 
 
@@ -233,7 +242,8 @@ def _print_initialisation(
             "as expected" if trained == (0 if name == "Xavier" else seeds) else "not as expected"
         )
         print(
-            f"found: {name}: {trained} of {seeds} seeds train (loss below ln 10 - {LEARNT}): {verdict}"
+            f"found: {name}: {trained} of {seeds} seeds train "
+            f"(loss below ln 10 - {LEARNT}): {verdict}"
         )
 
 
@@ -242,7 +252,7 @@ def _better_rate(errors: dict[tuple[str, float], Tensor], name: str) -> float:
 
 
 def _means(steps: Tensor, epochs: int) -> Tensor:
-    """Of each epoch (E,), from a value for each step."""
+    """The mean of each epoch (E,), from a value for each step."""
     return steps.view(epochs, -1).mean(1)
 
 

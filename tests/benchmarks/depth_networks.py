@@ -20,7 +20,7 @@ from hemoco.config import EncoderConfig
 from hemoco.models.resnet import init_convolution, remove_shortcuts, seeded, use_small_stem
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-"""Of the four layers, by depth."""
+"""Numbers of blocks in the four layers, by depth."""
 PLAIN_LAYERS, PLAIN_WIDTHS = 30, (24, 48)
 
 
@@ -32,7 +32,7 @@ class Images(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Of one training."""
+    """Length, batch size and learning rate of one training."""
 
     epochs: int
     batch: int
@@ -47,7 +47,10 @@ class Trained(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """Root mean squares of each convolution's output and of the loss's gradient there (L,), before training."""
+    """Root mean squares before training, (L,).
+
+    They are of each convolution's output and of the loss's gradient there.
+    """
 
     activations: list[float]
     gradients: list[float]
@@ -90,7 +93,7 @@ def narrow_resnet(depth: int, seed: int, *, shortcuts: bool) -> nn.Module:
 
 
 def plain_stack(config: EncoderConfig, seed: int) -> nn.Sequential:
-    """(N, 3, 16, 16) -> logits (N, 10): convolutions at 8x8 and from the middle on at 4x4 pixels."""
+    """(N, 3, 16, 16) -> logits (N, 10): convolutions at 8x8, from the middle on at 4x4 pixels."""
     layers: list[nn.Module] = []
     channels, half = 3, PLAIN_LAYERS // 2
     with seeded(seed):

@@ -1,15 +1,16 @@
-"""What a step of Mask R-CNN costs beside torchvision's own, on one thread or one GPU.
+"""Cost of a step of Mask R-CNN beside torchvision's own, on one thread or one GPU.
 
     uv run python tests/benchmarks/detect.py [--device cpu|cuda] [--rounds 5] [--quick]
 
-R50-FPN, 2 images of 320 pixels with 5 objects each, made beforehand and on the device. All ways take turns, round by
-round; figures are medians over the rounds of ratios within a round, with their range. On the CPU one thread and its CPU
-time count, on a GPU the device's time.
+R50-FPN, 2 images of 320 pixels with 5 objects each, made beforehand and on the device. All ways
+take turns, round by round; figures are medians over the rounds of ratios within a round, with their
+range. On the CPU one thread and its CPU time count, on a GPU the device's time.
 
 - ours: `take_step` with bfloat16 and channels_last, nothing frozen; and the same in float32.
-- torchvision, frozen: maskrcnn_resnet50_fpn trained as its references/detection/train.py does by default, in float32.
-  With ImageNet weights the model freezes batch normalisation, stem and layer1. No weights are fetched: its statistics
-  are those of the images here, for with random weights and no statistics the activations overflow.
+- torchvision, frozen: maskrcnn_resnet50_fpn trained as its references/detection/train.py does by
+  default, in float32. With ImageNet weights the model freezes batch normalisation, stem and layer1.
+  No weights are fetched: its statistics are those of the images here, for with random weights and
+  no statistics the activations overflow.
 - torchvision, whole: the same model without weights, which freezes nothing.
 """
 
@@ -99,7 +100,10 @@ def reference_step(
 
 
 def freeze(model: nn.Module) -> None:
-    """As `maskrcnn_resnet50_fpn` does with weights: batch normalisation, and all but the last three stages."""
+    """Freezes batch normalisation, and all but the last three stages.
+
+    `maskrcnn_resnet50_fpn` freezes the same when it has weights.
+    """
     for parent in list(model.backbone.body.modules()):  # type: ignore[union-attr]
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):

@@ -1,15 +1,17 @@
-"""What `python -m jobs embed` costs beside the backbone alone; takes minutes.
+"""Cost of `python -m jobs embed` beside the backbone alone; takes minutes.
 
-    uv run python tests/benchmarks/embed.py --data DIR [--device cpu|cuda] [--threads 1] [--rounds 5]
-        [--images 640] [--quick]
+    uv run python tests/benchmarks/embed.py --data DIR [--device cpu|cuda] [--threads 1]
+        [--rounds 5] [--images 640] [--quick]
 
-`embed_shards` makes Parquet files from shards on the disk: it reads, verifies, decodes, scales, computes, writes. The
-bare forward pass has the same images decoded in memory, on the CPU, in the same batches and precision. Their ratio says
-how near embedding is to its bound, the backbone. Reading and decoding alone is the third way.
+`embed_shards` makes Parquet files from shards on the disk: it reads, verifies, decodes, scales,
+computes, writes. The bare forward pass has the same images decoded in memory, on the CPU, in the
+same batches and precision. Their ratio shows how near embedding is to its bound, the backbone.
+Reading and decoding alone is the third way.
 
-Images are photos, scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; crops of 224. Ways
-take turns. On the CPU the figure is CPU time of all threads: decoding and computing share the cores there, so the ratio
-is the share of the backbone. On a GPU it is wall time: decoding is hidden as long as `--threads` cores keep up.
+Images are photos, scaled to at most 500 pixels and saved with quality 90, as ImageNet's are; crops
+of 224. Ways take turns. On the CPU the figure is CPU time of all threads: decoding and computing
+share the cores there, so the ratio is the share of the backbone. On a GPU it is wall time: decoding
+is hidden as long as `--threads` cores keep up.
 """
 
 import argparse

@@ -1,18 +1,21 @@
-"""What COCO evaluation costs, and whether it is right: `uv run python tests/benchmarks/evaluate.py`, some minutes.
+"""Cost of COCO evaluation, and whether it is right; takes some minutes.
 
-hemoco's `coco_metrics` beside stock pycocotools on the same synthetic scenes, from lists of COCO annotations and
-results to all average precisions. Images are of COCO's size with its 80 categories, 7 objects and 100 predictions each;
-the predictions scatter about the objects, a third with any label. Masks are ellipses: polygons as ground truth,
-compressed RLE as predictions.
+    uv run python tests/benchmarks/evaluate.py
 
-The evaluators take turns, round by round, and the order turns too, so that a busy machine slows all of them. Times are
-CPU-seconds of one thread on one core. A ratio is that of a round; given are the median and the range over the rounds.
-pycocotools gets copies of the scenes, made before its time begins, for it writes into them; ours makes its own. It is
-spared what it does beside (AR at 1 and 10 detections, the printed summary).
+hemoco's `coco_metrics` beside stock pycocotools on the same synthetic scenes, from lists of COCO
+annotations and results to all average precisions. Images are of COCO's size with its 80 categories,
+7 objects and 100 predictions each; the predictions scatter about the objects, a third with any
+label. Masks are ellipses: polygons as ground truth, compressed RLE as predictions.
 
-torchmetrics takes part with boxes where it can be imported: `uv run --with torchmetrics`. Its masks would have to be
-dense, 31 MB per image. Its levels of recall are float32, so recall of exactly 0.6 misses its level and its AP comes out
-some 1e-4 lower; with levels in float64 it agrees to 1e-7.
+The evaluators take turns, round by round, and the order turns too, so that a busy machine slows all
+of them. Times are CPU-seconds of one thread on one core. A ratio is that of a round; given are the
+median and the range over the rounds. pycocotools gets copies of the scenes, made before its time
+begins, for it writes into them; ours makes its own. It is spared what it does beside (AR at 1 and
+10 detections, the printed summary).
+
+torchmetrics takes part with boxes where it can be imported: `uv run --with torchmetrics`. Its masks
+would have to be dense, 31 MB per image. Its levels of recall are float32, so recall of exactly 0.6
+misses its level and its AP comes out some 1e-4 lower; with levels in float64 it agrees to 1e-7.
 """
 
 import argparse
@@ -228,7 +231,8 @@ def main() -> None:
     else:
         print("gap: torchmetrics: not importable")
     scenes = make_scenes(options.images)
-    size = f"{options.images} images, {len(scenes[0]['annotations']):,} objects, {len(scenes[1]):,} predictions"
+    objects = len(scenes[0]["annotations"])
+    size = f"{options.images} images, {objects:,} objects, {len(scenes[1]):,} predictions"
     print(
         describe_machine(packages, f"{size}; one thread on one core; {options.rounds} rounds"),
         flush=True,

@@ -1,13 +1,15 @@
 """kNN votes in float32 and bfloat16 beside lightly's `knn_predict`, on the CPU or one GPU.
 
-    uv run --with lightly python tests/benchmarks/knn.py [--device cpu|cuda] [--rounds 5] [--data DIR] [--quick]
+    uv run --with lightly python tests/benchmarks/knn.py [--device cpu|cuda] [--rounds 5]
+        [--data DIR] [--quick]
 
-10,000 queries vote with 200 neighbours of a bank of 50,000 at temperature 0.1; features have 512 numbers. Timed are
-made features, noise around the means of ten classes that some are taken for others; all ways take turns, and figures
-are medians over the rounds of ratios within a round. On the CPU one thread and its CPU time count. hemoco's time has
-the normalisation of bank and queries in it; lightly is given them normalised and transposed, in batches of whichever of
-two sizes is faster. Accuracies are compared on CIFAR-10, too, in features of a random ResNet-18 whose BN statistics are
-those of the images. Without lightly, its figures are a gap.
+10,000 queries vote with 200 neighbours of a bank of 50,000 at temperature 0.1; features have 512
+numbers. Timed are made features, noise around the means of ten classes that some are taken for
+others; all ways take turns, and figures are medians over the rounds of ratios within a round. On
+the CPU one thread and its CPU time count. hemoco's time has the normalisation of bank and queries
+in it; lightly is given them normalised and transposed, in batches of whichever of two sizes is
+faster. Accuracies are compared on CIFAR-10, too, in features of a random ResNet-18 whose BN
+statistics are those of the images. Without lightly, its figures are a gap.
 
 Shapes: M images in the bank, Q queries, F features.
 """
@@ -58,7 +60,7 @@ class Problem(NamedTuple):
 
 
 def made_problem(images: int, queries: int, device: str) -> Problem:
-    """Noise around class means, so strong that a seventh of the queries are taken for another class."""
+    """Noise around class means, so strong that a seventh of the queries get another class."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLASSES, FEATURES, generator=generator)
     labels = torch.randint(CLASSES, (images + queries,), generator=generator)
@@ -128,7 +130,7 @@ def theirs(batch: int) -> Predict:
 
 
 def prepared(problem: Problem) -> Problem:
-    """As lightly takes it: bank (F, M) and queries normalised."""
+    """The problem as lightly takes it: bank (F, M) and queries normalised."""
     bank = functional.normalize(problem.bank, dim=1).T.contiguous()
     return problem._replace(bank=bank, queries=functional.normalize(problem.queries, dim=1))
 
@@ -155,7 +157,8 @@ def measure(problem: Problem, device: str, rounds: int, ways: dict[str, Predict]
         rows.append(
             (name, speed.median, speed.spread(), f"{accuracies[name]:.2f}", f"{100 * same:.2f}")
         )
-    title = f"Made features: {len(problem.queries):,} queries, bank {len(problem.bank):,}, k {NEIGHBOURS}"
+    queries, bank = len(problem.queries), len(problem.bank)
+    title = f"Made features: {queries:,} queries, bank {bank:,}, k {NEIGHBOURS}"
     print(
         table(title, ("way", "queries/s", "range", "accuracy %", "as float32 %"), rows), flush=True
     )

@@ -1,4 +1,4 @@
-"""What a benchmark prints around its figures: the machine, the versions, tables."""
+"""Text that a benchmark prints around its figures: the machine, the versions, tables."""
 
 import importlib.metadata
 import os
@@ -19,13 +19,17 @@ def describe_machine(packages: Sequence[str], runs: str) -> str:
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return (
-        f"{time.strftime('%Y-%m-%d %H:%M')}  {os.cpu_count()} cores ({model})  load average {load}\n"
+        f"{time.strftime('%Y-%m-%d %H:%M')}  "
+        f"{os.cpu_count()} cores ({model})  load average {load}\n"
         f"Python {platform.python_version()}, {versions}\n{runs}"
     )
 
 
 def table(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows under their names; text to the left, numbers to the right, digits as their size deserves."""
+    """Rows under their names; text to the left, numbers to the right.
+
+    Numbers have the digits that suit their size.
+    """
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [
         max(len(line[column]) for line in [list(names), *cells]) for column in range(len(names))

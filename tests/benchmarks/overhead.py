@@ -1,12 +1,15 @@
-"""What Ray costs a pretraining: a step under Ray Train beside one under plain torchrun, and the way to the first step.
+"""Cost of Ray in a pretraining run: steps and start-up under Ray Train and under plain torchrun.
 
-    unshare --net sh -c 'ip link set lo up && uv run python tests/benchmarks/overhead.py [--rounds 3]'
+    unshare --net sh -c 'ip link set lo up &&
+        uv run python tests/benchmarks/overhead.py [--rounds 3]'
 
-In a network of its own, for torchrun cannot be told to listen on loopback alone. Both run the same job: the training
-loop with two workers on digits from the local disk, one thread each; torchrun without MLflow and without asking at each
-step whether all are to stop. They take turns, and figures are medians over the rounds. A step is the median of the
-times between two steps after the first few; the start is from the command to the first step, where Ray's cluster (10 s,
-once) runs already. `submit` adds its own: that of uploading the checkout and starting a driver.
+It runs in a network of its own, because torchrun cannot be told to listen on loopback alone. Both
+ways run the same job: the training loop with two workers on digits from the local disk, one thread
+each. Under torchrun the job runs without MLflow, and without checking at each step whether all
+workers are to stop. The two take turns, and figures are medians over the rounds. A step is the
+median of the times between two steps after the first few; the start is the time from the command
+to the first step, with Ray's cluster (10 s, once) already running. `submit` adds a cost of its
+own: uploading the checkout and starting a driver.
 
 This file is also what torchrun runs.
 """
@@ -74,7 +77,7 @@ CONFIG = PretrainConfig(
 
 
 class Times(NamedTuple):
-    """Of one run, in seconds."""
+    """Times of one run, in seconds."""
 
     start: float
     """From the command to the end of the first step."""
@@ -166,7 +169,10 @@ def _by_torchrun(shards: str, folder: Path) -> Times:
 
 
 def _by_ray(shards: str, folder: Path) -> Times:
-    """As `python -m jobs pretrain` does; the ends of the steps are when MLflow says that they were logged."""
+    """Runs the job under Ray Train, the way `python -m jobs pretrain` does.
+
+    A step ends at the time that MLflow recorded for its metrics.
+    """
     from mlflow import MlflowClient
 
     from hemoco.tracking.client import tracking_uri
@@ -187,7 +193,7 @@ def _by_ray(shards: str, folder: Path) -> Times:
 
 
 def _train_as_rank(shards: str, out: Path) -> None:
-    """What torchrun runs in each process: the loop alone."""
+    """Runs the training loop alone; torchrun starts this in each process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     index, device = read_index(shards), torch.device("cpu")

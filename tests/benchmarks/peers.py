@@ -1,10 +1,11 @@
-"""Other libraries' MoCo v2 steps for step.py, each wired as its own script wires it, on the same case.
+"""MoCo v2 steps of other libraries for step.py, each wired as in its own script, on the same case.
 
-A step is what ours is: both forward passes, backward, moving average, queue and SGD with momentum, and what the script
-measures in every step. Each comes as shipped and with bf16 autocast and channels_last. Left out, in their favour, are
-DistributedDataParallel around the official model, which its script demands, and Lightning's trainer.
+A step covers the same work as ours: both forward passes, backward, moving average, queue and SGD
+with momentum, and whatever the script measures in every step. Each is timed as shipped and with
+bf16 autocast and channels_last. Left out, in their favour, are DistributedDataParallel around the
+official model, which its script requires, and Lightning's trainer.
 
-None of their code is here: what no registry has is read from a checkout.
+None of their code is here: packages that are in no registry are read from a checkout.
 """
 
 import copy
@@ -56,7 +57,7 @@ class Peer:
 
 
 def version(peer: Peer, checkout: Path) -> str:
-    """Of a package its version, of a checkout a digest of the file that counts."""
+    """Version of a package, or for a checkout a digest of the file that counts."""
     if not peer.checkout:
         return importlib.metadata.version(peer.module)
     file = peer.checkout.partition(" ")[2]
@@ -64,7 +65,7 @@ def version(peer: Peer, checkout: Path) -> str:
 
 
 def official(case: Case, device: str, checkout: Path) -> dict[bool, Step]:
-    """facebookresearch/moco: its builder in a process group of one, stepped as main_moco.py does."""
+    """facebookresearch/moco: its builder in a process group of one, stepped as in main_moco.py."""
     if device == "cpu":  # the builder moves indices and labels by .cuda()
         torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign,assignment]
     else:
@@ -89,13 +90,19 @@ def official(case: Case, device: str, checkout: Path) -> dict[bool, Step]:
 
 
 def lightly(case: Case, device: str, _: Path) -> dict[bool, Step]:
-    """lightly: the blocks of its pytorch example, with momentum in SGD and with the shuffling of its MoCo benchmark."""
+    """lightly: the blocks of its pytorch example.
+
+    SGD has momentum, and the shuffling is that of its MoCo benchmark.
+    """
     views = made_views(case, device)
     return {lower: _lightly_step(case, views, device, lower) for lower in (False, True)}
 
 
 def solo_learn(case: Case, device: str, checkout: Path) -> dict[bool, Step]:
-    """solo-learn: its MoCo v2+, symmetric, with the online classifier; its scripts set 16 bits and channels_last."""
+    """solo-learn: its MoCo v2+, symmetric, with the online classifier.
+
+    Its scripts set 16 bits and channels_last.
+    """
     # its package imports all methods and loaders; one is wanted
     for name in ("solo", "solo.methods"):
         package = types.ModuleType(name)

@@ -1,15 +1,21 @@
-"""32 settings of the linear probe at once, beside 32 probes one after the other and beside forward passes every epoch.
+"""32 settings of the linear probe at once, compared with two other ways of trying them.
 
-    uv run python tests/benchmarks/probe.py --data DIR [--device cpu|cuda] [--rounds 5] [--images 10000] [--quick]
+    uv run python tests/benchmarks/probe.py --data DIR
+        [--device cpu|cuda] [--rounds 5] [--images 10000] [--quick]
 
-Features are those of a random ResNet-18 with the small stem, whose BN statistics are those of the images, on CIFAR-10;
-both ways have them in memory. Four fifths fit the classifiers in 100 epochs, a fifth chooses among 8 learning rates and
-4 weight decays, and the test images say how good the choice is. The separate probes are what the official code and
-lightly do with features: `torch.nn.Linear`, `cross_entropy`, autograd and `torch.optim.SGD` with momentum, in batches
-of 256; without their meters and data loaders, from the same start and in the same order as ours.
+The other ways are 32 probes one after the other, and forward passes in every epoch.
 
-The ways take turns, and figures are medians over the rounds of ratios within a round. On the CPU one thread and its CPU
-time count. Forward passes are timed once on some images; their cost for all epochs is extrapolated from that.
+Features are those of a random ResNet-18 with the small stem on CIFAR-10, with BN statistics taken
+from the images; both kinds of probe have them in memory. Four fifths fit the classifiers in 100
+epochs, a fifth chooses among 8 learning rates and 4 weight decays, and the test images show how
+good the choice is. The separate probes do what the official code and lightly do with features:
+`torch.nn.Linear`, `cross_entropy`, autograd and `torch.optim.SGD` with momentum, in batches of
+256. They run without the meters and data loaders of those libraries, from the same start and in
+the same order as ours.
+
+The ways take turns, and figures are medians over the rounds of ratios within a round. On the CPU,
+one thread is used and its CPU time is counted. Forward passes are timed once on some images; their
+cost for all epochs is extrapolated from that.
 
 Shapes: M images, F features.
 """
@@ -57,7 +63,7 @@ class Part(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a probe is trained, chosen and tested on."""
+    """Data that a probe is trained, chosen and tested on."""
 
     fit: Part
     held_out: Part
@@ -105,7 +111,10 @@ def measure(
         rows.append((name, time.median, time.spread(), *(f"{value:.2f}" for value in top1[name])))
     again = config.epochs * pass_seconds
     rows.append((f"forward passes, {config.epochs} epochs (extrapolated)", again, "", "", ""))
-    title = f"Linear probe: {len(parts.fit.labels):,} features of {parts.fit.features.shape[1]}, {config.epochs} epochs"
+    title = (
+        f"Linear probe: {len(parts.fit.labels):,} features of {parts.fit.features.shape[1]}, "
+        f"{config.epochs} epochs"
+    )
     print(table(title, ("way", "s", "range", "held out %", "test %"), rows), flush=True)
     apart = over_rounds([{}], lambda _: abs(top1[GRID].test - top1[SEPARATE].test))
     goals = [
@@ -124,7 +133,8 @@ def measure(
     print_goals("Linear probe: goals", goals)
     with_one = over_rounds(found, lambda took: again / (took[GRID] + pass_seconds))
     print(
-        f"with the one pass that fills the cache: {with_one.median:.0f} times as fast as forward passes in all epochs"
+        f"with the one pass that fills the cache: {with_one.median:.0f} times as fast "
+        "as forward passes in all epochs"
     )
 
 

@@ -1,7 +1,7 @@
-"""What a loader process fetches, holds and computes for data of any size, by simulation: nothing is read.
+"""Simulated cost of a loader process for data of any size: bytes fetched, memory, computing.
 
-The order, the portions, the ranges, the index and the slots of a process are hemoco's own code. Only the tars are made
-up: layouts of samples of log-normal size.
+No data is read. The order, the portions, the ranges, the index and the slots of a process are
+hemoco's own code. Only the tars are made up: layouts of samples of log-normal size.
 """
 
 import functools
@@ -62,7 +62,7 @@ BILLION = DataSet("10^9 samples, 100,000 x 1 GB", 10**9, 100_000, 10**9, 2)
 
 @dataclass(frozen=True)
 class Cluster:
-    """How many loader processes read in how many lanes; a rank for every 8 of them."""
+    """Number of loader processes and of lanes they read in; a rank for every 8 processes."""
 
     processes: int
     lanes: int
@@ -77,7 +77,8 @@ class Cluster:
         return max(256, IMAGES_PER_RANK * self.ranks)
 
 
-# a lane for each process and at least 64 is the sensible choice; the others show what too few lanes cost
+# a lane for each process and at least 64 is the sensible choice; the others show what too few
+# lanes cost
 CLUSTERS = (
     *(Cluster(8, 16), Cluster(8, 64), Cluster(64, 64), Cluster(512, 64), Cluster(512, 512)),
     *(Cluster(4096, 512), Cluster(4096, 4096)),
@@ -85,7 +86,7 @@ CLUSTERS = (
 
 
 class Fetched(NamedTuple):
-    """What reading some portions takes."""
+    """Cost of reading some portions."""
 
     ranges: int = 0
     shards: int = 0
@@ -125,7 +126,7 @@ def layout(samples: int, shard_bytes: int) -> NDArray[np.int64]:
 
 
 def fetch(portion: Portion, data: DataSet) -> Fetched:
-    """What the reader would fetch and hold for a portion, as it goes through the portion's shards."""
+    """Computes what the reader would fetch and hold for a portion, shard after shard."""
     total = Fetched()
     for shard in np.unique(portion.rows[:, 0]).tolist():
         numbers = portion.rows[portion.rows[:, 0] == shard, 1]
@@ -181,7 +182,14 @@ def epoch_order(data: DataSet, cluster: Cluster) -> EpochOrder:
 def due_portions(
     data: DataSet, cluster: Cluster, slots: tuple[int, int], step: int | None
 ) -> list[Portion]:
-    """From nothing to the rows of a step (None: the middle one): what a process computes before it can fetch."""
+    """Computes the portions up to a step, as a process must before it can fetch anything.
+
+    Args:
+        data: the data set.
+        cluster: the loader processes and lanes.
+        slots: those of the process.
+        step: the step whose rows are needed; None for the middle one.
+    """
     order = epoch_order(data, cluster)
     first = order.steps // 2 if step is None else step
     return list(
@@ -190,7 +198,10 @@ def due_portions(
 
 
 def epoch_fetches(data: DataSet, cluster: Cluster, slots: tuple[int, int], most: int) -> Fetched:
-    """What a process fetches in an epoch; of more than `most` portions, scaled up from the first ones."""
+    """Computes what a process fetches in an epoch.
+
+    If there are more than `most` portions, the figures are scaled up from the first `most`.
+    """
     order = epoch_order(data, cluster)
     total, rows = Fetched(), 0
     for portion in itertools.islice(plan_portions(order, 3, slots, 0), most):
@@ -242,7 +253,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 @functools.cache
 def made_up_shards(data: DataSet) -> tuple[Shard, ...]:
-    """What the index says about the shards."""
+    """Entries of the index for made-up shards."""
     digests = np.random.default_rng(0).bytes(32 * data.shards).hex()
     return tuple(
         Shard(
@@ -266,9 +277,9 @@ class IndexCost(NamedTuple):
     columns_s: float
     columns_bytes: int
     sent_bytes: int
-    """Of the columns, to each loader process."""
+    """Bytes of the columns sent to each loader process."""
     table_bytes: int
-    """Of the sample table of one shard, in storage."""
+    """Bytes of the sample table of one shard, in storage."""
 
 
 def index_cost(data: DataSet) -> IndexCost:

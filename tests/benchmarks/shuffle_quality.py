@@ -1,6 +1,7 @@
-"""How well an order shuffles: hemoco's lanes and blocks beside a full permutation, webdataset's buffer, single chunks.
+"""Shuffling quality of an order: hemoco's lanes and blocks compared with three other ways.
 
-A sample is named by its place in the unshuffled data, shard after shard.
+The others are a full permutation, webdataset's buffer and single chunks. A sample is named by its
+place in the unshuffled data, shard after shard.
 
 Shapes: B batches of G samples.
 """
@@ -21,7 +22,7 @@ Samples = NDArray[np.int64]
 
 
 class Quality(NamedTuple):
-    """Of the median batch."""
+    """Shuffling quality of the median batch."""
 
     effective_shards: float
     classes: float
@@ -29,14 +30,17 @@ class Quality(NamedTuple):
 
 
 def quality(sizes: Samples, batches: Samples) -> Quality:
-    """How mixed batches (B, G) of data with these samples per shard are."""
+    """Measures how well mixed batches (B, G) are, for data with these samples per shard."""
     first = np.concatenate([[0], np.cumsum(sizes)])
     shards = np.searchsorted(first, batches, "right") - 1
     return Quality(effective_shards(shards), classes_seen(batches * CLASSES // first[-1]))
 
 
 def effective_shards(shards: Samples) -> float:
-    """From how many shards a batch seems to be drawn: the inverse Simpson index, median over batches (B, G)."""
+    """Number of shards that a batch seems to be drawn from.
+
+    This is the inverse Simpson index, median over batches (B, G).
+    """
     shares = [np.unique(batch, return_counts=True)[1] / len(batch) for batch in shards]
     return float(np.median([1 / np.square(share).sum() for share in shares]))
 
@@ -65,7 +69,7 @@ def permutation_batches(samples: int, *, batch: int, steps: int) -> Samples:
 def worker_batches(
     streams: Sequence[Iterator[int]], *, ranks: int, batch: int, steps: int
 ) -> Samples:
-    """Global batches (B, G) of ranks whose DataLoaders take turns over their workers, as torch's does.
+    """Global batches (B, G) of ranks whose DataLoaders take turns over workers, as torch's does.
 
     Args:
         streams: one for each worker, those of a rank together.
@@ -81,7 +85,10 @@ def worker_batches(
 
 
 def buffer_streams(sizes: Samples, *, workers: int, buffer: int) -> list[Iterator[int]]:
-    """webdataset: shards dealt to the workers, in each a shuffle buffer that is filled before anything leaves it."""
+    """webdataset: shards are dealt to the workers, and each worker has a shuffle buffer.
+
+    The buffer is filled before anything leaves it.
+    """
     deal = np.random.default_rng(0).permutation(len(sizes))
     first = np.concatenate([[0], np.cumsum(sizes)]).tolist()
 
@@ -99,7 +106,10 @@ def buffer_streams(sizes: Samples, *, workers: int, buffer: int) -> list[Iterato
 
 
 def chunk_streams(samples: int, *, workers: int, chunk: int) -> list[Iterator[int]]:
-    """One chunk at a time in each worker, shuffled as a whole, as litdata does with its chunks of 64 MB."""
+    """One chunk at a time in each worker, shuffled as a whole.
+
+    litdata does this with its chunks of 64 MB.
+    """
     rng = np.random.default_rng(0)
     deal = rng.permutation(samples // chunk).tolist()
 

@@ -1,7 +1,7 @@
-"""The images of stream_speed.py: photos of ImageNet's size in tars, and the same in the formats of other loaders.
+"""Images of stream_speed.py: photos of ImageNet's size in tars and in other loaders' formats.
 
-`main` converts, in an environment that has the other loader; its arguments are `mds` or `litdata` and the folder that
-is served as a bucket, with the tars in `all` and `few`.
+`main` converts, in an environment that has the other loader; its arguments are `mds` or `litdata`
+and the folder that is served as a bucket, with the tars in `all` and `few`.
 """
 
 import hashlib
@@ -51,7 +51,10 @@ def make_photos(data: Path, count: int) -> Iterator[bytes]:
 
 
 def write_tars(bucket: Path, data: Path) -> None:
-    """The shard folders `all` and `few`; tars that are there are kept, what hemoco writes beside them is made anew."""
+    """Writes the shard folders `all` and `few`.
+
+    Existing tars are kept; the files that hemoco writes beside them are made anew.
+    """
     photos = make_photos(data, sum(map(sum, SIZES.values())))
     for name, sizes in SIZES.items():
         url, shards = (bucket / name).as_uri(), []

@@ -1,4 +1,6 @@
-"""The ways of making views that stream_speed.py compares: the same images, each loader as its users have it.
+"""Ways of making views that stream_speed.py compares.
+
+All read the same images, each with its loader set up as its users have it.
 
 Shapes: B images of a batch, S x S a view.
 """
@@ -114,7 +116,10 @@ hemoco_two_views = HemocoViews(2)
 
 
 def hemoco_batches(url: str, crops: int) -> Iterator[Tensor]:
-    """hemoco's own loader processes, up to what they hand to the trainer: one view of an image or two."""
+    """hemoco's own loader processes, up to what they hand to the trainer.
+
+    They make one view of an image or two.
+    """
     _start_fork_server()
     plan = dataclasses.replace(pretraining_plan(PRETRAIN), crops=crops, epochs=1)
     parts = CropSource(
@@ -128,7 +133,10 @@ def hemoco_batches(url: str, crops: int) -> Iterator[Tensor]:
 
 
 def mirror(crops: Tensor) -> None:
-    """Flips about half of some views (images, views, 3, S, S), which hemoco leaves to the device that trains."""
+    """Flips about half of some views (images, views, 3, S, S).
+
+    hemoco leaves this to the device that trains.
+    """
     for image, view in (torch.rand(crops.shape[:2]) < VIEWS.flip).nonzero().tolist():
         crops[image, view].copy_(crops[image, view].flip(-1))
 
@@ -142,7 +150,7 @@ def hemoco_stage_batches(url: str, view: View) -> Iterator[Tensor]:
     )  # fmt: skip
     pipeline = webdataset.DataPipeline(source, webdataset.map(functools.partial(_jpg_view, view)))
     _start_fork_server()
-    # as hemoco's own stream has it: forked children would inherit the client that has read the index
+    # as in hemoco's own stream: forked children would inherit the client that has read the index
     return iter(
         DataLoader(
             pipeline, batch_size=BATCH, num_workers=PROCESSES, multiprocessing_context="forkserver"
@@ -224,14 +232,20 @@ def _jpg_view(view: View, sample: dict[str, bytes]) -> Tensor:
 
 
 def _start_fork_server() -> None:
-    """Starts it, unless it runs, with what forked processes of the other loaders have imported, too."""
+    """Starts the fork server unless it already runs.
+
+    It preloads what forked processes of the other loaders have imported, too.
+    """
     multiprocessing.set_forkserver_preload([__name__, "s3fs"])
     forkserver.ensure_running()
 
 
 @functools.cache  # once: later it would take the memory of data sets in use
 def _clean_shared_memory() -> None:
-    """Removes what a run of mosaicml-streaming that died has left: it would give another data set's samples."""
+    """Removes shared memory left by a run of mosaicml-streaming that died.
+
+    With it, the loader would give another data set's samples.
+    """
     import streaming
 
     streaming.base.util.clean_stale_shared_memory()

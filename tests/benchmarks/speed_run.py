@@ -1,10 +1,11 @@
 """One way of stream_speed.py, measured once, in a process of its own.
 
-`python -c "import speed_run; speed_run.main()" METHOD BUCKET_FOLDER` with this folder in PYTHONPATH: a script would be
-run again by every loader process that is not forked.
+It is run as `python -c "import speed_run; speed_run.main()" METHOD BUCKET_FOLDER` with this folder
+in PYTHONPATH: a script would be run again by every loader process that is not forked.
 
-Prints JSON. CPU time is that of this process and all below it. Of a loader the figures are differences between all
-images and a few, so that what starting costs (imports, clients, processes) is in neither.
+Prints JSON. CPU time is that of this process and all below it. The figures of a loader are
+differences between all images and a few, so that the cost of starting (imports, clients,
+processes) is in neither.
 """
 
 import functools
@@ -64,7 +65,7 @@ PEERS = {"mosaicml-streaming": "mds", "litdata": "litdata"}
 
 
 class Cost(NamedTuple):
-    """What some images took."""
+    """Time that some images took."""
 
     amount: float
     """Images, or gigabytes where only bytes are read."""

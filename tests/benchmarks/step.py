@@ -1,20 +1,23 @@
-"""What a training step costs, beside the official MoCo, lightly and solo-learn, on the CPU or one GPU.
+"""The cost of a training step beside the official MoCo, lightly and solo-learn, on CPU or one GPU.
 
-    uv run python tests/benchmarks/step.py [step] [loss] [ddp] [augment] [--device cpu|cuda] [--rounds 5]
+    uv run python tests/benchmarks/step.py [step] [loss] [ddp] [augment]
+        [--device cpu|cuda] [--rounds 5]
         [--moco-checkout DIR] [--solo-checkout DIR] [--data DIR] [--quick]
 
-Without names, all sections. Each way is warmed up; then all take turns, round by round, and figures are medians over
-the rounds of ratios within a round, with their range. On the CPU one thread and its CPU time count, on a GPU the
-device's time. What cannot be had is printed as a gap. Neither Ray, MLflow nor webdataset is needed.
+Without names, all sections run. Each way is warmed up; then all take turns, round by round, and
+figures are medians over the rounds of ratios within a round, with their range. On the CPU one
+thread and its CPU time count, on a GPU the device's time. A library that is unavailable is printed
+as a gap. Neither Ray, MLflow nor webdataset is needed.
 
 - step: one optimiser step of each library, on images made beforehand.
 - loss: memory and time of the loss against the queue, beside logits concatenated.
 - ddp: two processes that average gradients, beside two that do not; always on the CPU.
 - augment: hemoco's augmentation of a batch, beside torchvision's of its samples.
 
-lightly, and what solo-learn needs, come by `uv run --with` where they are not installed. The official code and
-solo-learn come from checkouts: DIR/moco/builder.py of github.com/facebookresearch/moco as of commit 132aea9, before it
-was removed; DIR/solo of github.com/vturrisi/solo-learn (the release on PyPI demands torch 1.9).
+lightly, and what solo-learn needs, come by `uv run --with` where they are not installed. The
+official code and solo-learn come from checkouts: DIR/moco/builder.py of
+github.com/facebookresearch/moco as of commit 132aea9, before it was removed; DIR/solo of
+github.com/vturrisi/solo-learn (the release on PyPI demands torch 1.9).
 """
 
 import argparse

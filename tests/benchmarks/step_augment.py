@@ -1,7 +1,8 @@
-"""The section `augment` of step.py: hemoco's batched augmentation beside torchvision's transforms, sample by sample.
+"""The section `augment` of step.py: hemoco's batched augmentation beside torchvision's.
 
-Both take the same crops, uint8 (3, S, S), and end in normalised float32. torchvision's come on floats, which is what
-hemoco computes, and on uint8 up to the normalisation, which is cheaper. The colours must come out alike.
+torchvision's transforms work sample by sample. Both take the same crops, uint8 (3, S, S), and end
+in normalised float32. torchvision's are measured on floats, which is what hemoco computes, and on
+uint8 up to the normalisation, which is cheaper. The colours must come out alike.
 
 Shapes: N images, S x S a view.
 """
@@ -30,12 +31,12 @@ BLUR_PIXELS = 13  # three of the largest sigma to each side
 
 
 class Source(NamedTuple):
-    """Where images come from, and how many are used at a time."""
+    """A source of images, and how many of them are used at a time."""
 
     name: str
     size: int
     views: int
-    """Of one turn."""
+    """Number of views in one turn."""
     batch: int
 
 
@@ -164,7 +165,10 @@ def _report(
         if device == "cpu"
         else "hemoco on the GPU, torchvision on one CPU thread; img/s"
     )
-    title = f"Augmentation, {source.name} at {source.size} pixels, {rounds * source.views} views each, {where}"
+    title = (
+        f"Augmentation, {source.name} at {source.size} pixels, "
+        f"{rounds * source.views} views each, {where}"
+    )
     print(
         table(
             title,
@@ -187,7 +191,7 @@ def _report(
 
 
 def _crops(source: Source, data: Path, count: int) -> Iterator[Tensor]:
-    """Random resized crops uint8 (3, S, S), of as many images as there are, then of the same anew."""
+    """Random resized crops, uint8 (3, S, S), of all images in turn, then of the same anew."""
     images, config = list(_images(source, data, count)), ViewsConfig(size=source.size)
     for made in range(count):
         row = made % len(images)

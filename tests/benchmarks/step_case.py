@@ -1,4 +1,4 @@
-"""What step.py times: cases, their images, and the clock.
+"""The cases that step.py times, their images, and the clock.
 
 Shapes: N images, S x S a view.
 """

@@ -1,7 +1,8 @@
-"""The section `ddp` of step.py: two gloo ranks of one thread, beside the same two processes that do not communicate.
+"""The section `ddp` of step.py: two gloo ranks, beside the same two without communication.
 
-`python step_ddp.py RANK STORE ROUNDS QUICK`: rank 0 prints JSON. It is wall time from barrier to barrier, since waiting
-costs no CPU time; so it needs two idle cores.
+Each rank is a process of one thread. `python step_ddp.py RANK STORE ROUNDS QUICK` runs one of them;
+rank 0 prints JSON. The time is wall time from barrier to barrier, since waiting costs no CPU time;
+so it needs two idle cores.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def global_case(*, quick: bool) -> Case:
-    """Of both ranks together."""
+    """The case that both ranks compute together."""
     return Case(
         architecture="resnet18",
         size=16 if quick else 32,
@@ -69,14 +70,18 @@ def measure(rounds: int, *, quick: bool) -> None:
         (name, over_rounds(found["rounds"], lambda each, n=name: case.batch / each[n]).median)  # type: ignore[misc]
         for name in (DDP, ALONE)
     ]
-    title = f"{RANKS} ranks of one thread, ResNet-18 at {case.size} pixels, bf16, global batch {case.batch}"
+    title = (
+        f"{RANKS} ranks of one thread, ResNet-18 at {case.size} pixels, bf16, "
+        f"global batch {case.batch}"
+    )
     print(table(title, ("step", "img/s, wall"), speeds))
     efficiency = over_rounds(found["rounds"], lambda each: each[ALONE] / each[DDP])
     print_goals("Data parallel: goals", [Goal("efficiency of DDP", efficiency, 0.8)])
     print(
-        f"after {EQUAL_STEPS} float32 steps: the ranks' weights differ by {found['between_ranks']:g}; from those of "
-        f"one process with the whole batch they are {found['from_one']:.1e} of the way they went, the queue "
-        f"{found['queue']:.1e};\nchanging that process's first weights by 1e-7, as rounding does, takes it "
+        f"after {EQUAL_STEPS} float32 steps: the ranks' weights differ by "
+        f"{found['between_ranks']:g}; from those of one process with the whole batch they are "
+        f"{found['from_one']:.1e} of the way they went, the queue {found['queue']:.1e};\n"
+        "changing that process's first weights by 1e-7, as rounding does, takes it "
         f"{found['rounding']:.1e} of the way elsewhere"
     )
     equal = (
@@ -85,7 +90,8 @@ def measure(rounds: int, *, quick: bool) -> None:
         and found["queue"] < 1e-4
     )
     print(
-        f"weights equal to one process's, up to rounding, and on both ranks: {'met' if equal else 'NOT MET'}"
+        "weights equal to one process's, up to rounding, and on both ranks: "
+        f"{'met' if equal else 'NOT MET'}"
     )
 
 
@@ -114,7 +120,7 @@ def rank_main(rank: int, store: str, rounds: int, *, quick: bool) -> None:
 
 
 def seconds_between_barriers(step: Step, calls: int, name: str) -> float:
-    """Of one call, with the slower of the ranks."""
+    """Wall time of one call, on the slower of the ranks."""
     dist.barrier()
     begun = time.perf_counter()
     with alone() if name == ALONE else contextlib.nullcontext():
@@ -135,7 +141,10 @@ def alone() -> Iterator[None]:
 
 
 def compare(case: Case, crops: Tensor) -> dict[str, float]:
-    """How weights and queue after some float32 steps differ between the ranks, and from one process's."""
+    """Differences of weights and queue after some float32 steps.
+
+    They are taken between the ranks, and from those of one process.
+    """
     exact = config(case, precision="float32")
     state = build_state(exact, CPU, data_digest="")
     start = _weights(state)

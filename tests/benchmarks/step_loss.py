@@ -1,7 +1,8 @@
-"""The section `loss` of step.py: `queue_contrast` beside concatenated logits and cross_entropy, as the official code.
+"""The section `loss` of step.py: `queue_contrast` beside the form of the official code.
 
-Memory is what the process grows by at most, in a process of its own: `python step_loss.py FORM DEVICE QUEUE` prints
-bytes. On a GPU it is what torch has allocated.
+The official code concatenates the logits and calls cross_entropy. Memory is the most that a process
+of its own grows by: `python step_loss.py FORM DEVICE QUEUE` prints bytes. On a GPU it is what torch
+has allocated.
 
 Shapes: N queries, C embedding size, K queue length.
 """
@@ -69,7 +70,10 @@ def measure(device: str, rounds: int, *, quick: bool) -> None:
         for name in FORMS
     ]
     unit = "CPU-ms" if device == "cpu" else "ms"
-    title = f"Loss and its gradient: {BATCH} queries, C {EMBEDDING_SIZE}, K {queue_length}, float32; over the queue"
+    title = (
+        f"Loss and its gradient: {BATCH} queries, C {EMBEDDING_SIZE}, K {queue_length}, float32; "
+        "over the queue"
+    )
     print(table(title, ("form", unit, "MB at most"), rows))
     value, gradient = disagreement(inputs)
     print(f"they differ by {value:.1e} in the loss and {gradient:.1e} in the gradient, relative")

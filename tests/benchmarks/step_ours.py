@@ -1,4 +1,7 @@
-"""hemoco's own step for step.py: `train_steps` whole, on crops made beforehand, and the rates that limit it."""
+"""hemoco's own step for step.py, and the rates that limit it.
+
+The step is the whole of `train_steps`, on crops made beforehand.
+"""
 
 import functools
 import itertools
@@ -35,7 +38,10 @@ _CHANNELS, _SIDE = 256, 28
 
 
 def config(case: Case, **changes: object) -> PretrainConfig:
-    """Nothing is augmented: of the views only the conversion to normalised floats is left, as in no peer's step."""
+    """Settings of a case without augmentation.
+
+    The views only convert to normalised floats, which no peer's step does.
+    """
     settings = {
         "epochs": NEVER,
         "global_batch_size": case.batch,
@@ -65,7 +71,10 @@ def stepper(state: TrainState, crops: Tensor) -> Step:
 
 
 def one_group(state: TrainState) -> TrainState:
-    """All images of a step share batch statistics, as in the peers' step and as on a worker that has one group."""
+    """All images of a step share batch statistics.
+
+    It is so in the peers' step, and on a worker that has one group.
+    """
     for module in state.model.modules():
         if isinstance(module, SplitBatchNorm):
             module.group_size = state.config.global_batch_size
@@ -109,7 +118,7 @@ def count_flops(step: Step) -> int:
 
 
 def convolution_flops(device: str) -> int:
-    """Of one call of the limit: forward, and backward for weights and images."""
+    """FLOPs of one call of the limit: forward, and backward for weights and images."""
     return 3 * 2 * 9 * _CHANNELS**2 * _SIDE**2 * _convolved(device)
 
 

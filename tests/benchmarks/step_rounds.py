@@ -1,6 +1,7 @@
 """Rounds in which ways of doing the same take turns, the ratios of each round, and goals.
 
-A busy machine slows all ways of a round; so figures are medians over the rounds of ratios within a round.
+A busy machine slows all ways of a round; so figures are medians over the rounds of ratios within a
+round.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 class UnavailableError(Exception):
-    """What is to be compared is not to be had here, and why."""
+    """Something to compare is unavailable here; the message gives the reason."""
 
 
 class Found(NamedTuple):
@@ -136,7 +137,10 @@ def peer_command(peer: Peer, checkout: Path | None) -> list[str]:
 def take_turns(
     ways: Sequence[str], rounds: int, measure: Callable[[str], float]
 ) -> list[dict[str, float]]:
-    """Each way once a round; each round begins elsewhere, so that none is always beside the same neighbour."""
+    """Measures each way once a round.
+
+    Each round begins elsewhere, so that no way is always beside the same neighbour.
+    """
     found = []
     for turn in range(rounds):
         start = turn * 5 % len(ways)
@@ -164,7 +168,7 @@ def print_goals(title: str, goals: Sequence[Goal]) -> None:
 
 
 def print_gaps(gaps: Mapping[str, str]) -> None:
-    """What was not measured, and why."""
+    """Prints each thing that was not measured, with the reason."""
     for name, reason in gaps.items():
         print(f"gap: {name}: {reason}", flush=True)
 

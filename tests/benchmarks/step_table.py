@@ -1,4 +1,7 @@
-"""The section `step` of step.py: optimiser steps of hemoco and its peers side by side, and the rates that limit."""
+"""The section `step` of step.py: optimiser steps of hemoco and its peers side by side.
+
+The rates that limit the steps are printed too.
+"""
 
 import contextlib
 import functools
@@ -121,8 +124,8 @@ def _print_steps(
             )
         )
     title = (
-        f"{case.name}: batch {case.batch}, K {case.queue}; ours has its BN over the whole batch as the peers, and "
-        f"beside it in groups of {case.group}"
+        f"{case.name}: batch {case.batch}, K {case.queue}; ours has its BN over the whole batch "
+        f"as the peers, and beside it in groups of {case.group}"
     )
     names = ("step", unit, f"img/{unit}", "ours / this, per pass", "range", "version")
     print(table(title, names, rows), flush=True)
@@ -157,7 +160,10 @@ def _print_limits(case: Case, device: str, rounds: list[Round], flops: int) -> N
                     convolution.median,
                 )
             )
-    title = f"{case.name}: rates reached, one step {flops / 1e9:,.0f} GFLOP, {flops / 1e9 / case.batch:.2f} an image"
+    title = (
+        f"{case.name}: rates reached, one step {flops / 1e9:,.0f} GFLOP, "
+        f"{flops / 1e9 / case.batch:.2f} an image"
+    )
     print(
         table(
             title,
@@ -175,8 +181,9 @@ def _print_limits(case: Case, device: str, rounds: list[Round], flops: int) -> N
         copied = _copy_share(case, device, own.OURS)
         both = over_rounds(rounds, lambda found: matmul(found) + copied(found))
         print(
-            f"memory: {case.megabytes:g} MB an image, {share.median:.2f} of {moved.median:,.0f} GB/s (a copy's); "
-            f"matmul and copy one after the other would take {both.median:.2f} of the step ({both.spread()})",
+            f"memory: {case.megabytes:g} MB an image, {share.median:.2f} of "
+            f"{moved.median:,.0f} GB/s (a copy's); matmul and copy one after the other would take "
+            f"{both.median:.2f} of the step ({both.spread()})",
             flush=True,
         )
 
@@ -219,7 +226,7 @@ def _print_verdicts(
 
 
 def _times_ours(found: Round, variant: str, passes: int) -> float:
-    """How many times as fast as another step ours is, per query pass."""
+    """Speed of our step as a multiple of another step's, per query pass."""
     return found[variant] / passes / found[own.OURS]
 
 

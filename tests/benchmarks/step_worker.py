@@ -1,6 +1,7 @@
 """One library's steps of one case, in a process of its own that answers step_rounds.py.
 
-`python step_worker.py JSON`: then each line of standard input, `CALLS NAME`, is answered by the seconds per call.
+The command is `python step_worker.py JSON`. It then answers each line of standard input,
+`CALLS NAME`, with the seconds per call.
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
 """The stream at scale, by simulation.
 
-Measures, per loader process: requests and bytes of an epoch, bytes of the open blocks, time and memory from nothing to
-the rows of the first step, the cost of a resume in mid-epoch; of the whole: the index of 100,000 shards on disk, in
-memory and parsed, the plan of all lanes at once, and the shuffle. Runs hemoco's own order, portions, ranges, index and
-assignment of slots; only the layout of the tars is made up. No network.
+Measures, per loader process: requests and bytes of an epoch, bytes of the open blocks, time and
+memory from nothing to the rows of the first step, the cost of a resume in mid-epoch; for the whole:
+the index of 100,000 shards on disk, in memory and parsed, the plan of all lanes at once, and the
+shuffle. Runs hemoco's own order, portions, ranges, index and assignment of slots; only the layout
+of the tars is made up. No network is used.
 
-Against: a full permutation, webdataset's shuffle buffer (that library's code) and a loader that shuffles one chunk at a
-time, for the shuffle; the goals of the design for the plan.
+The shuffle is compared with a full permutation, webdataset's shuffle buffer (that library's code)
+and a loader that shuffles one chunk at a time; the plan, with the goals of the design.
 
     uv run python tests/benchmarks/stream_scale.py
 """
@@ -84,7 +85,8 @@ def _print_processes(data: DataSet) -> None:
     print(table(f"One loader process: {data.name}, blocks of {data.shards_per_block}", names, rows))
     print(
         "open: fetched before the first batch, and refused above stream.memory_bytes "
-        f"({StreamConfig().memory_bytes / 1e6:,.0f} MB unless set); reading ahead holds as much again"
+        f"({StreamConfig().memory_bytes / 1e6:,.0f} MB unless set); "
+        "reading ahead holds as much again"
     )
 
 

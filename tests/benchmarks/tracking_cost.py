@@ -1,23 +1,31 @@
-"""What recording a training in MLflow costs it: steps per second with and without, beside logging as people do it.
+"""The cost that recording in MLflow adds to a training, beside that of the usual way of logging.
+
+Measures steps per second with recording and without.
 
     uv run python tests/benchmarks/tracking_cost.py [--rounds 5] [--seconds 20] [--quick]
 
-The training loop of the demo's pretraining in this process, one thread, on crops made beforehand; its short steps make
-the cost look large. The MLflow server is a process of its own, on loopback and SQLite. Who listens to the steps:
+The training loop of the demo's pretraining runs in this process, in one thread, on crops made
+beforehand; its short steps make the cost look large. The MLflow server is a process of its own, on
+loopback and SQLite. The listeners to the steps are:
 
-- nobody: no step's values are measured. Twice a round, for how far two of the same lie apart is what noise is.
+- nobody: no step's values are measured. It runs twice a round: the difference between the two shows
+  the noise.
 - nobody, values measured: at every step; from here on it is MLflow that costs, not the values.
 - Tracker, every step.
-- as shipped: Tracker and SystemMetrics, values every 10 steps, as the worker of `pipeline.pretrain` has them.
-- Tracker, server stopped: every step, and after a quarter of the time the server's processes get SIGSTOP.
+- as shipped: Tracker and SystemMetrics, values every 10 steps, as the worker of `pipeline.pretrain`
+  has them.
+- Tracker, server stopped: every step, and after a quarter of the time the server's processes get
+  SIGSTOP.
 - log_metric: every step, each value by a synchronous call of MlflowClient.
 
-They take turns, and figures are medians over the rounds. `ratio` is steps per second beside nobody's of the same round:
-wall time, so the server's computing counts where it takes the cores from the training, and so does everything else on
-the machine. `wait ms` is how long a step waits for who listens, `end s` how long a training at its end. `CPU ms` is
-what recording costs this process: all CPU time until the last point is delivered, but for that of the training's thread
-between two calls of the listener; `share %` is that beside the training's own. The first seconds of a turn do not
-count: there the machine's facts are told, once a run. That every point has arrived is checked after each turn.
+They take turns, and figures are medians over the rounds. `ratio` is steps per second beside
+nobody's of the same round: wall time, so the server's computing counts where it takes the cores
+from the training, and so does everything else on the machine. `wait ms` is how long a step waits
+for the listener, `end s` how long a training waits at its end. `CPU ms` is what recording costs
+this process: all CPU time until the last point is delivered, except that of the training's thread
+between two calls of the listener; `share %` is that beside the training's own. The first seconds of
+a turn do not count: the machine's facts are recorded then, once a run. After each turn a check
+confirms that every point has arrived.
 """
 
 import argparse
@@ -68,7 +76,7 @@ EVERY = {NOBODY: NEVER, AGAIN: NEVER, SHIPPED: CONFIG.log_every_steps}
 
 
 class Cost(NamedTuple):
-    """Of one turn; `_ms` is by step, and CPU time but for `wait_ms`."""
+    """Cost of one turn; `_ms` is per step, and CPU time except for `wait_ms`."""
 
     rate: float
     """Steps per second."""
@@ -76,7 +84,7 @@ class Cost(NamedTuple):
     wait_ms: float
     """Wall time of the listener's calls."""
     recording_ms: float
-    """Of all in this process but training."""
+    """CPU time of everything in this process except training."""
     server_ms: float
     end_s: float
     """From the last step until all is delivered."""
@@ -94,7 +102,7 @@ class Trained:
     steps: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
-    """Of this thread, without listening."""
+    """CPU time of this thread, without listening."""
     listening_s: float = 0.0
     logged: set[int] = dataclasses.field(default_factory=set)
 
@@ -113,7 +121,7 @@ class Lab:
 
     @contextlib.contextmanager
     def tracker(self, run_id: str) -> Iterator[Tracker]:
-        """Of a run.
+        """The tracker of a run.
 
         Raises:
             TrackingError: the server has not taken all points.
@@ -142,7 +150,7 @@ def nobody(lab: Lab, run_id: str, seconds: float) -> Iterator[Listener]:
 
 @contextlib.contextmanager
 def tracked(lab: Lab, run_id: str, seconds: float) -> Iterator[Listener]:
-    """What the worker of `pipeline.pretrain` does with a step, but for storing checkpoints."""
+    """Treats a step like the worker of `pipeline.pretrain`, but stores no checkpoints."""
     with lab.tracker(run_id) as tracker:
         yield lambda metrics: _track(tracker, metrics)
 
@@ -156,7 +164,7 @@ def as_shipped(lab: Lab, run_id: str, seconds: float) -> Iterator[Listener]:
 
 @contextlib.contextmanager
 def server_stopped(lab: Lab, run_id: str, seconds: float) -> Iterator[Listener]:
-    """As `tracked`; the server does not answer in the last three quarters of the time."""
+    """Like `tracked`, but the server does not answer in the last three quarters of the time."""
     with lab.tracker(run_id) as tracker:
         stop_at = time.perf_counter() + LEAD_IN_S + seconds / 4
 

@@ -1,9 +1,10 @@
-"""Two pretrainings of three seeds each on CIFAR-10, side by side, with MLflow killed for a minute in mid-run.
+"""Two pretrainings of three seeds each on CIFAR-10, with MLflow killed for a minute in mid-run.
 
-Asks whether the colour augmentation of MoCo v2 helps these images: six runs of `python -m jobs run` with the two
-recipes below, on 5,000 of CIFAR-10's training images, their transfers measured on 2,000 test images.
-During the third run the MLflow server is killed with SIGKILL and started again a minute later. It fails where a record
-is missing afterwards: each optimiser step of each pretraining must have its loss.
+Compares them side by side to find whether the colour augmentation of MoCo v2 helps these images:
+six runs of `python -m jobs run` with the two recipes below, on 5,000 of CIFAR-10's training images,
+their transfers measured on 2,000 test images. During the third run the MLflow server is killed with
+SIGKILL and started again a minute later. The benchmark fails where a record is missing afterwards:
+each optimiser step of each pretraining must have its loss.
 
     PYTHONPATH=. uv run python tests/benchmarks/two_pretrainings.py --data DIR --out /tmp/two
 
@@ -124,7 +125,10 @@ def _interrupt(
     run: str,
     process: "subprocess.Popen[bytes]",
 ) -> None:
-    """Kills MLflow once losses of the run have come, and starts it again after the outage, at the same address."""
+    """Kills MLflow once losses of the run have arrived, and restarts it after the outage.
+
+    The new server has the same address.
+    """
     while not (steps := _steps(server.uri, run)):
         assert process.poll() is None, f"{run} ended before MLflow could be killed"
         time.sleep(1)
@@ -138,7 +142,7 @@ def _interrupt(
 
 
 def _steps(uri: str, run: str) -> set[int]:
-    """Of the run's pretraining that have a loss in MLflow."""
+    """Steps of the run's pretraining that have a loss in MLflow."""
     found = search(uri, connect(uri), {"hemoco.run": run, "hemoco.phase": "pretrain"})
     return {step for facts in found for step, _ in metric_history(uri, facts.run_id, "loss")}
 

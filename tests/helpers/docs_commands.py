@@ -27,7 +27,7 @@ class _Parsed(BaseException):
 
 
 def problem_with(argv: list[str]) -> str:
-    """What the command line says against `python -m jobs ARGV`; empty where it would begin to work.
+    """The error that `python -m jobs ARGV` prints; empty if it would begin to work.
 
     Args:
         argv: for RECIPE, or a file of the reader's own, a shipped recipe is read instead.
@@ -46,7 +46,7 @@ def problem_with(argv: list[str]) -> str:
 
 
 def jobs_commands(command: list[str]) -> Iterator[list[str]]:
-    """What follows `python -m jobs` in a command; nothing where it calls something else."""
+    """Yields the arguments after `python -m jobs` in a command, or nothing if it calls no job."""
     for position in range(len(command) - 2):
         if command[position : position + 3] == ["python", "-m", "jobs"]:
             yield command[position + 3 :]

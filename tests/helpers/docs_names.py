@@ -18,8 +18,6 @@ from jobs.options import recipe_names
 from tests.helpers.docs_pages import blocks, inline_code
 from tests.helpers.house import ROOT
 
-WRITTEN_BESIDE = ("docs/reference", "docs/is-my-loss-normal.md", "docs/coming-from.md")
-"""Pages that another branch adds; to be emptied when both are merged."""
 _NOT_OURS = (
     *("main_moco.py", "main_lincls.py", "CONFIG.md"),  # the official code of MoCo
     *("--pretrained", "--mlp", "--aug-plus"),  # and its options
@@ -30,12 +28,12 @@ _NOT_OURS = (
 
 
 def unknown_names(page: str) -> list[str]:
-    """What a page mentions that hemoco does not have: `kind: name`, one for each."""
+    """Names on a page that hemoco does not have: `kind: name`, one for each."""
     defined = _defined_on(page)
     unknown = []
     for text in inline_code(page):
         word = text.split(" ")[0]
-        if word in _NOT_OURS or word.startswith(WRITTEN_BESIDE):
+        if word in _NOT_OURS:
             continue
         if word in defined or word.rpartition(".")[2] in defined:
             continue
@@ -59,7 +57,7 @@ def _is_config_class(text: str) -> bool:
 
 
 def _is_flag(text: str) -> bool:
-    """Whether a flag is a setting, or one of a verb or of a program in cluster/deploy/."""
+    """True for a flag that is a setting, or one of a verb or of a program in cluster/deploy/."""
     name = re.sub(r"\.no_", ".", text.removeprefix("--"))
     if "." in name:
         return _is_setting(name)
@@ -69,7 +67,7 @@ def _is_flag(text: str) -> bool:
 
 
 def _is_setting(text: str) -> bool:
-    """Whether a recipe has this setting or group of settings; outer groups may be left out."""
+    """True if a recipe has this setting or group of settings; outer groups may be left out."""
     name = re.sub(r"^transfers\.\w+", "transfers.NAME", text)
     return any(known == name or known.endswith(f".{name}") for known in _settings())
 
@@ -98,7 +96,7 @@ def _is_recipe(text: str) -> bool:
 
 
 def _is_tag_or_module(text: str) -> bool:
-    """Whether a text is a tag, or the dotted name of a module or of what a module defines."""
+    """True for a tag, and for the dotted name of a module or of what a module defines."""
     tags = [value for name, value in vars(Tag).items() if name.isupper()]
     prefixes = tuple(tag for tag in tags if tag.endswith(("/", "_")))
     if text in tags or text.startswith(prefixes):
@@ -118,7 +116,7 @@ def _is_variable(text: str) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a path, from any folder, is that of a file or folder, or of a file that runs write."""
+    """True for the path, from any folder, of a file or folder, or of a file that runs write."""
     name = text.rstrip("/")
     known = any(f"/{path}".endswith(f"/{name}") or f"/{name}/" in f"/{path}" for path in _files())
     return known or f'"{text}"' in _code()

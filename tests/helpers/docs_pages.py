@@ -93,7 +93,7 @@ def anchors(page: str) -> set[str]:
 
 
 def inline_code(page: str) -> list[str]:
-    """What stands between single backticks in the text of a page.
+    """Texts between single backticks in the text of a page.
 
     Of a table with a column `ours`, the other columns are left out: they have names of others.
     """

@@ -24,7 +24,7 @@ _SETTINGS = {
     "PYTHONPATH": str(ROOT),
 }
 HOME = "/home/me"
-"""What pages show instead of the sandbox."""
+"""The folder that pages show instead of the sandbox."""
 
 
 class Sandbox:
@@ -108,7 +108,7 @@ def _line_that_begins(lines: list[str], text: str, *, after: int) -> int:
 
 
 def stable_part(lines: list[str]) -> list[str]:
-    """Lines in which all that may differ between runs is equal: numbers, digests, marks, spacing."""
+    """Lines with all that may differ between runs made equal: numbers, digests, marks, spacing."""
     stable = []
     for line in lines:
         text = re.sub(r"\b(?=\w*\d)[0-9a-f]{8,}\b", "#", line)

@@ -1,4 +1,7 @@
-"""Tests here use no server: fixtures of tests/helpers/servers.py are refused; S3, Ray and MLflow are out of reach."""
+"""Keeps servers from unit tests.
+
+Fixtures of tests/helpers/servers.py fail, and S3, Ray and MLflow are out of reach.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ def _ray_is_running() -> bool:
 
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails a test that connects this process to Ray; nothing answers at the addresses that the environment names."""
+    """Fails a test that connects to Ray, and names addresses where no S3 or MLflow answers."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     before = _ray_is_running()

@@ -8,7 +8,7 @@ import yaml
 
 from hemoco import config
 from tests.helpers.docs_commands import jobs_commands, problem_with
-from tests.helpers.docs_names import WRITTEN_BESIDE, unknown_names
+from tests.helpers.docs_names import unknown_names
 from tests.helpers.docs_pages import (
     Block,
     anchors,
@@ -33,9 +33,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
         path, _, anchor = target.partition("#")
         file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         name = file.relative_to(ROOT).as_posix()
-        if not file.exists():
-            broken += [] if name.startswith(WRITTEN_BESIDE) else [target]
-        elif anchor and anchor not in anchors(name):
+        if not file.exists() or (anchor and anchor not in anchors(name)):
             broken.append(target)
     assert not broken
 
@@ -62,7 +60,7 @@ def test_code_blocks_say_their_language(page: str) -> None:
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """Arguments of `python -m jobs` in a block; docs/deploy.md has a shell function `hemoco` for it."""
+    """Arguments of `python -m jobs`, or of docs/deploy.md's shell function `hemoco`, in a block."""
     if block.language == "" and "python -m jobs" not in block.text:
         return []  # an indented block that shows something else
     found = []

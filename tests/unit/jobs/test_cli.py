@@ -100,7 +100,7 @@ def test_every_class_of_recipes_shows_its_settings(capsys, name):
 def test_a_class_of_recipes_says_what_its_settings_mean(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["recipes", "KnnConfig"])
-    assert "T of the vote's weight exp(similarity / T)." in capsys.readouterr().out
+    assert "a neighbour's vote has the weight" in capsys.readouterr().out
 
 
 def test_unknown_class_is_wrong_usage_with_a_suggestion(capsys):
