@@ -279,6 +279,10 @@ class FineTuneConfig(ClassifierConfig):
 
 
 AnyClassificationConfig = (
-    KnnConfig | LinearProbeConfig | LowShotConfig | LinearClassifierConfig | FineTuneConfig
+    KnnConfig  # frozen, cached features
+    | LinearProbeConfig
+    | LowShotConfig
+    | LinearClassifierConfig  # trained in steps on augmented images
+    | FineTuneConfig
 )
 """Every transfer that needs class labels; a recipe's transfers are these and the detectors."""

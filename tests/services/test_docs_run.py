@@ -117,7 +117,12 @@ def test_the_four_files_of_a_new_transfer_pass_their_test(tmp_path: Path) -> Non
     check = (
         "from hemoco.config import RidgeConfig; import pipeline.transfer.units as u; u.run_ridge"
     )
-    for command in (["-m", "pytest", "-q", "tests/unit/transfer/test_ridge.py"], ["-c", check]):
+    commands = (
+        ["-m", "ruff", "check", *touched],
+        ["-m", "pytest", "-q", "tests/unit/transfer/test_ridge.py"],
+        ["-c", check],
+    )
+    for command in commands:
         done = subprocess.run(
             [sys.executable, *command],
             cwd=tmp_path,

@@ -35,15 +35,10 @@ def facts(params: dict[str, str], tags: dict[str, str]) -> RunFacts:
 
 
 def test_kinds_are_named_after_the_classes() -> None:
-    assert [transfer_kind(config()) for config in get_args(AnyTransferConfig)] == [
-        "knn",
-        "linear_probe",
-        "low_shot",
-        "linear_classifier",
-        "fine_tune",
-        "faster_rcnn",
-        "mask_rcnn",
-    ]
+    kinds = [transfer_kind(config()) for config in get_args(AnyTransferConfig)]
+    recorded = {"knn", "linear_probe", "low_shot", "linear_classifier", "fine_tune"}
+    assert {*recorded, "faster_rcnn", "mask_rcnn"} <= {*kinds}  # old runs have these
+    assert len({*kinds}) == len(kinds)
 
 
 @pytest.mark.parametrize(
