@@ -24,6 +24,7 @@ FIRST = (
     "night",
     "broken_runs",
     "submit_jobs",
+    "docs_run",
     "sweep_real",
     "lineage",
     "detection_learning",

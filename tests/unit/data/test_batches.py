@@ -120,6 +120,7 @@ def test_memory_of_loader_processes_used_again_holds_the_right_views(shards: str
 
 
 def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
+    others = multiprocessing.active_children()  # tests/helpers/ranks.py keeps its processes
     source = stream.batches(
         shards,
         read_index(shards),
@@ -132,9 +133,9 @@ def test_closing_the_generator_ends_the_loader_processes(shards: str) -> None:
         bad_samples=BadSampleFile("memory://unwritten"),
     )
     next(source)
-    assert len(multiprocessing.active_children()) >= 2
+    assert len(multiprocessing.active_children()) >= len(others) + 2
     source.close()
-    assert multiprocessing.active_children() == []
+    assert {*multiprocessing.active_children()} <= {*others}
 
 
 def test_bad_samples_are_replaced_by_the_next_good_one_and_listed(
@@ -166,12 +167,13 @@ def test_the_replacement_does_not_depend_on_who_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_are_an_error_in_one_line(tmp_path: Path, workers: int) -> None:
     url = write_shards(tmp_path.as_uri(), SIZES, bad=tuple(range(25, 50)))
+    others = multiprocessing.active_children()
     with pytest.raises(
         ShardError, match=r"^1\d of \d+ samples are bad, the last is \d+ in .*train-000002"
     ) as raised:
         run(url, config(workers=workers))
     assert "\n" not in str(raised.value)
-    assert multiprocessing.active_children() == []
+    assert {*multiprocessing.active_children()} <= {*others}
     assert len(run(url, config(max_bad_share=1.0))) == 8
 
 
