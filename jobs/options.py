@@ -73,7 +73,7 @@ def parse_options(verb: str, argv: list[str], kind: type[OptionsT]) -> OptionsT:
     folder or with a newer hemoco.
 
     Raises:
-        UsageError: as `typed_options`; or the recipe of a `sweep` has no sweep.
+        UsageError: see `typed_options`; or the recipe of a `sweep` has no sweep.
         StorageError: hemoco does not read URLs of this kind.
         SystemExit: 2 for a misspelt flag, 0 after --help.
     """
@@ -207,7 +207,7 @@ def settings_flags(settings: Mapping[str, str]) -> list[str]:
 
     Raises:
         ValueError: a value begins with a parenthesis and is not a tuple.
-        SyntaxError: as `ValueError`.
+        SyntaxError: see `ValueError`.
     """
     argv = []
     for name, value in settings.items():

@@ -101,13 +101,13 @@ def transfer_only(
     """Does the second half of `pretrain_then_transfer` for any backbone.
 
     Args:
-        recipe: as there; of `pretrain` only the encoder and the views matter.
-        indexes: as there.
+        recipe: the transfers and their data; of `pretrain` only the encoder and the views matter.
+        indexes: shard indexes that this command has read.
         backbone_url: URL of a backbone file, or `models:/...` for one in MLflow's registry.
-        run: as there.
-        storage: as there.
-        fresh: as there.
-        tags: as there.
+        run: name of the run.
+        storage: URL of the folder that receives the run's folder.
+        fresh: start anew; MLflow runs of this name are renamed and the run's folder is removed.
+        tags: further tags of the run in MLflow, for example the commit of the code.
 
     Raises:
         UsageError: the run measures another backbone or has other settings, or another process

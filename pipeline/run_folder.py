@@ -84,7 +84,7 @@ def remove_run_folder(url: str, run: str) -> None:
     The marker is removed last, so that the rest of an interrupted removal is still recognised.
 
     Raises:
-        UsageError: as in `check_run_folder`.
+        UsageError: see `check_run_folder`.
         StorageError: the storage refuses or does not answer.
     """
     check_run_folder(url, run)

@@ -133,8 +133,9 @@ class PretrainConfig:
         group, steps = moco.bn_group_size, self.accumulation_steps
         require(
             per_worker % (group * steps) == 0,
-            f"pretrain.moco.bn_group_size is {group}: times pretrain.accumulation_steps ({steps}) "
-            f"it must divide the {per_worker} images of one worker",
+            f"pretrain.moco.bn_group_size is {group}: each worker has {per_worker} images a step, "
+            f"which must be a multiple of bn_group_size x pretrain.accumulation_steps "
+            f"({group} x {steps})",
         )
         require(
             moco.queue_length % self.global_batch_size == 0,

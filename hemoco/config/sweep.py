@@ -150,7 +150,7 @@ def check_space(space: Mapping[str, Range], config: object, allowed: set[str]) -
     Whether values fit together is checked when a trial's config is built.
 
     Args:
-        space: of a sweep.
+        space: the sweep's choices by setting.
         config: the config whose settings vary.
         allowed: dotted names of the settings that may vary.
 

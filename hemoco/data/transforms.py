@@ -113,7 +113,7 @@ def crop_into(crops: Tensor, image: Tensor, draws: CropDraws, row: int) -> None:
         crops: receives the views, uint8 (2, 3, S, S), or (1, 3, S, S) for the first view alone;
             channels last in memory.
         image: uint8 (3, H, W).
-        draws: of N images.
+        draws: random draws for N images.
         row: index of this image among the N.
     """
     height, width = image.shape[1:]
@@ -165,7 +165,7 @@ def augment(crops: Tensor, draws: AugmentDraws, config: ViewsConfig) -> Tensor:
 
     Args:
         crops: uint8 (N, 3, S, S), on the device that computes.
-        draws: of these N crops.
+        draws: random draws for these N crops.
 
     Returns:
         float32 (N, 3, S, S), normalised.

@@ -102,7 +102,7 @@ def plan_embedding(
     Args:
         shards: URL of the shard folder.
         index: index of that folder.
-        backbone_url: as returned by `fixed_url`.
+        backbone_url: URL as returned by `fixed_url`.
         dest: URL of the folder for the files.
         config: settings of the embedding.
 

@@ -80,7 +80,7 @@ def contrast_values(contrast: Contrast, queries: Tensor, keys: Tensor) -> dict[s
     """Diagnostics of one forward pass by their names in MLflow; scalars on the device.
 
     Args:
-        contrast: of these queries.
+        contrast: output of the method for these queries.
         queries: unit vectors (N, C).
         keys: unit vectors (N, C); row i is the positive of query i.
     """

@@ -70,8 +70,8 @@ class MoCo(nn.Module):
 
         Args:
             query_encoder: f_q, trained by the optimiser.
-            config: of the method.
-            seed: of the first queue and of the shuffling, equal on all ranks.
+            config: settings of the method.
+            seed: seed of the first queue and of the shuffling, equal on all ranks.
         """
         super().__init__()
         self.config = config

@@ -57,7 +57,7 @@ class MoCoV3(nn.Module):
         Args:
             query_encoder: backbone and projector, trained by the optimiser.
             predictor: (N, C) -> (N, C), trained by the optimiser.
-            config: of the method.
+            config: settings of the method.
         """
         super().__init__()
         self.config = config

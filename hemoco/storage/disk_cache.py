@@ -33,9 +33,9 @@ class DiskCache:
     the cache.
 
     Args:
-        folder: of the files; made when needed, not accessible to other users.
-        max_bytes: of all files together, including those being written.
-        suffix: of the files' names.
+        folder: folder for the files; made when needed, not accessible to other users.
+        max_bytes: limit for all files together, including those being written.
+        suffix: end of the files' names.
     """
 
     def __init__(self, folder: Path, max_bytes: int, *, suffix: str = "") -> None:

@@ -78,7 +78,7 @@ def fetch_range(
     """Fetches the bytes [start, stop) of an object; a retry continues at the first missing byte.
 
     Args:
-        url: of the object, any that `hemoco.storage` supports.
+        url: URL of the object, of any kind that `hemoco.storage` supports.
         start: first byte.
         stop: byte after the last.
         counts: receives what this takes.
@@ -115,9 +115,9 @@ def verified_shard(
     """Fetches a whole shard and verifies that it is the one that was packed.
 
     Args:
-        url: of the shard.
+        url: URL of the shard.
         size: bytes that it had when it was packed.
-        sha256: of these bytes, hexadecimal.
+        sha256: hexadecimal digest of these bytes.
         counts: receives what this takes.
         budget_s: seconds without a new byte after which it gives up.
         into: memory for the bytes (size,); None allocates it.
@@ -189,7 +189,7 @@ class _Range:
 
     Attributes:
         next: first byte that is missing.
-        sha256: of the bytes so far, if the range is the whole object.
+        sha256: digest of the bytes so far, if the range is the whole object.
         plain: whether the plain HTTP client can read the object, as far as is known.
     """
 

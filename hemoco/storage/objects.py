@@ -90,7 +90,7 @@ def check_url(name: str, url: str) -> None:
     """Refuses a path, which on another machine or in another folder would be another file.
 
     Args:
-        name: of the setting, for the message.
+        name: name of the setting, for the message.
         url: its value.
 
     Raises:

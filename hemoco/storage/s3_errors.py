@@ -81,9 +81,9 @@ def s3_advice(answer: S3Answer, bucket: str, endpoint: str, region: str) -> str 
     """The cause of a refusal and advice, in one line; None for codes with no particular advice.
 
     Args:
-        answer: of the server.
-        bucket: of the request.
-        endpoint: of the request.
+        answer: the server's answer.
+        bucket: bucket that was asked for.
+        endpoint: endpoint that was asked.
         region: for which the request was signed.
     """
     if answer.code == "NoSuchBucket":

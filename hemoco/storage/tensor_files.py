@@ -38,7 +38,7 @@ def parse_safetensors(url: str, data: bytes) -> SafetensorsFile:
     """Reads a safetensors file.
 
     Args:
-        url: of the file, for messages.
+        url: URL of the file, for messages.
         data: its bytes.
 
     Raises:
@@ -103,7 +103,7 @@ def parse_file(url: str, data: bytes) -> dict[str, Any]:
     """Reads a safetensors file, a file of torch.save, or detectron2's pickle of arrays.
 
     Args:
-        url: of the file, for messages.
+        url: URL of the file, for messages.
         data: its bytes.
 
     Returns:

@@ -106,7 +106,7 @@ def ask(uri: str, question: Callable[[Any], Answer], *, patience_s: float = 60.0
     several times, so it must be idempotent.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         question: gets an MlflowClient.
         patience_s: seconds after which no new attempt begins.
 

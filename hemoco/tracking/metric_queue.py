@@ -304,7 +304,7 @@ class Tracker(MetricQueue):
     """Metrics of one MLflow run, sent while training goes on.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         run_id: id of the run.
         unsent: URL of the folder for undelivered points, `JOB/unsent_metrics/RUN_ID`, where a
             resumed training and `python -m jobs sync` look for them.
@@ -345,7 +345,7 @@ def send_points(
     """Sends at most 1000 points; those that were sent before are not duplicated.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         run_id: id of the run.
         points: to send.
         patience_s: seconds after which no new attempt begins.

@@ -129,11 +129,11 @@ def register_version(uri: str, model_id: str, name: str, alias: str, tags: dict[
     A version that was deleted since is not created again.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         model_id: id of the logged model.
         name: name of the registered model, from `models_name`.
         alias: alias of the version, from `alias_name`; an older version loses it.
-        tags: of the version.
+        tags: tags that the version gets.
 
     Returns:
         The number of the version.
@@ -256,7 +256,7 @@ def _find_or_create(
     model. Two processes at the same time can; then the older one that is complete counts.
 
     Args:
-        client: of MLflow.
+        client: MLflow's client.
         experiment_id: id of the experiment.
         kind: model type.
         identity: tags that identify the model.

@@ -62,12 +62,12 @@ def open_run(
     """Opens a run and returns its id.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         experiment_id: id of the experiment.
         name: name of the run in MLflow.
         parent: id of the parent run; None for a run without one.
-        tags: of the run.
-        params: of the run.
+        tags: tags that the run gets.
+        params: params that the run gets.
 
     Raises:
         TrackingError: MLflow cannot be used.
@@ -107,11 +107,11 @@ def search(
     """The runs that meet all conditions, the newest first. The only search for runs in hemoco.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         experiment_id: id of the experiment to search.
         tags: values that tags of a run must have.
-        exclude: values that tags of a run must not have; a run without the tag is not found either.
-        prefix: beginnings that values of a run's tags must have.
+        exclude: values that tags must not have. MLflow leaves out runs without the tag, too.
+        prefix: texts with which the values of tags must begin.
         limit: most runs to return; None: all.
         patience_s: seconds for which a failing search is retried; 0: one attempt.
 
@@ -239,11 +239,11 @@ def log_dataset_input(
     """Records a data set as an input of a run; the data are not opened.
 
     Args:
-        uri: of MLflow.
+        uri: URI of the tracking server.
         run_id: id of the run.
         name: shown for the data.
-        url: of the data.
-        digest: of the shard index; MLflow stores the first `DIGEST_LENGTH` characters.
+        url: URL of the data.
+        digest: digest of the shard index; MLflow stores the first `DIGEST_LENGTH` characters.
         context: use of the data, for example `pretraining`.
         counts: numbers of what is in it, by name.
     """

@@ -66,9 +66,9 @@ class SystemMetrics:
         """Creates the thread; the block starts it.
 
         Args:
-            uri: of MLflow.
+            uri: URI of the tracking server.
             run_id: id of the training's run, which gets the facts of the machine as tags.
-            tracker: of the training, receives the samples.
+            tracker: tracker of the training, which receives the samples.
             every_s: seconds between two samples.
         """
         self._uri = uri

@@ -93,7 +93,7 @@ def read_model(url: str) -> bytes:
         url: in one of the forms of `pinned`.
 
     Raises:
-        UsageError: as `pinned`.
+        UsageError: see `pinned`.
         CheckpointError: the file in MLflow is not the one that was recorded.
         TrackingError: MLflow has no such model, or cannot be used.
     """

@@ -46,7 +46,7 @@ def learning_rate(
         config: schedule, warm-up and base learning rate.
         step: optimiser steps done before this one.
         steps_per_epoch: optimiser steps in an epoch.
-        epochs: of the whole training.
+        epochs: epochs of the whole training.
     """
     epoch = step // steps_per_epoch
     warmup = config.warmup_epochs

@@ -176,9 +176,9 @@ def build_state(config: PretrainConfig, device: torch.device, *, data_digest: st
     """The state before the first step, the same on every rank.
 
     Args:
-        config: of the pretraining.
-        device: of the model.
-        data_digest: of the shard index; a checkpoint of other shards is refused.
+        config: settings of the pretraining.
+        device: device that trains.
+        data_digest: digest of the shard index; a checkpoint of other shards is refused.
     """
     model = build_method(config, device)
     return TrainState(
@@ -202,7 +202,7 @@ def train_steps(
         state: changed in place; complete at every yield. Its step decides learning rate, momentum
             and shuffling, so the first batch must be the one after `state.position`.
         batches: this rank's parts of the global batches; the generator ends with them.
-        steps_per_epoch: of the stream.
+        steps_per_epoch: steps that the stream gives in one epoch.
 
     Raises:
         TrainingError: loss or gradients are not finite, or memory ran out; raised before the
@@ -250,7 +250,7 @@ def make_views(batch: Batch, config: PretrainConfig, *, order: Tensor | None) ->
     with the draws of its own slot.
 
     Args:
-        batch: of N images, this rank's.
+        batch: this rank's N images of the step.
         config: gives the settings of the views and the seed.
         order: order (G,) of the key views in the global batch, on the CPU; None: that of the
             images.
@@ -287,7 +287,7 @@ def batch_fingerprint(keys: list[str], device: torch.device) -> float:
     number below 2^52, which a float64, as MLflow stores it, holds exactly.
 
     Args:
-        keys: of this rank's N samples, in order; N is the same on every rank.
+        keys: keys of this rank's N samples, in order; N is the same on every rank.
         device: for the collective.
     """
     total = 0

@@ -59,7 +59,7 @@ def _section(title: str, prefix: str, part: Any, *, outer: Any = None, level: in
         prefix: with which the names of its settings begin.
         part: an instance, whose values are the defaults.
         outer: the config that holds the part and checks its settings against others.
-        level: of the heading.
+        level: level of the heading.
     """
     cls = type(part)
     file = inspect.getmodule(cls).__name__.replace(".", "/")  # type: ignore[union-attr]

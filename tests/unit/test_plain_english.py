@@ -12,12 +12,17 @@ DATA = ROOT / "tests" / "data"  # scripts there are kept as an old version ran t
 FORBIDDEN = {"of", "as", "by", "what", "who", "whose", "how", "where", "when", "whether"}
 
 
+ELLIPTICAL_ARGUMENT = re.compile(r"^ +\w+: (?:of|as|by) ", re.MULTILINE)
+"""An entry under `Args:` that begins in mid-sentence, such as `url: of the folder`."""
+
+
 class Docstring(NamedTuple):
     """The docstring of a module, class or function, or the string under a field."""
 
     line: int
     opening: str
     """Its first line."""
+    text: str
 
 
 def docstrings(source: str) -> Iterator[Docstring]:
@@ -26,7 +31,7 @@ def docstrings(source: str) -> Iterator[Docstring]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             text = node.value.value
             if isinstance(text, str) and text.strip():
-                yield Docstring(node.lineno, text.strip().splitlines()[0])
+                yield Docstring(node.lineno, text.strip().splitlines()[0], text)
 
 
 def opens_badly(opening: str) -> bool:
@@ -41,7 +46,7 @@ def test_no_docstring_opens_with_a_word_that_needs_the_line_above() -> None:
             if path.is_relative_to(DATA):
                 continue
             for found in docstrings(path.read_text(encoding="utf-8")):
-                if opens_badly(found.opening):
+                if opens_badly(found.opening) or ELLIPTICAL_ARGUMENT.search(found.text):
                     bad.append(f"{path.relative_to(ROOT)}:{found.line} {found.opening}")
     assert not bad, f"{len(bad)} docstrings to reword:\n" + "\n".join(bad)
 
@@ -69,6 +74,11 @@ LIMIT = 3
         "Where it ends.",
     }
     assert all(map(opens_badly, openings))
+
+
+def test_entries_of_arguments_that_begin_in_mid_sentence_are_found() -> None:
+    assert ELLIPTICAL_ARGUMENT.search("Reads.\n\n    Args:\n        url: of the folder.\n")
+    assert not ELLIPTICAL_ARGUMENT.search("Reads.\n\n    Args:\n        url: URL of the folder.\n")
 
 
 def test_openings_that_stand_alone_pass() -> None:

@@ -145,7 +145,7 @@ def read_index(url: str, *, patience_s: float = 0.0) -> ShardIndex:
     """Reads and checks the index of a shard folder.
 
     Args:
-        url: of the folder.
+        url: URL of the shard folder.
         patience_s: seconds for which faults of the network are retried. None at the start of a
             command, where a wrong URL is the likely cause.
 
@@ -250,19 +250,20 @@ def read_shard(url: str, shard: Shard) -> list[Sample]:
     return samples
 
 
-def check_shard(url: str, shard: Shard, data: bytes) -> None:
-    """Compares the bytes of the shard at a URL with the index.
+def check_shard(tar_url: str, shard: Shard, data: bytes) -> None:
+    """Compares the bytes of a shard with its entry in the index.
 
     Raises:
         ShardError: size or checksum differ.
     """
     if len(data) != shard.bytes:
         raise ShardError(
-            f"{url}: {len(data)} bytes, the index says {shard.bytes}; pack the data again"
+            f"{tar_url}: {len(data)} bytes, the index says {shard.bytes}; pack the data again"
         )
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise ShardError(
-            f"{url}: checksum differs from the index: it is damaged or was replaced; pack it again"
+            f"{tar_url}: checksum differs from the index: it is damaged or was replaced; "
+            "pack it again"
         )
 
 

@@ -59,7 +59,7 @@ def cut_out(
 
     Args:
         parts: first byte and bytes of each part, ascending; together they hold all the samples.
-        table: of the shard.
+        table: table of the shard's samples.
         rows: rows of the table, one for each sample.
 
     Returns:
@@ -114,9 +114,9 @@ def whole_shard(
     """A whole shard with the rows of its damaged samples.
 
     Args:
-        url: of the shard.
+        url: URL of the shard.
         shard: its entry in the index.
-        table: of its samples.
+        table: table of the shard's samples.
         verified: returns its bytes, or raises ChecksumError.
         counts: receives what fetching takes.
         budget_s: seconds without a new byte after which fetching gives up.

@@ -32,7 +32,7 @@ def spread_samples(url: str, shards: Sequence[Shard], count: int) -> list[Spread
     """Evenly spaced samples of some shards, in their order; all samples where there are fewer.
 
     Args:
-        url: of the shard folder.
+        url: URL of the shard folder.
         shards: some of its index.
         count: samples to read.
 

@@ -96,7 +96,7 @@ def parse_tar(data: bytes, name: str) -> TarContent:
 
     Args:
         data: the whole file.
-        name: of the file, for errors.
+        name: name of the file, for errors.
 
     Raises:
         ShardError: it is not a tar, damaged, or cut; the message names the byte.

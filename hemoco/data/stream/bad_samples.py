@@ -104,7 +104,7 @@ class BadSampleFile:
     A run that is resumed continues the list of its file.
 
     Args:
-        url: of the file, which is written with the first bad sample.
+        url: URL of the file, which is written with the first bad sample.
     """
 
     def __init__(self, url: str) -> None:

@@ -87,7 +87,7 @@ def batches(
         index: its index.
         split: name of the split.
         plan: order and crops.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
         start: position of the last batch consumed; None starts at the beginning.
         device: receives the crops.

@@ -100,8 +100,8 @@ class CropSource(IterableDataset[CropBatch | HemocoError]):
     raised in a loader process in a traceback.
 
     Args:
-        data_url: of the shard folder.
-        shards: of the split.
+        data_url: URL of the shard folder.
+        shards: shards of the split.
         plan: order and crops.
         slots: the rank's range [start, stop) of slots.
         start: position of the last batch consumed; None starts at the beginning.

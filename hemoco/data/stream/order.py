@@ -105,7 +105,7 @@ class EpochOrder:
 
     Args:
         sizes: samples per shard.
-        seed: of the run.
+        seed: seed of the run.
         epoch: counted from 0.
         lanes: L; divides `global_batch_size`.
         shards_per_block: consecutive shards of a lane that are shuffled together.
@@ -267,7 +267,7 @@ def plan_portions(
     """Portions that a loader process reads from a step on, in the order in which it needs them.
 
     Args:
-        order: of the epoch.
+        order: order of the epoch.
         epoch: its number, for the portions.
         slots: the process's range of slots [start, stop).
         first_step: the step to begin with.

@@ -87,11 +87,11 @@ class SampleReader:
     any case, and one more shard for each of 4 threads while it is received.
 
     Args:
-        url: of the shard folder.
-        shards: of the split.
-        portions: of one epoch after the other, as `plan_portions` yields them.
-        config: of the stream.
-        cache: of the node, or None.
+        url: URL of the shard folder.
+        shards: shards of the split.
+        portions: portions of one epoch after the other, as `plan_portions` yields them.
+        config: settings of the stream.
+        cache: shard cache of this node, or None.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class SampleReader:
         """Sample and image (3, H, W) of each slot of a step; steps must be read in their order.
 
         Args:
-            epoch: of the step.
+            epoch: epoch that the step belongs to.
             step: within the epoch.
             slices: parts of lanes to read, as `EpochOrder.slices` yields them.
 

@@ -21,8 +21,8 @@ class ShardCache:
     """Verified shards on a local disk; without a usable disk they are read into memory instead.
 
     Args:
-        folder: of the files; made when needed, not accessible to other users.
-        max_bytes: of all files together, including those being written.
+        folder: folder for the files; made when needed, not accessible to other users.
+        max_bytes: limit for all files together, including those being written.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -41,9 +41,9 @@ class ShardCache:
         wait for its file.
 
         Args:
-            url: of the shard.
+            url: URL of the shard.
             size: bytes that it had when it was packed.
-            sha256: of these bytes, hexadecimal.
+            sha256: hexadecimal digest of these bytes.
             counts: receives what this takes.
             budget_s: seconds without a new byte after which fetching gives up.
 

@@ -36,22 +36,23 @@ class SampleSource(IterableDataset[dict[str, Any]]):
     of the epoch, for every number of ranks, and each rank has equally many.
 
     Args:
-        url: of the shard folder.
-        split: of its index.
-        config: lanes, blocks and memory; `workers` is not used, the DataLoader has its own.
-        seed: of the order.
+        url: URL of the shard folder.
+        split: name of a split in its index.
+        config: settings of the stream (`hemoco.data.stream.order` explains lanes and blocks);
+            `workers` is not used, the DataLoader has its own.
+        seed: seed of the order.
         global_batch_size: samples of all ranks in one step; a multiple of the lanes and of the
             world size.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
 
     Attributes:
-        epoch: of the next iteration, from 0. Set it before iterating; loader processes that persist
-            over epochs do not see the change.
+        epoch: epoch of the next iteration, from 0. Set it before iterating; loader processes that
+            persist over epochs do not see the change.
 
-    Undecodable images are left to the pipeline: nothing is decoded here. A few damaged samples are
-    replaced and logged. Iterating raises ShardError where a shard was replaced or too many samples
-    are damaged.
+    Nothing is decoded here, so undecodable images are for the pipeline to handle. A few damaged
+    samples are replaced and logged. Iterating raises ShardError where a shard was replaced or too
+    many samples are damaged.
 
     Raises:
         ShardError: the folder has no index or no such split.

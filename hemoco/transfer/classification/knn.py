@@ -123,7 +123,7 @@ def knn_accuracy(
         temperature: T > 0.
 
     Raises:
-        ConfigError: as `knn_votes`.
+        ConfigError: see `knn_votes`.
     """
     float32_bank = make_bank(bank, labels, int(labels.max()) + 1)
     votes = knn_votes(float32_bank, queries, neighbours=neighbours, temperature=temperature)
@@ -144,8 +144,8 @@ def run_knn(
     Nothing is random here; `seed` is unused and only keeps the signature common to all transfers.
 
     Raises:
-        ShardError: as `check_labels`.
-        ConfigError: as `knn_votes`.
+        ShardError: see `check_labels`.
+        ConfigError: see `knn_votes`.
     """
     classes = check_labels(train, test)
     features, queries = (split_features(backbone, split, cache) for split in (train, test))

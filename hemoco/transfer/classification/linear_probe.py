@@ -147,7 +147,7 @@ def run_linear_probe(
         cache: cache of features; None computes them.
 
     Raises:
-        ShardError: as `check_labels`.
+        ShardError: see `check_labels`.
         ConfigError: fewer than 5 training images.
         TrainingError: the classifier diverges with every setting.
     """

@@ -83,7 +83,7 @@ def run_low_shot(
         cache: cache of features; None computes them.
 
     Raises:
-        ShardError: as `check_labels`.
+        ShardError: see `check_labels`.
         ConfigError: a class has fewer images than are to be drawn.
     """
     classes = check_labels(train, test)

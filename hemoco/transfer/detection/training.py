@@ -126,7 +126,7 @@ def take_step(state: DetectionState, images: list[Tensor], targets: Targets) -> 
     Args:
         state: changed.
         images: N images (3, H, W) in [0, 1], those of this rank.
-        targets: as returned by `build_target`.
+        targets: targets returned by `build_target`.
 
     Returns:
         Each part of the loss, as the mean over the ranks; their sum as `loss`; and `lr`.

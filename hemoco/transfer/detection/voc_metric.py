@@ -61,7 +61,8 @@ def voc_metrics(
     Categories whose objects are all difficult, or that have none, are left out.
 
     Args:
-        ground_truth: as in a COCO instances file; an annotation may have `difficult`, by default 0.
+        ground_truth: content of a COCO instances file; an annotation may have `difficult`, which
+            is 0 by default.
         predictions: COCO results; predictions with equal scores are taken in the given order.
 
     Returns:
@@ -71,7 +72,7 @@ def voc_metrics(
         `coco_metric.metric_names`. All are in [0, 1].
 
     Raises:
-        ShardError: as `coco_metric.check_scenes`, or all objects are difficult.
+        ShardError: see `coco_metric.check_scenes`, or all objects are difficult.
     """
     check_scenes(ground_truth, predictions)
     objects_by_category = _group_by("category_id", ground_truth["annotations"])
