@@ -133,9 +133,8 @@ class PretrainConfig:
         group, steps = moco.bn_group_size, self.accumulation_steps
         require(
             per_worker % (group * steps) == 0,
-            f"pretrain.moco.bn_group_size is {group}: each worker has {per_worker} images a step, "
-            f"which must be a multiple of bn_group_size x pretrain.accumulation_steps "
-            f"({group} x {steps})",
+            f"pretrain.moco.bn_group_size is {group}: the images of one worker in a step "
+            f"({per_worker}) must be a multiple of it times pretrain.accumulation_steps ({steps})",
         )
         require(
             moco.queue_length % self.global_batch_size == 0,
