@@ -51,6 +51,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, cut to 300 characters; its class name if it has none.
+
+    Ray puts the traceback of another process before the message.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
+
+
 # Texts of torch's allocators. For most failed allocations torch raises a RuntimeError with one of
 # these texts, and a MemoryError only for few.
 _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")

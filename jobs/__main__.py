@@ -7,7 +7,7 @@ import sys
 # Without the first, Ray builds a new uv environment for each worker when started by `uv run`.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray merges equal log lines of several workers into one. Ours log once per run, from rank 0.
+# Ray would merge equal log lines of several workers into one, and hide which worker wrote them.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -85,9 +85,9 @@ def main(argv: list[str]) -> int:
         return 1
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        if missing.partition(".")[0] in _PACKAGES:
-            return _failed(_bug(error), 1, debug)
         message = f"this Python has no {missing}: run `uv run python -m jobs ...`"
+        if missing.partition(".")[0] in _PACKAGES:
+            message = _bug(error)
         return _failed(message, 1, debug)
     except Exception as error:
         return _failed(_bug(error), 1, debug)

@@ -205,9 +205,8 @@ def _stroke(size: int, rng: np.random.Generator) -> Floats:
 
 def _upscale(cells: NDArray[np.float64], size: int) -> Floats:
     """Scales (cells, cells, 3) to (S, S, 3)."""
-    small = torch.from_numpy(cells.astype(np.float32)).permute(2, 0, 1)[
-        None
-    ]  # (1, 3, cells, cells)
+    small = torch.from_numpy(cells.astype(np.float32)).permute(2, 0, 1)
+    small = small[None]  # (1, 3, cells, cells)
     large = interpolate(small, (size, size), mode="bicubic", align_corners=False)  # (1, 3, S, S)
     image: Floats = large[0].permute(1, 2, 0).numpy()  # (S, S, 3)
     return image

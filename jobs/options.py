@@ -228,6 +228,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem != "__init__")
 
 
+def recipe_path(name: str) -> Path:
+    """Path of the file of a shipped recipe."""
+    return _FOLDER / f"{name}.py"
+
+
 def load_recipe(name: str) -> Recipe:
     """Loads a shipped recipe by its name, or the value `recipe` of a Python file by its path.
 
@@ -236,7 +241,7 @@ def load_recipe(name: str) -> Recipe:
         HemocoError: raised by the file, for example because settings contradict each other.
     """
     is_path = name.endswith(".py")
-    path = Path(name) if is_path else _FOLDER / f"{name}.py"
+    path = Path(name) if is_path else recipe_path(name)
     if is_path and not path.is_file():
         raise UsageError(
             f"{name}: no such file; give the path of a Python file that defines `recipe`, or a "

@@ -24,7 +24,6 @@ from hemoco.tracking.tags import Tag
 from hemoco.tracking.unsent import MetricPoint
 
 _PATIENCE_S = 60.0
-_FILE_WIDTH = 120  # columns if the output is not a terminal
 
 
 @contextmanager
@@ -111,9 +110,9 @@ def print_results(comparison: Comparison, folder: Path) -> None:
         console.print(f"{title:<12}{text}", soft_wrap=True, highlight=False, markup=False)
 
 
-def table_console() -> Console:
-    """Returns a console as wide as the terminal, or with a fixed width for files."""
-    return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+def table_console(file_width: int = 120) -> Console:
+    """Returns a console as wide as the terminal, or with so many columns for a pipe or a file."""
+    return Console(width=None if sys.stdout.isatty() else file_width)
 
 
 def publish(comparison: Comparison, folder: Path) -> None:

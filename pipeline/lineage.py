@@ -65,8 +65,8 @@ def record_pretrained(study: Study, run_id: str, url: str) -> str:
     """Logs the backbone of a finished pretraining as a model and registers it, once.
 
     It becomes a version of the registered model `hemoco-RECIPE`, with the run's name as its alias.
-    Versions of one model may differ in data, settings and seed. Their architecture is that of the
-    recipe, so that a new version can be loaded wherever an old one was.
+    Versions of one model may differ in data, settings and seed. `--pretrain.encoder` flags can
+    even give them different architectures, which their tag `Tag.ARCHITECTURE` names.
 
     Args:
         study: the run.

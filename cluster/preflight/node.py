@@ -300,9 +300,8 @@ def _ahead_of_storage(url: str) -> float:
         if "ResponseMetadata" not in answer:
             raise
     date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
-    server_time = (
-        email.utils.parsedate_to_datetime(date).timestamp() + 0.5
-    )  # the header rounds down
+    # the header rounds down: half a second is the mean error
+    server_time = email.utils.parsedate_to_datetime(date).timestamp() + 0.5
     return (began + time.time()) / 2 - server_time
 
 

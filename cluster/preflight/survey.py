@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cluster.preflight import node as node_checks
 from cluster.preflight.node import Finding, NodeTask, checked, judge_clock
-from hemoco.errors import StorageError
+from hemoco.errors import StorageError, last_line
 from hemoco.storage.objects import join_url, list_names, remove, write_bytes
 from hemoco.tracking.client import shown
 
@@ -220,8 +220,7 @@ def _answer(reference: Any, began: float, received: float) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = ray.get(reference)
     except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return {"error": lines[-1][:300]}
+        return {"error": last_line(error)}
     # The node read its clock between `began` and `received` of ours. The clocks differ for sure
     # only by what lies outside of that.
     node_time = answer["time"]

@@ -22,7 +22,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.submit.checkout import EXCLUDES
 from cluster.submit.environment import JobSpec, resuming_argv
-from hemoco.errors import HemocoError, UsageError
+from hemoco.errors import HemocoError, UsageError, last_line
 from hemoco.tracking.tags import Tag
 
 _TIMEOUTS_S = (5.0, 60.0)  # to connect, and for an answer
@@ -198,7 +198,7 @@ class Cluster:
         except (RuntimeError, ValueError, KeyError) as error:
             if "Version check returned 404" in str(error):
                 raise HeadLost(f"{self.address} {_OTHER_SERVER}") from error
-            raise HeadLost(f"{self.address}: {_reason(error)}") from error
+            raise HeadLost(f"{self.address}: {last_line(error)}") from error
 
 
 # mypy does not follow ray's annotations
@@ -248,9 +248,3 @@ def _refused(address: str, reason: str) -> HemocoError:
     return HemocoError(
         f"{address}: {reason.strip().splitlines()[0]}; check RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
     )
-
-
-def _reason(error: Exception) -> str:
-    """Returns the last line of the head's answer, which comes after its traceback."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]

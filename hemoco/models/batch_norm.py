@@ -50,7 +50,8 @@ class AllReduceBatchNorm(BatchNorm):
         # a second collective, for squares about the mean: the difference of mean square and squared
         # mean would lose a small variance beside a large mean in float32
         variance = sum_with_gradient(centred.square().sum(axes)) / count  # (C,)
-        self._update_running_statistics(mean, variance * (count / (count - 1)))
+        # detached here: the product would otherwise be part of the graph that backward walks
+        self._update_running_statistics(mean.detach(), variance.detach() * (count / (count - 1)))
         scale = (variance + self.eps).rsqrt()  # (C,)
         if self.affine:
             scale = scale * self.weight

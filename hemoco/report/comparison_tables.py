@@ -16,7 +16,8 @@ _MOST_SETTINGS = 8
 def main_sections(comparison: Comparison) -> list[Section]:
     """Returns the tables of pretrainings, transfers, differences and repetitions.
 
-    Tables without rows are left out, except for transfers with notes: all of them failed.
+    Tables without rows are left out, except for transfers with notes: none has begun, and the
+    notes name them.
     """
     sections = [_pretrainings(comparison), _transfers(comparison), _differences(comparison)]
     for column in comparison.pretrainings:
@@ -176,7 +177,7 @@ def _transfer_notes(comparison: Comparison) -> list[str]:
         if line.differs
     ]
     repeated = [column.label for column in comparison.pretrainings if len(column.runs) > 1]
-    if repeated:
+    if repeated and comparison.lines:
         notes.append(
             f"± of {', '.join(repeated)}: between pretrainings; "
             "of the others: over the transfer's seeds"

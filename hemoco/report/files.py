@@ -40,16 +40,15 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     for each transfer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "json": render(comparison, "json"),
-        "csv": render(comparison, "csv"),
-        "md": render(comparison, "markdown"),
-    }
+    texts = {"md": render(comparison, "markdown")}
     if len(comparison.runs) == 1:
         results = comparison.runs[0].results
         rows = [dataclasses.asdict(row) for row in results.rows]
         texts["json"] = contract_json(results)
         texts["csv"] = csv_text(rows, [field.name for field in dataclasses.fields(Row)])
+    else:
+        texts["json"] = render(comparison, "json")
+        texts["csv"] = render(comparison, "csv")
     for suffix, text in texts.items():
         (folder / f"comparison.{suffix}").write_text(text, encoding="utf-8")
 

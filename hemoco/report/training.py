@@ -21,6 +21,7 @@ from hemoco.report.plots import (
     numbered,
     panels_plot,
 )
+from hemoco.results.cost import PAUSE_S
 from hemoco.results.kinds import kind_of
 from hemoco.results.records import Pretraining
 from hemoco.tracking.runs import RunFacts
@@ -30,8 +31,6 @@ HEALTHY_LOSS = 0.85
 """Fraction of the chance loss ln(K + 1) below which the loss of a healthy training ends."""
 HEALTHY_STD = 0.5
 """Embedding std x sqrt(C) above which a healthy training ends; 1 is isotropic, 0 collapsed."""
-_PAUSE_S = 600.0
-"""Seconds between two records above which the training was not running."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,7 +290,7 @@ def _since_start(points: Sequence[MetricPoint]) -> list[Point]:
     placed: list[Point] = []
     for point in points:
         seconds = (point.timestamp - points[0].timestamp) / 1000
-        if placed and seconds - placed[-1].x > _PAUSE_S:
+        if placed and seconds - placed[-1].x > PAUSE_S:
             placed.append(Point(seconds, math.nan))
         placed.append(Point(seconds, point.value))
     return placed

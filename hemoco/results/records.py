@@ -117,8 +117,8 @@ def read_records(uri: str, run: str) -> Records:
     parent = phases["parent"][-1]
     newest = {facts.tags[Tag.TRANSFER]: facts for facts in phases["transfer"]}
     # Transfers run in parallel: the order in which MLflow saw them begin varies from run to run.
-    known_order = [name for name in transfer_names(parent) if name in newest]
-    transfers = [newest[name] for name in dict.fromkeys([*known_order, *newest])]
+    in_order = dict.fromkeys([*transfer_names(parent), *newest])
+    transfers = [newest[name] for name in in_order if name in newest]
     curve = {(facts.tags[Tag.TRANSFER], facts.tags[Tag.EPOCH]): facts for facts in phases["curve"]}
     source = parent.tags.get(Tag.PRETRAIN_RUN_ID)
     if source is not None:

@@ -194,14 +194,14 @@ def close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILL
     ask(uri, lambda client: client.set_terminated(run_id, status))
 
 
-def set_tags(uri: str, run_id: str, tags: dict[str, str]) -> None:
-    """Sets or replaces tags of a run."""
+def set_tags(uri: str, run_id: str, tags: dict[str, str], *, patience_s: float = 60.0) -> None:
+    """Sets or replaces tags of a run; a failing call is retried for `patience_s` seconds."""
 
     def set_all(client: Any) -> None:
         for name, value in tags.items():
             client.set_tag(run_id, name, value)
 
-    ask(uri, set_all)
+    ask(uri, set_all, patience_s=patience_s)
 
 
 def log_artifact_bytes(uri: str, run_id: str, name: str, data: bytes) -> None:

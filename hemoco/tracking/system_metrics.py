@@ -23,8 +23,8 @@ import torch
 
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import home
-from hemoco.tracking.client import ask
 from hemoco.tracking.metric_queue import Tracker
+from hemoco.tracking.runs import set_tags
 from hemoco.tracking.tags import Tag
 from hemoco.version import __version__
 
@@ -120,14 +120,8 @@ class SystemMetrics:
 
     def _record_facts(self) -> bool:
         """Sets the facts of the machine as tags; returns whether MLflow accepted them."""
-        facts = machine_facts()
-
-        def set_tags(client: Any) -> None:
-            for name, value in facts.items():
-                client.set_tag(self._run_id, name, value)
-
         try:
-            ask(self._uri, set_tags, patience_s=0)
+            set_tags(self._uri, self._run_id, machine_facts(), patience_s=0)
         except HemocoError as error:
             logger.debug("event=machine_facts_not_recorded %s", error)
             return False

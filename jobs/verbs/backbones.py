@@ -1,12 +1,10 @@
 """`python -m jobs backbones`: lists the registered backbones, gives them aliases, deletes them."""
 
 import difflib
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +21,7 @@ from hemoco.tracking.versions import (
     set_alias,
 )
 from jobs.arguments import read_arguments
+from jobs.session import table_console
 from pipeline.run_folder import check_run_folder
 
 _FILE_WIDTH = 200  # columns if the output is not a terminal
@@ -55,7 +54,7 @@ def show() -> None:
     """Lists the registered backbones with the results of their transfers."""
     uri = tracking_uri()
     connect(uri)
-    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    console = table_console(_FILE_WIDTH)
     versions = backbone_versions(uri)
     if not versions:
         console.print(

@@ -7,7 +7,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import tyro
@@ -15,7 +14,7 @@ import tyro
 from hemoco import config
 from hemoco.errors import UsageError
 from jobs.arguments import read_arguments
-from jobs.options import load_recipe, recipe_names
+from jobs.options import load_recipe, recipe_names, recipe_path
 
 _Class = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="[CLASS]", help_behavior_hint="")
@@ -37,13 +36,14 @@ def recipes(name: _Class = "", /) -> None:
         _explain(name)
     names = recipe_names()
     indent = max(len(recipe) for recipe in names) + 2
-    # a pipe gets one line for each recipe
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
     for recipe in names:
-        source = (Path(__file__).parents[1] / "recipes" / f"{recipe}.py").read_text()
-        docstring = ast.get_docstring(ast.parse(source)) or ""
-        line = f"{recipe:<{indent}}{docstring.partition(chr(10))[0]}"
-        print(textwrap.fill(line, width, subsequent_indent=" " * indent))
+        docstring = ast.get_docstring(ast.parse(recipe_path(recipe).read_text())) or ""
+        title = docstring.partition("\n")[0]
+        line = f"{recipe:<{indent}}{title}"
+        if sys.stdout.isatty():  # a pipe gets one line for each recipe
+            width = shutil.get_terminal_size().columns
+            line = textwrap.fill(line, width, subsequent_indent=" " * indent)
+        print(line)
 
 
 def _explain(name: str) -> NoReturn:

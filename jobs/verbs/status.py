@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from hemoco.tracking.tags import Tag
 from jobs.arguments import Url, read_arguments
 from jobs.options import settings_flags
 from jobs.recorded_command import recorded_command
+from jobs.session import table_console
 from jobs.verbs.submit import head_address
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ def status(run: _Run = "", /, *, address: Url = "") -> None:
     """
     if run:
         check_run_name("RUN", run)
-    with_jobs = bool(address) or os.environ.get("RAY_ADDRESS", "").startswith("http")
+    with_jobs = address or os.environ.get("RAY_ADDRESS", "").startswith("http")
     head = head_address(address) if with_jobs else ""
-    jobs = _jobs(head, run) if with_jobs else []
-    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    jobs = _jobs(head, run) if head else []
+    console = table_console(_FILE_WIDTH)
     if run:
         _show_run(console, run, jobs, head)
     else:
-        _show_runs(console, newest_runs(tracking_uri(), _MOST), jobs, with_jobs)
+        _show_runs(console, newest_runs(tracking_uri(), _MOST), jobs, bool(head))
 
 
 def _jobs(address: str, run: str) -> list["Job"]:

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import shlex
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from cluster.local.ray import Stack, development_stack, ray_logs
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import home
 from jobs.arguments import Folder, read_arguments
+from jobs.session import take_sigterm_as_ctrl_c
 
 _CHECK_S = 1.0
 
@@ -37,13 +37,13 @@ def up(*, folder: Folder = "", s3_port: int = 0, mlflow_port: int = 0) -> None:
     path = Path(folder).expanduser().resolve() if folder else home() / "stack"
     # set in a terminal that took the export lines of an earlier stack
     os.environ.pop("RAY_ADDRESS", None)
-    _stop_on_sigterm()
+    take_sigterm_as_ctrl_c()
     try:
         with (
             _locked(path),
             development_stack(path, s3_port=s3_port, mlflow_port=mlflow_port) as stack,
         ):
-            _stop_on_sigterm()  # again: ray.init has installed its own handler
+            take_sigterm_as_ctrl_c()  # again: ray.init has installed its own handler
             print(_instructions(stack, path), flush=True)
             while True:
                 stack.check()
@@ -65,11 +65,6 @@ def _instructions(stack: Stack, folder: Path) -> str:
             "# Ctrl-C stops everything; the data stays.",
         ]
     )
-
-
-def _stop_on_sigterm() -> None:
-    """Lets SIGTERM raise KeyboardInterrupt, so that the servers are stopped in order."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager

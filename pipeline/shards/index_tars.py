@@ -26,7 +26,7 @@ from hemoco.storage.objects import (
 )
 from pipeline.shards.pack import (
     existing_index,
-    image_flaw,
+    flawed_samples,
     log_restored,
     other_shards,
     remove_tables,
@@ -139,11 +139,9 @@ def _index_tar(tar: SourceTar, dest: str, new: bool, promised: Shard | None) -> 
     elif shard == promised:
         restored = restore_table(dest, shard, content.table)
     tar_name = tar.url.rpartition("/")[2]
-    undecodable = []
-    for sample in content.samples:
-        flaw = image_flaw(sample.image)
-        if flaw is not None:
-            undecodable.append((f"{sample.key} in {tar_name}", flaw.reason))
+    undecodable = [
+        (f"{key} in {tar_name}", flaw.reason) for key, flaw in flawed_samples(content.samples)
+    ]
     return _IndexedTar(
         shard=shard,
         last_label=int(content.table.labels.max(initial=-1)),

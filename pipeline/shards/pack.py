@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -262,6 +262,14 @@ def image_flaw(image: bytes) -> "UndecodableImage | None":
     except UndecodableImage as error:
         return error
     return None
+
+
+def flawed_samples(samples: Iterable[Sample]) -> Iterator[tuple[str, "UndecodableImage"]]:
+    """Yields the key of each sample whose image the stream could not decode, and the reason."""
+    for sample in samples:
+        flaw = image_flaw(sample.image)
+        if flaw is not None:
+            yield sample.key, flaw
 
 
 def log_restored(restored: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from hemoco.data.shards.read import cut_out, damaged_rows, is_another_shard
 from hemoco.data.shards.tar import parse_tar
 from hemoco.errors import HemocoError
 from hemoco.storage.objects import read_bytes
-from pipeline.shards.pack import image_flaw
+from pipeline.shards.pack import flawed_samples
 from pipeline.workers.tasks import Progress, run_tasks
 
 
@@ -90,11 +90,7 @@ def _verify_shard(url: str, shard: Shard) -> _VerifiedShard:
         damages = [f"{error}{_extent(url, shard, data)}"]
         damages += _messages(lambda: read_table(url, shard))
         return _VerifiedShard(shard.name, shard.split, damages, [], 0)
-    bad = []
-    for sample in content.samples:
-        flaw = image_flaw(sample.image)
-        if flaw is not None:
-            bad.append(f"{sample.key}: {flaw}")
+    bad = [f"{key}: {flaw}" for key, flaw in flawed_samples(content.samples)]
     undecodable = []
     if bad:
         undecodable.append(f"{tar_url}: {len(bad)} images cannot be decoded, first {bad[0]}")

@@ -22,7 +22,14 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from hemoco.config import ResourcesConfig
 from hemoco.distributed import rank
-from hemoco.errors import HemocoError, LostLoaderError, StorageError, TrainingError, memory_errors
+from hemoco.errors import (
+    HemocoError,
+    LostLoaderError,
+    StorageError,
+    TrainingError,
+    last_line,
+    memory_errors,
+)
 from hemoco.storage.objects import filesystem, join_url, list_names, remove
 from pipeline.workers.capacity import wait_for_capacity
 from pipeline.workers.interruption import TrainingProcess, note_sigterm
@@ -96,7 +103,7 @@ def run_workers(
             saved_before, saved = saved, _checkpoints(storage)
             failures = failures + 1 if saved == saved_before else 1
             lost = True
-            reason = str(error).strip().splitlines()[-1][:300]
+            reason = last_line(error)
             if failures > _MAX_FAILURES:
                 raise TrainingError(
                     f"{name}: the training processes failed {failures} times, last: {reason}"

@@ -30,19 +30,15 @@ def table(title: str, names: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
     Numbers have the digits that suit their size.
     """
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [
-        max(len(line[column]) for line in [list(names), *cells]) for column in range(len(names))
-    ]
-    left = [all(isinstance(row[column], str) for row in rows) for column in range(len(names))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if to_left else cell.rjust(w)
-            for cell, w, to_left in zip(line, widths, left, strict=True)
-        )
-        for line in [list(names), *cells]
-    ]
-    return "\n".join([f"\n{title}", *(line.rstrip() for line in lines)])
+    columns = []
+    for number, name in enumerate(names):
+        values = [row[number] for row in rows]
+        cells = [name, *map(_cell, values)]
+        width = max(map(len, cells))
+        is_text = all(isinstance(value, str) for value in values)
+        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+    lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    return "\n".join([f"\n{title}", *lines])
 
 
 def _cell(value: object) -> str:

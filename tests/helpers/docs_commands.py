@@ -17,9 +17,9 @@ from unittest import mock
 import tyro
 
 from jobs.cli import main
+from jobs.verbs.submit import _OPTIONS
 
 _RECIPE = "cifar10_resnet18_mocov2"
-_FIRST_OF_RECIPE = ("run", "pretrain", "transfer", "sweep", "preflight")
 
 
 class _Parsed(BaseException):
@@ -55,7 +55,7 @@ def jobs_commands(command: list[str]) -> Iterator[list[str]]:
 def _with_shipped_recipe(argv: list[str]) -> list[str]:
     argv = list(argv)
     position = 1 if argv[:1] == ["submit"] else 0
-    if argv[position : position + 1] and argv[position] in _FIRST_OF_RECIPE:
+    if argv[position : position + 1] and argv[position] in _OPTIONS:
         recipe = argv[position + 1] if len(argv) > position + 1 else ""
         if recipe in ("RECIPE", "NAME") or recipe.endswith(".py"):
             argv[position + 1] = _RECIPE

@@ -10,17 +10,16 @@ import re
 import subprocess
 import typing
 from collections.abc import Callable
-from pathlib import Path
 
 from hemoco import config
 from hemoco.tracking.tags import Tag
 from jobs.options import recipe_names
 from tests.helpers.docs_pages import blocks, inline_code
-from tests.helpers.house import ROOT
+from tests.helpers.house import ROOMS, ROOT
 
 _NOT_OURS = (
     *("main_moco.py", "main_lincls.py", "CONFIG.md"),  # the official code of MoCo
-    *("--pretrained", "--mlp", "--aug-plus"),  # and its options
+    *("--pretrained", "--mlp", "--aug-plus", "--batch-size"),  # and its options
     "optimizer.batch_size",  # solo-learn
     *("--num-cpus", "--num-gpus", "--volumes"),  # Ray and Docker
     *("mine.py", "sheet.png"),  # files of the reader
@@ -48,7 +47,7 @@ def _defined_on(page: str) -> set[str]:
     """Classes, settings and files that the code blocks of a page define, as an example does."""
     text = "\n".join(block.text for block in blocks(page))
     classes = re.findall(r"\bclass (\w+)", text)
-    files = (block.comment.removeprefix("file: ") for block in blocks(page))
+    files = (block.file for block in blocks(page))
     return {*classes, *files, *re.findall(r"^\+    (\w+): \w", text, re.MULTILINE)}
 
 
@@ -61,9 +60,9 @@ def _is_flag(text: str) -> bool:
     name = re.sub(r"\.no_", ".", text.removeprefix("--"))
     if "." in name:
         return _is_setting(name)
-    plain = name.replace("-", "_").removeprefix("no_")
-    parameter = re.search(rf"\b{plain}: ", _code())
-    return _is_setting(name) or parameter is not None or text in _code() or text in _deployment()
+    commands = (ROOT / "docs" / "reference" / "commands.md").read_text()  # test_reference holds it
+    option = f"**`{text}`**" in commands
+    return _is_setting(name) or option or f'"{text}"' in _code() or text in _deployment()
 
 
 def _is_setting(text: str) -> bool:
@@ -141,13 +140,13 @@ _FORMS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
 @functools.cache
 def _code() -> str:
     """hemoco's own code as one text."""
-    rooms = (ROOT / room for room in ("hemoco", "pipeline", "jobs", "cluster"))
+    rooms = (ROOT / room for room in ROOMS)
     return "\n".join(path.read_text() for room in rooms for path in sorted(room.rglob("*.py")))
 
 
 @functools.cache
 def _deployment() -> str:
-    folder = Path(ROOT / "cluster" / "deploy")
+    folder = ROOT / "cluster" / "deploy"
     return "\n".join(path.read_text() for path in sorted(folder.iterdir()))
 
 

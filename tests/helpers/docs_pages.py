@@ -29,6 +29,16 @@ class Block(NamedTuple):
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
 
+    @property
+    def file(self) -> str:
+        """Name of the file that the block shows, `file: NAME` in the comment; else empty."""
+        return self.comment.removeprefix("file: ") if self.comment.startswith("file: ") else ""
+
+    @property
+    def runs(self) -> bool:
+        """False if the comment is `not run: REASON`."""
+        return not self.comment.startswith("not run")
+
 
 def pages() -> list[str]:
     """README.md and every Markdown file below docs/, as paths from the root of the checkout."""
@@ -92,6 +102,11 @@ def anchors(page: str) -> set[str]:
     return found
 
 
+def table_cells(line: str) -> list[str]:
+    """Texts of the cells of a row."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def inline_code(page: str) -> list[str]:
     """Texts between single backticks in the text of a page.
 
@@ -101,7 +116,7 @@ def inline_code(page: str) -> list[str]:
     column: int | None = None
     previous = ""
     for line in prose(page).splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = table_cells(line)
         if not line.startswith("|"):
             column = None
         elif not previous.startswith("|"):

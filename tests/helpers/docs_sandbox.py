@@ -65,9 +65,8 @@ class Sandbox:
         return output
 
     def save(self, block: Block) -> None:
-        """Writes the file that a block shows; the comment above it is `file: NAME`."""
-        name = block.comment.removeprefix("file: ")
-        (self.folder / name).write_text(block.text + "\n")
+        """Writes the file that a block shows."""
+        (self.folder / block.file).write_text(block.text + "\n")
 
 
 def shortened(output: str, comment: str) -> list[str]:
@@ -129,9 +128,9 @@ def run_page(sandbox: Sandbox, page_blocks: list[Block]) -> list[tuple[Block, st
     """
     seen = []
     for block in page_blocks:
-        if block.comment.startswith("not run"):
+        if not block.runs:
             continue
-        if block.comment.startswith("file: "):
+        if block.file:
             sandbox.save(block)
         elif block.language == "bash":
             sandbox.run(block.text)

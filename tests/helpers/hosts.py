@@ -11,6 +11,7 @@ reach each other and the test process, but nothing else.
 
 import contextlib
 import dataclasses
+import http.client
 import os
 import secrets
 import signal
@@ -55,6 +56,23 @@ class Host:
             )
         self.started.append(process)
         return process
+
+    def answer(self, port: int, path: str, token: str = "") -> tuple[int, str]:
+        """Returns status and body of what a server on the host answers to a GET; else status 0."""
+        connection = http.client.HTTPConnection(self.address, port, timeout=5)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode(errors="replace")
+        except OSError:
+            return 0, ""
+        finally:
+            connection.close()
+
+    def has_s3_and_mlflow(self) -> bool:
+        """Returns whether S3 and MLflow answer at the ports 9000 and 5000."""
+        return all(self.answer(port, path)[0] for port, path in ((9000, "/"), (5000, "/health")))
 
     def pids(self) -> list[int]:
         """Returns the ids of all processes on the host."""

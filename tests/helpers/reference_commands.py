@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs import cli
-from jobs.options import ReportOptions, RunOptions, SweepOptions, TransferOptions
+from jobs.options import RunOptions
 from jobs.verbs import backbones, submit
 from tests.helpers.reference_text import (
     argument_docs,
@@ -19,13 +19,6 @@ from tests.helpers.reference_text import (
     value_text,
 )
 
-_OVER_A_RECIPE: dict[str, type[RunOptions]] = {
-    "run": ReportOptions,
-    "pretrain": RunOptions,
-    "transfer": TransferOptions,
-    "sweep": SweepOptions,
-    "preflight": RunOptions,
-}
 _SOURCES = "SOURCE [SOURCE ...] DEST"
 """The only positional argument of `pack`: its last value is the destination."""
 
@@ -37,8 +30,8 @@ def commands_blocks() -> dict[str, str]:
 
 def _section(verb: str) -> str:
     lines = [f"## {verb}", "", f"*{cli._VERBS[verb]}*", ""]
-    if verb in _OVER_A_RECIPE:
-        lines += _recipe_verb(verb, _OVER_A_RECIPE[verb])
+    if verb in submit._OPTIONS:
+        lines += _recipe_verb(verb, submit._OPTIONS[verb])
     elif verb == "submit":
         lines += ["```text", submit._USAGE.strip(), "```"]
     elif verb == "backbones":

@@ -8,15 +8,15 @@ written. `tests/unit/test_reference.py` fails where one is stale.
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from hemoco.tracking.tags import Tag
+from tests.helpers.house import ROOT
 from tests.helpers.reference_commands import commands_blocks
 from tests.helpers.reference_files import files_blocks
 from tests.helpers.reference_settings import settings_blocks
 from tests.helpers.reference_text import commented_groups, field_docs
 
-FOLDER = Path(__file__).parents[2] / "docs" / "reference"
+FOLDER = ROOT / "docs" / "reference"
 
 
 def record_blocks() -> dict[str, str]:

@@ -42,7 +42,7 @@ BEGAN_S = time.time()
 DONE = {("pretrained", 0): 0.98, ("random", 0): 0.91}
 # two displays of a run, one after the other: of a block that fails, and of one that Ctrl-C ends
 PROGRAM = """
-import logging, signal, sys, threading
+import logging, signal, sys, threading, time
 from hemoco.data.shards.index import ShardIndexes
 from hemoco.tracking.client import connect, tracking_uri
 from jobs.display.live import live_display
@@ -75,12 +75,15 @@ for ending in ("fail", "interrupt"):
             work()
             if ending == "fail":
                 raise ValueError("no luck")
-            # raised here and not within print, wherever the signal arrives
+            # the signal may arrive within print, where an interrupt was lost once
             pressed = threading.Event()
             signal.signal(signal.SIGINT, lambda *_: pressed.set())
             print("waiting for Ctrl-C")
-            pressed.wait(600)
-            raise KeyboardInterrupt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if pressed.is_set():
+                raise KeyboardInterrupt
+            time.sleep(600)
+            raise AssertionError("no signal")
     except (ValueError, KeyboardInterrupt) as error:
         logging.error("error: %r", error)
     print("after")

@@ -12,12 +12,19 @@ import pytest
 
 from tests.helpers.docs_pages import Block, blocks, console_commands, pages
 from tests.helpers.docs_sandbox import Sandbox, run_page, stable_part
-from tests.helpers.house import ROOT
+from tests.helpers.house import ROOMS, ROOT
 
 TUTORIAL = "docs/tutorial.md"
 HOW_TO = [page for page in pages() if page.startswith("docs/how-to/")]
-BESIDE = ("docs/how-to/add-a-transfer.md", "docs/how-to/run-on-your-own-machines.md")
+EXPORT = "docs/how-to/export-a-backbone.md"
+BESIDE = ("docs/how-to/add-a-transfer.md", "docs/how-to/run-on-your-own-machines.md", EXPORT)
 """Pages with a test of their own: below, and tests/system/test_own_machines.py."""
+RUNNING = [
+    page
+    for page in HOW_TO
+    if page not in BESIDE
+    and any(block.runs and block.language in ("bash", "console") for block in blocks(page))
+]
 Shown = list[tuple[Block, str, list[str]]]
 
 
@@ -35,9 +42,9 @@ def tutorial(sandbox: Sandbox) -> Shown:
 def assert_pages_show(seen: Shown) -> None:
     for block, command, output in seen:
         shown = dict(console_commands(block.text))[command]
-        assert stable_part(shown) == stable_part(output), (
-            f"{block} is stale: uv run python -m tests.helpers.write_tutorial"
-        )
+        mend = "uv run python -m tests.helpers.write_tutorial" if block.page == TUTORIAL else ""
+        printed = "\n".join(output)
+        assert stable_part(shown) == stable_part(output), f"{block} is stale {mend}\n{printed}"
 
 
 def test_the_tutorial_has_ten_commands_with_the_output_that_it_shows(tutorial: Shown) -> None:
@@ -55,7 +62,7 @@ def test_the_answer_of_the_tutorial_is_that_pretraining_transfers(
             assert values[transfer, "pretrained", seed] > values[transfer, "random", seed]
 
 
-@pytest.mark.parametrize("page", sorted(set(HOW_TO) - set(BESIDE)))
+@pytest.mark.parametrize("page", RUNNING)
 def test_blocks_of_a_page_run_after_the_tutorial(
     sandbox: Sandbox, tutorial: Shown, page: str
 ) -> None:
@@ -63,25 +70,15 @@ def test_blocks_of_a_page_run_after_the_tutorial(
 
 
 def test_python_that_loads_the_backbone_runs(sandbox: Sandbox, tutorial: Shown) -> None:
-    export = "docs/how-to/export-a-backbone.md"
-    sandbox.run(blocks_in(export, "bash")[0].text)
-    scripts = [
-        block.text for block in (*blocks_in(export, "python"), blocks_in("README.md", "python")[-1])
-    ]
+    assert_pages_show(run_page(sandbox, blocks(EXPORT)))
+    readme = [block for block in blocks("README.md") if block.language == "python" and block.runs]
+    python = [block for block in blocks(EXPORT) if block.language == "python" and block.runs]
+    scripts = [block.text for block in (*python, readme[-1])]
     text = re.sub(
         r'"s3://bucket/runs/NAME/[^"]+"', '"models:/hemoco-mine@first"', "\n".join(scripts)
     )
     (sandbox.folder / "load.py").write_text(f"{text}\nprint(features.shape, model.num_features)")
     assert sandbox.run("python load.py").split()[-1] == "96"
-
-
-def blocks_in(page: str, language: str) -> list[Block]:
-    """Those blocks of a page that are run."""
-    return [
-        block
-        for block in blocks(page)
-        if block.language == language and not block.comment.startswith("not run")
-    ]
 
 
 def apply_diff(folder: Path, text: str) -> None:
@@ -97,7 +94,7 @@ def apply_diff(folder: Path, text: str) -> None:
 
 
 def test_the_four_files_of_a_new_transfer_pass_their_test(tmp_path: Path) -> None:
-    for room in ("hemoco", "pipeline", "jobs", "cluster", "tests/helpers"):
+    for room in (*ROOMS, "tests/helpers"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / room, tmp_path / room, ignore=ignored)
     for file in ("pyproject.toml", "tests/conftest.py", "tests/unit/conftest.py"):
@@ -108,11 +105,11 @@ def test_the_four_files_of_a_new_transfer_pass_their_test(tmp_path: Path) -> Non
         if block.language == "diff":
             apply_diff(tmp_path, block.text)
             touched.add(block.text.splitlines()[0].removeprefix("--- "))
-        elif block.comment.startswith("file: "):
-            name = block.comment.removeprefix("file: ")
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(block.text + "\n")
-            touched.add(name)
+        elif block.file:
+            path = tmp_path / block.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text + "\n")
+            touched.add(block.file)
     assert len(touched) == 4
     check = (
         "from hemoco.config import RidgeConfig; import pipeline.transfer.units as u; u.run_ridge"

@@ -6,7 +6,6 @@ goes through all events, `night`; each test checks one of them.
 """
 
 import dataclasses
-import http.client
 import os
 import re
 import secrets
@@ -119,19 +118,9 @@ class Cluster:
 
         A token of None is the right one, an empty one is not sent.
         """
-        token = (
-            Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text() if token is None else token
-        )
-        connection = http.client.HTTPConnection(self.head.address, 8265, timeout=5)
-        try:
-            connection.request(
-                "GET", path, headers={"Authorization": f"Bearer {token}"} if token else {}
-            )
-            return connection.getresponse().status
-        except OSError:
-            return 0
-        finally:
-            connection.close()
+        if token is None:
+            token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        return self.head.answer(8265, path, token)[0]
 
     def log(self, name: str) -> str:
         return (self.folder / name).read_text(errors="replace")
@@ -221,19 +210,7 @@ def _serve(cluster: Cluster) -> None:
     for name, words, more in (("s3", s3, keys), ("mlflow", mlflow, quiet)):
         log = cluster.folder / f"{name}.log"
         cluster.services.start(*words, log=log, environment=cluster.environment | more)
-    for port, path in ((9000, "/"), (5000, "/health")):
-        wait_until(lambda p=port, q=path: _answers(address, p, q), 120)  # type: ignore[misc]
-
-
-def _answers(address: str, port: int, path: str) -> bool:
-    connection = http.client.HTTPConnection(address, port, timeout=5)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status > 0
-    except OSError:
-        return False
-    finally:
-        connection.close()
+    wait_until(cluster.services.has_s3_and_mlflow, 120)
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ and options by which three hosts of one machine keep apart (each has one core, i
 folder for Ray).
 """
 
-import http.client
 import json
 import re
-import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +32,7 @@ class Machines:
         self.head, *self.nodes = machines
         self.sandbox = Sandbox(folder / "me")
         self.folder = folder
-        self.outputs: list[str] = []
+        self.output = ""
 
     def run(self, block: Block) -> None:
         """Runs a block on the machines of its comment, `on: head` or `on: nodes`.
@@ -43,22 +41,14 @@ class Machines:
         """
         place, _, stays = block.comment.removeprefix("on: ").partition(", ")
         for host in [self.head] if place == "head" else self.nodes:
-            command = host.command("bash", "-euc", self._fitted(block.text, host))
+            script = f"cd {self.sandbox.folder}\n{self._fitted(block.text, host)}"
             log = self.folder / f"{host.name}-{block.line}.log"
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    command,
-                    cwd=self.sandbox.folder,
-                    env=self.sandbox.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-            host.started.append(process)
+            process = host.start(
+                "bash", "-euc", script, log=log, environment=self.sandbox.environment
+            )
             if not stays:
                 assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
-            self.outputs.append(log.read_text(errors="replace"))
+                self.output += log.read_text(errors="replace")
 
     def _fitted(self, text: str, host: Host) -> str:
         text = text.replace("10.0.0.1", self.head.address).replace("mine.py", str(RECIPE))
@@ -68,8 +58,7 @@ class Machines:
 
     def wait_for_servers(self) -> None:
         """Until S3 and MLflow answer."""
-        for port, path in ((9000, "/"), (5000, "/health")):
-            self._wait_until(lambda p=port, q=path: self._get(p, q)[0] > 0)  # type: ignore[misc]
+        self._wait_until(self.head.has_s3_and_mlflow)
 
     def wait_for_nodes(self, count: int) -> None:
         """Until so many nodes have joined, the head among them."""
@@ -82,26 +71,14 @@ class Machines:
             pytest.fail("\n".join(f"{log.name}: {log.read_text()[-1500:]}" for log in logs))
 
     def _alive_nodes(self) -> int:
-        status, body = self._get(8265, "/nodes?view=summary")
+        file = self.sandbox.home / ".config" / "hemoco" / "cluster.env"
+        token = re.search(r"RAY_AUTH_TOKEN=(\w+)", file.read_text())
+        assert token is not None
+        status, body = self.head.answer(8265, "/nodes?view=summary", token[1])
         if status != 200:
             return 0
         nodes = json.loads(body)["data"]["summary"]
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
-
-    def _get(self, port: int, path: str) -> tuple[int, str]:
-        """Status and body of the head's answer; status 0 without one."""
-        file = self.sandbox.home / ".config" / "hemoco" / "cluster.env"
-        token = re.search(r"RAY_AUTH_TOKEN=(\w+)", file.read_text())
-        assert token is not None
-        connection = http.client.HTTPConnection(self.head.address, port, timeout=5)
-        try:
-            connection.request("GET", path, headers={"Authorization": f"Bearer {token[1]}"})
-            response = connection.getresponse()
-            return response.status, response.read().decode(errors="replace")
-        except OSError:
-            return 0, ""
-        finally:
-            connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +107,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 def test_preflight_finds_room_on_the_two_nodes(walked: Machines) -> None:
-    assert re.search(
-        r"room pretrain +2 x 1 CPU: the nodes have room for 2", "".join(walked.outputs)
-    )
+    assert re.search(r"room pretrain +2 x 1 CPU: the nodes have room for 2", walked.output)
 
 
 def test_the_run_ends_with_its_table(walked: Machines) -> None:
-    output = "".join(walked.outputs)
+    output = walked.output
     assert "FINISHED" in output
     assert re.search(r"^knn +top1 +[\d.]+", output, re.MULTILINE)
 

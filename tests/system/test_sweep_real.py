@@ -71,11 +71,9 @@ def write_scans(url):
     """Shards of scikit-learn's digits as they are, on 16 x 16 pixels."""
     shards = []
     for split, digits in split_digits(0).items():
-        some = [
-            digit
-            for label in range(10)
-            for digit in [d for d in digits if d.label == label][: SAMPLES[split]]
-        ]
+        some = []
+        for label in range(10):
+            some += [digit for digit in digits if digit.label == label][: SAMPLES[split]]
         order = np.random.default_rng(0).permutation(len(some))
         data = encode_shard(
             [

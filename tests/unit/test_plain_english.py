@@ -3,11 +3,11 @@
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-FOLDERS = ("hemoco", "pipeline", "jobs", "cluster", "tests", ".ci")
+from tests.helpers.house import ROOMS, ROOT
+
+FOLDERS = (*ROOMS, "tests", ".ci")
 DATA = ROOT / "tests" / "data"  # scripts there are kept as an old version ran them
 FORBIDDEN = {"of", "as", "by", "what", "who", "whose", "how", "where", "when", "whether"}
 

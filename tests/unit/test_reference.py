@@ -24,11 +24,11 @@ def test_page_is_not_stale(name: str) -> None:
 
 
 def test_every_setting_has_a_meaning() -> None:
-    page_lines = page("settings.md").splitlines()
+    page_lines = (FOLDER / "settings.md").read_text(encoding="utf-8").splitlines()
     bare = [
         line
         for line, meaning in itertools.pairwise(page_lines)
-        if line.startswith("- **`") and not meaning.strip()
+        if line.startswith("- **`") and re.match(r"\s*(\*Rule|$)", meaning)
     ]
     assert bare == [], "these have no docstring under their field"
 

@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 import shutil
@@ -325,7 +324,8 @@ def _check_memory(shards: ShardColumns, slots: tuple[int, int], plan: CropPlan) 
     stream = plan.stream
     slots_per_lane = plan.global_batch_size // stream.lanes
     first_lane = slots[0] // slots_per_lane
-    lanes = math.ceil(slots[1] / slots_per_lane) - first_lane
+    last_lane = (slots[1] - 1) // slots_per_lane
+    lanes = last_lane + 1 - first_lane
     largest = int(shards.bytes.max(initial=0))
     needed = min(lanes * stream.shards_per_block * largest, int(shards.bytes.sum()))
     if needed > stream.memory_bytes:

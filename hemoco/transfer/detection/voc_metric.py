@@ -75,8 +75,8 @@ def voc_metrics(
         ShardError: see `coco_metric.check_scenes`, or all objects are difficult.
     """
     check_scenes(ground_truth, predictions)
-    objects_by_category = _group_by("category_id", ground_truth["annotations"])
-    detections_by_category = _group_by("category_id", predictions)
+    objects_by_category = _by_category(ground_truth["annotations"])
+    detections_by_category = _by_category(predictions)
     areas: dict[str, list[float]] = {}
     eleven_points: list[list[float]] = []
     for category_id, name in metric_names(ground_truth["categories"]).items():
@@ -103,10 +103,10 @@ def voc_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _group_by(field: str, items: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+def _by_category(items: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     groups: dict[int, list[dict[str, Any]]] = {}
     for item in items:
-        groups.setdefault(item[field], []).append(item)
+        groups.setdefault(item["category_id"], []).append(item)
     return groups
 
 
